@@ -1,0 +1,32 @@
+"""On-policy distillation with ReNIO sample weights on Megatron-core.
+
+The names below are the public interface for people with a training loop of their own; importing them does not import
+Megatron. They are looked up on first use, so that `renio --help` does not pay for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from renio_megatron.loss import DistillationOutput, distillation_loss
+    from renio_megatron.parallel.vocab import VocabShard
+    from renio_megatron.settings import LossConfig, WeightingConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DistillationOutput": "renio_megatron.loss",
+    "distillation_loss": "renio_megatron.loss",
+    "VocabShard": "renio_megatron.parallel.vocab",
+    "LossConfig": "renio_megatron.settings",
+    "WeightingConfig": "renio_megatron.settings",
+}
+__all__ = ["DistillationOutput", "LossConfig", "VocabShard", "WeightingConfig", "distillation_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,24 @@
+"""One training step each, over roles: a few lines that read as the method does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from renio_megatron.records import Prompt
+
+
+class Algorithm(Protocol):
+    """What the trainer repeats."""
+
+    def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
+        """One optimiser step on this rank's prompts; metrics, equal on every rank."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the next step to be the same."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        ...

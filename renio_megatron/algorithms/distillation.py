@@ -1,0 +1,186 @@
+"""On-policy distillation: sample, score, weigh, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from renio_megatron.data.collate import flat_completions, flat_logp
+from renio_megatron.evaluate.accuracy import auc
+from renio_megatron.loss import distillation_loss
+from renio_megatron.metrics import Tally
+from renio_megatron.parallel.batch import gather_batch
+from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.vocab import VocabShard
+from renio_megatron.records import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.roles import Learner, Sampler, Teacher
+from renio_megatron.scores import SampleWeights, sample_weights
+from renio_megatron.settings import LossConfig, WeightingConfig
+
+
+class Distillation:
+    """One optimiser step of on-policy distillation with sample weights.
+
+    The weights are finished before the pipeline starts, from the log-probabilities of the sampled tokens, and their mean
+    is the whole batch's. So the micro-batch size and the layout change nothing.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        teacher: Teacher,
+        learner: Learner,
+        *,
+        layout: Layout,
+        decoding: Decoding,
+        loss: LossConfig,
+        weighting: WeightingConfig,
+        recompute_student_scores: bool,
+        lr_at: Callable[[int], float],
+        grader: Callable[[Rollout], bool] | None = None,
+    ) -> None:
+        """Casts the roles.
+
+        Args:
+            sampler, teacher, learner: who plays them.
+            layout: this rank's place; weights are normalised over its data axis.
+            decoding: how completions are drawn.
+            loss, weighting: the objective.
+            recompute_student_scores: take log p_S from a forward-only pass instead of the sampler.
+            lr_at: learning rate of a step.
+            grader: says whether a completion is right, for the metrics only; None where nothing can be graded.
+        """
+        self.sampler, self.teacher, self.learner = sampler, teacher, learner
+        self._layout, self._decoding, self._loss, self._weighting = layout, decoding, loss, weighting
+        self._recompute, self._lr_at, self._grader = recompute_student_scores, lr_at, grader
+        self._weighting_state: torch.Tensor | None = None
+
+    def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
+        """One optimiser step on this rank's prompts."""
+        clock = [time.perf_counter()]
+        rollouts = self.sampler.sample(prompts, self._decoding, stream=(step,))
+        clock.append(time.perf_counter())
+        teacher = self.teacher.score(rollouts)
+        clock.append(time.perf_counter())
+        student_logp = self.learner.score(rollouts) if self._recompute else flat_logp(rollouts)
+        sample = self.weigh(rollouts, student_logp, teacher)
+        loss = WeightedDivergence(self.teacher, teacher, sample, self._loss, self._weighting)
+        metrics = self.learner.update(rollouts, loss, step=step, lr=self._lr_at(step))
+        clock.append(time.perf_counter())
+        self._weighting_state = sample.state
+        return metrics | self._sample_metrics(rollouts, sample) | _time_metrics(clock)
+
+    def weigh(self, rollouts: Sequence[Rollout], student_logp: torch.Tensor, teacher: TeacherScores) -> SampleWeights:
+        """Weights of this rank's sequences, normalised over the optimiser step's."""
+        _, owner, _ = flat_completions(rollouts)
+        device = self._layout.device
+        return sample_weights(
+            student_logp.to(device),
+            teacher.logp.to(device),
+            owner.to(device),
+            len(rollouts),
+            self._weighting,
+            batch_group=self._layout.data.group,
+            state=self._weighting_state,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The moving average of the weighting, where there is one."""
+        return {"weighting": self._weighting_state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        self._weighting_state = state["weighting"]
+
+    def _sample_metrics(self, rollouts: Sequence[Rollout], sample: SampleWeights) -> dict[str, float]:
+        """Metrics of the whole batch's sequences, from each rank's share."""
+        dtype, device = torch.float64, sample.weights.device
+        unfinished = torch.tensor([not rollout.finished for rollout in rollouts], dtype=dtype, device=device)
+        columns = [sample.weights, sample.raw_weights, sample.lengths, unfinished]
+        pivots = torch.zeros_like(unfinished)
+        _, owner, _ = flat_completions(rollouts)
+        columns.append(pivots.index_add_(0, owner.to(device), sample.is_pivotal.to(dtype)))
+        if self._grader is not None:
+            right = [self._grader(rollout) for rollout in rollouts]
+            columns.append(torch.tensor(right, dtype=dtype, device=device))
+        table = gather_batch(torch.stack([column.to(dtype) for column in columns], dim=1), self._layout.data.group)
+        weights, raw, lengths, cut, pivotal, *graded = table.cpu().unbind(1)
+        metrics = weight_metrics(weights, raw, self._weighting.cap)
+        metrics["renio/pivotal_frac"] = float(pivotal.sum() / lengths.sum())
+        metrics["rollout/length"] = float(lengths.mean())
+        metrics["rollout/truncated_frac"] = float(cut.mean())
+        metrics["tokens_per_s"] = float(lengths.sum())  # the trainer divides by the step's time
+        if graded:
+            metrics["rollout/accuracy"] = float(graded[0].mean())
+            area = auc(raw, graded[0] == 0)
+            if area == area:  # undefined where all are right, or all wrong
+                metrics["renio/auc_wrong"] = area
+        return metrics
+
+
+class WeightedDivergence:
+    """The loss of a micro-batch under weights that are already finished."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        scores: TeacherScores,
+        sample: SampleWeights,
+        loss: LossConfig,
+        weighting: WeightingConfig,
+    ) -> None:
+        """`scores` and `sample` are those of all the rank's sequences, in order."""
+        self._teacher, self._scores, self._sample = teacher, scores, sample
+        self._loss, self._weighting = loss, weighting
+        self._first = 0
+
+    def __call__(
+        self, index: int, micro_batch: MicroBatch, logits: torch.Tensor, shard: VocabShard
+    ) -> tuple[torch.Tensor, float, Tally]:
+        """(sum over sequences, number of sequences, metrics); micro-batches come in order."""
+        count = micro_batch.num_sequences
+        mine = slice(self._first, self._first + count)
+        self._first += count
+        out = distillation_loss(
+            logits,
+            self._teacher.logits(self._scores.payload[index]),
+            micro_batch.target_ids,
+            micro_batch.owner,
+            count,
+            self._loss,
+            self._weighting,
+            shard,
+            weights=self._sample.weights[mine],
+            sequence_lengths=self._sample.lengths[mine],
+            overwrite_logits=True,
+        )
+        tally = Tally()
+        tally.add("loss", float(out.loss.detach()) * count, count)
+        tally.add("loss/kl", float(out.token_divergence.sum()), len(out.token_divergence))
+        tally.add("loss/entry_clip_frac", int((out.clipped_entries > 0).sum()), len(out.clipped_entries))
+        return out.loss * count, float(count), tally
+
+
+def weight_metrics(weights: torch.Tensor, raw: torch.Tensor, cap: float | None) -> dict[str, float]:
+    """What betrays weights that do nothing, or too much, from the whole batch's weights and raw weights [B].
+
+    >>> metrics = weight_metrics(torch.tensor([0.5, 1.5]), torch.tensor([1.0, 3.0]), cap=10.0)
+    >>> metrics["renio/weight_max"], metrics["renio/unit_weight_frac"], metrics["renio/ess_frac"]
+    (1.5, 0.5, 0.800000011920929)
+    """
+    return {
+        "renio/weight_mean": float(weights.mean()),
+        "renio/weight_max": float(weights.max()),
+        "renio/raw_weight_mean": float(raw.mean()),
+        "renio/unit_weight_frac": float((raw == 1).double().mean()),
+        "renio/ess_frac": float(weights.sum() ** 2 / (len(weights) * (weights**2).sum())),
+        "renio/cap_frac": 0.0 if cap is None else float((weights >= cap).double().mean()),
+    }
+
+
+def _time_metrics(clock: list[float]) -> dict[str, float]:
+    names = ("time/rollout_s", "time/teacher_s", "time/train_s")
+    return {name: end - start for name, start, end in zip(names, clock, clock[1:], strict=False)}

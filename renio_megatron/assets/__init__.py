@@ -1,0 +1,33 @@
+"""The two tiny models that ship with the package, and how a recipe's model names become directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from renio_megatron.errors import ConfigError
+
+QUICKSTART_RECIPE = Path(__file__).parent / "modchain" / "quickstart.yaml"
+SHIPPED = ("modchain/student", "modchain/teacher")
+
+
+def model_directory(name: str, setting: str) -> Path:
+    """Directory of the model that a recipe names: one of `SHIPPED`, or a path.
+
+    Args:
+        name: the value in the recipe.
+        setting: the recipe's key, for the error message.
+    Raises:
+        ConfigError: no such directory, or no config.json in it.
+    """
+    directory = Path(__file__).parent / name if name in SHIPPED else Path(name).expanduser()
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{setting}: there is no directory {name!r}. Give a Hugging Face model directory, "
+            f"or one of the models that ship: {', '.join(SHIPPED)}."
+        )
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"{setting}: {str(directory)!r} holds no config.json, so it is not a Hugging Face model directory. "
+            "Save the model with save_pretrained, or point to the directory that did it."
+        )
+    return directory

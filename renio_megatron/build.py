@@ -1,0 +1,224 @@
+"""Config -> roles -> Trainer: the only file that knows both the loop and Megatron."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from renio_megatron.algorithms import Algorithm
+from renio_megatron.algorithms.distillation import Distillation
+from renio_megatron.algorithms.sft import Sft
+from renio_megatron.assets import model_directory
+from renio_megatron.config import RunConfig, SftConfig
+from renio_megatron.data.prompts import (
+    PromptStream,
+    check_same_tokenizer,
+    check_views_differ,
+    load_tokenizer,
+    padding_id,
+)
+from renio_megatron.data.sources import build_source
+from renio_megatron.errors import ConfigError
+from renio_megatron.evaluate.evaluator import Evaluator
+from renio_megatron.learning_rate import learning_rate
+from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.parallel.layout import Layout
+from renio_megatron.records import Decoding, Rollout
+from renio_megatron.roles import Sampler
+from renio_megatron.tasks import build_grader
+from renio_megatron.trainer import Observer, Trainer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked, before any model is built. No collective is needed for it.
+
+    Attributes:
+        model, teacher: Hugging Face directories; the teacher's is None in fine-tuning.
+        architecture, teacher_architecture: theirs.
+        vocab_size: V of the loss: the columns that both models have.
+        stream: the prompts.
+        grader, eval_grader: of training and evaluation problems; None where nothing can be graded.
+        stop_ids: tokens that end a completion.
+        pad_id: fills rows on the right.
+    """
+
+    model: Path
+    teacher: Path | None
+    architecture: Architecture
+    teacher_architecture: Architecture | None
+    vocab_size: int
+    stream: PromptStream
+    grader: Callable[[Rollout], bool] | None
+    eval_grader: Callable[[Rollout], bool] | None
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def read_inputs(config: RunConfig | SftConfig) -> Inputs:
+    """Opens and checks models' descriptions, tokenizers and data.
+
+    Raises:
+        ConfigError, DataError: whatever does not fit together, named.
+    """
+    model = model_directory(config.model, "model")
+    architecture = Architecture.from_directory(model)
+    tokenizer = load_tokenizer(model)
+    teacher, teacher_architecture, vocab_size = None, None, architecture.vocab_size
+    if isinstance(config, RunConfig):
+        teacher = model if config.teacher.model is None else model_directory(config.teacher.model, "teacher.model")
+        teacher_architecture = Architecture.from_directory(teacher)
+        if teacher != model:
+            check_same_tokenizer(tokenizer, load_tokenizer(teacher))
+        # Rows beyond a tokenizer's tokens differ between models of a family; neither model may be asked about them.
+        vocab_size = min(vocab_size, teacher_architecture.vocab_size)
+    if max(tokenizer.get_vocab().values()) >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {model} has token ids up to {max(tokenizer.get_vocab().values())}, the models' embeddings "
+            f"have {vocab_size} rows. Choose a tokenizer and models that belong together."
+        )
+    source = build_source(config.data, "train")
+    stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
+    first = stream.batch(0, min(8, config.train.global_batch_size))
+    if isinstance(config, RunConfig) and config.teacher.kind == "self":
+        check_views_differ(first)
+    eval_grader = None
+    if config.evaluate.every:
+        eval_grader = build_grader(config.data, stream.evaluation_source, tokenizer)
+        if eval_grader is None:
+            raise ConfigError(
+                "evaluate.every is set, but nothing can be graded: the evaluation records have no answers or "
+                "data.grader=none. Set data.answer_key and data.grader, or evaluate.every=0."
+            )
+    return Inputs(
+        model=model,
+        teacher=teacher,
+        architecture=architecture,
+        teacher_architecture=teacher_architecture,
+        vocab_size=vocab_size,
+        stream=stream,
+        grader=build_grader(config.data, source, tokenizer),
+        eval_grader=eval_grader,
+        stop_ids=_stop_ids(model, tokenizer),
+        pad_id=padding_id(tokenizer),
+    )
+
+
+def build_trainer(
+    config: RunConfig | SftConfig,
+    inputs: Inputs,
+    layout: Layout,
+    checkpoints: Path,
+    observers: Sequence[Observer] = (),
+) -> Trainer:
+    """Builds the models on this rank and casts the roles.
+
+    Args:
+        config: all settings.
+        inputs: `read_inputs(config)`.
+        layout: this rank's place, from `megatron.start`.
+        checkpoints: where they go.
+        observers: told of every step's metrics.
+    """
+    from renio_megatron.megatron.checkpoint import MegatronKeeper
+    from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.sampler import MegatronSampler
+
+    build = functools.partial(
+        build_model, layout=layout, parallel=config.parallel, vocab_size=inputs.vocab_size, bf16=config.train.bf16
+    )
+    part = build(inputs.architecture, seed=config.train.seed)
+    if isinstance(config, RunConfig) or config.init == "pretrained":
+        load_weights(part, inputs.model)
+    temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
+    learner = MegatronLearner(part, config.train, temperature=temperature, pad_id=inputs.pad_id)
+    sampler = MegatronSampler(
+        part, seed=config.train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
+    )
+    lr_at = functools.partial(learning_rate, config.train)
+    algorithm: Algorithm
+    if isinstance(config, RunConfig):
+        algorithm = _distillation(config, inputs, layout, sampler, learner, build, lr_at)
+    else:
+        algorithm = Sft(learner, num_ranks=layout.data.size, lr_at=lr_at)
+    return Trainer(
+        algorithm=algorithm,
+        prompts=inputs.stream.batch,
+        keeper=MegatronKeeper(checkpoints, learner),
+        train_iters=config.train.train_iters,
+        global_batch_size=config.train.global_batch_size,
+        data_rank=layout.data.rank,
+        data_size=layout.data.size,
+        save_interval=config.checkpoint.save_interval,
+        evaluate=_evaluator(config, inputs, layout, sampler),
+        evaluate_every=config.evaluate.every,
+        observers=observers,
+    )
+
+
+def _distillation(
+    config: RunConfig,
+    inputs: Inputs,
+    layout: Layout,
+    sampler: Sampler,
+    learner: Any,
+    build: Callable[..., Any],
+    lr_at: Callable[[int], float],
+) -> Distillation:
+    from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.teacher import MegatronTeacher
+
+    teacher_part = build(inputs.teacher_architecture)
+    load_weights(teacher_part, inputs.teacher)
+    teacher = MegatronTeacher(
+        teacher_part,
+        temperature=config.loss.temperature,
+        micro_batch_size=config.train.micro_batch_size,
+        pad_id=inputs.pad_id,
+    )
+    rollout = config.rollout
+    return Distillation(
+        sampler,
+        teacher,
+        learner,
+        layout=layout,
+        decoding=Decoding(
+            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length, rollout.micro_batch_size
+        ),
+        loss=config.loss,
+        weighting=config.weighting,
+        recompute_student_scores=rollout.student_scores == "recompute",
+        lr_at=lr_at,
+        grader=inputs.grader,
+    )
+
+
+def _evaluator(
+    config: RunConfig | SftConfig, inputs: Inputs, layout: Layout, sampler: Sampler
+) -> Callable[[], dict[str, float]] | None:
+    if not config.evaluate.every or inputs.eval_grader is None:
+        return None
+    limit, together = config.evaluate.max_completion_length, None
+    if isinstance(config, RunConfig):
+        limit = limit or config.rollout.max_completion_length
+        together = config.rollout.micro_batch_size
+    assert limit is not None  # the recipe's rules see to it
+    decoding = Decoding(config.evaluate.temperature, None, None, limit, together)
+    prompts = inputs.stream.evaluation(config.evaluate.samples)
+    return Evaluator(sampler, prompts, inputs.eval_grader, decoding, layout)
+
+
+def _stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's end token, and what generation_config.json adds."""
+    stops = {int(tokenizer.eos_token_id)}
+    path = model / "generation_config.json"
+    if path.is_file():
+        more = json.loads(path.read_text()).get("eos_token_id") or []
+        stops.update(more if isinstance(more, list) else [more])
+    return tuple(sorted(stops))

@@ -1,0 +1,113 @@
+"""Starts the ranks of a run on this machine. Imports torch only when ranks are started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+
+from renio_megatron.errors import ConfigError
+
+# What a rank's environment says unless the user says otherwise.
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def is_rank() -> bool:
+    """Whether this process was started as a rank, by torchrun for example."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def quiet_environment() -> None:
+    """Sets the variables that keep libraries quiet, where the user has not set them."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def become_single_rank() -> None:
+    """Sets the variables of the only rank of a world of 1, where they are not set.
+
+    Raises:
+        ConfigError: the environment says that there are more ranks.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"export runs as a single rank; got WORLD_SIZE={os.environ['WORLD_SIZE']}. Start it without torchrun."
+        )
+    quiet_environment()
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
+    """The exit code of `num_ranks` workers: 0, or that of the rank that failed first (128 + n for signal n).
+
+    A failing rank ends the others and has printed its error itself, unless a signal ended it. Ctrl-C ends all ranks.
+
+    Args:
+        arguments: the command line of `renio_megatron.cli.worker`.
+        num_ranks: processes to start.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    quiet_environment()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // num_ranks)))
+    logger = logging.getLogger("torch.distributed.elastic")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False  # its reports of failed ranks repeat what the rank has said
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="renio_") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "renio_megatron.cli.worker", *arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            return _report_signal(rank, -failure.exitcode) if failure.exitcode < 0 else failure.exitcode
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from error
+            return 128 + int(error.sigval)
+    return 0
+
+
+def _report_signal(rank: int, number: int) -> int:
+    """The shell's exit code for a rank that a signal ended, which could say nothing itself; says it for the rank."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    hint = " The system does this when memory runs out." if name == "SIGKILL" else ""
+    print(f"error: rank {rank} was ended by signal {number} ({name}).{hint}", file=sys.stderr)
+    return 128 + number
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,167 @@
+"""The `renio` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from renio_megatron import __version__
+from renio_megatron.errors import CheckpointError, ConfigError, RenioError
+
+INTERRUPTED = 130
+
+_DESCRIPTION = """\
+On-policy distillation on Megatron-core: a student writes, a teacher scores every
+token, and ReNIO weighs each sequence by what the log ratios say about it.
+
+commands:
+  quickstart   the whole method on tiny models that ship with the package (CPU, minutes)
+  train        distil a teacher into a student, as a recipe says
+  sft          fine-tune on given completions, as a recipe says
+  export       write a checkpoint of a run as a Hugging Face model directory
+"""
+_EPILOG = """\
+examples:
+  renio quickstart
+  renio train recipe.yaml train.lr=1e-5 weighting=uniform --nproc 4
+  renio export runs/mine models/mine
+
+`renio COMMAND --help` tells more. Under torchrun, train and sft join its ranks.
+"""
+_RECIPE_EPILOG = """\
+A run that was cut off continues from its newest checkpoint when the same command is given again.
+
+example:
+  renio {kind} recipe.yaml train.lr=1e-5 output_dir=runs/mine --nproc 2
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of the command: 0, 2 for a mistake that can be named, 130 for Ctrl-C, else the failed rank's.
+
+    RENIO_TRACEBACK=1 shows where a named mistake was raised.
+    """
+    parser = _parser()
+    arguments, extra = parser.parse_known_args(argv)
+    unknown = extra if arguments.command not in ("train", "sft") else [text for text in extra if text.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    arguments.extra = extra
+    try:
+        return arguments.run(arguments)
+    except RenioError as error:
+        if os.environ.get("RENIO_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="renio", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw, usage="renio COMMAND ..."
+    )
+    parser.add_argument("--version", action="version", version=f"renio {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
+
+    for kind, what in (("train", "Distil a teacher into a student."), ("sft", "Fine-tune on given completions.")):
+        usage = f"renio {kind} RECIPE [key=value ...] [--nproc N] [--fresh]"
+        epilog = _RECIPE_EPILOG.format(kind=kind)
+        command = commands.add_parser(kind, description=what, epilog=epilog, formatter_class=raw, usage=usage)
+        command.add_argument("recipe", metavar="RECIPE", help="YAML file with the settings of the run")
+        command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+        command.add_argument(
+            "--nproc", type=_positive, metavar="N", help="ranks to start on this machine (default: one model copy)"
+        )
+        _add_fresh(command)
+        command.set_defaults(run=_run_recipe)
+
+    command = commands.add_parser("export", description="Write a checkpoint as a Hugging Face model directory.")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run (its output_dir)")
+    command.add_argument("destination", metavar="DESTINATION", help="directory to write")
+    command.add_argument("--step", type=_positive, metavar="K", help="checkpoint to write (default: the newest)")
+    command.set_defaults(run=_run_export)
+
+    command = commands.add_parser("quickstart", description="The whole method on tiny models, with 2 ranks on the CPU.")
+    command.add_argument("--output-dir", default="runs/quickstart", help="directory to write (default: %(default)s)")
+    _add_fresh(command)
+    command.set_defaults(run=_run_quickstart)
+    return parser
+
+
+def _add_fresh(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--fresh", action="store_true", help="move an existing run aside and start a new one")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
+    return int(text)
+
+
+def _run_recipe(arguments: argparse.Namespace) -> int:
+    """Joins torchrun's ranks, or checks what can be checked cheaply and starts ranks of its own."""
+    from renio_megatron.cli import launch
+
+    overrides = [*arguments.overrides, *arguments.extra]
+    rank_arguments = [arguments.command, arguments.recipe, *overrides, *_fresh(arguments)]
+    if launch.is_rank():
+        if arguments.nproc is not None:
+            raise ConfigError(
+                "--nproc would be ignored: RANK and WORLD_SIZE are set, so these ranks are torchrun's. Leave it out."
+            )
+        from renio_megatron.cli.worker import run_rank
+
+        run_rank(rank_arguments)
+
+    from renio_megatron.config import check_models, check_world, load_recipe
+
+    config = load_recipe(arguments.command, arguments.recipe, overrides).config
+    num_ranks = arguments.nproc or config.parallel.model_ranks
+    check_world(config, num_ranks)
+    check_models(config)
+    return launch.start_ranks(rank_arguments, num_ranks)
+
+
+def _run_quickstart(arguments: argparse.Namespace) -> int:
+    from renio_megatron.cli import launch
+
+    if launch.is_rank():
+        raise ConfigError("quickstart starts its own 2 ranks; got RANK and WORLD_SIZE. Start it without torchrun.")
+    return launch.start_ranks(["quickstart", arguments.output_dir, *_fresh(arguments)], num_ranks=2)
+
+
+def _run_export(arguments: argparse.Namespace) -> int:
+    """Runs in this process, as the only rank."""
+    from pathlib import Path
+
+    from renio_megatron.cli import launch
+
+    run_dir = Path(arguments.run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{arguments.run_dir!r} is no run directory: it has no config.yaml. Give a run's output_dir."
+        )
+    launch.become_single_rank()
+
+    from renio_megatron.export import export_checkpoint
+
+    step = export_checkpoint(run_dir, Path(arguments.destination), arguments.step)
+    print(f"{arguments.destination} holds the model of step {step}")
+    return 0
+
+
+def _fresh(arguments: argparse.Namespace) -> list[str]:
+    return ["--fresh"] if arguments.fresh else []
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,103 @@
+"""What a rank does for `train`, `sft` and `quickstart`: runs, with progress, and what is said at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from renio_megatron.assets import QUICKSTART_RECIPE
+from renio_megatron.config import Recipe, RunConfig, check_models, check_world, load_recipe
+from renio_megatron.errors import RenioError
+
+QUICKSTART_VARIANTS: dict[str, tuple[str, ...]] = {"opd": ("weighting=uniform",), "renio": ()}
+"""The quickstart's runs: name, and what it changes in the recipe."""
+
+_TITLES = {"opd": "OPD", "renio": "ReNIO"}
+
+
+def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe, checked against this world; its errors are marked as every rank's."""
+    try:
+        recipe = load_recipe(kind, path, overrides)
+        check_world(recipe.config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_models(recipe.config)
+    except RenioError as error:
+        error.shared = True  # type: ignore[attr-defined]
+        raise
+    return recipe
+
+
+def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
+    """`renio train` and `renio sft` on this rank."""
+    from renio_megatron.report.progress import Progress
+    from renio_megatron.run import run_recipe
+
+    recipe = checked_recipe(kind, path, overrides)
+    config = recipe.config
+    _say(f"{path}: {_describe(config)}")
+    outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress)
+    if outcome == "finished":
+        _say(
+            f"{config.output_dir} is finished: all {config.train.train_iters} steps are done. "
+            "Export it with `renio export`, or run it again with --fresh."
+        )
+    else:
+        _say(f"done: {config.output_dir} holds config.yaml, metrics.jsonl, tensorboard/ and checkpoints/")
+
+
+def quickstart(output_dir: Path, *, fresh: bool) -> None:
+    """Plain OPD and ReNIO on the modular chain, then a table and a picture of both."""
+    from renio_megatron.report.progress import Progress
+    from renio_megatron.run import run_recipe
+
+    directories = {name: output_dir / name for name in QUICKSTART_VARIANTS}
+    if int(os.environ.get("RANK", "0")) == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    for name, changes in QUICKSTART_VARIANTS.items():
+        recipe = checked_recipe("train", QUICKSTART_RECIPE, [*changes, f"output_dir={directories[name]}"])
+        _say(f"{_TITLES[name]}: {_describe(recipe.config)}")
+        outcome = run_recipe(recipe, fresh=fresh, title=_TITLES[name], progress=Progress)
+        if outcome == "finished":
+            _say(f"{directories[name]} is finished already; --fresh runs it again.")
+    if int(os.environ.get("RANK", "0")) == 0:
+        _report(directories, output_dir)
+
+
+def _report(directories: dict[str, Path], output_dir: Path) -> None:
+    """The table and the picture of the quickstart."""
+    from rich.console import Console
+
+    from renio_megatron.metrics import read_metrics
+    from renio_megatron.report.curves import plot_curves
+    from renio_megatron.report.table import comparison_table, summarise
+
+    rows = {_TITLES[name]: read_metrics(path / "metrics.jsonl") for name, path in directories.items()}
+    plot_curves(rows, output_dir / "curves.png")
+    Console().print(comparison_table([summarise(metrics, name) for name, metrics in rows.items()]))
+    _say(
+        f"student modchain/student, teacher modchain/teacher, recipe and seeds in {output_dir}/*/config.yaml\n"
+        f"curves in {output_dir}/curves.png; metrics, TensorBoard events and checkpoints in {output_dir}/opd and "
+        f"{output_dir}/renio"
+    )
+
+
+def _describe(config: object) -> str:
+    """One line about a run: what learns from what, on how many ranks."""
+    parallel, train = config.parallel, config.train  # type: ignore[attr-defined]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = (
+        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
+        f"DP {world // parallel.model_ranks}"
+    )
+    what = f"{config.model} on its solutions"  # type: ignore[attr-defined]
+    if isinstance(config, RunConfig):
+        teacher = config.teacher.model or "itself, shown more"
+        what = f"{config.model} learns from {teacher}, weighting {config.weighting.name}"
+    return f"{what}; {train.train_iters} steps of {train.global_batch_size} sequences; {layout}"
+
+
+def _say(text: str) -> None:
+    """Prints on the first rank."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)

@@ -1,0 +1,248 @@
+"""Recipes: the whole of a run's settings, read from YAML and checked as a whole before any rank starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from renio_megatron.assets import model_directory
+from renio_megatron.errors import ConfigError
+from renio_megatron.recipe_file import read_recipe
+from renio_megatron.recipe_rules import check_settings
+from renio_megatron.settings import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    LossConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TeacherConfig,
+    TrainConfig,
+    WeightingConfig,
+)
+from renio_megatron.settings.checks import require_choice
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of `renio train`: on-policy distillation.
+
+    Attributes:
+        model: the student's Hugging Face directory, or a model that ships with the package.
+        teacher, data, rollout, loss, weighting, parallel, train, checkpoint, evaluate: sections, see `settings`.
+        output_dir: the run directory.
+    """
+
+    model: str
+    teacher: TeacherConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    output_dir: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Settings of `renio sft`: supervised fine-tuning on given completions.
+
+    Attributes:
+        model: Hugging Face directory, or a model that ships with the package.
+        init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
+        data, parallel, train, checkpoint, evaluate: sections, see `settings`.
+        output_dir: the run directory.
+    """
+
+    model: str
+    init: str = "pretrained"
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    output_dir: str
+
+    def __post_init__(self) -> None:
+        require_choice("init", self.init, ("pretrained", "random"))
+
+
+SCHEMAS: dict[str, type[RunConfig] | type[SftConfig]] = {"train": RunConfig, "sft": SftConfig}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe after all checks that need neither the models nor the number of ranks.
+
+    Attributes:
+        config: the settings.
+        explicit: dotted keys that the recipe or the command line set to something other than null.
+        kind: `train` or `sft`.
+    """
+
+    config: RunConfig | SftConfig
+    explicit: frozenset[str]
+    kind: str
+
+
+def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file and the `key=value` settings of a command line, checked.
+
+    Args:
+        kind: `train` or `sft`.
+        path: the YAML file.
+        overrides: for example `["train.lr=1e-5", "weighting=uniform"]`; see `recipe_file.read_recipe`.
+
+    Raises:
+        ConfigError: the file, a key, a value or a combination of values cannot be used.
+    """
+    require_choice("the kind of a recipe", kind, SCHEMAS)
+    config, explicit = read_recipe(SCHEMAS[kind], path, overrides)
+    check_settings(kind, config, explicit)
+    if isinstance(config, RunConfig):
+        _check_self_teacher(config)
+    return Recipe(config=config, explicit=explicit, kind=kind)
+
+
+def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
+    """Raises `ConfigError` where a run cannot be shared among `world_size` ranks, or its batch cannot be divided."""
+    parallel, batch = config.parallel, config.train.global_batch_size
+    if parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} is not available in this version; "
+            "set parallel.context_parallel_size=1."
+        )
+    if parallel.sequence_parallel:
+        raise ConfigError(
+            "parallel.sequence_parallel=true is not available in this version; set parallel.sequence_parallel=false."
+        )
+    if world_size % parallel.model_ranks:
+        raise ConfigError(
+            f"one copy of the model takes {parallel.model_ranks} ranks (tensor {parallel.tensor_model_parallel_size} x "
+            f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}), which does "
+            f"not divide the world of {world_size}. Start a multiple of {parallel.model_ranks} ranks (--nproc), or "
+            "change the sizes in parallel."
+        )
+    data_ranks = world_size // parallel.model_ranks
+    micro = config.train.micro_batch_size
+    share = micro * data_ranks
+    if batch % share:
+        raise ConfigError(
+            f"train.global_batch_size={batch} is not a multiple of {share}: train.micro_batch_size={micro} times the "
+            f"data-parallel size {data_ranks}. Change one of them, or the number of ranks."
+        )
+    if isinstance(config, RunConfig) and config.weighting.name == "renio":
+        _check_weighting(config.weighting, batch)
+
+
+def check_models(config: RunConfig | SftConfig) -> None:
+    """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
+    _check_model("model", config.model, config.parallel)
+    if isinstance(config, RunConfig) and config.teacher.kind == "separate":
+        assert config.teacher.model is not None
+        _check_model("teacher.model", config.teacher.model, config.parallel)
+
+
+def to_yaml(config: RunConfig | SftConfig) -> str:
+    """Every setting as YAML, in the order of the fields; `load_recipe` need not accept it, `differences` reads it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:
+    """A line for each setting that differs from those that `to_yaml` wrote, with the old and the new value.
+
+    `output_dir` is left out: a run directory may be moved.
+
+    Raises:
+        ConfigError: `old_yaml` is not a mapping in YAML.
+    """
+    try:
+        old, new = _flatten(yaml.safe_load(old_yaml)), _flatten(yaml.safe_load(to_yaml(config)))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError("the settings are not a mapping in YAML.") from error
+    return [
+        f"{key}: was {old.get(key, '(not there)')!r}, is now {new.get(key, '(not there)')!r}"
+        for key in dict.fromkeys([*new, *old])
+        if key != "output_dir" and (key in old, old.get(key)) != (key in new, new.get(key))
+    ]
+
+
+def _check_self_teacher(config: RunConfig) -> None:
+    data = config.data
+    same_text = data.teacher_template in (None, data.student_template)
+    same_thinking = data.teacher_enable_thinking in (None, data.enable_thinking)
+    if config.teacher.kind == "self" and same_text and same_thinking:
+        raise ConfigError(
+            "teacher.kind=self with the student's own view of the prompt: teacher and student are then the same model "
+            "on the same text, and their KL is exactly zero at the first step. Give data.teacher_template something "
+            "that the student does not see, for example {solution}, or set data.teacher_enable_thinking."
+        )
+
+
+def _check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
+    if weighting.normalise == "batch" and num_sequences < 2:
+        raise ConfigError(
+            "weighting 'renio' needs at least 2 sequences per optimiser step to have a batch mean; got "
+            f"{num_sequences}. Raise train.global_batch_size, or choose weighting.normalise=none."
+        )
+    if weighting.normalise == "group" and num_sequences % (weighting.group_size or 1):
+        raise ConfigError(
+            f"weighting.group_size={weighting.group_size} does not divide train.global_batch_size={num_sequences}. "
+            "Choose a divisor of the batch."
+        )
+
+
+def _check_model(setting: str, name: str, parallel: ParallelConfig) -> None:
+    file = model_directory(name, setting) / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}: {file} cannot be read as JSON: {error}.") from error
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}. "
+            "Choose a model of one of these types."
+        )
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    counts = {key: _count(content, key, setting, file) for key in ("num_attention_heads", "num_hidden_layers")}
+    heads = counts["num_attention_heads"]
+    groups = (
+        heads if content.get("num_key_value_heads") is None else _count(content, "num_key_value_heads", setting, file)
+    )
+    for key, count in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
+        if count % tensor:
+            raise ConfigError(
+                f"{setting}: parallel.tensor_model_parallel_size={tensor} does not divide {key}={count} of {file}. "
+                "Megatron would accept some of these sizes and compute something else. Choose a divisor."
+            )
+    if counts["num_hidden_layers"] % pipeline:
+        raise ConfigError(
+            f"{setting}: parallel.pipeline_model_parallel_size={pipeline} does not divide "
+            f"num_hidden_layers={counts['num_hidden_layers']} of {file}. Choose a divisor."
+        )
+
+
+def _count(content: Mapping[str, Any], key: str, setting: str, file: Path) -> int:
+    value = content.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{setting}: {file} needs {key}, a whole number above 0; got {value!r}.")
+    return value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

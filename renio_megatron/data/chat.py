@@ -1,0 +1,119 @@
+"""The text of a prompt as the student and as the teacher see it, and its tokens."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from renio_megatron.data.sources import Record, solution_of
+from renio_megatron.errors import ConfigError, DataError
+from renio_megatron.settings import DataConfig
+
+FIELDS = ("problem", "solution")
+_FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+
+
+@dataclass(frozen=True)
+class View:
+    """How one of the two models sees a problem.
+
+    Example: ``View("Problem: {problem}", chat=True, enable_thinking=False, setting="data.student_template")``.
+
+    Attributes:
+        template: text with the fields {problem} and {solution}; a double brace stands for a single one, and a brace
+            that encloses no name, as in ``\\boxed{}``, for itself.
+        chat: wrap the text by the tokenizer's chat template, as the user's turn.
+        enable_thinking: passed to the chat template; None leaves it out.
+        setting: where the template comes from, for error messages.
+    Raises:
+        ConfigError: an unknown field in the template.
+    """
+
+    template: str
+    chat: bool
+    enable_thinking: bool | None
+    setting: str
+
+    def __post_init__(self) -> None:
+        for match in _FIELD.finditer(self.template):
+            if match[1] is not None and match[1] not in FIELDS:
+                raise ConfigError(
+                    f"{self.setting} may use the fields {{problem}} and {{solution}}; got {{{match[1]}}}. "
+                    f"Write {{{{{match[1]}}}}} for literal braces."
+                )
+
+    @property
+    def uses_solution(self) -> bool:
+        """Whether the template shows the worked solution."""
+        return any(match[1] == "solution" for match in _FIELD.finditer(self.template))
+
+    def fill(self, record: Record) -> str:
+        """The template with the record's texts in it; braces inside these texts stay as they are.
+
+        >>> View("{problem} {{x}}", False, None, "template").fill(Record("{solution}?"))
+        '{solution}? {x}'
+        """
+        values = {"problem": record.problem}
+        if self.uses_solution:
+            values["solution"] = solution_of(record, f"{self.setting} uses {{solution}}")
+        return _FIELD.sub(lambda match: values[match[1]] if match[1] else match[0][0], self.template)
+
+
+def student_view(config: DataConfig) -> View:
+    """The student's view of a problem."""
+    return View(config.student_template, config.chat, config.enable_thinking, "data.student_template")
+
+
+def teacher_view(config: DataConfig) -> View:
+    """The teacher's view of a problem: what is not set is the student's."""
+    thinking = config.enable_thinking if config.teacher_enable_thinking is None else config.teacher_enable_thinking
+    if config.teacher_template is None:
+        return View(config.student_template, config.chat, thinking, "data.student_template")
+    return View(config.teacher_template, config.chat, thinking, "data.teacher_template")
+
+
+def check_chat(tokenizer: Any, config: DataConfig) -> None:
+    """Raises `ConfigError` where the settings of the chat template and the tokenizer do not fit."""
+    thinking = [name for name in ("enable_thinking", "teacher_enable_thinking") if getattr(config, name) is not None]
+    if not config.chat:
+        if thinking:
+            raise ConfigError(f"data.{thinking[0]} needs data.chat=true: only a chat template reads it.")
+        return
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "data.chat=true needs a tokenizer with a chat template, and this one has none. "
+            "Set data.chat=false, or write the turns into data.student_template."
+        )
+    if thinking and "enable_thinking" not in str(tokenizer.chat_template):
+        raise ConfigError(f"data.{thinking[0]} is set, but the chat template does not read enable_thinking.")
+
+
+def encode_view(view: View, record: Record, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of the prompt, without any completion.
+
+    With `chat` the chat template writes every special token. Without it the ids are those of the text, after the
+    beginning-of-text token where the tokenizer puts one before every text (Llama does; Qwen and modchain do not); an
+    end token is never added.
+
+    Raises:
+        DataError: the record lacks a solution that the template uses, or the tokenizer cannot encode the text.
+    """
+    text = view.fill(record)
+    if view.chat:
+        options = {} if view.enable_thinking is None else {"enable_thinking": view.enable_thinking}
+        turns = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **options)
+        return encode_text(text, tokenizer, record.where)
+    token_ids = encode_text(text, tokenizer, record.where)
+    bos = tokenizer.bos_token_id
+    starts_with_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    return (bos, *token_ids) if starts_with_bos and token_ids[:1] != (bos,) else token_ids
+
+
+def encode_text(text: str, tokenizer: Any, where: str) -> tuple[int, ...]:
+    """Token ids of the text and nothing else; raises `DataError` naming `where` if it cannot be encoded."""
+    try:
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise DataError(f"{where}: the tokenizer cannot encode {text[:80]!r} ({error}).") from error

@@ -1,0 +1,101 @@
+"""A small pretrained model out of a GGUF file: SmolLM2-135M-Instruct as a Hugging Face model directory.
+
+Run as ``python -m renio_megatron.data.gguf_import FILE.gguf DIRECTORY``; ``scripts/get_smollm2.sh`` fetches the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from renio_megatron.errors import CheckpointError, ConfigError, RenioError
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+SMOLLM2_ROPE_THETA = 100_000.0
+
+
+def import_gguf(gguf: str | Path, directory: str | Path) -> Path:
+    """The directory, with the model of a GGUF file in bfloat16, unpacked, and its tokenizer.
+
+    It is written under another name first and renamed when complete.
+
+    Raises:
+        ConfigError: the packages that read GGUF are missing. CheckpointError: no such file, the directory is there
+            already, or the model is not SmolLM2-135M-Instruct.
+    """
+    gguf, directory = Path(gguf), Path(directory)
+    if not gguf.is_file():
+        raise CheckpointError(f"There is no file {str(gguf)!r}.")
+    if directory.exists():
+        raise CheckpointError(f"{str(directory)!r} is there already; remove it, or choose another name.")
+    model, tokenizer = _load(gguf)
+    check_smollm2(model.config, tokenizer)
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    return partial.rename(directory)
+
+
+def check_smollm2(config: Any, tokenizer: Any) -> None:
+    """Raises `CheckpointError` naming every value in which the model is not SmolLM2-135M-Instruct."""
+    found = {name: getattr(config, name, None) for name in SMOLLM2}
+    wrong = [f"{name} {found[name]!r}, not {value!r}" for name, value in SMOLLM2.items() if found[name] != value]
+    rope_theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    if rope_theta != SMOLLM2_ROPE_THETA:
+        wrong.append(f"rope_theta {rope_theta!r}, not {SMOLLM2_ROPE_THETA!r}")
+    if tokenizer.eos_token != "<|im_end|>":
+        wrong.append(f"eos_token {tokenizer.eos_token!r}, not '<|im_end|>'")
+    if not tokenizer.chat_template:
+        wrong.append("no chat template")
+    if wrong:
+        raise CheckpointError(f"The GGUF file does not hold SmolLM2-135M-Instruct as expected: {'; '.join(wrong)}.")
+
+
+def _load(gguf: Path) -> tuple[Any, Any]:
+    try:
+        import accelerate  # noqa: F401
+        import gguf as _gguf  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("Reading a GGUF file needs two packages: pip install renio-megatron[smollm2].") from error
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
+    packed = getattr(transformers, "GgufConfig", None)  # newer transformers keep the weights packed unless told
+    if packed is not None:
+        options["quantization_config"] = packed(dequantize=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # save_pretrained refuses a model that still says it is quantised.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    return model.to(torch.bfloat16), tokenizer
+
+
+def main() -> None:
+    """Entry point of ``python -m``: FILE.gguf and DIRECTORY."""
+    parser = argparse.ArgumentParser(description="Turn the GGUF file of SmolLM2-135M-Instruct into a model directory.")
+    parser.add_argument("gguf", help="the .gguf file")
+    parser.add_argument("directory", help="the model directory to write")
+    arguments = parser.parse_args()
+    try:
+        print(import_gguf(arguments.gguf, arguments.directory))
+    except RenioError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Tokenizers, and the endless stream of prompts."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from renio_megatron.data.chat import check_chat, encode_text, encode_view, student_view, teacher_view
+from renio_megatron.data.sources import Record, Source, build_source, solution_of
+from renio_megatron.errors import ConfigError, DataError
+from renio_megatron.records import Prompt
+from renio_megatron.settings import DataConfig
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The Hugging Face tokenizer of a model directory; never from the network.
+
+    Raises:
+        ConfigError: no tokenizer there, one that cannot be loaded, or one without an end token.
+    """
+    from transformers import AutoTokenizer
+
+    # Without a vocabulary transformers may return an empty tokenizer of the class that config.json implies.
+    if not any((Path(directory) / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"{str(directory)!r} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). "
+            "Save it next to the model by tokenizer.save_pretrained."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # json, OS, value and plain errors of the tokenizers library
+        raise ConfigError(f"The tokenizer of {str(directory)!r} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"The tokenizer of {str(directory)!r} names no eos_token, so no completion could ever end.")
+    return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's padding token, else its end token. No mask ever looks at it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def check_same_tokenizer(student: Any, teacher: Any) -> None:
+    """Raises `ConfigError` unless every token of the student is the teacher's token of the same id.
+
+    The teacher may have more tokens, behind or between the student's.
+    """
+    student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
+    differing = [(index, token) for token, index in student_vocab.items() if teacher_vocab.get(token) != index]
+    if differing:
+        index, token = min(differing)
+        others = [other for other, other_index in teacher_vocab.items() if other_index == index]
+        raise ConfigError(
+            f"Student and teacher must share a tokenizer: token {index} is {token!r} for the student and "
+            f"{others[0] if others else None!r} for the teacher (vocabularies of {len(student_vocab)} and "
+            f"{len(teacher_vocab)} tokens). Choose two models of one family."
+        )
+
+
+class PromptStream:
+    """The run's prompts: position p is the same prompt in every run with the same settings, on every rank.
+
+    Args:
+        source: the training problems.
+        tokenizer: of the student; the teacher reads the same ids.
+        config: templates, chat and the limit of length; also names the evaluation problems.
+        with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
+    Raises:
+        ConfigError: templates or chat settings that cannot work with this tokenizer.
+        DataError: a solution is needed, and a record has none.
+    """
+
+    def __init__(self, source: Source, tokenizer: Any, config: DataConfig, *, with_completions: bool = False) -> None:
+        check_chat(tokenizer, config)
+        self.source = source
+        self._tokenizer = tokenizer
+        self._config = config
+        self._with_completions = with_completions
+        self._student_view = student_view(config)
+        self._teacher_view = teacher_view(config)
+        if with_completions:
+            source.require_solutions("fine-tuning uses it as the completion")
+        for view in (self._student_view, self._teacher_view):
+            if view.uses_solution:
+                source.require_solutions(f"{view.setting} uses {{solution}}")
+
+    def batch(self, start: int, count: int) -> list[Prompt]:
+        """Prompts `start` to `start + count - 1` of the endless training order."""
+        return [self._prompt(self.source, position) for position in range(start, start + count)]
+
+    def evaluation(self, count: int) -> list[Prompt]:
+        """The first `count` evaluation prompts, or all where there are fewer."""
+        source = self.evaluation_source
+        count = count if source.size is None else min(count, source.size)
+        return [self._prompt(source, position) for position in range(count)]
+
+    @cached_property
+    def evaluation_source(self) -> Source:
+        """The evaluation problems, opened at the first use."""
+        return build_source(self._config, "eval")
+
+    def _prompt(self, source: Source, position: int) -> Prompt:
+        record = source.record(position)
+        student_ids = encode_view(self._student_view, record, self._tokenizer)
+        same = self._teacher_view == self._student_view
+        teacher_ids = student_ids if same else encode_view(self._teacher_view, record, self._tokenizer)
+        for who, token_ids in (("student", student_ids), ("teacher", teacher_ids)):
+            self._check_length(who, len(token_ids), record)
+        completion_ids = self._completion(record) if self._with_completions else None
+        return Prompt(position, student_ids, teacher_ids, record.answer, completion_ids, record.metadata)
+
+    def _check_length(self, who: str, length: int, record: Record) -> None:
+        if length == 0:
+            raise DataError(f"{record.where}: the {who}'s prompt has no tokens, so nothing predicts the first token.")
+        if length > self._config.max_prompt_length:
+            raise DataError(
+                f"{record.where}: the {who}'s prompt has {length} tokens, more than "
+                f"data.max_prompt_length={self._config.max_prompt_length}. Raise it, or leave the record out."
+            )
+
+    def _completion(self, record: Record) -> tuple[int, ...]:
+        solution = solution_of(record, "fine-tuning uses it as the completion")
+        return (*encode_text(solution, self._tokenizer, record.where), self._tokenizer.eos_token_id)
+
+
+def check_views_differ(prompts: list[Prompt]) -> None:
+    """Raises `ConfigError` where a model that teaches itself would see what the student sees.
+
+    Teacher and student would be one distribution: every divergence and every log ratio starts at 0.
+    """
+    if prompts and all(prompt.student_ids == prompt.teacher_ids for prompt in prompts):
+        raise ConfigError(
+            f"teacher.kind=self, but the teacher's view of the first {len(prompts)} prompts is the student's: there is "
+            "nothing to learn. Give data.teacher_template the {solution}, or set data.teacher_enable_thinking."
+        )

@@ -1,0 +1,1 @@
+"""How good the student's completions are."""

@@ -1,0 +1,111 @@
+"""A checkpoint as a Hugging Face model directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from renio_megatron.assets import model_directory
+from renio_megatron.errors import CheckpointError, ConfigError
+from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.checkpoint import latest_step, load_model_weights, step_directory
+from renio_megatron.megatron.hf import hf_state
+from renio_megatron.megatron.model import build_model
+from renio_megatron.megatron.start import start, stop
+from renio_megatron.rundir import RunDirectory
+from renio_megatron.settings import ParallelConfig
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def export_checkpoint(run_directory: Path, destination: Path, step: int | None) -> int:
+    """Writes a checkpoint's weights, with the model's config and tokenizer, to `destination`; the step it is of.
+
+    The weights keep the type of the model that the run started from where every one of them survives the cast, else
+    they are written in the type that they were trained in: nothing is rounded.
+
+    Args:
+        run_directory: output_dir of a run.
+        destination: a directory that does not exist yet, or is empty.
+        step: which checkpoint; None: the newest.
+
+    Raises:
+        CheckpointError, ConfigError: no such run, no such checkpoint, or a destination in use.
+    """
+    run = RunDirectory(run_directory)
+    if not run.config.is_file():
+        raise ConfigError(f"{str(run_directory)!r} is no run directory: it holds no config.yaml. Give a run's output_dir.")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConfigError(f"the destination {str(destination)!r} exists already. Choose another, or remove it.")
+    checkpoint = _checkpoint(run.checkpoints, step)
+    config = OmegaConf.load(run.config)
+    source = model_directory(config.model, "model")
+    architecture = Architecture.from_directory(source)
+    layout = start(ParallelConfig(), seed=0)
+    part = build_model(architecture, layout, ParallelConfig(), vocab_size=architecture.vocab_size, bf16=config.train.bf16)
+    load_model_weights(checkpoint, part)
+    state = dict(hf_state(part))
+    stop()
+
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _copy_description(source, partial)
+        _write_weights(_lossless(state, partial / "config.json"), partial)
+        if destination.exists():
+            destination.rmdir()
+        partial.rename(destination)
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}. Check disk and rights.") from error
+    return int(checkpoint.name.removeprefix("iter_"))
+
+
+def _checkpoint(root: Path, step: int | None) -> Path:
+    step = latest_step(root) if step is None else step
+    if step is None:
+        raise CheckpointError(f"{root} holds no checkpoint yet. Let the run reach its first checkpoint.save_interval.")
+    directory = step_directory(root, step)
+    if not directory.is_dir():
+        there = sorted(int(path.name[5:]) for path in root.glob("iter_*"))
+        raise CheckpointError(f"there is no checkpoint of step {step} in {root}; there are {there}.")
+    return directory
+
+
+def _copy_description(source: Path, destination: Path) -> None:
+    """Everything but weights: config, generation config, tokenizer, chat template."""
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, destination / path.name)
+
+
+def _lossless(state: dict[str, torch.Tensor], config_path: Path) -> dict[str, torch.Tensor]:
+    """The weights in the source model's type where that rounds none, else as they are; config.json says which."""
+    config = json.loads(config_path.read_text())
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    wanted = getattr(torch, str(config.get(key)), None)
+    trained = next(iter(state.values())).dtype
+    if isinstance(wanted, torch.dtype) and all(torch.equal(t.to(wanted).to(t.dtype), t) for t in state.values()):
+        return {name: tensor.to(wanted) for name, tensor in state.items()}
+    config[key] = str(trained).removeprefix("torch.")
+    config_path.write_text(json.dumps(config, indent=2) + "\n")
+    return state
+
+
+def _write_weights(state: dict[str, torch.Tensor], directory: Path) -> None:
+    """Safetensors files of at most `MAX_SHARD_SIZE`, with an index where there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
+    for filename, names in shards.filename_to_tensors.items():
+        # Copies, because safetensors refuses tensors that share storage, as slices of a padded embedding do.
+        tensors = {name: state[name].cpu().contiguous().clone() for name in names}
+        save_file(tensors, directory / filename, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

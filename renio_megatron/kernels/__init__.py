@@ -1,0 +1,13 @@
+"""The passes over the logits. The implementation is chosen here, once."""
+
+from __future__ import annotations
+
+from renio_megatron.kernels.torch_ops import (
+    clamped_sums,
+    statistics,
+    token_statistics,
+    weighted_gradient,
+    working_dtype,
+)
+
+__all__ = ["clamped_sums", "statistics", "token_statistics", "weighted_gradient", "working_dtype"]

@@ -1,0 +1,199 @@
+"""The three passes over a shard's logits in plain PyTorch: statistics, clamped sums, gradient.
+
+Rows are taken a few at a time, so the fp32 working copies stay small whatever N is. Padding columns come last in a shard
+and are never read; arithmetic on -inf is avoided by slicing them off, not by masking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from renio_megatron.objective.divergences import Divergence
+from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalisers
+
+CHUNK_ENTRIES = 1 << 21
+"""Vocabulary entries that are worked on at once: 64 rows of 32,768 columns, 8 MB in fp32."""
+
+
+def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """fp64 where all tensors are, else fp32: what the arithmetic runs in."""
+    return torch.float64 if all(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def statistics(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    local_columns: torch.Tensor,
+    *,
+    num_valid: int,
+    temperature: float,
+    cross_sign: int,
+) -> torch.Tensor:
+    """Pass 1: what this shard knows about both distributions, [N, 7] (columns: `parallel.vocab.NUM_STATISTICS`).
+
+    Args:
+        student_logits, teacher_logits: [N, L], any floating dtype.
+        local_columns: column of the sampled token, -1 where another rank has it, int64 [N].
+        num_valid: leading columns that are not padding.
+        temperature: divides both models' logits.
+        cross_sign: 1 sums exp(u - max u) ((u - max u) - (z - max z)), -1 the same with the models exchanged, 0 neither;
+            z and u are the student's and the teacher's scaled logits.
+    """
+    dtype = working_dtype(student_logits, teacher_logits)
+    out = student_logits.new_zeros(student_logits.shape[0], NUM_STATISTICS, dtype=dtype)
+    out[:, [0, 2, 4, 5]] = -torch.inf
+    if num_valid == 0:
+        return out
+    for rows in _row_chunks(student_logits):
+        part, columns = out[rows], local_columns[rows]
+        here = (columns >= 0).nonzero()[:, 0]
+        shifted = []
+        for offset, logits in ((0, student_logits), (1, teacher_logits)):
+            scaled = _scaled(logits[rows, :num_valid], temperature, dtype)
+            maximum = scaled.amax(1)
+            part[here, 4 + offset] = scaled[here, columns[here]]
+            # A row of nothing but -inf keeps its maximum, but must not compute -inf - -inf.
+            scaled.sub_(torch.where(maximum == -torch.inf, 0.0, maximum)[:, None])
+            exponentials = scaled.exp()
+            part[:, 2 * offset] = maximum
+            part[:, 2 * offset + 1] = exponentials.sum(1)
+            shifted.append((scaled, exponentials))
+        if cross_sign:
+            (own, weight), (other, _) = shifted[::-1] if cross_sign > 0 else shifted
+            part[:, 6] = own.sub_(other).mul_(weight).masked_fill_(weight == 0, 0.0).sum(1)
+    return out
+
+
+def clamped_sums(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    normalisers: Normalisers,
+    divergence: Divergence,
+    *,
+    num_valid: int,
+    temperature: float,
+    beta: float,
+    entry_clip: float | None,
+    entry_floor: float | None,
+) -> torch.Tensor:
+    """Pass 2: this shard's sums over the vocabulary, [N, 3]: clamped entries, slopes inside the clamp, entries cut above.
+
+    Shapes and arguments as in `statistics`; `entry_clip` None bounds nothing.
+    """
+    dtype = working_dtype(student_logits, teacher_logits)
+    out = student_logits.new_zeros(student_logits.shape[0], 3, dtype=dtype)
+    if num_valid == 0:
+        return out
+    for rows in _row_chunks(student_logits):
+        student_logp, teacher_logp = _log_probabilities(
+            student_logits, teacher_logits, normalisers, rows, num_valid, temperature, dtype
+        )
+        entry, slope = divergence.terms(student_logp, teacher_logp, beta)
+        if entry_clip is not None:
+            out[rows, 2] = (entry > entry_clip).sum(1).to(dtype)
+            _drop_clamped_slopes_(slope, entry, entry_clip, entry_floor)
+            entry.clamp_(min=entry_floor, max=entry_clip)
+        out[rows, 0] = entry.sum(1)
+        out[rows, 1] = slope.sum(1)
+    return out
+
+
+def weighted_gradient(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    normalisers: Normalisers,
+    divergence: Divergence,
+    total_slope_N: torch.Tensor,
+    scale_N: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    num_valid: int,
+    temperature: float,
+    beta: float,
+    entry_clip: float | None,
+    entry_floor: float | None,
+) -> torch.Tensor:
+    """Pass 3: d loss / d student_logits = scale / temperature (slope - p_S G), written to `out` and returned.
+
+    Args:
+        total_slope_N: G, the slopes' sum over the whole vocabulary [N].
+        scale_N: what each token's divergence is multiplied by in the loss [N].
+        out: [N, L], may be `student_logits` itself. Padding columns become exactly 0.
+    Other arguments as in `clamped_sums`.
+    """
+    dtype = working_dtype(student_logits, teacher_logits)
+    factor = scale_N.to(dtype) / temperature
+    for rows in _row_chunks(student_logits):
+        if num_valid:
+            student_logp, teacher_logp = _log_probabilities(
+                student_logits, teacher_logits, normalisers, rows, num_valid, temperature, dtype
+            )
+            entry, slope = divergence.terms(student_logp, teacher_logp, beta)
+            if entry_clip is not None:
+                _drop_clamped_slopes_(slope, entry, entry_clip, entry_floor)
+            gradient = slope.sub_(student_logp.exp_().mul_(total_slope_N[rows, None])).mul_(factor[rows, None])
+            out[rows, :num_valid] = gradient.to(out.dtype)
+        out[rows, num_valid:] = 0
+    return out
+
+
+def token_statistics(
+    logits: torch.Tensor, local_columns: torch.Tensor, *, num_valid: int, temperature: float
+) -> torch.Tensor:
+    """Maximum, sum of exponentials and sampled logit of one model's shard, [N, 3]; arguments as in `statistics`."""
+    dtype = working_dtype(logits)
+    out = logits.new_zeros(logits.shape[0], 3, dtype=dtype)
+    out[:, [0, 2]] = -torch.inf
+    if num_valid == 0:
+        return out
+    for rows in _row_chunks(logits):
+        part, columns = out[rows], local_columns[rows]
+        here = (columns >= 0).nonzero()[:, 0]
+        scaled = _scaled(logits[rows, :num_valid], temperature, dtype)
+        maximum = scaled.amax(1)
+        part[here, 2] = scaled[here, columns[here]]
+        part[:, 0] = maximum
+        part[:, 1] = scaled.sub_(torch.where(maximum == -torch.inf, 0.0, maximum)[:, None]).exp_().sum(1)
+    return out
+
+
+def _row_chunks(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows that hold about `CHUNK_ENTRIES` entries each."""
+    step = max(1, CHUNK_ENTRIES // max(1, logits.shape[1]))
+    for start in range(0, logits.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _scaled(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    """A fresh copy of the logits in the working dtype, divided by the temperature."""
+    copy = logits.to(dtype, copy=True)
+    return copy if temperature == 1.0 else copy.div_(temperature)
+
+
+def _log_probabilities(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    normalisers: Normalisers,
+    rows: slice,
+    num_valid: int,
+    temperature: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p_S and log p_T of some rows' valid columns, fresh tensors."""
+    student = _scaled(student_logits[rows, :num_valid], temperature, dtype)
+    teacher = _scaled(teacher_logits[rows, :num_valid], temperature, dtype)
+    student.sub_(normalisers.student_max[rows, None]).sub_(normalisers.student_log_sum[rows, None])
+    teacher.sub_(normalisers.teacher_max[rows, None]).sub_(normalisers.teacher_log_sum[rows, None])
+    return student, teacher
+
+
+def _drop_clamped_slopes_(
+    slope: torch.Tensor, entry: torch.Tensor, entry_clip: float, entry_floor: float | None
+) -> None:
+    """Zeroes, in place, the slopes of entries outside the bounds; both bounds belong to the inside, as in torch.clamp."""
+    outside = entry > entry_clip
+    if entry_floor is not None:
+        outside |= entry < entry_floor
+    slope.masked_fill_(outside, 0.0)

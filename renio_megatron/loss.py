@@ -1,0 +1,230 @@
+"""The public loss over logits: where the mathematics meets the shards.
+
+Three passes over the rows (`kernels/`), two small exchanges over the tensor group (`parallel/vocab.py`), and a gradient
+that is final when forward returns, because the sample weights need nothing that pass 1 does not know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron import kernels
+from renio_megatron.errors import LayoutError
+from renio_megatron.objective.divergences import divergence_of
+from renio_megatron.objective.reduce import token_scale
+from renio_megatron.parallel.vocab import VocabShard, gather_in_rank_order, merge_statistics, sum_in_rank_order
+from renio_megatron.scores import sample_weights
+from renio_megatron.settings import LossConfig, WeightingConfig
+
+_DEFAULT_LOSS = LossConfig()
+_DEFAULT_WEIGHTING = WeightingConfig()
+
+
+@dataclass(frozen=True)
+class DistillationOutput:
+    """What `distillation_loss` returns; only `loss` carries a gradient.
+
+    Attributes:
+        loss: scalar, nats.
+        weights: sample weights that were applied [B].
+        raw_weights: ReNIO's weights before normalisation, whatever the weighting [B].
+        log_ratio: log p_S - log p_T of each sampled token, unclipped, nats [N].
+        is_pivotal: whether each token is pivotal, bool [N].
+        token_divergence: divergence of each token after the entry bounds, unweighted, nats [N].
+        clipped_entries: vocabulary entries of each token that `entry_clip` cut, [N]; zeros where nothing is clipped.
+        state: pass it to the next optimiser step's call (`normalise="ema"`).
+    """
+
+    loss: torch.Tensor
+    weights: torch.Tensor
+    raw_weights: torch.Tensor
+    log_ratio: torch.Tensor
+    is_pivotal: torch.Tensor
+    token_divergence: torch.Tensor
+    clipped_entries: torch.Tensor
+    state: torch.Tensor | None
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    owner: torch.Tensor,
+    num_sequences: int,
+    loss: LossConfig = _DEFAULT_LOSS,
+    weighting: WeightingConfig = _DEFAULT_WEIGHTING,
+    shard: VocabShard | None = None,
+    *,
+    batch_group: dist.ProcessGroup | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    weights: torch.Tensor | None = None,
+    sequence_lengths: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    overwrite_logits: bool = False,
+) -> DistillationOutput:
+    """Weighted divergence of a batch: (1/B) sum_i weight_i x mean over sequence i's tokens of D(teacher, student).
+
+    Args:
+        student_logits, teacher_logits: this rank's slice of the vocabulary, [N, L], completion tokens only, flat; N may
+            be 0. Any floating dtype; the arithmetic is fp32, or fp64 where both are fp64.
+        token_ids: global ids of the sampled tokens, int64 [N].
+        owner: sequence of each token, int64 [N] in [0, num_sequences), any order; sequences without tokens are allowed.
+        num_sequences: B of this rank.
+        loss: the divergence.
+        weighting: the sample weights.
+        shard: which columns these are; None: the whole vocabulary.
+        batch_group: data-parallel group of the batch mean; never holds context-parallel ranks. `out.loss` is then the
+            sum over this rank's sequences times (ranks / sequences of the group), so that the usual data-parallel mean
+            of losses and gradients is the batch's, also with unequal counts.
+        sequence_group: context-parallel group that shares sequences; each rank returns its part of the loss, the sum
+            over the group is the loss, and weights are whole on every rank.
+        weights: finished weights [B], in place of the weighting's.
+        sequence_lengths: tokens of each whole sequence [B]; None: counted (over `sequence_group`).
+        state: the previous step's `out.state` (`normalise="ema"`).
+        overwrite_logits: let the gradient be written where `student_logits` was; saves [N, L], and nobody may read the
+            logits afterwards. Without it no input is changed.
+
+    Returns:
+        `DistillationOutput`. Backward multiplies the finished gradient by a scalar; it runs once.
+    Collectives on the tensor group: one for KL without bounds, two otherwise; none in backward.
+
+    Raises:
+        LayoutError: shapes, shard or indices that do not fit together.
+    Source: ReNIO, phases I to III and the loss.
+
+    >>> student = torch.tensor([[0.0, 0.0]], requires_grad=True)                # p_S = (1/2, 1/2)
+    >>> teacher = torch.tensor([[0.0, 1.0986123]])                              # p_T = (1/4, 3/4): ln 3 apart
+    >>> out = distillation_loss(student, teacher, torch.tensor([0]), torch.tensor([0]), 1)
+    >>> round(out.log_ratio.item(), 4), round(out.loss.item(), 4)               # ln 2; ln 2 - entropy of p_T
+    (0.6931, 0.1308)
+    >>> out.loss.backward(); [round(x, 4) for x in student.grad[0].tolist()]    # p_S - p_T
+    [0.25, -0.25]
+    """
+    if shard is None:
+        shard = VocabShard(0, student_logits.shape[-1], student_logits.shape[-1])
+    _check_shapes(student_logits, teacher_logits, token_ids, owner, num_sequences, shard, weights, sequence_lengths)
+    with torch.no_grad():
+        divergence = divergence_of(loss.beta)
+        clipped = loss.entry_clip is not None
+        one_round = divergence.mean_under is not None and not clipped
+        cross_sign = {"teacher": 1, "student": -1, None: 0}[divergence.mean_under] if one_round else 0
+        columns = {"num_valid": shard.num_valid, "temperature": loss.temperature}
+        bounds = {"beta": loss.beta, "entry_clip": loss.entry_clip, "entry_floor": loss.entry_floor}
+
+        local = kernels.statistics(
+            student_logits, teacher_logits, shard.local_columns(token_ids), cross_sign=cross_sign, **columns
+        )
+        normalisers = merge_statistics(gather_in_rank_order(local, shard.group), cross_sign)
+        sample = sample_weights(
+            normalisers.student_logp,
+            normalisers.teacher_logp,
+            owner,
+            num_sequences,
+            weighting,
+            batch_group=batch_group,
+            sequence_group=sequence_group,
+            weights=weights,
+            sequence_lengths=sequence_lengths,
+            state=state,
+        )
+        if one_round:
+            assert divergence.total_slope is not None
+            value_N, total_slope_N = normalisers.cross, divergence.total_slope(normalisers.cross)
+            clipped_N = torch.zeros_like(value_N)
+        else:
+            sums = kernels.clamped_sums(student_logits, teacher_logits, normalisers, divergence, **columns, **bounds)
+            value_N, total_slope_N, clipped_N = sum_in_rank_order(sums, shard.group).unbind(1)
+
+        ranks = 1 if batch_group is None else batch_group.size()
+        denominator = (sample.batch_size / ranks).to(value_N.dtype).clamp(min=1.0 / ranks)
+        scale_N = token_scale(sample.weights, sample.lengths, owner, denominator=denominator)
+        value = (scale_N * value_N).sum()
+
+    if torch.is_grad_enabled() and student_logits.requires_grad:
+        with torch.no_grad():
+            gradient = kernels.weighted_gradient(
+                student_logits,
+                teacher_logits,
+                normalisers,
+                divergence,
+                total_slope_N,
+                scale_N,
+                student_logits.detach() if overwrite_logits else torch.empty_like(student_logits),
+                **columns,
+                **bounds,
+            )
+        value = FinishedGradient.apply(student_logits, value, gradient)
+    return DistillationOutput(
+        loss=value,
+        weights=sample.weights,
+        raw_weights=sample.raw_weights,
+        log_ratio=sample.log_ratio,
+        is_pivotal=sample.is_pivotal,
+        token_divergence=value_N,
+        clipped_entries=clipped_N,
+        state=sample.state,
+    )
+
+
+class FinishedGradient(torch.autograd.Function):
+    """Ties a scalar to a gradient that is already computed: backward multiplies it by the upstream scalar, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """`value`, as a function of `logits` whose gradient is `gradient`."""
+        ctx.gradient = gradient  # not save_for_backward: it may share the logits' storage, which was overwritten
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient of the logits; it is handed over, so there is no second time."""
+        if ctx.gradient is None:
+            raise RuntimeError(
+                "backward through this loss ran twice; its gradient was handed over the first time. "
+                "Call the loss again, or backward once."
+            )
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(upstream.to(gradient.dtype)), None, None
+
+
+def _check_shapes(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    owner: torch.Tensor,
+    num_sequences: int,
+    shard: VocabShard,
+    weights: torch.Tensor | None,
+    sequence_lengths: torch.Tensor | None,
+) -> None:
+    """Raises `LayoutError` where the arguments of `distillation_loss` do not fit together."""
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise LayoutError(
+            "student_logits and teacher_logits must both be [N, L]: completion tokens only, flat, the same columns; got "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. Cut the wider vocabulary first."
+        )
+    if student_logits.device != teacher_logits.device:
+        raise LayoutError(
+            f"student_logits are on {student_logits.device}, teacher_logits on {teacher_logits.device}; move one of them."
+        )
+    rows, width = student_logits.shape
+    if width != shard.width:
+        raise LayoutError(
+            f"the logits have {width} columns, the shard [{shard.start}, {shard.stop}) has {shard.width}; "
+            "shard.start and shard.stop count padding columns, too."
+        )
+    for name, index, limit in (("token_ids", token_ids, shard.vocab_size), ("owner", owner, num_sequences)):
+        if index.shape != (rows,) or index.dtype != torch.int64:
+            raise LayoutError(f"{name} must be int64 [{rows}]; got {index.dtype} {tuple(index.shape)}.")
+        if rows and not (0 <= int(index.min()) and int(index.max()) < limit):
+            raise LayoutError(
+                f"{name} must lie in [0, {limit}); got values from {int(index.min())} to {int(index.max())}."
+            )
+    for name, values in (("weights", weights), ("sequence_lengths", sequence_lengths)):
+        if values is not None and values.shape != (num_sequences,):
+            raise LayoutError(f"{name} must be [{num_sequences}], a value a sequence; got {tuple(values.shape)}.")

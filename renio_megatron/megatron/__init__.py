@@ -1,0 +1,1 @@
+"""The glue to megatron-core. The only folder that imports it; the rest of the package sees roles and layouts."""

@@ -1,0 +1,117 @@
+"""The architectures that can be read from Hugging Face directories: dense Llama, Qwen2 and Qwen3."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from renio_megatron.errors import ConfigError
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model is made of, in Megatron's words.
+
+    Attributes:
+        family: `llama`, `qwen2` or `qwen3`.
+        num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, kv_channels, layernorm_epsilon,
+            qk_layernorm, add_qkv_bias, init_method_std: as in Megatron's TransformerConfig.
+        vocab_size: rows of the embedding, without padding.
+        tied: whether the LM head is the embedding.
+        rotary_base: rope theta.
+        rope_scaling_factor: of Llama 3's scaled rope; None for plain rope.
+        max_sequence_length: positions that the model was made for.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    layernorm_epsilon: float
+    qk_layernorm: bool
+    add_qkv_bias: bool
+    init_method_std: float
+    vocab_size: int
+    tied: bool
+    rotary_base: float
+    rope_scaling_factor: float | None
+    max_sequence_length: int
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Architecture:
+        """Reads config.json of a Hugging Face model directory.
+
+        Raises:
+            ConfigError: a family or a feature that is not supported, named.
+        """
+        path = directory / "config.json"
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}. Save the model again with save_pretrained.") from error
+        family = values.get("model_type")
+        if family not in FAMILIES:
+            raise ConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
+        _refuse_unsupported(path, values)
+        heads = values["num_attention_heads"]
+        rope_theta, scaling = _rope(path, values)
+        return cls(
+            family=family,
+            num_layers=values["num_hidden_layers"],
+            hidden_size=values["hidden_size"],
+            ffn_hidden_size=values["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=values.get("num_key_value_heads") or heads,
+            kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
+            layernorm_epsilon=values.get("rms_norm_eps", 1e-6),
+            qk_layernorm=family == "qwen3",
+            add_qkv_bias=family == "qwen2",
+            init_method_std=values.get("initializer_range", 0.02),
+            vocab_size=values["vocab_size"],
+            tied=bool(values.get("tie_word_embeddings", False)),
+            rotary_base=rope_theta,
+            rope_scaling_factor=scaling,
+            max_sequence_length=values.get("max_position_embeddings", 2048),
+        )
+
+
+def _refuse_unsupported(path: Path, values: dict[str, Any]) -> None:
+    """Raises `ConfigError` for what Megatron would silently compute otherwise than transformers."""
+    wanted = {
+        "hidden_act": ("silu",),
+        "mlp_bias": (False, None),
+        "use_sliding_window": (False, None),
+        "quantization_config": (None,),
+        # Llama and Qwen3 put this bias on the output projection as well, which has no counterpart here.
+        "attention_bias": (False, None),
+    }
+    for key, allowed in wanted.items():
+        value = values.get(key, allowed[0])
+        if value not in allowed:
+            raise ConfigError(
+                f"{path}: {key}={value!r} is not supported (supported: {allowed[0]!r}). Choose another model."
+            )
+
+
+def _rope(path: Path, values: dict[str, Any]) -> tuple[float, float | None]:
+    """Rope theta and Llama 3's scaling factor, from either of transformers' ways to write them."""
+    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    # Megatron's scaled rope has these three constants built in.
+    constants = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(parameters.get(key) == value for key, value in constants.items()):
+        return float(theta), float(parameters["factor"])
+    raise ConfigError(
+        f"{path}: rope scaling {kind!r} with {parameters} is not supported; supported are plain rope and Llama 3's with "
+        f"{constants}."
+    )

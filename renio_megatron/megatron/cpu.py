@@ -1,0 +1,127 @@
+"""Makes megatron-core run on a machine without CUDA, over gloo. Does nothing where CUDA is.
+
+megatron-core names the GPU in four ways; each gets one patch, and every call that needed one is counted in `CALLS`, so
+that a test notices when a new version asks for something else:
+
+    A  functions of torch.cuda (current_device, synchronize, RNG state, streams) and Tensor.cuda
+    B  literal device="cuda" and pin_memory=True in tensor factories: the listed modules see a stand-in for `torch`
+    C  the optimiser asks for type strings 'torch.cuda.FloatTensor': Tensor.type answers so, to that package alone
+
+The patches change torch for the whole process. They are installed at program start, never on import.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CALLS: collections.Counter[str] = collections.Counter()
+"""How often each patch was needed, by name."""
+
+_FACTORIES = (
+    "zeros ones empty full tensor arange rand randn randint eye linspace zeros_like ones_like empty_like full_like as_tensor"
+).split()
+
+_MODULES_WITH_LITERAL_CUDA = """
+    pipeline_parallel.schedules optimizer.optimizer optimizer.clip_grads optimizer.grad_scaler optimizer.distrib_optimizer
+    transformer.utils tensor_parallel.data distributed.param_and_grad_buffer utils models.common.embeddings.rope_utils
+    dist_checkpointing.exchange_utils dist_checkpointing.strategies.state_dict_saver
+""".split()
+
+_installed = False
+
+
+def install() -> None:
+    """Installs the patches, once per process; a no-op where CUDA is available."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    cpu = torch.device("cpu")
+    _replace(torch.cuda, "current_device", lambda *args, **kwargs: cpu)
+    _replace(torch.cuda, "synchronize", lambda *args, **kwargs: None)
+    _replace(torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(torch.cuda.random, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(torch.cuda, "current_stream", lambda *args, **kwargs: _NoStream())
+    _replace(torch.cuda, "default_stream", lambda *args, **kwargs: _NoStream())
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _report_cuda_types_to_the_optimizer()
+    stand_in = _TorchOnCpu()
+    for name in _MODULES_WITH_LITERAL_CUDA:
+        module = importlib.import_module("megatron.core." + name)
+        if getattr(module, "torch", None) is torch:
+            module.torch = stand_in  # type: ignore[attr-defined]
+
+
+class _NoStream:
+    """A CUDA stream where there is none: everything has happened already."""
+
+    def wait_stream(self, *args: Any) -> None:
+        """Returns at once."""
+
+    def wait_event(self, *args: Any) -> None:
+        """Returns at once."""
+
+    def synchronize(self) -> None:
+        """Returns at once."""
+
+    def record_event(self, *args: Any) -> _NoStream:
+        """Itself."""
+        return self
+
+
+class _TorchOnCpu(types.ModuleType):
+    """`torch`, but its tensor factories read device="cuda" as the CPU and do not pin memory."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            self.__dict__[name] = _on_cpu(getattr(torch, name), name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def __dir__(self) -> list[str]:
+        return dir(torch)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor], name: str) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            CALLS[f"torch.{name}(device='cuda')"] += 1
+            kwargs["device"] = "cpu"
+        if kwargs.pop("pin_memory", None):
+            CALLS[f"torch.{name}(pin_memory=True)"] += 1
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        CALLS[f"{getattr(owner, '__name__', owner)}.{name}"] += 1
+        return function(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def _report_cuda_types_to_the_optimizer() -> None:
+    real_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = real_type(self, *args, **kwargs)
+        if not args and not kwargs and isinstance(answer, str) and self.device.type == "cpu":
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("megatron.core.optimizer"):
+                CALLS["Tensor.type()"] += 1
+                return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_  # type: ignore[method-assign]

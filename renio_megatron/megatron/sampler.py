@@ -1,0 +1,176 @@
+"""Draws completions from the present student with Megatron's model and a key-value cache, under TP and PP.
+
+Rows are decoded from the shortest prompt on: where a row's prompt is longer, its own tokens are fed instead of drawn ones,
+so no padding ever stands before a completion. Uniform random numbers are a function of (seed, stream, prompt, position),
+and every tensor rank draws from the same gathered logits, so all layouts draw the same completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+
+from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.pipeline import broadcast_from_last_stage
+from renio_megatron.parallel.vocab import gather_columns
+from renio_megatron.records import Decoding, Prompt, Rollout
+
+
+class MegatronSampler:
+    """Continues the student's view of prompts."""
+
+    def __init__(
+        self, part: ModelPart, *, seed: int, temperature: float, stop_ids: Sequence[int], pad_id: int
+    ) -> None:
+        """Samples from `part` as it is at each call.
+
+        Args:
+            part: the student.
+            seed: of the draws.
+            temperature: the loss temperature: returned log-probabilities are at it, whatever the sampling temperature.
+            stop_ids: tokens that end a completion.
+            pad_id: fed to rows that have ended; without effect on the others.
+        """
+        self._part = part
+        self._seed = seed
+        self._temperature = temperature
+        self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=part.layout.device)
+        self._pad_id = pad_id
+
+    def sample(self, prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...]) -> list[Rollout]:
+        """One completion of each prompt, in order.
+
+        Args:
+            prompts: this rank's prompts.
+            decoding: how to draw.
+            stream: non-negative integers, for example (step,); another stream draws other completions.
+        """
+        size = decoding.micro_batch_size or len(prompts)
+        # Neighbours in length decode together: less forced feeding of prompt tokens.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
+        rollouts: list[Rollout | None] = [None] * len(prompts)
+        module, was_training = self._part.module, self._part.module.training
+        module.eval()
+        try:
+            for start in range(0, len(order), size):
+                chosen = order[start : start + size]
+                for i, rollout in zip(
+                    chosen, self._decode([prompts[i] for i in chosen], decoding, stream), strict=True
+                ):
+                    rollouts[i] = rollout
+        finally:
+            module.train(was_training)
+        return [rollout for rollout in rollouts if rollout is not None]
+
+    @torch.no_grad()
+    def _decode(self, prompts: list[Prompt], decoding: Decoding, stream: tuple[int, ...]) -> list[Rollout]:
+        """Completions of prompts that share a cache."""
+        part, device = self._part, self._part.layout.device
+        count, limit = len(prompts), decoding.max_completion_length
+        lengths = torch.tensor([len(prompt.student_ids) for prompt in prompts], device=device)
+        total = int(lengths.max()) + limit
+        tokens = torch.full((count, total), self._pad_id, dtype=torch.int64, device=device)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt.student_ids)] = torch.tensor(prompt.student_ids, device=device)
+        uniform = torch.from_numpy(self._uniform(prompts, limit, stream)).to(device)
+        logp = torch.zeros(count, total, dtype=torch.float32, device=device)
+        ended = torch.zeros(count, dtype=torch.bool, device=device)
+        ends = lengths + limit
+        cache = StaticInferenceContext(count, total)
+
+        fed, known = 0, int(lengths.min())
+        while known < total and not bool(ended.all()):
+            hidden = self._forward(tokens[:, fed:known], fed, cache)
+            drawn = torch.zeros(count, dtype=torch.int64, device=device)
+            if hidden is not None:
+                logits = gather_columns(part.head_logits(hidden), part.shard).float()
+                position = (known - lengths).clamp(min=0, max=limit - 1)
+                drawn = draw(logits, uniform.gather(1, position[:, None])[:, 0], decoding)
+                logp[:, known] = (logits / self._temperature).log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+            drawn = broadcast_from_last_stage(drawn, part.layout)
+            active = (known >= lengths) & ~ended
+            tokens[:, known] = torch.where(active, drawn, tokens[:, known])
+            stopped = active & torch.isin(drawn, self._stop_ids)
+            ends = torch.where(stopped, known + 1, ends)
+            ended |= stopped | (known + 1 >= ends)
+            fed, known = known, known + 1
+        logp = broadcast_from_last_stage(logp, part.layout).cpu()
+        return self._rollouts(prompts, tokens.cpu(), logp, ends.cpu())
+
+    def _rollouts(
+        self, prompts: list[Prompt], tokens: torch.Tensor, logp: torch.Tensor, ends: torch.Tensor
+    ) -> list[Rollout]:
+        stops = set(self._stop_ids.tolist())
+        rollouts = []
+        for row, prompt in enumerate(prompts):
+            piece = slice(len(prompt.student_ids), int(ends[row]))
+            ids = tuple(tokens[row, piece].tolist())
+            rollouts.append(Rollout(prompt, ids, logp[row, piece].clone(), finished=ids[-1] in stops))
+        return rollouts
+
+    def _forward(self, token_ids: torch.Tensor, start: int, cache: StaticInferenceContext) -> torch.Tensor | None:
+        """One pass over all stages; the last position's final hidden states [b, H] on the last stage, elsewhere None."""
+        part, pipeline = self._part, self._part.layout.pipeline
+        rows, length = token_ids.shape
+        if start:
+            cache.enable_decode_mode()
+        if not pipeline.is_first:
+            received = torch.empty(
+                length, rows, part.config.hidden_size, dtype=part.config.params_dtype, device=token_ids.device
+            )
+            dist.recv(received, pipeline.ranks[pipeline.rank - 1])
+            part.module.set_input_tensor(received)
+        positions = torch.arange(start, start + length, device=token_ids.device).expand(rows, -1)
+        output = part.module(token_ids, positions, None, inference_context=cache, runtime_gather_output=True)
+        cache.sequence_len_offset += length
+        if not pipeline.is_last:
+            dist.send(output.contiguous(), pipeline.ranks[pipeline.rank + 1])
+            return None
+        return output[:, -1]
+
+    def _uniform(self, prompts: list[Prompt], count: int, stream: tuple[int, ...]) -> np.ndarray:
+        """Uniform numbers in [0, 1), fp64 [prompts, count]; the first n of a row do not depend on `count`."""
+        rows = []
+        for prompt in prompts:
+            entropy = np.random.SeedSequence([self._seed, *stream, prompt.index])
+            rows.append(np.random.Generator(np.random.Philox(entropy)).random(count))
+        return np.stack(rows)
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    """A token of each row by inverting the cumulative distribution.
+
+    Args:
+        logits: fp32 [b, V].
+        uniform: [b] in [0, 1).
+        decoding: temperature (0: the largest logit), then top-k, then top-p.
+
+    Returns:
+        int64 [b].
+    """
+    if decoding.temperature == 0:
+        return logits.argmax(-1)
+    probability = (logits.double() / decoding.temperature).softmax(-1)
+    if decoding.top_k is None and decoding.top_p is None:
+        return _invert(probability, uniform)
+    probability, order = probability.sort(dim=-1, descending=True, stable=True)
+    if decoding.top_k is not None:
+        probability[:, decoding.top_k :] = 0.0
+    if decoding.top_p is not None:
+        probability /= probability.sum(-1, keepdim=True)
+        before = probability.cumsum(-1) - probability
+        probability = torch.where(before < decoding.top_p, probability, 0.0)
+    return order.gather(1, _invert(probability, uniform)[:, None])[:, 0]
+
+
+def _invert(probability: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Index whose cumulative interval holds uniform x total; never one of probability 0."""
+    cumulative = probability.cumsum(-1)
+    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    last = probability.shape[-1] - 1 - (probability.flip(-1) > 0).int().argmax(-1)
+    return torch.minimum(index, last)

@@ -1,0 +1,83 @@
+"""Joins the world: backend, process groups, seeds, and the `Layout` that the rest of the package sees."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron.errors import LayoutError
+from renio_megatron.megatron import cpu
+from renio_megatron.parallel.layout import Axis, Layout, backend_and_device
+from renio_megatron.settings import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+
+def start(parallel: ParallelConfig, *, seed: int) -> Layout:
+    """Initialises torch.distributed and Megatron's process groups; returns this rank's layout.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. May be called again in the
+    same process: groups of another layout are then made anew.
+
+    Args:
+        parallel: sizes of the model axes; the data-parallel size is what remains of the world.
+        seed: of Megatron's random-number trackers.
+
+    Raises:
+        LayoutError: sizes that do not divide the world.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    backend, device = backend_and_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+        dist.init_process_group(backend, timeout=timeout)
+    world_size = dist.get_world_size()
+    if world_size % parallel.model_ranks:
+        raise LayoutError(
+            f"one copy of the model takes {parallel.model_ranks} ranks (tensor x pipeline x context), which does not "
+            f"divide the {world_size} ranks of this job. Start a multiple of {parallel.model_ranks}."
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=int(max(1, parallel.distributed_timeout_minutes)),
+    )
+    # No layer draws random numbers in training (dropout is 0), so the null tracker serves, on the CPU as well.
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        context=_axis(parallel_state.get_context_parallel_group()),
+        device=device,
+    )
+
+
+def stop() -> None:
+    """Leaves the world."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(group.size(), group.rank(), group, tuple(dist.get_process_group_ranks(group)))

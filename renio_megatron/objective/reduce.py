@@ -1,0 +1,35 @@
+"""From tokens to sequences to the batch. Denominators are arguments, never computed here."""
+
+from __future__ import annotations
+
+import torch
+
+
+def tokens_per_sequence(owner_N: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """Number of tokens of each sequence, int64 [B]; 0 for a sequence without tokens here.
+
+    >>> tokens_per_sequence(torch.tensor([0, 2, 2]), 3).tolist()
+    [1, 0, 2]
+    """
+    return torch.bincount(owner_N, minlength=num_sequences)
+
+
+def token_scale(
+    weights_B: torch.Tensor, lengths_B: torch.Tensor, owner_N: torch.Tensor, *, denominator: torch.Tensor | float
+) -> torch.Tensor:
+    """What each token's divergence is multiplied by in the loss: weight / (tokens of its sequence x denominator).
+
+    Args:
+        weights_B: sample weights [B].
+        lengths_B: tokens of each whole sequence [B]; 0 only where `owner_N` names no token.
+        owner_N: sequence of each token, int64 [N].
+        denominator: sequences of the optimiser step, whatever ranks they are on.
+
+    Returns:
+        [N], dtype of `weights_B`.
+
+    >>> token_scale(torch.tensor([2.0, 1.0]), torch.tensor([4, 1]), torch.tensor([0, 1]), denominator=2.0).tolist()
+    [0.25, 0.5]
+    """
+    per_token = weights_B / lengths_B.clamp(min=1).to(weights_B.dtype) / denominator
+    return per_token[owner_N]

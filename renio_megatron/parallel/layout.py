@@ -1,0 +1,65 @@
+"""Who a rank is: its place on every mesh axis, its device and its backend. No Megatron here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A rank's place on one mesh axis.
+
+    Attributes:
+        size, rank: ranks on the axis, and this one's index among them.
+        group: the process group along the axis; None where nothing is distributed.
+        ranks: global ranks along the axis, in order.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    ranks: tuple[int, ...] = (0,)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank opens the axis."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank closes the axis."""
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mesh around a rank.
+
+    Attributes:
+        rank, world_size: global.
+        tensor, pipeline, data, context: the axes; `data` never holds context-parallel ranks.
+        device: where this rank computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    tensor: Axis = Axis()
+    pipeline: Axis = Axis()
+    data: Axis = Axis()
+    context: Axis = Axis()
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the job: logs, metrics, files."""
+        return self.rank == 0
+
+
+def backend_and_device(local_rank: int) -> tuple[str, torch.device]:
+    """Backend and device of a rank: NCCL on its own GPU where CUDA is, else gloo on the CPU."""
+    if torch.cuda.is_available():
+        return "nccl", torch.device("cuda", local_rank % torch.cuda.device_count())
+    return "gloo", torch.device("cpu")

@@ -1,0 +1,180 @@
+"""Which settings a recipe must give, and which have no effect beside others: tables of rules.
+
+A setting that would be ignored is an error, because whoever wrote it believes that it acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.settings.checks import require_choice
+
+# Names that are looked up in tables of modules which import torch; repeated here so that a typo is found without it.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "weighting.name": ("renio", "uniform"),
+    "data.source": ("modchain", "jsonl", "datasets", "reasoning_gym"),
+    "data.grader": ("modchain", "number", "reasoning_gym", "none"),
+}
+
+
+@dataclass(frozen=True)
+class _Ignored:
+    """Keys that have no effect where `when(config)` holds."""
+
+    keys: tuple[str, ...]
+    when: Callable[[Any], bool]
+    because: str
+
+
+@dataclass(frozen=True)
+class _Needed:
+    """A key that must not be null where `when(config)` holds."""
+
+    key: str
+    when: Callable[[Any], bool]
+    because: str
+
+
+def _reads_files(config: Any) -> bool:
+    return config.data.source in ("jsonl", "datasets")
+
+
+_IGNORED_BY_ALL = (
+    _Ignored(
+        ("data.path", "data.eval_path", "data.problem_key", "data.solution_key", "data.answer_key"),
+        lambda config: not _reads_files(config),
+        "only the sources jsonl and datasets read records",
+    ),
+    _Ignored(
+        ("data.task", "data.size"),
+        lambda config: config.data.source != "reasoning_gym",
+        "only data.source=reasoning_gym generates problems of a task",
+    ),
+    _Ignored(
+        ("data.enable_thinking", "data.teacher_enable_thinking"),
+        lambda config: not config.data.chat,
+        "data.chat is false and no chat template is applied",
+    ),
+    _Ignored(
+        (
+            "data.eval_path",
+            "evaluate.samples",
+            "evaluate.temperature",
+            "evaluate.max_completion_length",
+        ),
+        lambda config: config.evaluate.every == 0,
+        "evaluate.every is 0 and nothing is evaluated",
+    ),
+    _Ignored(
+        ("train.min_lr",),
+        lambda config: config.train.lr_decay_style == "constant",
+        "train.lr_decay_style is constant and the rate does not decay",
+    ),
+)
+_IGNORED_BY_TRAIN = (
+    _Ignored(
+        ("weighting.normalise", "weighting.group_size", "weighting.ema_decay", "weighting.cap"),
+        lambda config: config.weighting.name == "uniform",
+        "weighting.name is uniform and every weight is 1",
+    ),
+    _Ignored(
+        ("weighting.group_size",),
+        lambda config: config.weighting.normalise != "group",
+        "weighting.normalise is not group",
+    ),
+    _Ignored(
+        ("weighting.ema_decay",),
+        lambda config: config.weighting.normalise != "ema",
+        "weighting.normalise is not ema",
+    ),
+    _Ignored(
+        ("weighting.cap",),
+        lambda config: config.weighting.normalise in ("ema", "none"),
+        "weights are capped only after weighting.normalise=batch or group",
+    ),
+    _Ignored(
+        ("loss.entry_floor",),
+        lambda config: config.loss.entry_clip is None,
+        "loss.entry_clip is null, which switches both bounds off",
+    ),
+    _Ignored(
+        ("teacher.model",),
+        lambda config: config.teacher.kind == "self",
+        "teacher.kind is self and the teacher is the student's initial weights",
+    ),
+)
+_IGNORED_BY_SFT = (
+    _Ignored(
+        ("data.teacher_template", "data.teacher_enable_thinking"),
+        lambda config: True,
+        "supervised fine-tuning has no teacher",
+    ),
+)
+_IGNORED = {"train": (*_IGNORED_BY_TRAIN, *_IGNORED_BY_ALL), "sft": (*_IGNORED_BY_SFT, *_IGNORED_BY_ALL)}
+
+_NEEDED_BY_ALL = (
+    _Needed("data.path", _reads_files, "the sources jsonl and datasets read records from it"),
+    _Needed(
+        "data.eval_path",
+        lambda config: _reads_files(config) and config.evaluate.every > 0,
+        "evaluate.every is above 0 and held-out problems are read from it; evaluate.every=0 does without",
+    ),
+    _Needed(
+        "data.task",
+        lambda config: config.data.source == "reasoning_gym",
+        "it names the generator of reasoning_gym, for example gsm_symbolic",
+    ),
+)
+_NEEDED_BY_SFT = (
+    _Needed(
+        "evaluate.max_completion_length",
+        lambda config: config.evaluate.every > 0,
+        "a fine-tuning recipe has no rollout.max_completion_length to follow; evaluate.every=0 does without",
+    ),
+)
+_NEEDED = {"train": _NEEDED_BY_ALL, "sft": (*_NEEDED_BY_ALL, *_NEEDED_BY_SFT)}
+
+
+def check_settings(kind: str, config: Any, explicit: frozenset[str]) -> None:
+    """Raises `ConfigError` for names that no table knows, settings that are missing and settings without effect.
+
+    Args:
+        kind: `train` or `sft`.
+        config: the RunConfig or SftConfig.
+        explicit: dotted keys that were set to something other than null.
+    """
+    for key, choices in CHOICES.items():
+        if hasattr(config, key.partition(".")[0]) and (value := _value(config, key)) is not None:
+            require_choice(key, value, choices)
+    _check_needed(kind, config)
+    _check_ignored(kind, config, explicit)
+
+
+def _check_needed(kind: str, config: Any) -> None:
+    for rule in _NEEDED[kind]:
+        if _value(config, rule.key) is None and rule.when(config):
+            raise ConfigError(f"{rule.key} is missing: {rule.because}.")
+
+
+def _check_ignored(kind: str, config: Any, explicit: frozenset[str]) -> None:
+    """Names every key that was set and has no effect, each with the first reason that holds."""
+    reasons: dict[str, str] = {}
+    for rule in _IGNORED[kind]:
+        for key in rule.keys:
+            if key in explicit and rule.when(config):
+                reasons.setdefault(key, rule.because)
+    if reasons:
+        raise ConfigError(
+            "\n".join(
+                f"{key} is set but would be ignored: {because}. Remove it or set it to null."
+                for key, because in reasons.items()
+            )
+        )
+
+
+def _value(config: Any, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)

@@ -1,0 +1,129 @@
+"""The values that travel between the rooms of the package, and the legend of shapes.
+
+Legend, used as a suffix of tensor names all over the package:
+
+    N   completion tokens of a batch, flat: sequence after sequence, no padding
+    B   sequences
+    V   vocabulary, always the global one (without padding columns)
+    L   local width of a vocabulary shard (padding columns included)
+    S   padded length of the rows of a micro-batch (prompt and completion)
+    H   hidden size
+
+Log-probabilities are natural logarithms; log ratios and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem as the student and the teacher see it.
+
+    Example: modchain's ``^7+5*3=`` has ``student_ids == teacher_ids`` (7 tokens) and ``answer == "6"``; under
+    self-distillation ``teacher_ids`` also holds the worked solution and is longer.
+
+    Attributes:
+        index: position in the run's endless order of prompts; with the seed it names the prompt.
+        student_ids, teacher_ids: token ids of the two views, without any completion.
+        answer: what the grader compares a completion with; None where completions cannot be graded.
+        completion_ids: a given completion (end token included) for supervised fine-tuning; None otherwise.
+        metadata: whatever the grader needs beyond the answer.
+    """
+
+    index: int
+    student_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+    answer: str | None = None
+    completion_ids: tuple[int, ...] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt and one completion of it.
+
+    Attributes:
+        prompt: the prompt that was continued.
+        completion_ids: token ids, at least one; the end token is the last one where the sampler drew it.
+        logp: log-probability of each token under the student that drew it, at the loss temperature and before
+            top-p and top-k, fp32 [len(completion_ids)] on the CPU; None where the completion was given.
+        finished: whether the end token was drawn (False: cut at ``max_completion_length``).
+    """
+
+    prompt: Prompt
+    completion_ids: tuple[int, ...]
+    logp: torch.Tensor | None = None
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_p, top_k: None keeps every token.
+        max_completion_length: tokens after which a completion is cut.
+        micro_batch_size: sequences decoded at a time; None: all.
+    """
+
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    max_completion_length: int
+    micro_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some sequences as the model reads them: rows of prompt + completion, padded on the right only.
+
+    Row ``i`` is ``prompt_i + completion_i`` without the last token, which nothing is predicted from. The next-token
+    shift happens once, here: the hidden state at flat position ``row_index[n]`` (row-major over [B, S]) predicts
+    ``target_ids[n]``, which belongs to sequence ``owner[n]`` of this micro-batch.
+
+    Example: prompt (5, 6), completion (7, 8): the row is (5, 6, 7), row_index (1, 2), target_ids (7, 8).
+
+    Attributes:
+        token_ids: int64 [B, S].
+        position_ids: int64 [B, S], 0, 1, 2, ... in each row.
+        row_index, target_ids, owner: int64 [N].
+        lengths: completion tokens of each sequence, int64 [B].
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    row_index: torch.Tensor
+    target_ids: torch.Tensor
+    owner: torch.Tensor
+    lengths: torch.Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in this micro-batch, B."""
+        return self.token_ids.shape[0]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on `device`."""
+        return MicroBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What a teacher says about a rank's rollouts.
+
+    Attributes:
+        logp: log-probability of each sampled token at the loss temperature, fp32 [N], equal on all ranks that share the
+            sequences.
+        payload: what the loss needs to rebuild the teacher's distribution, a value for each micro-batch: final hidden
+            states at completion rows, [N of the micro-batch, H of the teacher]. Empty on ranks that compute no loss.
+    """
+
+    logp: torch.Tensor
+    payload: Sequence[torch.Tensor]

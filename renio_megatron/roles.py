@@ -1,0 +1,73 @@
+"""The parts of a training step, as protocols: what an algorithm may ask of whoever plays them.
+
+Sequences are a rank's own (its data-parallel share); every rank that shares them calls the same methods in the same order
+and gets the same values, whichever stage computed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from renio_megatron.metrics import Tally
+from renio_megatron.parallel.vocab import VocabShard
+from renio_megatron.records import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
+
+
+class Sampler(Protocol):
+    """Draws completions from the present student."""
+
+    def sample(self, prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...]) -> list[Rollout]:
+        """One completion of each prompt, in order; a pure function of the weights, the prompts and `stream`."""
+        ...
+
+
+class Teacher(Protocol):
+    """Scores completions, and rebuilds its distribution for the loss."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
+        """Log-probabilities of the sampled tokens and the payload of each micro-batch."""
+        ...
+
+    def logits(self, payload: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits at the student's columns, [N of the micro-batch, L], without gradient."""
+        ...
+
+
+class StepLoss(Protocol):
+    """The loss of one micro-batch; called where the student's logits are."""
+
+    def __call__(
+        self, index: int, micro_batch: MicroBatch, logits: torch.Tensor, shard: VocabShard
+    ) -> tuple[torch.Tensor, float, Tally]:
+        """(sum of the loss, its share of the step's denominator, metrics) of micro-batch `index`; logits are [N, L].
+
+        The gradient of the step is that of (all sums) / (all denominators), over every micro-batch and rank.
+        """
+        ...
+
+
+class Learner(Protocol):
+    """Holds the student's weights and optimiser."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        """log p_S of each sampled token at the loss temperature, forward-only, nats fp32 [N]."""
+        ...
+
+    def update(self, rollouts: Sequence[Rollout], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
+        """One optimiser step; returns the step's loss metrics, equal on every rank."""
+        ...
+
+
+class Keeper(Protocol):
+    """Saves and restores everything a run needs to go on."""
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes weights, optimiser, random numbers and `state` as the checkpoint of `step`."""
+        ...
+
+    def load(self) -> tuple[int, dict[str, Any]] | None:
+        """Restores the newest whole checkpoint; its step and state, or None where there is none."""
+        ...

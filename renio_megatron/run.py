@@ -1,0 +1,85 @@
+"""One run on this rank, from its recipe to its finished directory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from renio_megatron.build import build_trainer, read_inputs
+from renio_megatron.config import Recipe
+from renio_megatron.errors import RenioError
+from renio_megatron.megatron.start import start
+from renio_megatron.metrics import JsonlSink, TensorBoardSink
+from renio_megatron.parallel.layout import Layout
+from renio_megatron.rundir import RunDirectory
+from renio_megatron.trainer import Observer
+
+logger = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
+
+ProgressMaker = Callable[[str, int], AbstractContextManager[Any]]
+"""(title, steps of the run) -> a context manager whose value has `update(step, metrics)`."""
+
+
+def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMaker | None = None) -> str:
+    """Carries a run to its end, from its start or its newest checkpoint.
+
+    Args:
+        recipe: checked settings.
+        fresh: move an earlier run in the same directory aside first.
+        title: for the progress line.
+        progress: shows the run's progress, on the first rank.
+
+    Returns:
+        `finished` where the run was complete before this call, `resumed` or `new` where this call completed it.
+
+    Raises:
+        RenioError: with the attribute `shared` set where every rank raises the same.
+    """
+    config = recipe.config
+    try:
+        inputs = read_inputs(config)
+    except RenioError as error:
+        error.shared = True  # type: ignore[attr-defined]
+        raise
+    layout = start(config.parallel, seed=config.train.seed)
+    directory = RunDirectory(config.output_dir)
+    state = on_main_rank(layout, lambda: directory.open(recipe, fresh))
+    if state == "finished":
+        return "finished"
+    observers: list[Observer] = []
+    trainer = build_trainer(config, inputs, layout, directory.checkpoints, observers)
+    step = trainer.resume()
+    with ExitStack() as stack:
+        if layout.is_main:
+            for sink in (
+                JsonlSink(directory.metrics, purge_step=step + 1 if step else 0),
+                TensorBoardSink(directory.tensorboard, purge_step=step + 1 if step else 0),
+            ):
+                stack.callback(sink.close)
+                observers.append(sink.write)
+            if progress is not None:
+                observers.append(stack.enter_context(progress(title, config.train.train_iters)).update)
+        metrics = trainer.run()
+    on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **metrics}))
+    return "resumed" if step else "new"
+
+
+def on_main_rank(layout: Layout, action: Callable[[], _Value]) -> _Value:
+    """The result of `action`, run on the first rank alone; its error is raised on every rank, marked as shared."""
+    outcome: list[Any] = [None, None]
+    if layout.is_main:
+        try:
+            outcome[0] = action()
+        except RenioError as error:
+            outcome[1] = error
+    if layout.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        outcome[1].shared = True
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,174 @@
+"""The directory of a run: its settings, metrics and checkpoints, and whether it is finished. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from renio_megatron.config import Recipe, differences, to_yaml
+from renio_megatron.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """Paths and small files of one run; every file is written in one piece or not at all.
+
+    Attributes:
+        path: the directory.
+        config: `config.yaml`, every setting of the run.
+        metrics: `metrics.jsonl`, one record a line, each with its `step`.
+        checkpoints, tensorboard: directories, made by those who write them.
+        finished: `finished.json`, there once the run is complete.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.finished = self.path / "finished.json"
+
+    def open(self, recipe: Recipe, fresh: bool) -> str:
+        """The state of the run: `new`, `unfinished` (to be continued) or `finished`.
+
+        A new directory gets its `config.yaml`. Parents are made for a relative path only: a missing parent of an
+        absolute one is more likely a typo or a disk that is not mounted.
+
+        Args:
+            recipe: the present recipe; an existing directory must hold the same settings.
+            fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
+
+        Raises:
+            ConfigError: the directory belongs to a run with other settings; nothing was changed.
+            CheckpointError: the directory cannot be made, read or written.
+        """
+        try:
+            self._check_place()
+            if fresh and self.config.is_file():
+                self._move_aside()
+            if self.config.is_file():
+                self._check_same(recipe)
+                if not os.access(self.path, os.W_OK | os.X_OK):
+                    raise PermissionError("it is not writable")
+                return "finished" if self.is_finished() else "unfinished"
+            self.path.mkdir(parents=not self.path.is_absolute(), exist_ok=True)
+            _write(self.config, to_yaml(recipe.config))
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir {str(self.path)!r} cannot be used: {error.strerror or error}. "
+                "Give a directory that you may write to."
+            ) from error
+        return "new"
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint; None where there is none.
+
+        Raises:
+            CheckpointError: the tracker file does not hold a step.
+        """
+        tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
+        if not tracker.is_file():
+            return None
+        text = tracker.read_text(encoding="utf-8").strip()
+        if not text.isdecimal():
+            raise CheckpointError(
+                f"{tracker} should hold the step of the newest checkpoint; got {text[:40]!r}. "
+                "Write the number of an iter_ directory beside it into it, or start again with --fresh."
+            )
+        return int(text)
+
+    def is_finished(self) -> bool:
+        """Whether `mark_finished` was called for this run."""
+        return self.finished.is_file()
+
+    def mark_finished(self, summary: Mapping[str, Any]) -> None:
+        """Writes `finished.json` with the summary."""
+        _write(self.finished, json.dumps(summary, indent=2) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops the metrics of steps after `step`, and lines that a killed run left half-written.
+
+        To be called before a run continues from the checkpoint of `step`; -1 drops every step.
+        """
+        if not self.metrics.is_file():
+            return
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _is_record_until(line, step)]
+        if len(kept) < len(lines):
+            _write(self.metrics, "".join(kept))
+
+    def _check_place(self) -> None:
+        """Raises `CheckpointError` where the directory exists and is none of ours, or has no place to be made."""
+        parent = self.path.parent
+        if self.path.is_dir():
+            strangers = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
+            if strangers and not self.config.is_file():
+                raise CheckpointError(
+                    f"output_dir {str(self.path)!r} is not empty and is no run directory: "
+                    f"it holds {strangers[0]!r} and no config.yaml. "
+                    "Choose another output_dir, or move its contents away."
+                )
+        elif self.path.exists() or self.path.is_symlink():
+            raise CheckpointError(f"output_dir {str(self.path)!r} is a file. Choose another output_dir, or remove it.")
+        elif self.path.is_absolute() and not parent.is_dir():
+            raise CheckpointError(
+                f"output_dir {str(self.path)!r}: the directory {str(parent)!r} does not exist. "
+                "Make it, or correct output_dir."
+            )
+
+    def _check_same(self, recipe: Recipe) -> None:
+        """Raises `ConfigError` where the directory's settings are not the recipe's."""
+        try:
+            changed = differences(self.config.read_text(encoding="utf-8"), recipe.config)
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{self.config} cannot be read: {error} "
+                "Restore it, choose another output_dir, or start again with --fresh."
+            ) from error
+        if changed:
+            listing = "".join(f"\n  {line}" for line in changed)
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} holds a run with other settings:{listing}\n"
+                "Use the old settings to continue it, choose another output_dir, or move it aside with --fresh."
+            )
+
+    def _move_aside(self) -> None:
+        """Renames the directory to the first free `<name>.previous-K`."""
+        number = 1
+        directory = self.path.resolve()
+        while (target := directory.with_name(f"{directory.name}.previous-{number}")).exists():
+            number += 1
+        directory.rename(target)
+        logger.warning("the earlier run was moved to %s", target)
+
+
+def _is_record_until(line: str, step: int) -> bool:
+    """Whether a line of metrics is a complete record of at most this step; records without a step are kept."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and record.get("step", step) <= step
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file through a hidden one beside it, so that no reader and no crash sees a half-written one."""
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}. Check the disk and its permissions."
+        ) from error

@@ -1,0 +1,25 @@
+"""Typed settings of every component: values and their ranges, no behaviour."""
+
+from renio_megatron.settings.loss import LossConfig
+from renio_megatron.settings.run import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from renio_megatron.settings.weighting import WeightingConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "LossConfig",
+    "ParallelConfig",
+    "RolloutConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "WeightingConfig",
+]

@@ -1,0 +1,21 @@
+"""Two checks that several settings share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from renio_megatron.errors import ConfigError
+
+
+def require_positive(section: str, **values: float | None) -> None:
+    """Raises `ConfigError` for the first value that is not above 0; None passes."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{section}.{name} must be above 0; got {value}.")
+
+
+def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raises `ConfigError` where `value` is not one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")

@@ -1,0 +1,46 @@
+"""Settings of the divergence between teacher and student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from renio_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The divergence of a token, D(teacher, student).
+
+    Attributes:
+        beta: 0 is forward KL(T||S), 1 is reverse KL(S||T), between them the generalised Jensen-Shannon divergence with
+            the mixture (1 - beta) S + beta T.
+        temperature: both models' logits are divided by it; also the temperature of the log ratios.
+        entry_clip: upper bound, in nats, of every vocabulary entry of the divergence before the sum over the
+            vocabulary; None switches both bounds off. The authors' release uses 0.05.
+        entry_floor: lower bound of every entry, in force together with `entry_clip`; None bounds from above only. The
+            release uses 0, which also drops the entries where the student is surer than the teacher (forward KL).
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    beta: float = 0.0
+    temperature: float = 1.0
+    entry_clip: float | None = None
+    entry_floor: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise ConfigError(f"loss.beta must lie in [0, 1] (0: forward KL, 1: reverse KL); got {self.beta}.")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ConfigError(f"loss.temperature must be positive and finite; got {self.temperature}.")
+        if self.entry_clip is not None and not self.entry_clip > 0.0:
+            raise ConfigError(
+                f"loss.entry_clip must be positive, or null for no bounds; got {self.entry_clip}. "
+                "The paper's recipes use 0.05."
+            )
+        if self.entry_clip is not None and self.entry_floor is not None and not self.entry_floor <= 0.0:
+            raise ConfigError(
+                f"loss.entry_floor must be at most 0, or null for no lower bound; got {self.entry_floor}. "
+                "A positive floor would add to the divergence of equal distributions."
+            )

@@ -1,0 +1,223 @@
+"""Settings of a run's parts other than the objective. Megatron's own names are kept where Megatron has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.settings.checks import require_choice, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Who scores the student's completions.
+
+    Attributes:
+        kind: `separate`, a frozen model of its own; `self`, the student's initial weights, frozen, reading the teacher's
+            view of the prompt (`data.teacher_template`).
+        model: Hugging Face directory of a separate teacher.
+    """
+
+    kind: str = "separate"
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("teacher.kind", self.kind, ("separate", "self"))
+        if self.kind == "separate" and self.model is None:
+            raise ConfigError("teacher.kind=separate needs teacher.model, the teacher's Hugging Face directory.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where problems come from and how the two models see them.
+
+    Attributes:
+        source: `modchain`, `jsonl`, `datasets` or `reasoning_gym`.
+        seed: order of the problems, and their choice where they are generated.
+        path: file (`jsonl`) or directory written by `datasets.save_to_disk` (`datasets`).
+        eval_path: the same for evaluation; the generated sources need none.
+        task: generator of `reasoning_gym`, for example `gsm_symbolic`.
+        size: number of problems that `reasoning_gym` generates before they repeat.
+        problem_key, solution_key, answer_key: columns of a record. The solution and the answer may be missing.
+        student_template, teacher_template: text of the prompt, with the fields {problem} and {solution}; a null
+            teacher_template is the student's.
+        chat: wrap the prompt by the tokenizer's chat template.
+        enable_thinking: passed to the chat template of tokenizers that know it; null leaves it out.
+        teacher_enable_thinking: the same for the teacher's view; null follows enable_thinking.
+        grader: `modchain`, `number` (the last number of the completion), `reasoning_gym`, `none`, or null: what the
+            source brings.
+        max_prompt_length: longer prompts are refused, in tokens.
+    """
+
+    source: str = "modchain"
+    seed: int = 1
+    path: str | None = None
+    eval_path: str | None = None
+    task: str | None = None
+    size: int | None = None
+    problem_key: str = "problem"
+    solution_key: str = "solution"
+    answer_key: str = "answer"
+    student_template: str = "{problem}"
+    teacher_template: str | None = None
+    chat: bool = False
+    enable_thinking: bool | None = None
+    teacher_enable_thinking: bool | None = None
+    grader: str | None = None
+    max_prompt_length: int = 4096
+
+    def __post_init__(self) -> None:
+        require_positive("data", size=self.size, max_prompt_length=self.max_prompt_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the student writes its completions.
+
+    Attributes:
+        temperature: divides the logits before sampling.
+        top_p: keep the smallest set of tokens with at least this probability; null keeps all.
+        top_k: keep this many tokens; null keeps all.
+        max_completion_length: tokens after which a completion is cut; training on the prefix is this and nothing else.
+        student_scores: `sampler` takes the student's log-probabilities from sampling, `recompute` from a forward-only
+            pass before the update.
+        micro_batch_size: sequences sampled at a time, null: all of the rank's.
+    """
+
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    max_completion_length: int = 1024
+    student_scores: str = "sampler"
+    micro_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "rollout",
+            temperature=self.temperature,
+            top_k=self.top_k,
+            max_completion_length=self.max_completion_length,
+            micro_batch_size=self.micro_batch_size,
+        )
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"rollout.top_p must lie in (0, 1], or be null; got {self.top_p}.")
+        require_choice("rollout.student_scores", self.student_scores, ("sampler", "recompute"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the model. The data-parallel size is what remains of the world.
+
+    Attributes:
+        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size, sequence_parallel: as in
+            Megatron.
+        make_vocab_size_divisible_by: as in Megatron; the padded vocabulary is a multiple of this times the
+            tensor-parallel size.
+        distributed_timeout_minutes: after this long a rank that waits for a dead one gives up.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    make_vocab_size_divisible_by: int = 1
+    distributed_timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        require_positive("parallel", **{key: value for key, value in vars(self).items() if not isinstance(value, bool)})
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimiser and the size of its steps.
+
+    Attributes:
+        train_iters: optimiser steps of the whole run.
+        global_batch_size: sequences of one optimiser step over all ranks.
+        micro_batch_size: sequences of one forward pass.
+        lr, min_lr, lr_warmup_iters, lr_decay_style (`constant`, `linear`, `cosine`), weight_decay, adam_beta1,
+            adam_beta2, adam_eps, clip_grad (0: no clipping), bf16: as in Megatron.
+        seed: of the sampler's draws and of random weights.
+    """
+
+    train_iters: int = 100
+    global_batch_size: int = 32
+    micro_batch_size: int = 1
+    lr: float = 5.0e-6
+    min_lr: float = 0.0
+    lr_warmup_iters: int = 0
+    lr_decay_style: str = "constant"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1.0e-8
+    clip_grad: float = 1.0
+    bf16: bool = False
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "train",
+            train_iters=self.train_iters,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            lr=self.lr,
+            adam_eps=self.adam_eps,
+        )
+        require_choice("train.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine"))
+        if self.seed < 0:
+            raise ConfigError(f"train.seed must be at least 0; got {self.seed}.")
+        if not 0 <= self.lr_warmup_iters < self.train_iters:
+            raise ConfigError(
+                f"train.lr_warmup_iters must lie in [0, train_iters); got {self.lr_warmup_iters} "
+                f"with train_iters={self.train_iters}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, into `output_dir/checkpoints`.
+
+    Attributes:
+        save_interval: steps between checkpoints; the last step is saved in any case.
+        ckpt_format: `torch_dist`, Megatron's distributed format.
+    """
+
+    save_interval: int = 100
+    ckpt_format: str = "torch_dist"
+
+    def __post_init__(self) -> None:
+        require_positive("checkpoint", save_interval=self.save_interval)
+        require_choice("checkpoint.ckpt_format", self.ckpt_format, ("torch_dist",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Accuracy on held-out problems, greedy and sampled.
+
+    Attributes:
+        every: steps between evaluations; 0 evaluates never. The start and the end are evaluated as well.
+        samples: problems.
+        temperature: of the sampled accuracy.
+        max_completion_length: tokens after which an answer is cut; null: rollout.max_completion_length.
+    """
+
+    every: int = 0
+    samples: int = 512
+    temperature: float = 1.0
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "evaluate",
+            samples=self.samples,
+            temperature=self.temperature,
+            max_completion_length=self.max_completion_length,
+        )
+        if self.every < 0:
+            raise ConfigError(f"evaluate.every must be at least 0 (0: never); got {self.every}.")

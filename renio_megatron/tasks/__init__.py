@@ -1,0 +1,103 @@
+"""Graders of completions. A new one is a function and a line of `GRADERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.records import Prompt, Rollout
+from renio_megatron.settings import DataConfig
+from renio_megatron.settings.checks import require_choice
+from renio_megatron.tasks import math, modchain
+
+Grader = Callable[[Rollout], bool]
+
+
+class Decoder(Protocol):
+    """A tokenizer, as far as grading needs one."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any:
+        """Text of the tokens."""
+
+
+class Graded(Protocol):
+    """A source of problems, as far as grading needs one."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `data.source`."""
+
+    @property
+    def grader(self) -> str:
+        """Name of the grader that it brings."""
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether its records hold answers."""
+
+    @property
+    def score(self) -> Callable[[str, str, Mapping[str, Any]], float] | None:
+        """Its own scoring of (given answer, right answer, metadata), 1.0 for right; None where it has none."""
+
+
+def _modchain(text: str, prompt: Prompt, finished: bool, source: Graded) -> bool:
+    return modchain.grade(text, prompt.answer or "", finished)
+
+
+def _number(text: str, prompt: Prompt, finished: bool, source: Graded) -> bool:
+    # A completion that was cut ends in some number of its working; only a box says that this is the answer.
+    return (finished or math.boxed(text) is not None) and math.grade_number(text, prompt.answer or "")
+
+
+def _reasoning_gym(text: str, prompt: Prompt, finished: bool, source: Graded) -> bool:
+    box, answer = math.boxed(text), prompt.answer or ""
+    if not finished and box is None:
+        return False
+    given: str | None
+    if math.parse_number(answer) is not None:
+        given = math.find_number(text if box is None else box)
+    else:
+        given = box if box is not None else (text.strip().splitlines() or [""])[-1].strip()
+    assert source.score is not None  # build_grader has checked it
+    return given is not None and source.score(given, answer, prompt.metadata) == 1.0
+
+
+GRADERS: dict[str, Callable[[str, Prompt, bool, Graded], bool]] = {
+    "modchain": _modchain,
+    "number": _number,
+    "reasoning_gym": _reasoning_gym,
+}
+
+
+def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grader | None:
+    """The function that says whether a rollout's completion is right.
+
+    The completion is decoded without its end token. A completion that was cut is wrong, unless it holds a boxed answer
+    and the grader reads those.
+
+    Returns:
+        None where `data.grader` is `none`, or null and the source has no answers.
+    Raises:
+        ConfigError: an unknown grader, or one that the source cannot serve.
+    """
+    name = config.grader or (source.grader if source.has_answers else "none")
+    require_choice("data.grader", name, (*GRADERS, "none"))
+    if name == "none":
+        return None
+    if not source.has_answers:
+        raise ConfigError(
+            f"data.grader={name} needs answers, but the records of source {source.name!r} have none. "
+            f"Set data.answer_key (now {config.answer_key!r}) to their column, or data.grader=none."
+        )
+    if name == "reasoning_gym" and source.score is None:
+        raise ConfigError(f"data.grader=reasoning_gym needs data.source=reasoning_gym; got {source.name!r}.")
+    judge = GRADERS[name]
+
+    def grade(rollout: Rollout) -> bool:
+        token_ids = rollout.completion_ids[:-1] if rollout.finished else rollout.completion_ids
+        # Special tokens stay visible: a padding token that the student drew is a mistake, not nothing.
+        text = tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return judge(text, rollout.prompt, rollout.finished, source)
+
+    return grade

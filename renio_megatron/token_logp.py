@@ -1,0 +1,73 @@
+"""Log-probabilities of given tokens over vocabulary shards, and their gradient: cross-entropy, and scoring."""
+
+from __future__ import annotations
+
+import torch
+
+from renio_megatron import kernels
+from renio_megatron.loss import FinishedGradient
+from renio_megatron.parallel.vocab import VocabShard, gather_in_rank_order
+
+
+@torch.no_grad()
+def token_logp(
+    logits: torch.Tensor, token_ids: torch.Tensor, shard: VocabShard, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probability of each token, nats, fp32 (fp64 for fp64 logits) [N]. One collective on the tensor group.
+
+    Args:
+        logits: this rank's columns [N, L].
+        token_ids: global ids, int64 [N].
+        shard: which columns these are.
+        temperature: divides the logits.
+    Gradient: none flows; `cross_entropy` is the differentiable form.
+    """
+    maximum, log_sum, target = _normalisers(logits, token_ids, shard, temperature)
+    return (target - maximum) - log_sum
+
+
+def cross_entropy(
+    logits: torch.Tensor, token_ids: torch.Tensor, shard: VocabShard, *, overwrite_logits: bool = False
+) -> torch.Tensor:
+    """Sum over the tokens of -log p(token), nats, scalar. One collective forward, none backward.
+
+    Args:
+        logits: this rank's columns [N, L]; the gradient p - onehot flows to them, 0 in padding columns.
+        token_ids: global ids, int64 [N].
+        shard: which columns these are.
+        overwrite_logits: let the gradient be written where `logits` was.
+
+    >>> logits = torch.zeros(1, 2, requires_grad=True)
+    >>> loss = cross_entropy(logits, torch.tensor([1]), VocabShard(0, 2, 2)); round(loss.item(), 4)    # ln 2
+    0.6931
+    >>> loss.backward(); logits.grad.tolist()
+    [[0.5, -0.5]]
+    """
+    with torch.no_grad():
+        maximum, log_sum, target = _normalisers(logits, token_ids, shard, 1.0)
+        value = -((target - maximum) - log_sum).sum()
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return value
+    with torch.no_grad():
+        valid = logits[:, : shard.num_valid].to(maximum.dtype)
+        probability = valid.sub(maximum[:, None]).sub_(log_sum[:, None]).exp_()
+        columns = shard.local_columns(token_ids)
+        here = (columns >= 0).nonzero()[:, 0]
+        probability[here, columns[here]] -= 1.0
+        gradient = logits.detach() if overwrite_logits else torch.empty_like(logits)
+        gradient[:, : shard.num_valid] = probability.to(gradient.dtype)
+        gradient[:, shard.num_valid :] = 0
+    return FinishedGradient.apply(logits, value, gradient)
+
+
+def _normalisers(
+    logits: torch.Tensor, token_ids: torch.Tensor, shard: VocabShard, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Global maximum, log of the sum of exponentials and the token's own scaled logit, [N] each."""
+    local = kernels.token_statistics(
+        logits, shard.local_columns(token_ids), num_valid=shard.num_valid, temperature=temperature
+    )
+    maxima, sums, targets = gather_in_rank_order(local, shard.group).unbind(-1)
+    maximum = maxima.amax(0)
+    lift = torch.where(maxima == -torch.inf, 0.0, (maxima - maximum).exp())
+    return maximum, (lift * sums).sum(0).log(), targets.amax(0)

@@ -1,0 +1,103 @@
+"""The loop: prompts, the algorithm's step, metrics, evaluation, checkpoints. Knows no Megatron; runs on fakes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from renio_megatron.algorithms import Algorithm
+from renio_megatron.errors import NumericsError
+from renio_megatron.records import Prompt
+from renio_megatron.roles import Keeper
+
+Observer = Callable[[int, dict[str, float]], None]
+"""(step, metrics): a sink, a progress line."""
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, and the loop over it.
+
+    Attributes:
+        algorithm: one optimiser step.
+        prompts: (start, count) -> prompts of the run's endless order.
+        keeper: checkpoints.
+        train_iters, global_batch_size: steps of the run, sequences of a step.
+        data_rank, data_size: this rank's share of each step: consecutive sequences.
+        save_interval: steps between checkpoints; the last step is saved in any case.
+        evaluate: accuracies of the present student; None: no evaluation.
+        evaluate_every: steps between evaluations; the start and the end are evaluated as well.
+        observers: told of every step's metrics, and of the evaluation before the first step as step 0.
+    """
+
+    algorithm: Algorithm
+    prompts: Callable[[int, int], Sequence[Prompt]]
+    keeper: Keeper
+    train_iters: int
+    global_batch_size: int
+    data_rank: int = 0
+    data_size: int = 1
+    save_interval: int = 100
+    evaluate: Callable[[], dict[str, float]] | None = None
+    evaluate_every: int = 0
+    observers: Sequence[Observer] = ()
+    step: int = 0
+    cursor: int = 0
+
+    def resume(self) -> int:
+        """Takes up the newest checkpoint, where there is one; the step it is of, 0 for a new run."""
+        found = self.keeper.load()
+        if found is not None:
+            self.step, state = found
+            self.cursor = state["cursor"]
+            self.algorithm.restore(state["algorithm"])
+        return self.step
+
+    def run(self) -> dict[str, float]:
+        """The rest of the run; the last step's metrics.
+
+        Raises:
+            NumericsError: a metric that is not finite.
+        """
+        metrics: dict[str, float] = {}
+        if self.step == 0 and self.evaluate is not None:
+            self._tell(0, self.evaluate())
+        while self.step < self.train_iters:
+            metrics = self._train_step()
+            if self.evaluate is not None and self._is_due(self.evaluate_every):
+                metrics |= self.evaluate()
+            self._tell(self.step, metrics)
+            if self._is_due(self.save_interval):
+                self.keeper.save(self.step, self._state())
+        return metrics
+
+    def _train_step(self) -> dict[str, float]:
+        start = time.perf_counter()
+        share = self.global_batch_size // self.data_size
+        prompts = self.prompts(self.cursor + self.data_rank * share, share)
+        metrics = self.algorithm.step(prompts, self.step + 1)
+        self.step += 1
+        self.cursor += self.global_batch_size
+        seconds = time.perf_counter() - start
+        metrics["time/step_s"] = seconds
+        if "tokens_per_s" in metrics:
+            metrics["tokens_per_s"] /= seconds
+        return metrics
+
+    def _is_due(self, interval: int) -> bool:
+        """Whether this step closes an interval, or the run."""
+        return interval > 0 and (self.step % interval == 0 or self.step == self.train_iters)
+
+    def _tell(self, step: int, metrics: dict[str, float]) -> None:
+        bad = [name for name, value in metrics.items() if value != value or abs(value) == float("inf")]
+        if bad:
+            raise NumericsError(
+                f"step {step}: {', '.join(bad)} is not finite. Lower the learning rate, or check the data of this step."
+            )
+        for observer in self.observers:
+            observer(step, {"step": step, **metrics})
+
+    def _state(self) -> dict[str, Any]:
+        return {"cursor": self.cursor, "algorithm": self.algorithm.state()}

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from renio_megatron.data.collate import collate, flat_completions, flat_logp
+from renio_megatron.errors import DataError
+from renio_megatron.records import Prompt, Rollout
+
+
+def rollout(prompt_ids, completion_ids, teacher_ids=None, logp=None, index=0):
+    prompt = Prompt(index, prompt_ids, teacher_ids or prompt_ids)
+    return Rollout(prompt, completion_ids, None if logp is None else torch.tensor(logp))
+
+
+THREE = [
+    rollout((5, 6), (7, 8), teacher_ids=(1, 2, 5, 6)),
+    rollout((5,), (9,), teacher_ids=(1, 5)),
+    rollout((4, 5, 6), (7, 7, 8), teacher_ids=(1, 2, 3, 4)),
+]
+
+
+def test_layout_by_hand():
+    # Rows: (5,6,7), (5), (4,5,6,7,7): the longest has 5 tokens, rounded up to 6.
+    first, second = collate(THREE, view="student", micro_batch_size=2, pad_id=0, multiple_of=3)
+    assert first.token_ids.tolist() == [[5, 6, 7, 0, 0, 0], [5, 0, 0, 0, 0, 0]]
+    assert first.row_index.tolist() == [1, 2, 6]
+    assert first.target_ids.tolist() == [7, 8, 9]
+    assert first.owner.tolist() == [0, 0, 1]
+    assert first.lengths.tolist() == [2, 1]
+    assert first.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert second.token_ids.tolist() == [[4, 5, 6, 7, 7, 0]]
+    assert second.row_index.tolist() == [2, 3, 4]
+    assert second.target_ids.tolist() == [7, 7, 8]
+    assert second.owner.tolist() == [0, 0, 0]
+
+
+def test_both_views_have_the_same_targets_in_the_same_order():
+    student = collate(THREE, view="student", micro_batch_size=2, pad_id=0)
+    teacher = collate(THREE, view="teacher", micro_batch_size=2, pad_id=0)
+    assert teacher[0].token_ids.tolist() == [[1, 2, 5, 6, 7, 0], [1, 5, 0, 0, 0, 0]]
+    for one, other in zip(student, teacher, strict=True):
+        assert torch.equal(one.target_ids, other.target_ids)
+        assert torch.equal(one.owner, other.owner)
+
+
+def test_every_target_follows_the_token_that_predicts_it():
+    # A pad between prompt and completion, or a second shift, would break the chain of tokens.
+    for batch in collate(THREE, view="teacher", micro_batch_size=3, pad_id=0):
+        flat = batch.token_ids.flatten()
+        start = 0
+        for row, length in enumerate(batch.lengths.tolist()):
+            index = batch.row_index[start : start + length]
+            targets = batch.target_ids[start : start + length]
+            assert index.tolist() == list(range(index[0], index[0] + length))
+            assert flat[index[0]] == THREE[row].prompt.teacher_ids[-1]
+            assert torch.equal(flat[index[1:]], targets[:-1])
+            start += length
+
+
+def test_end_token_is_trained_where_it_is_the_padding_token():
+    end = 2
+    (batch,) = collate(
+        [rollout((5,), (7, end)), rollout((5, 6, 5), (end,))], view="student", micro_batch_size=2, pad_id=end
+    )
+    assert batch.target_ids.tolist() == [7, end, end]
+    assert batch.lengths.tolist() == [2, 1]
+    assert batch.token_ids.tolist() == [[5, 7, end], [5, 6, 5]]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
+def test_micro_batches_of_any_size_hold_the_same_tokens(micro_batch_size):
+    batches = collate(THREE, view="student", micro_batch_size=micro_batch_size, pad_id=0)
+    assert {batch.token_ids.shape[1] for batch in batches} == {5}
+    assert torch.cat([batch.target_ids for batch in batches]).tolist() == [7, 8, 9, 7, 7, 8]
+    assert sum(batch.num_sequences for batch in batches) == 3
+
+
+def test_one_token_prompt_and_completion():
+    (batch,) = collate([rollout((5,), (9,))], view="student", micro_batch_size=1, pad_id=0)
+    assert (batch.token_ids.tolist(), batch.row_index.tolist(), batch.target_ids.tolist()) == ([[5]], [0], [9])
+
+
+def test_nothing_predicts_the_first_token_of_an_empty_prompt():
+    with pytest.raises(DataError, match="Prompt 3: the student's prompt is empty"):
+        collate([rollout((), (1,), index=3)], view="student", micro_batch_size=1, pad_id=0)
+    with pytest.raises(DataError, match="Prompt 3: the completion is empty"):
+        collate([rollout((1,), (), index=3)], view="student", micro_batch_size=1, pad_id=0)
+
+
+def test_flat_completions():
+    token_ids, owner, lengths = flat_completions(THREE)
+    assert token_ids.tolist() == [7, 8, 9, 7, 7, 8]
+    assert owner.tolist() == [0, 0, 1, 2, 2, 2]
+    assert lengths.tolist() == [2, 1, 3]
+    assert {tensor.dtype for tensor in (token_ids, owner, lengths)} == {torch.int64}
+
+
+def test_flat_logp():
+    both = [rollout((1,), (2, 3), logp=[-1.0, -2.0]), rollout((1,), (2,), logp=[-0.5])]
+    assert flat_logp(both).tolist() == [-1.0, -2.0, -0.5]
+    assert flat_logp([]).dtype == torch.float32
+    with pytest.raises(DataError, match=r"Prompt 4: 2 completion tokens .* got none"):
+        flat_logp([rollout((1,), (2, 3), index=4)])
+    with pytest.raises(DataError, match="got 1"):
+        flat_logp([rollout((1,), (2, 3), logp=[-1.0])])

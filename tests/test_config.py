@@ -1,0 +1,400 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from renio_megatron.config import (
+    RunConfig,
+    SftConfig,
+    check_models,
+    check_world,
+    differences,
+    load_recipe,
+    to_yaml,
+)
+from renio_megatron.errors import ConfigError
+from renio_megatron.recipe_file import read_recipe
+
+TRAIN = "model: student\noutput_dir: runs/a\nteacher:\n  model: teacher\n"
+SFT = "model: student\noutput_dir: runs/a\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def writer(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return writer
+
+
+@pytest.fixture
+def train(write):
+    return lambda more="", *overrides: load_recipe("train", write(TRAIN + more), overrides)
+
+
+@pytest.fixture
+def sft(write):
+    return lambda more="", *overrides: load_recipe("sft", write(SFT + more), overrides)
+
+
+def test_a_minimal_recipe_has_the_documented_defaults(train):
+    recipe = train()
+    assert isinstance(recipe.config, RunConfig)
+    assert recipe.config.teacher.model == "teacher"
+    assert recipe.config.weighting.threshold == 0.8
+    assert recipe.config.train.lr == 5e-6
+    assert recipe.explicit == {"model", "output_dir", "teacher.model"}
+
+
+def test_values_take_the_type_of_their_key(train):
+    config = train(
+        "train: {lr: 1, bf16: true}\nrollout: {top_p: null}\nweighting: {cap: null}\n", "train.adam_eps=1e-3"
+    ).config
+    assert (config.train.lr, type(config.train.lr)) == (1.0, float)
+    assert config.train.adam_eps == 0.001
+    assert config.train.bf16 is True
+    assert config.rollout.top_p is None
+    assert config.weighting.cap is None
+
+
+def test_overrides_win_over_the_file(train):
+    recipe = train("train: {lr: 1e-4, seed: 3}\n", "train.lr=2e-5", "data.source=jsonl", "data.path=a.jsonl")
+    assert recipe.config.train.lr == 2e-5
+    assert recipe.config.train.seed == 3
+    assert {"train.lr", "data.path"} <= recipe.explicit
+
+
+def test_text_on_the_command_line_needs_no_yaml_quoting(train):
+    config = train("", "data.student_template={problem}: answer [", "model=007", "output_dir=on").config
+    assert config.data.student_template == "{problem}: answer ["
+    assert config.model == "007"
+    assert config.output_dir == "on"
+
+
+def test_quoted_text_on_the_command_line_is_yaml(train):
+    assert train("", r'data.student_template="{problem}\n"').config.data.student_template == "{problem}\n"
+
+
+def test_interpolations_are_resolved(train):
+    assert train("train: {seed: 5}\ndata: {seed: '${train.seed}'}\n").config.data.seed == 5
+
+
+def test_null_for_a_key_that_cannot_be_null_is_its_default_and_not_explicit(train):
+    recipe = train("weighting: {name: uniform, ema_decay: null}\nloss:\n")
+    assert recipe.config.weighting.ema_decay == 0.9
+    assert "weighting.ema_decay" not in recipe.explicit
+
+
+def test_a_plain_word_starts_a_section_afresh(train):
+    recipe = train("weighting: {normalise: group, group_size: 4}\n", "weighting=uniform", "weighting.threshold=1.0")
+    assert recipe.config.weighting.name == "uniform"
+    assert recipe.config.weighting.group_size is None
+    assert recipe.config.weighting.threshold == 1.0
+    assert {key for key in recipe.explicit if key.startswith("weighting")} == {"weighting.name", "weighting.threshold"}
+
+
+def test_a_plain_word_for_the_teacher_drops_its_model(train):
+    config = train("data: {teacher_template: '{problem} {solution}'}\n", "teacher=self").config
+    assert (config.teacher.kind, config.teacher.model) == ("self", None)
+
+
+@pytest.mark.parametrize(
+    ("more", "overrides", "words"),
+    [
+        ("train: {lrr: 1}\n", [], ["recipe.yaml", "'train.lrr'", "'train.lr'"]),
+        ("train: {learning_rate: 1}\n", [], ["'train.learning_rate'", "The keys of train are", " lr,"]),
+        ("lr: 1\n", [], ["recipe.yaml", "'lr'", "'train.lr'"]),
+        ("weightin: {name: uniform}\n", [], ["'weightin'", "'weighting'"]),
+        ("loss: {zzzzqqq: 1}\n", [], ["'loss.zzzzqqq'", "beta, temperature, entry_clip, entry_floor"]),
+        ("train.lr: 1\n", [], ["'train.lr'", "in one piece", "`train:`"]),
+        ("3: 1\n", [], ["unknown key '3'"]),
+        ("", ["train.batch_size=4"], ["command line", "'train.batch_size'", "_batch_size'"]),
+        ("", ["loss.treshold=4"], ["command line", "'loss.treshold'", "'weighting.threshold'"]),
+        ("", ["train.lr"], ["command line", "'train.lr'", "key=value"]),
+        ("", ["=3"], ["key=value"]),
+        ("", ["train.lr=1", "train.lr=2"], ["train.lr=2", "once"]),
+        ("", ["weighting.cap=5", "weighting=uniform"], ["would undo weighting.cap"]),
+        ("", ["loss=kl"], ["loss is a section", "beta", "'kl'"]),
+        ("", ["train.lr=[1"], ["train.lr=[1", "not valid YAML"]),
+        ("train: [1, 2]\n", [], ["recipe.yaml", "train is a section", "[1, 2]"]),
+        ("train: {lr: fast}\n", [], ["recipe.yaml: train.lr must be a number", "'fast'"]),
+        ("train: {train_iters: 1.5}\n", [], ["train.train_iters must be a whole number", "1.5"]),
+        ("train: {train_iters: true}\n", [], ["train.train_iters must be a whole number", "True"]),
+        ("train: {bf16: maybe}\n", [], ["train.bf16 must be true or false", "'maybe'"]),
+        ("train: {lr: {a: 1}}\n", [], ["train.lr must be a number", "{'a': 1}"]),
+        ("data: {student_template: {problem}}\n", [], ["data.student_template must be text", "quotes"]),
+        ("data: {grader: no}\n", [], ["data.grader must be text, or null", "False"]),
+        ("", ["rollout.top_k=many"], ["command line: rollout.top_k must be a whole number, or null"]),
+        ("data: {seed: '${train.sed}'}\n", [], ["recipe.yaml: data.seed", "train.sed"]),
+        ("weighting: {name: unifrom}\n", [], ["weighting.name", "renio, uniform", "'unifrom'"]),
+        ("data: {source: json}\n", [], ["data.source", "modchain, jsonl, datasets, reasoning_gym"]),
+        ("teacher: {}\nmodel: b\n", [], ["duplicate key"]),
+        ("data: {seed: 1\n", [], ["line", "not valid YAML"]),
+    ],
+)
+def test_mistakes_are_named(train, more, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        train(more, *overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["empty"]),
+        ("# nothing\n", ["empty"]),
+        ("- a\n- b\n", ["mapping", "list"]),
+        ("output_dir: a\nteacher: self\n", ["model is missing"]),
+        ("model: a\nteacher: {model: b}\n", ["output_dir is missing"]),
+        ("model: a\noutput_dir: b\n", ["teacher.model"]),
+        ("model: a\noutput_dir: b\n  x: 1\n", ["line 3"]),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(write, text, words):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("train", write(text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_file_and_a_directory_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="there is no recipe"):
+        load_recipe("train", tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_recipe("train", tmp_path)
+
+
+FILES = "data: {source: jsonl, path: a, eval_path: b}\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "reason"),
+    [
+        ("weighting: {name: uniform, normalise: batch}", "weighting.normalise", "uniform"),
+        ("weighting: {name: uniform, cap: 10.0}", "weighting.cap", "uniform"),
+        ("weighting: {group_size: 2}", "weighting.group_size", "not group"),
+        ("weighting: {ema_decay: 0.5}", "weighting.ema_decay", "not ema"),
+        ("weighting: {normalise: ema, cap: 3}", "weighting.cap", "batch or group"),
+        ("weighting: {normalise: none, cap: 3}", "weighting.cap", "batch or group"),
+        ("loss: {entry_floor: 0.0}", "loss.entry_floor", "entry_clip"),
+        ("evaluate: {samples: 5}", "evaluate.samples", "every is 0"),
+        ("evaluate: {temperature: 0.5}", "evaluate.temperature", "every is 0"),
+        ("evaluate: {max_completion_length: 5}", "evaluate.max_completion_length", "every is 0"),
+        ("data: {task: chess}", "data.task", "reasoning_gym"),
+        ("data: {size: 5}", "data.size", "reasoning_gym"),
+        ("data: {path: a}", "data.path", "jsonl and datasets"),
+        ("data: {eval_path: a}\nevaluate: {every: 5}", "data.eval_path", "jsonl and datasets"),
+        (FILES, "data.eval_path", "every is 0"),
+        ("data: {answer_key: a}", "data.answer_key", "jsonl and datasets"),
+        ("data: {enable_thinking: false}", "data.enable_thinking", "chat"),
+        ("data: {teacher_enable_thinking: true}", "data.teacher_enable_thinking", "chat"),
+        ("train: {min_lr: 1e-6}", "train.min_lr", "constant"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(train, more, key, reason):
+    with pytest.raises(ConfigError, match="would be ignored") as caught:
+        train(more + "\n")
+    line = next(line for line in str(caught.value).splitlines() if line.startswith(f"{key} "))
+    assert reason in line
+    assert "Remove it or set it to null" in line
+
+
+def test_a_teacher_model_beside_a_self_teacher_is_refused(train):
+    with pytest.raises(ConfigError, match=r"teacher\.model is set but would be ignored"):
+        train("data: {teacher_template: x}\n", "teacher.kind=self")
+
+
+def test_every_setting_without_effect_is_named_once(train):
+    with pytest.raises(ConfigError) as caught:
+        train("weighting: {name: uniform, cap: 3, group_size: 2, ema_decay: 0.9}\nevaluate: {samples: 5}\n")
+    keys = [line.split()[0] for line in str(caught.value).splitlines()]
+    assert sorted(keys) == ["evaluate.samples", "weighting.cap", "weighting.ema_decay", "weighting.group_size"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "weighting: {name: uniform, threshold: 1.0, ceiling: 3.0, temperature: 2.0}",
+        "weighting: {name: uniform, cap: null, group_size: null}",
+        "weighting: {normalise: ema, ema_decay: 0.5}",
+        "weighting: {normalise: group, group_size: 4, cap: 5}",
+        "loss: {entry_clip: 0.05, entry_floor: 0.0}",
+        "evaluate: {every: 5, samples: 5, max_completion_length: 4}",
+        FILES + "evaluate: {every: 5}",
+        "data: {source: datasets, path: a, problem_key: q}",
+        "data: {source: reasoning_gym, task: chess, size: 5}",
+        "data: {chat: true, enable_thinking: false, teacher_enable_thinking: true}",
+        "train: {lr_decay_style: cosine, min_lr: 1e-6}",
+    ],
+)
+def test_a_setting_with_an_effect_is_accepted(train, more):
+    train(more + "\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("data: {source: jsonl}", "data.path"),
+        ("data: {source: datasets}", "data.path"),
+        ("data: {source: jsonl, path: a}\nevaluate: {every: 1}", "data.eval_path"),
+        ("data: {source: reasoning_gym}", "data.task"),
+    ],
+)
+def test_a_setting_that_another_needs_is_asked_for(train, more, key):
+    with pytest.raises(ConfigError, match=f"{key} is missing"):
+        train(more + "\n")
+
+
+def test_fine_tuning_has_rules_of_its_own(sft):
+    assert isinstance(sft().config, SftConfig)
+    assert sft("init: random\n").config.init == "random"
+    with pytest.raises(ConfigError, match="init must be one of pretrained, random"):
+        sft("init: scratch\n")
+    with pytest.raises(ConfigError, match=r"evaluate\.max_completion_length is missing"):
+        sft("evaluate: {every: 1}\n")
+    with pytest.raises(ConfigError, match=r"data\.teacher_template is set .* no teacher"):
+        sft("data: {teacher_template: x}\n")
+    with pytest.raises(ConfigError, match="unknown key 'weighting'"):
+        sft("weighting: {name: uniform}\n")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "data: {teacher_template: '{problem}'}",
+        "data: {chat: true, enable_thinking: true, teacher_enable_thinking: true}",
+    ],
+)
+def test_a_self_teacher_with_the_students_view_is_refused(train, more):
+    with pytest.raises(ConfigError, match="exactly zero at the first step"):
+        train(more + "\n", "teacher=self")
+
+
+@pytest.mark.parametrize(
+    "more", ["data: {teacher_template: '{solution}'}", "data: {chat: true, teacher_enable_thinking: true}"]
+)
+def test_a_self_teacher_with_a_view_of_its_own_is_accepted(train, more):
+    assert train(more + "\n", "teacher=self").config.teacher.kind == "self"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "words"),
+    [
+        (["parallel.tensor_model_parallel_size=2"], 3, ["takes 2 ranks", "tensor 2", "world of 3", "--nproc"]),
+        (["parallel.pipeline_model_parallel_size=4"], 2, ["takes 4 ranks", "pipeline 4", "world of 2"]),
+        (["train.global_batch_size=6", "train.micro_batch_size=2"], 2, ["=6", "multiple of 4"]),
+        (["parallel.context_parallel_size=2"], 2, ["not available in this version", "context_parallel_size=1"]),
+        (["parallel.sequence_parallel=true"], 1, ["not available in this version", "sequence_parallel=false"]),
+        (["train.global_batch_size=1"], 1, ["at least 2 sequences per optimiser step", "got 1.", "normalise=none"]),
+        (["weighting.normalise=group", "weighting.group_size=3"], 1, ["group_size=3", "global_batch_size=32"]),
+    ],
+)
+def test_worlds_that_do_not_fit_are_refused(train, overrides, world, words):
+    config = train("", *overrides).config
+    with pytest.raises(ConfigError) as caught:
+        check_world(config, world)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world"),
+    [
+        ([], 4),
+        (["parallel.tensor_model_parallel_size=2", "train.global_batch_size=6", "train.micro_batch_size=3"], 4),
+        (["train.global_batch_size=1", "weighting=uniform"], 1),
+        (["train.global_batch_size=1", "weighting.normalise=none"], 1),
+        (["weighting.normalise=group", "weighting.group_size=8"], 1),
+    ],
+)
+def test_worlds_that_fit_are_accepted(train, overrides, world):
+    check_world(train("", *overrides).config, world)
+
+
+def test_fine_tuning_on_one_sequence_a_step_is_accepted(sft):
+    check_world(sft("", "train.global_batch_size=1").config, 1)
+
+
+@pytest.fixture
+def model(tmp_path):
+    def writer(name: str, **changes) -> Path:
+        content = {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content | changes))
+        return tmp_path / name
+
+    return writer
+
+
+def test_models_that_can_be_cut_are_accepted(train, model):
+    overrides = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=4"]
+    check_models(train("", f"model={model('s')}", f"teacher.model={model('t', model_type='llama')}", *overrides).config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "words"),
+    [
+        ({"model_type": "gpt2"}, [], ["'gpt2'", "llama, qwen2, qwen3"]),
+        ({"model_type": None}, [], ["None", "llama, qwen2, qwen3"]),
+        ({}, ["parallel.tensor_model_parallel_size=4"], ["num_key_value_heads=2", "compute something else"]),
+        ({"num_attention_heads": 3}, ["parallel.tensor_model_parallel_size=2"], ["num_attention_heads=3"]),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": None},
+            ["parallel.tensor_model_parallel_size=2"],
+            ["num_attention_heads=3"],
+        ),
+        ({}, ["parallel.pipeline_model_parallel_size=3"], ["num_hidden_layers=4"]),
+        ({"num_hidden_layers": "4"}, [], ["num_hidden_layers", "'4'"]),
+    ],
+)
+@pytest.mark.parametrize("whose", ["model", "teacher.model"])
+def test_models_that_cannot_be_run_are_refused(train, model, changes, overrides, words, whose):
+    good, bad = (
+        model("good", num_attention_heads=24, num_key_value_heads=12, num_hidden_layers=12),
+        model("bad", **changes),
+    )
+    other = "teacher.model" if whose == "model" else "model"
+    config = train("", f"{whose}={bad}", f"{other}={good}", *overrides).config
+    with pytest.raises(ConfigError) as caught:
+        check_models(config)
+    for word in [f"{whose}: ", "bad/config.json", *words]:
+        assert word in str(caught.value)
+
+
+def test_unreadable_or_missing_models_are_refused(train, model, tmp_path):
+    broken = model("broken")
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"broken/config\.json cannot be read as JSON"):
+        check_models(train("", f"model={broken}").config)
+    with pytest.raises(ConfigError, match="there is no directory"):
+        check_models(train("", f"model={tmp_path / 'none'}").config)
+
+
+def test_written_settings_hold_every_value_and_differ_in_none(train):
+    config = train("train: {lr: 3.3e-07}\nweighting: {cap: null}\ndata: {teacher_template: 'a: {solution}\n'}\n").config
+    text = to_yaml(config)
+    assert text.startswith("model: student\n")
+    assert "cap: null" in text
+    assert differences(text, config) == []
+
+
+def test_written_settings_can_be_loaded_without_the_rules(train, write):
+    config = train("data: {seed: 4}\n").config
+    assert read_recipe(RunConfig, write(to_yaml(config)))[0] == config
+
+
+def test_differences_name_key_old_and_new(train):
+    old = to_yaml(train().config)
+    new = train("", "train.seed=7", "output_dir=elsewhere", "weighting.cap=null").config
+    assert differences(old, new) == [
+        "weighting.cap: was 10.0, is now None",
+        "train.seed: was 1234, is now 7",
+    ]
+    gone = old + "extra: 1\n"
+    assert "extra: was 1, is now '(not there)'" in differences(gone, new)
+    with pytest.raises(ConfigError):
+        differences("- 1", new)

@@ -1,0 +1,144 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from renio_megatron.config import load_recipe
+from renio_megatron.errors import CheckpointError, ConfigError
+from renio_megatron.rundir import RunDirectory
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def build(*overrides: str):
+        path = tmp_path / "recipe.yaml"
+        path.write_text("model: a\noutput_dir: b\n")
+        return load_recipe("sft", path, overrides)
+
+    return build
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory(tmp_path / "run")
+
+
+def test_a_run_goes_from_new_to_unfinished_to_finished(run, recipe):
+    assert run.open(recipe(), fresh=False) == "new"
+    assert run.open(recipe(), fresh=False) == "unfinished"
+    assert not run.is_finished()
+    run.mark_finished({"accuracy": 0.5})
+    assert run.is_finished()
+    assert run.open(recipe(), fresh=False) == "finished"
+    assert json.loads((run.path / "finished.json").read_text()) == {"accuracy": 0.5}
+    assert sorted(entry.name for entry in run.path.iterdir()) == ["config.yaml", "finished.json"]
+
+
+def test_other_settings_are_refused_and_nothing_changes(run, recipe):
+    run.open(recipe(), fresh=False)
+    before = run.config.read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        run.open(recipe("train.seed=7", "train.lr=1e-3"), fresh=False)
+    assert "train.seed: was 1234, is now 7" in str(caught.value)
+    assert "train.lr: was 5e-06, is now 0.001" in str(caught.value)
+    assert "--fresh" in str(caught.value)
+    assert run.config.read_bytes() == before
+
+
+def test_a_moved_run_directory_can_be_continued(run, recipe, tmp_path):
+    run.open(recipe(), fresh=False)
+    moved = RunDirectory(run.path.rename(tmp_path / "moved"))
+    assert moved.open(recipe("output_dir=moved"), fresh=False) == "unfinished"
+
+
+def test_fresh_moves_the_old_runs_aside(run, recipe, tmp_path, caplog):
+    assert run.open(recipe("train.seed=1"), fresh=True) == "new"
+    assert run.open(recipe("train.seed=2"), fresh=True) == "new"
+    assert run.open(recipe("train.seed=3"), fresh=True) == "new"
+    for name, seed in (("run.previous-1", 1), ("run.previous-2", 2), ("run", 3)):
+        assert f"  seed: {seed}\n" in (tmp_path / name / "config.yaml").read_text()
+    assert str(tmp_path / "run.previous-2") in caplog.text
+
+
+def test_a_directory_of_something_else_is_refused_even_when_fresh(run, recipe):
+    run.path.mkdir()
+    (run.path / "thesis.tex").write_text("x")
+    for fresh in (False, True):
+        with pytest.raises(CheckpointError, match=r"thesis\.tex.*Choose another"):
+            run.open(recipe(), fresh=fresh)
+    assert [entry.name for entry in run.path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_of_hidden_files_is_as_good_as_empty(run, recipe):
+    run.path.mkdir()
+    (run.path / ".nfs0001").write_text("")
+    assert run.open(recipe(), fresh=False) == "new"
+
+
+def test_places_where_no_directory_can_be_are_refused(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        RunDirectory(tmp_path / "file").open(recipe(), fresh=False)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        RunDirectory(tmp_path / "missing" / "run").open(recipe(), fresh=False)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        RunDirectory(tmp_path / "file" / "run").open(recipe(), fresh=False)
+    assert not (tmp_path / "missing").exists()
+
+
+def test_parents_of_a_relative_path_are_made(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert RunDirectory("runs/a").open(recipe(), fresh=False) == "new"
+    assert (tmp_path / "runs" / "a" / "config.yaml").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory where nobody may write")
+def test_a_place_that_is_not_writable_is_refused(recipe):
+    with pytest.raises(CheckpointError, match="Give a directory that you may write to"):
+        RunDirectory("/proc/renio").open(recipe(), fresh=False)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [", "\x00"])
+def test_unreadable_settings_are_refused(run, recipe, text):
+    run.path.mkdir()
+    run.config.write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        run.open(recipe(), fresh=False)
+
+
+def test_the_newest_checkpoint_is_read_from_the_tracker(run):
+    assert run.latest_step() is None
+    run.checkpoints.mkdir(parents=True)
+    assert run.latest_step() is None
+    tracker = run.checkpoints / "latest_checkpointed_iteration.txt"
+    tracker.write_text("120\n")
+    assert run.latest_step() == 120
+    tracker.write_text("release")
+    with pytest.raises(CheckpointError, match="got 'release'"):
+        run.latest_step()
+
+
+def test_rewinding_drops_later_steps_and_broken_lines(run):
+    run.rewind_metrics(3)
+    assert not run.metrics.exists()
+    run.path.mkdir()
+    kept = ['{"note": "start"}\n', '{"step": 1, "loss": 0.5}\n', '{"step": 2}\n']
+    broken = '{"step": 2, "lo{"step": 2}\n'
+    run.metrics.write_text("".join([*kept[:2], broken, kept[2], '{"step": 3}\n', '{"step": 1']))
+    run.rewind_metrics(2)
+    assert run.metrics.read_text() == "".join(kept)
+    run.rewind_metrics(-1)
+    assert run.metrics.read_text() == kept[0]
+
+
+def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
+    run.path.mkdir()
+    run.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def fail(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run.rewind_metrics(1)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
