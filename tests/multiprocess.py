@@ -1,7 +1,7 @@
 """Runs a function on several gloo ranks, each a process, and turns whatever happens to one into a failed test.
 
-A rank that raises, dies or hangs ends the launch: the others are killed and the caller gets the rank's traceback. Launching
-costs seconds (every rank imports torch), so a test file launches its ranks once and runs all its cases in them.
+A rank that raises, dies or hangs ends the launch: the others are killed and the caller gets the rank's traceback.
+Launching costs seconds (every rank imports torch), so a test file launches its ranks once and runs all cases in them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
         shared = (function, world_size, args, folder, timeout, port)
-        processes = [context.Process(target=_rank_main, args=(rank, *shared), daemon=True) for rank in range(world_size)]
+        processes = [
+            context.Process(target=_rank_main, args=(rank, *shared), daemon=True) for rank in range(world_size)
+        ]
         deadline = time.monotonic() + timeout
         try:
             with _environment(OMP_NUM_THREADS="1"):
@@ -96,7 +98,9 @@ def _wait_briefly(processes: list[BaseProcess]) -> None:
 
 
 def _ending(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else "raised" if code == 1 else f"exited with {code}"
+    return (
+        f"was killed by {signal.Signals(-code).name}" if code < 0 else "raised" if code == 1 else f"exited with {code}"
+    )
 
 
 def _reports(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""`distillation_loss` in one process: the reference vectors, random problems, edges of the domain, errors."""
+"""`distillation_loss` in one process: the reference vectors, random problems, edges of the domain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from renio_megatron import LossConfig, VocabShard, WeightingConfig, distillation_loss
-from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.objective.weightings import WEIGHTINGS
 from tests.vectors import DTYPES, exempt_entries, limit, load_cases, worst
@@ -18,7 +17,7 @@ UNIFORM = WeightingConfig(name="uniform")
 
 
 def problem(seed, *, rows=12, columns=11, sequences=4, dtype=torch.float64):
-    """Logits of two models that disagree often enough for pivotal tokens, ids and owners; the last sequence is empty."""
+    """Logits of two models that disagree enough for pivotal tokens, ids and owners; the last sequence is empty."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = torch.randn(2, rows, columns, generator=generator, dtype=torch.float64).mul_(1.5).to(dtype)
     token_ids = torch.randint(0, columns, (rows,), generator=generator)
@@ -121,6 +120,11 @@ def test_uniform_weights_are_one_whatever_the_normalisation():
         assert float(out.raw_weights.max()) > 1.0
 
 
+def test_a_cap_below_one_leaves_uniform_weights():
+    out = distillation_loss(*problem(1), weighting=WeightingConfig(name="uniform", cap=0.5))
+    assert out.weights.tolist() == [1.0] * 4
+
+
 @pytest.mark.parametrize("normalise", ["batch", "group"])
 def test_one_sequence_weighs_one(normalise):
     student, teacher, token_ids, owner, _ = problem(1)
@@ -195,7 +199,9 @@ def test_no_tokens_at_all(beta, normalise, sequences):
     )
     assert out.loss.item() == 0.0 and gradient.shape == (0, 5)
     assert out.weights.tolist() == [1.0] * sequences
-    assert out.log_ratio.shape == out.is_pivotal.shape == out.token_divergence.shape == out.clipped_entries.shape == (0,)
+    assert (
+        out.log_ratio.shape == out.is_pivotal.shape == out.token_divergence.shape == out.clipped_entries.shape == (0,)
+    )
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["keep", "overwrite"])
@@ -206,9 +212,7 @@ def test_half_precision_logits_compute_in_fp32(dtype, beta, entry_clip, overwrit
     student, teacher, token_ids, owner, sequences = problem(8, dtype=dtype)
     loss = LossConfig(beta=beta, entry_clip=entry_clip)
     exact, exact_gradient = value_and_gradient(student.double(), teacher.double(), token_ids, owner, sequences, loss)
-    out, gradient = value_and_gradient(
-        student, teacher, token_ids, owner, sequences, loss, overwrite_logits=overwrite
-    )
+    out, gradient = value_and_gradient(student, teacher, token_ids, owner, sequences, loss, overwrite_logits=overwrite)
     assert gradient.dtype == dtype and out.loss.dtype == out.weights.dtype == torch.float32
     assert out.loss.item() == pytest.approx(exact.loss.item(), rel=1e-5)
     torch.testing.assert_close(out.log_ratio.double(), exact.log_ratio, rtol=0, atol=1e-5)
@@ -255,7 +259,9 @@ def test_a_token_that_the_teacher_excludes_is_pivotal_at_the_ceiling():
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_padding_columns_are_never_read(beta, padding):
     student, teacher, token_ids, owner, sequences = problem(10)
-    expected, expected_gradient = value_and_gradient(student, teacher, token_ids, owner, sequences, LossConfig(beta=beta))
+    expected, expected_gradient = value_and_gradient(
+        student, teacher, token_ids, owner, sequences, LossConfig(beta=beta)
+    )
     wide = [torch.cat((logits, torch.full((12, 3), padding, dtype=logits.dtype)), 1) for logits in (student, teacher)]
     out, gradient = value_and_gradient(
         *wide, token_ids, owner, sequences, LossConfig(beta=beta), shard=VocabShard(0, 14, 11)
@@ -314,79 +320,17 @@ def test_backward_multiplies_by_the_upstream_and_runs_once():
         scaled.backward()
 
 
+def test_an_upstream_beyond_the_range_of_fp16_logits():
+    student, *rest = problem(13, dtype=torch.float16)
+    _, gradient = value_and_gradient(student, *rest)
+    logits = student.clone().requires_grad_()
+    (distillation_loss(logits, *rest).loss * 2.0**17).backward()  # a loss scale
+    assert float(gradient.abs().max()) * 2.0**17 < 65504
+    torch.testing.assert_close(logits.grad, gradient * 2.0**10 * 2.0**7)
+
+
 def test_only_the_loss_carries_a_gradient():
     student, *rest = problem(13)
     out = distillation_loss(student.requires_grad_(), *rest)
     assert out.loss.requires_grad
     assert not any(value.requires_grad for name, value in vars(out).items() if name != "loss" and value is not None)
-
-
-LONG = torch.tensor([0, 1])
-GOOD = {"student_logits": torch.zeros(2, 4), "teacher_logits": torch.zeros(2, 4), "token_ids": LONG, "owner": LONG}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"student_logits": torch.zeros(2, 5)}, r"student_logits and teacher_logits must both be \[N, L\].*\(2, 5\)"),
-        ({"student_logits": torch.zeros(1, 2, 4), "teacher_logits": torch.zeros(1, 2, 4)}, r"must both be \[N, L\]"),
-        ({"teacher_logits": torch.zeros(2, 4, device="meta")}, "student_logits are on cpu, teacher_logits on meta"),
-        ({"shard": VocabShard(0, 5, 5)}, "logits have 4 columns, the shard"),
-        ({"token_ids": LONG.int()}, r"token_ids must be int64 \[2\]"),
-        ({"token_ids": LONG[:1]}, r"token_ids must be int64 \[2\]"),
-        ({"token_ids": LONG + 3}, r"token_ids must lie in \[0, 4\); got values from 3 to 4"),
-        ({"token_ids": LONG + 2, "shard": VocabShard(0, 4, 3)}, r"token_ids must lie in \[0, 3\)"),
-        ({"owner": LONG.float()}, r"owner must be int64 \[2\]"),
-        ({"owner": LONG - 1}, r"owner must lie in \[0, 2\); got values from -1"),
-        ({"owner": LONG + 1}, r"owner must lie in \[0, 2\)"),
-        ({"weights": torch.ones(3)}, r"weights must be \[2\]"),
-        ({"sequence_lengths": LONG[:1]}, r"sequence_lengths must be \[2\]"),
-    ],
-)
-def test_arguments_that_do_not_fit(change, message):
-    with pytest.raises(LayoutError, match=message):
-        distillation_loss(**{**GOOD, "num_sequences": 2, **change})
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ((-1, 4, 4), "start=-1"),
-        ((3, 2, 4), "start=3, stop=2"),
-        ((0, 4, 0), "vocab_size=0"),
-        ((0, 3, 4), "does not hold all 4 columns"),
-        ((1, 4, 4), "does not hold all 4 columns"),
-    ],
-)
-def test_impossible_shards(settings, message):
-    with pytest.raises(LayoutError, match=message):
-        VocabShard(*settings)
-
-
-@pytest.mark.parametrize(
-    ("config", "settings", "message"),
-    [
-        (LossConfig, {"beta": -0.1}, "loss.beta"),
-        (LossConfig, {"beta": float("nan")}, "loss.beta"),
-        (LossConfig, {"temperature": 0.0}, "loss.temperature"),
-        (LossConfig, {"temperature": INF}, "loss.temperature"),
-        (LossConfig, {"entry_clip": 0.0}, "loss.entry_clip"),
-        (LossConfig, {"entry_clip": 0.05, "entry_floor": 0.01}, "loss.entry_floor"),
-        (WeightingConfig, {"threshold": float("nan")}, "weighting.threshold"),
-        (WeightingConfig, {"threshold": 3.0}, r"weighting.ceiling \(2.5\) is below weighting.threshold"),
-        (WeightingConfig, {"temperature": 0.0}, "weighting.temperature"),
-        (WeightingConfig, {"normalise": "batch_mean"}, "weighting.normalise must be one of batch, group, ema, none"),
-        (WeightingConfig, {"normalise": "group"}, "weighting.group_size"),
-        (WeightingConfig, {"normalise": "group", "group_size": 0}, "weighting.group_size"),
-        (WeightingConfig, {"ema_decay": 1.0}, "weighting.ema_decay"),
-        (WeightingConfig, {"cap": 0.0}, "weighting.cap"),
-    ],
-)
-def test_settings_out_of_range(config, settings, message):
-    with pytest.raises(ConfigError, match=message):
-        config(**settings)
-
-
-def test_an_unknown_weighting_lists_the_choices():
-    with pytest.raises(ConfigError, match=r"weighting.name must be one of renio, uniform"):
-        distillation_loss(*problem(0), weighting=WeightingConfig(name="renoi"))

@@ -6,44 +6,16 @@ Three launches: 2, 3 and 4 ranks. A rank runs every group of `GROUPS[world_size]
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from renio_megatron import LossConfig, VocabShard, WeightingConfig, distillation_loss
-from tests.multiprocess import run_ranks
+from tests.multiprocess import RankError, run_ranks
+from tests.sharding import VOCABULARY_CUTS, CountingDispatch, columns, counting, vocabulary_edges
 from tests.vectors import DTYPES, exempt_entries, limit, load_cases, worst
-
-VOCABULARY_CUTS = ("equal, padded", "uneven", "one rank all padding", "one rank empty")
-PADDING = float("nan")  # whoever reads a padding column shows it
-
-
-def vocabulary_edges(kind, ranks, vocab):
-    """(start, stop) of every rank; stop may lie beyond the vocabulary."""
-
-    def uneven(parts):
-        stops = [vocab * (i + 1) * (i + 2) // (parts * (parts + 1)) for i in range(parts)]
-        return list(zip([0, *stops[:-1]], stops, strict=True))
-
-    if kind == "equal, padded":
-        width = -(-(vocab // ranks + 1) // 8) * 8
-        return [(r * width, (r + 1) * width) for r in range(ranks)]
-    if kind == "one rank all padding":
-        return [*uneven(ranks - 1), (vocab, vocab + 5)]
-    if kind == "one rank empty":
-        return [(0, 0), *uneven(ranks - 1)]
-    return uneven(ranks)
-
-
-def columns(logits, start, stop):
-    """The shard's columns of whole logits, padding filled in."""
-    padding = logits.new_full((logits.shape[0], max(0, stop - max(start, logits.shape[1]))), PADDING)
-    return torch.cat((logits[:, start:stop], padding), 1)
 
 
 def measure(case, dtype, *, tensor=None, data=None, context=None, cut="uneven", counts=None, here=None, **options):
@@ -96,7 +68,7 @@ def measure(case, dtype, *, tensor=None, data=None, context=None, cut="uneven", 
     exempt = columns(exempt_entries(case, dtype)[rows].double(), start, stop).nan_to_num(0.0) > 0
     bound = limit(case.grad_student_logits, dtype)
     yield "gradient", worst(student.grad / ranks, expected, exempt), bound
-    yield "gradient of padding", worst(student.grad[:, max(0, case.vocab - start) :], student.new_zeros(())), 0.0
+    yield "gradient of padding", float(student.grad[:, max(0, case.vocab - start) :].abs().sum()), 0.0
     if tensor:  # the same bits on every rank of the tensor group
         parts = [torch.empty_like(out.loss) for _ in range(tensor.size())]
         dist.all_gather(parts, out.loss.detach(), group=tensor)
@@ -199,9 +171,7 @@ def group_normalisation():
     for counts in borders:
         for size in (1, 2, 3, 5, 7, 40, 64, 100):
             for cap in (None, 1.5):
-                weighting = WeightingConfig(
-                    threshold=3.5, ceiling=4.0, normalise="group", group_size=size, cap=cap
-                )
+                weighting = WeightingConfig(threshold=3.5, ceiling=4.0, normalise="group", group_size=size, cap=cap)
                 arguments, mine = part_of(case, counts)
                 out = distillation_loss(*arguments, weighting=weighting, batch_group=dist.group.WORLD)
                 raw = case.raw_weights.tolist()
@@ -220,9 +190,7 @@ def moving_average_over_ranks():
         case = load_cases()[number]
         arguments, mine = part_of(case, one_rank_has_none(dist.get_world_size(), case))
         loss = LossConfig(temperature=case.settings["temperature"])
-        out = distillation_loss(
-            *arguments, loss=loss, weighting=weighting, batch_group=dist.group.WORLD, state=state
-        )
+        out = distillation_loss(*arguments, loss=loss, weighting=weighting, batch_group=dist.group.WORLD, state=state)
         ratio, owner = case.log_ratio.clamp(max=2.0), case.owner
         raw = []
         for i in range(case.batch):
@@ -298,48 +266,6 @@ def ranks_without_tokens():
                 yield "one empty rank", worst(total / group.size(), expected), 1e-12
 
 
-COLLECTIVES = (
-    "all_gather all_gather_coalesced all_gather_into_tensor all_gather_object all_reduce all_reduce_coalesced "
-    "all_to_all all_to_all_single barrier monitored_barrier batch_isend_irecv broadcast broadcast_object_list gather "
-    "gather_object irecv isend recv recv_object_list reduce reduce_scatter reduce_scatter_tensor scatter "
-    "scatter_object_list send send_object_list"
-).split()
-
-
-class CountingDispatch(TorchDispatchMode):
-    """Counts every communication that reaches PyTorch's dispatcher, however it was called."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd")
-        return function(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def counting():
-    """Replaces every collective of torch.distributed; yields a list of (name, group, largest contribution in bytes)."""
-    calls, originals = [], {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
-
-    def counted(name, original):
-        @functools.wraps(original)
-        def call(*args, **kwargs):
-            bound = inspect.signature(original).bind(*args, **kwargs).arguments
-            sent = bound.get("input_tensor", bound.get("input", bound.get("tensor")))
-            calls.append((name, bound.get("group"), sent.numel() * sent.element_size() if sent is not None else 0))
-            return original(*args, **kwargs)
-
-        return call
-
-    for name, original in originals.items():
-        setattr(dist, name, counted(name, original))
-    try:
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
 def what_travels(shape):
     """Collectives of a forward and a backward on a mesh of (data or context, tensor)."""
     outer, tensor = axes_of(shape)
@@ -376,12 +302,38 @@ def what_travels(shape):
                         yield f"{label}: bytes a token", max(on_tensor) / len(case.owner), 64.0
 
 
+def impossible_columns():
+    """Forward KL where a shard, or a part of one, has logits of -inf: for both models, and for the teacher only."""
+    case, tensor = load_cases()[1], dist.group.WORLD
+    for first, last in ((0, 3), *vocabulary_edges("uneven", tensor.size(), case.vocab)):
+        ids = torch.where((case.token_ids >= first) & (case.token_ids < last), last % case.vocab, case.token_ids)
+        for both in (True, False):
+            student, teacher = case.student_logits.clone(), case.teacher_logits.clone()
+            teacher[:, first:last] = -torch.inf
+            if both:
+                student[:, first:last] = -torch.inf
+            target = teacher.softmax(-1)
+            mine, values = vocabulary_edges("uneven", tensor.size(), case.vocab)[tensor.rank()], []
+            for (start, stop), group in (((0, case.vocab), None), (mine, tensor)):
+                local = student[:, start:stop].clone().requires_grad_()
+                shard = VocabShard(start, stop, case.vocab, group)
+                arguments = (local, teacher[:, start:stop], ids, case.owner, case.batch)
+                out = distillation_loss(*arguments, shard=shard)
+                out.loss.backward()
+                values.append(out.loss)
+                scale = (out.weights / tokens_per_sequence(case) / case.batch)[case.owner][:, None]
+                expected = scale * (student.softmax(-1) - target)[:, start:stop]
+                yield f"columns {first} to {last}, both: {both}", worst(local.grad, expected), 1e-12
+            yield "loss", worst(values[1], values[0]), 1e-12
+
+
 DATA_COUNTS = {"uneven": uneven_counts, "one rank without": one_rank_has_none}
 ON_ANY = {
     "groups of sequences": group_normalisation,
     "moving average": moving_average_over_ranks,
     "uniform and given weights": uniform_and_given_weights,
     "ranks without tokens": ranks_without_tokens,
+    "impossible columns": impossible_columns,
 }
 
 
@@ -423,8 +375,19 @@ def run_groups(world_size):
 
 
 @functools.cache
+def launch(world_size):
+    """Every rank's measurements, or the error of the launch, so that it is not tried again for each test."""
+    try:
+        return run_ranks(run_groups, world_size, world_size, timeout=240.0)
+    except RankError as error:
+        return error
+
+
 def measurements(world_size):
-    return run_ranks(run_groups, world_size, world_size, timeout=240.0)
+    result = launch(world_size)
+    if isinstance(result, RankError):
+        pytest.fail(str(result), pytrace=False)
+    return result
 
 
 @pytest.mark.parametrize(("world_size", "name"), [(size, name) for size, groups in GROUPS.items() for name in groups])

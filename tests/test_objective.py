@@ -1,7 +1,8 @@
-"""The pure mathematics: the tables of divergences and weightings line by line, normalisations and reductions by hand."""
+"""The pure mathematics: tables of divergences and weightings line by line, normalisations and reductions by hand."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -98,7 +99,7 @@ def test_one_pass_form_is_the_sum_of_the_entries(name, beta, cut):
             temperature=1.0,
             cross_sign=sign,
         )
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in itertools.pairwise(edges)
     ]
     merged = merge_statistics(torch.stack(parts), sign)
     torch.testing.assert_close(merged.cross, entry.sum(-1), rtol=0, atol=1e-12)

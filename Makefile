@@ -1,0 +1,19 @@
+# The same interpreter as the scripts': .venv, unless PYTHON names another.
+PYTHON ?= .venv/bin/python
+
+.PHONY: check test test-fast test-gpu
+
+check:  ## lint, format, types, architecture
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q tests/test_architecture.py
+
+test:  ## everything that runs without a GPU
+	$(PYTHON) -m pytest
+
+test-fast:
+	$(PYTHON) -m pytest -m "not slow"
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu

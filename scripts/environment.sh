@@ -1,0 +1,48 @@
+# Sourced by the other scripts: makes .venv and installs the project with the tested versions.
+#
+#   PYTHON   interpreter to make .venv with (default: python3); 3.10 or newer
+#
+# pip's own environment variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are pip's to read. On a machine without a GPU,
+# point them to PyTorch's CPU wheels to save some gigabytes.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$root/.venv"
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# install_project EXTRAS: .venv with the project and its extras ("" or "[test,gym]"), once for each state of the files
+# that say what to install.
+install_project() {
+    local extras="$1" python="${PYTHON:-python3}"
+    command -v "$python" >/dev/null || fail "there is no '$python'. Install Python 3.10 or newer, or name one: PYTHON=/path/to/python $0"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "'$python' is $("$python" --version 2>&1); Python 3.10 or newer is needed. Name one: PYTHON=/path/to/python $0"
+    if [ -x "$venv/bin/python" ]; then
+        local wanted have
+        wanted="$("$python" -c 'import sys; print(sys.version_info[:2])')"
+        have="$("$venv/bin/python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null || true)"
+        if [ -n "${PYTHON:-}" ] && [ "$wanted" != "$have" ]; then
+            fail "$venv is of Python $have, PYTHON names $wanted. Remove $venv to change over."
+        fi
+    else
+        "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+            fail "'$python' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"
+        echo "making $venv"
+        "$python" -m venv "$venv" || { rm -rf "$venv"; fail "python -m venv failed; see above."; }
+    fi
+    local stamp="$venv/.renio-installed" state
+    state="$extras $(cat "$root/constraints.txt" "$root/pyproject.toml" | cksum)"
+    if [ -f "$stamp" ] && grep -qxF "$state" "$stamp"; then
+        return
+    fi
+    echo "installing into $venv (PyTorch is the largest part)"
+    # torch first and exactly: another package's open range would pick the newest build.
+    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" torch setuptools ||
+        fail "pip could not install torch; see above. A proxy or a mirror goes into pip's environment variables."
+    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root$extras" ||
+        fail "pip could not install the project; see above."
+    echo "$state" >>"$stamp"
+}
