@@ -26,11 +26,12 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.metrics import Observer
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import Decoding, Rollout
 from renio_megatron.roles import Sampler
 from renio_megatron.tasks import build_grader
-from renio_megatron.trainer import Observer, Trainer
+from renio_megatron.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         vocab_size = min(vocab_size, teacher_architecture.vocab_size)
     if max(tokenizer.get_vocab().values()) >= vocab_size:
         raise ConfigError(
-            f"the tokenizer of {model} has token ids up to {max(tokenizer.get_vocab().values())}, the models' embeddings "
-            f"have {vocab_size} rows. Choose a tokenizer and models that belong together."
+            f"the tokenizer of {model} has token ids up to {max(tokenizer.get_vocab().values())}, the models' "
+            f"embeddings have {vocab_size} rows. Choose a tokenizer and models that belong together."
         )
     source = build_source(config.data, "train")
     stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
@@ -174,6 +175,7 @@ def _distillation(
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.teacher import MegatronTeacher
 
+    assert inputs.teacher is not None  # a distillation's inputs name one
     teacher_part = build(inputs.teacher_architecture)
     load_weights(teacher_part, inputs.teacher)
     teacher = MegatronTeacher(

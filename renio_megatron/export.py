@@ -39,7 +39,9 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None) 
     """
     run = RunDirectory(run_directory)
     if not run.config.is_file():
-        raise ConfigError(f"{str(run_directory)!r} is no run directory: it holds no config.yaml. Give a run's output_dir.")
+        raise ConfigError(
+            f"{str(run_directory)!r} is no run directory: it holds no config.yaml. Give a run's output_dir."
+        )
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"the destination {str(destination)!r} exists already. Choose another, or remove it.")
     checkpoint = _checkpoint(run.checkpoints, step)
@@ -47,7 +49,9 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None) 
     source = model_directory(config.model, "model")
     architecture = Architecture.from_directory(source)
     layout = start(ParallelConfig(), seed=0)
-    part = build_model(architecture, layout, ParallelConfig(), vocab_size=architecture.vocab_size, bf16=config.train.bf16)
+    part = build_model(
+        architecture, layout, ParallelConfig(), vocab_size=architecture.vocab_size, bf16=config.train.bf16
+    )
     load_model_weights(checkpoint, part)
     state = dict(hf_state(part))
     stop()
@@ -62,7 +66,9 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None) 
             destination.rmdir()
         partial.rename(destination)
     except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}. Check disk and rights.") from error
+        raise CheckpointError(
+            f"{destination} cannot be written: {error.strerror or error}. Check disk and rights."
+        ) from error
     return int(checkpoint.name.removeprefix("iter_"))
 
 

@@ -108,12 +108,12 @@ def distillation_loss(
         shard = VocabShard(0, student_logits.shape[-1], student_logits.shape[-1])
     _check_shapes(student_logits, teacher_logits, token_ids, owner, num_sequences, shard, weights, sequence_lengths)
     with torch.no_grad():
-        divergence = divergence_of(loss.beta)
+        divergence = divergence_of(loss.beta, loss.divergence)
         clipped = loss.entry_clip is not None
         one_round = divergence.mean_under is not None and not clipped
         cross_sign = {"teacher": 1, "student": -1, None: 0}[divergence.mean_under] if one_round else 0
-        columns = {"num_valid": shard.num_valid, "temperature": loss.temperature}
-        bounds = {"beta": loss.beta, "entry_clip": loss.entry_clip, "entry_floor": loss.entry_floor}
+        columns: dict[str, Any] = {"num_valid": shard.num_valid, "temperature": loss.temperature}
+        bounds: dict[str, Any] = {"beta": loss.beta, "entry_clip": loss.entry_clip, "entry_floor": loss.entry_floor}
 
         local = kernels.statistics(
             student_logits, teacher_logits, shard.local_columns(token_ids), cross_sign=cross_sign, **columns
@@ -189,7 +189,7 @@ class FinishedGradient(torch.autograd.Function):
                 "Call the loss again, or backward once."
             )
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(upstream.to(gradient.dtype)), None, None
+        return kernels.scale_rows_(gradient, upstream), None, None
 
 
 def _check_shapes(
@@ -205,12 +205,12 @@ def _check_shapes(
     """Raises `LayoutError` where the arguments of `distillation_loss` do not fit together."""
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise LayoutError(
-            "student_logits and teacher_logits must both be [N, L]: completion tokens only, flat, the same columns; got "
-            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. Cut the wider vocabulary first."
+            "student_logits and teacher_logits must both be [N, L]: completion tokens only, flat, the same columns; "
+            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. Cut the wider vocabulary first."
         )
     if student_logits.device != teacher_logits.device:
         raise LayoutError(
-            f"student_logits are on {student_logits.device}, teacher_logits on {teacher_logits.device}; move one of them."
+            f"student_logits are on {student_logits.device}, teacher_logits on {teacher_logits.device}; move one."
         )
     rows, width = student_logits.shape
     if width != shard.width:
@@ -221,7 +221,7 @@ def _check_shapes(
     for name, index, limit in (("token_ids", token_ids, shard.vocab_size), ("owner", owner, num_sequences)):
         if index.shape != (rows,) or index.dtype != torch.int64:
             raise LayoutError(f"{name} must be int64 [{rows}]; got {index.dtype} {tuple(index.shape)}.")
-        if rows and not (0 <= int(index.min()) and int(index.max()) < limit):
+        if rows and (int(index.min()) < 0 or int(index.max()) >= limit):
             raise LayoutError(
                 f"{name} must lie in [0, {limit}); got values from {int(index.min())} to {int(index.max())}."
             )

@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -48,7 +48,9 @@ METRICS: dict[str, Metric] = {
     "renio/ess_frac": Metric("1", "mean", "effective share of the batch: (sum w)^2 / (B sum w^2)"),
     "renio/cap_frac": Metric("1", "mean", "share of sequences whose weight was cut at the cap"),
     "renio/auc_wrong": Metric("1", "mean", "AUC of the raw weight against wrong completions; 0.5 is chance"),
-    "loss/entry_clip_frac": Metric("1", "mean", "share of completion tokens at which entry_clip cut a vocabulary entry"),
+    "loss/entry_clip_frac": Metric(
+        "1", "mean", "share of completion tokens at which entry_clip cut a vocabulary entry"
+    ),
     "loss/kl": Metric("nats/token", "mean", "unweighted divergence, mean over completion tokens"),
     "rollout/accuracy": Metric("1", "mean", "share of the step's completions that are correct"),
     "rollout/length": Metric("tokens", "mean", "length of a completion"),
@@ -71,6 +73,10 @@ def _metric(name: str) -> Metric:
         nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
         raise KeyError(f"unknown metric {name!r}; the nearest one is {nearest!r}. New ones go into metrics.METRICS.")
     return METRICS[name]
+
+
+Observer: TypeAlias = Callable[[int, dict[str, float]], None]
+"""(step, metrics): a sink's `write`, a progress line's `update`."""
 
 
 class Tally:

@@ -15,6 +15,7 @@ from renio_megatron.settings.checks import require_choice
 
 # Names that are looked up in tables of modules which import torch; repeated here so that a typo is found without it.
 CHOICES: dict[str, tuple[str, ...]] = {
+    "loss.divergence": ("forward_kl", "reverse_kl", "jsd"),
     "weighting.name": ("renio", "uniform"),
     "data.source": ("modchain", "jsonl", "datasets", "reasoning_gym"),
     "data.grader": ("modchain", "number", "reasoning_gym", "none"),
@@ -95,6 +96,11 @@ _IGNORED_BY_TRAIN = (
         ("weighting.cap",),
         lambda config: config.weighting.normalise in ("ema", "none"),
         "weights are capped only after weighting.normalise=batch or group",
+    ),
+    _Ignored(
+        ("loss.beta",),
+        lambda config: config.loss.divergence in ("forward_kl", "reverse_kl"),
+        "loss.divergence names a divergence without that parameter",
     ),
     _Ignored(
         ("loss.entry_floor",),

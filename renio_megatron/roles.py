@@ -1,7 +1,7 @@
 """The parts of a training step, as protocols: what an algorithm may ask of whoever plays them.
 
-Sequences are a rank's own (its data-parallel share); every rank that shares them calls the same methods in the same order
-and gets the same values, whichever stage computed them.
+Sequences are a rank's own (its data-parallel share); every rank that shares them calls the same methods in the same
+order and gets the same values, whichever stage computed them.
 """
 
 from __future__ import annotations

@@ -13,10 +13,9 @@ from renio_megatron.build import build_trainer, read_inputs
 from renio_megatron.config import Recipe
 from renio_megatron.errors import RenioError
 from renio_megatron.megatron.start import start
-from renio_megatron.metrics import JsonlSink, TensorBoardSink
+from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.rundir import RunDirectory
-from renio_megatron.trainer import Observer
 
 logger = logging.getLogger(__name__)
 _Value = TypeVar("_Value")

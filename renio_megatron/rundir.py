@@ -68,23 +68,6 @@ class RunDirectory:
             ) from error
         return "new"
 
-    def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint; None where there is none.
-
-        Raises:
-            CheckpointError: the tracker file does not hold a step.
-        """
-        tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
-        if not tracker.is_file():
-            return None
-        text = tracker.read_text(encoding="utf-8").strip()
-        if not text.isdecimal():
-            raise CheckpointError(
-                f"{tracker} should hold the step of the newest checkpoint; got {text[:40]!r}. "
-                "Write the number of an iter_ directory beside it into it, or start again with --fresh."
-            )
-        return int(text)
-
     def is_finished(self) -> bool:
         """Whether `mark_finished` was called for this run."""
         return self.finished.is_file()
@@ -92,18 +75,6 @@ class RunDirectory:
     def mark_finished(self, summary: Mapping[str, Any]) -> None:
         """Writes `finished.json` with the summary."""
         _write(self.finished, json.dumps(summary, indent=2) + "\n")
-
-    def rewind_metrics(self, step: int) -> None:
-        """Drops the metrics of steps after `step`, and lines that a killed run left half-written.
-
-        To be called before a run continues from the checkpoint of `step`; -1 drops every step.
-        """
-        if not self.metrics.is_file():
-            return
-        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and _is_record_until(line, step)]
-        if len(kept) < len(lines):
-            _write(self.metrics, "".join(kept))
 
     def _check_place(self) -> None:
         """Raises `CheckpointError` where the directory exists and is none of ours, or has no place to be made."""
@@ -148,15 +119,6 @@ class RunDirectory:
             number += 1
         directory.rename(target)
         logger.warning("the earlier run was moved to %s", target)
-
-
-def _is_record_until(line: str, step: int) -> bool:
-    """Whether a line of metrics is a complete record of at most this step; records without a step are kept."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and record.get("step", step) <= step
 
 
 def _write(path: Path, text: str) -> None:

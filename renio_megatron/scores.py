@@ -89,19 +89,20 @@ def sample_weights(
     raw = raw_weight(table[:, 1:3], temperature=config.temperature)
     unnormalised = strategy.raw_weight(table[:, 3:], temperature=config.temperature)
 
-    if config.normalise == "group" and weights is None:
+    normalise = config.normalise if strategy.is_normalised and weights is None else "none"
+    if normalise == "group":
         assert config.group_size is not None  # the settings see to it
         means, batch_size = group_means(unnormalised, config.group_size, batch_group)
         finished = divide_and_cap(unnormalised, means, config.cap)
     else:
         mean, batch_size = batch_mean(unnormalised, batch_group)
-        if config.normalise == "ema" and weights is None:
+        if normalise == "ema":
             state = moving_average(mean, state, config.ema_decay)
             finished = divide_and_cap(unnormalised, state, None)
-        elif config.normalise == "none":
-            finished = unnormalised
-        else:
+        elif normalise == "batch":
             finished = divide_and_cap(unnormalised, mean, config.cap)
+        else:
+            finished = unnormalised
     return SampleWeights(
         weights=finished if weights is None else weights.detach().to(raw),
         raw_weights=raw,

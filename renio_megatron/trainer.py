@@ -9,11 +9,9 @@ from typing import Any
 
 from renio_megatron.algorithms import Algorithm
 from renio_megatron.errors import NumericsError
+from renio_megatron.metrics import Observer
 from renio_megatron.records import Prompt
 from renio_megatron.roles import Keeper
-
-Observer = Callable[[int, dict[str, float]], None]
-"""(step, metrics): a sink, a progress line."""
 
 
 @dataclass

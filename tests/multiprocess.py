@@ -52,7 +52,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         folder, port = Path(name), _free_port()
         shared = (function, world_size, args, folder, timeout, port)
         processes = [
-            context.Process(target=_rank_main, args=(rank, *shared), daemon=True) for rank in range(world_size)
+            # Not daemons: megatron-core's checkpoint writer starts processes of its own.
+            context.Process(target=_rank_main, args=(rank, *shared))
+            for rank in range(world_size)
         ]
         deadline = time.monotonic() + timeout
         try:

@@ -38,8 +38,15 @@ def columns(logits, start, stop):
 
 
 COLLECTIVES = (
-    *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object"),
-    *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor"),
+    *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_single", "all_gather_object"),
+    *(
+        "all_reduce",
+        "all_reduce_coalesced",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "reduce_scatter_single",
+    ),
     *("all_to_all", "all_to_all_single", "barrier", "monitored_barrier", "broadcast", "broadcast_object_list"),
     *("gather", "gather_object", "scatter", "scatter_object_list", "batch_isend_irecv"),
     *("isend", "irecv", "send", "recv", "send_object_list", "recv_object_list"),

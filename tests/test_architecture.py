@@ -15,10 +15,10 @@ FLOORS = (
     ("errors",),
     ("records", "settings", "assets", "metrics", "objective", "parallel"),
     ("kernels",),
-    ("roles", "loss", "token_logp", "linear_loss", "scores", "data", "tasks"),
+    ("roles", "scores", "loss", "token_logp", "linear_loss", "learning_rate", "data", "tasks"),
     ("megatron", "evaluate", "diagnose"),
     ("algorithms", "trainer"),
-    ("config", "rundir", "build"),
+    ("recipe_file", "recipe_rules", "config", "rundir", "build", "run", "export"),
     ("cli", "report"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

@@ -180,7 +180,7 @@ def group_normalisation():
                     neighbours = raw[begin : begin + size]
                     mean = sum(neighbours) / len(neighbours)
                     expected += [min(value / mean, cap or value / mean) for value in neighbours]
-                yield f"{counts} in groups of {size}", worst(out.weights, torch.tensor(expected).double()[mine]), 1e-6
+                yield f"{counts} in groups of {size}", worst(out.weights, case.loss.new_tensor(expected)[mine]), 1e-12
                 yield "raw", worst(out.raw_weights, case.raw_weights[mine]), 1e-9
 
 
@@ -195,11 +195,11 @@ def moving_average_over_ranks():
         raw = []
         for i in range(case.batch):
             pivotal = [value for value in ratio[owner == i].tolist() if value >= 0.8]
-            raw.append(torch.tensor(sum(pivotal) / len(pivotal) if pivotal else 0.0).double().exp())
+            raw.append(case.loss.new_tensor(sum(pivotal) / len(pivotal) if pivotal else 0.0).exp())
         raw = torch.stack(raw)
         average = raw.mean() if average is None else 0.1 * raw.mean() + 0.9 * average
-        yield f"case {number} weights", worst(out.weights, (raw / average)[mine]), 1e-6
-        yield f"case {number} state", worst(out.state, average), 1e-6
+        yield f"case {number} weights", worst(out.weights, (raw / average)[mine]), 1e-12
+        yield f"case {number} state", worst(out.state, average), 1e-12
         state = out.state
 
 
@@ -320,7 +320,7 @@ def impossible_columns():
                 arguments = (local, teacher[:, start:stop], ids, case.owner, case.batch)
                 out = distillation_loss(*arguments, shard=shard)
                 out.loss.backward()
-                values.append(out.loss)
+                values.append(out.loss.detach())
                 scale = (out.weights / tokens_per_sequence(case) / case.batch)[case.owner][:, None]
                 expected = scale * (student.softmax(-1) - target)[:, start:stop]
                 yield f"columns {first} to {last}, both: {both}", worst(local.grad, expected), 1e-12

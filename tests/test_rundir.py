@@ -106,39 +106,15 @@ def test_unreadable_settings_are_refused(run, recipe, text):
         run.open(recipe(), fresh=False)
 
 
-def test_the_newest_checkpoint_is_read_from_the_tracker(run):
-    assert run.latest_step() is None
-    run.checkpoints.mkdir(parents=True)
-    assert run.latest_step() is None
-    tracker = run.checkpoints / "latest_checkpointed_iteration.txt"
-    tracker.write_text("120\n")
-    assert run.latest_step() == 120
-    tracker.write_text("release")
-    with pytest.raises(CheckpointError, match="got 'release'"):
-        run.latest_step()
-
-
-def test_rewinding_drops_later_steps_and_broken_lines(run):
-    run.rewind_metrics(3)
-    assert not run.metrics.exists()
-    run.path.mkdir()
-    kept = ['{"note": "start"}\n', '{"step": 1, "loss": 0.5}\n', '{"step": 2}\n']
-    broken = '{"step": 2, "lo{"step": 2}\n'
-    run.metrics.write_text("".join([*kept[:2], broken, kept[2], '{"step": 3}\n', '{"step": 1']))
-    run.rewind_metrics(2)
-    assert run.metrics.read_text() == "".join(kept)
-    run.rewind_metrics(-1)
-    assert run.metrics.read_text() == kept[0]
-
-
 def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
     run.path.mkdir()
-    run.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+    run.mark_finished({"step": 1})
+    before = run.finished.read_text()
 
     def fail(self, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(CheckpointError, match="No space left on device"):
-        run.rewind_metrics(1)
-    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+        run.mark_finished({"step": 2})
+    assert run.finished.read_text() == before

@@ -78,7 +78,7 @@ def worst(found: torch.Tensor, expected: torch.Tensor, ignore: torch.Tensor | No
     """Largest absolute difference; NaN where there is one, infinity for different shapes, 0 for nothing to compare."""
     if found.shape != expected.shape:
         return float("inf")
-    difference = (found.detach().double() - expected.double()).abs()
+    difference = (found.detach().double() - expected.detach().double()).abs()
     if ignore is not None:
         difference = difference[~ignore]
     return float(difference.max()) if difference.numel() else 0.0

@@ -24,8 +24,8 @@ from renio_megatron.settings import LossConfig, WeightingConfig
 class Distillation:
     """One optimiser step of on-policy distillation with sample weights.
 
-    The weights are finished before the pipeline starts, from the log-probabilities of the sampled tokens, and their mean
-    is the whole batch's. So the micro-batch size and the layout change nothing.
+    The weights are finished before the pipeline starts, from the log-probabilities of the sampled tokens, and their
+    mean is the whole batch's. So the micro-batch size and the layout change nothing.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.roles import Sampler
 
-# Evaluation draws from a stream of its own, the same at every evaluation, so that two of them differ by the model alone.
+# Evaluation draws from a stream of its own, the same every time, so that two evaluations differ by the model alone.
 _STREAM = (0, 1)
 
 

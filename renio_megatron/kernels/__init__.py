@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from renio_megatron.kernels.torch_ops import (
     clamped_sums,
+    scale_rows_,
     statistics,
     token_statistics,
     weighted_gradient,
     working_dtype,
 )
 
-__all__ = ["clamped_sums", "statistics", "token_statistics", "weighted_gradient", "working_dtype"]
+__all__ = ["clamped_sums", "scale_rows_", "statistics", "token_statistics", "weighted_gradient", "working_dtype"]

@@ -1,7 +1,7 @@
 """The three passes over a shard's logits in plain PyTorch: statistics, clamped sums, gradient.
 
-Rows are taken a few at a time, so the fp32 working copies stay small whatever N is. Padding columns come last in a shard
-and are never read; arithmetic on -inf is avoided by slicing them off, not by masking.
+Rows are taken a few at a time, so the fp32 working copies stay small whatever N is. Padding columns come last in a
+shard and are never read; arithmetic on -inf is avoided by slicing them off, not by masking.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def clamped_sums(
     entry_clip: float | None,
     entry_floor: float | None,
 ) -> torch.Tensor:
-    """Pass 2: this shard's sums over the vocabulary, [N, 3]: clamped entries, slopes inside the clamp, entries cut above.
+    """Pass 2: sums over this shard's columns, [N, 3]: clamped entries, slopes inside the clamp, entries cut above.
 
     Shapes and arguments as in `statistics`; `entry_clip` None bounds nothing.
     """
@@ -159,6 +159,16 @@ def token_statistics(
     return out
 
 
+def scale_rows_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`gradient` [N, L] times a scalar, in place. The product is formed in fp32 or better: a loss scale may lie beyond
+    the range of fp16, a denominator between two numbers of bfloat16."""
+    if gradient.dtype in (torch.float32, torch.float64):
+        return gradient.mul_(factor.to(gradient.dtype))
+    for rows in _row_chunks(gradient):
+        gradient[rows] = (gradient[rows].float() * factor).to(gradient.dtype)
+    return gradient
+
+
 def _row_chunks(logits: torch.Tensor) -> Iterator[slice]:
     """Slices of rows that hold about `CHUNK_ENTRIES` entries each."""
     step = max(1, CHUNK_ENTRIES // max(1, logits.shape[1]))
@@ -192,7 +202,7 @@ def _log_probabilities(
 def _drop_clamped_slopes_(
     slope: torch.Tensor, entry: torch.Tensor, entry_clip: float, entry_floor: float | None
 ) -> None:
-    """Zeroes, in place, the slopes of entries outside the bounds; both bounds belong to the inside, as in torch.clamp."""
+    """Zeroes the slopes of entries outside the bounds, in place; the bounds themselves are inside, as in torch.clamp."""
     outside = entry > entry_clip
     if entry_floor is not None:
         outside |= entry < entry_floor

@@ -112,6 +112,6 @@ def _rope(path: Path, values: dict[str, Any]) -> tuple[float, float | None]:
     if kind == "llama3" and all(parameters.get(key) == value for key, value in constants.items()):
         return float(theta), float(parameters["factor"])
     raise ConfigError(
-        f"{path}: rope scaling {kind!r} with {parameters} is not supported; supported are plain rope and Llama 3's with "
-        f"{constants}."
+        f"{path}: rope scaling {kind!r} with {parameters} is not supported; supported are plain rope and Llama 3's "
+        f"with {constants}."
     )

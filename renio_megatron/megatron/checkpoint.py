@@ -16,12 +16,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint import CheckpointException
 
 from renio_megatron.errors import CheckpointError
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.model import ModelPart
 
 logger = logging.getLogger(__name__)
+
+# Megatron, torch and the disk each raise their own; torch's is no Exception.
+_UNREADABLE = (Exception, CheckpointException)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -43,8 +47,8 @@ def latest_step(root: Path) -> int | None:
     text = tracker.read_text().strip()
     if not text.isdigit() or not step_directory(root, int(text)).is_dir():
         raise CheckpointError(
-            f"{tracker} names the checkpoint {text[:40]!r}, which is not beside it. Write the number of an iter_ directory "
-            "that is there into the file, or start again with --fresh."
+            f"{tracker} names the checkpoint {text[:40]!r}, which is not beside it. Write the number of an iter_ "
+            "directory that is there into the file, or start again with --fresh."
         )
     return int(text)
 
@@ -99,10 +103,10 @@ class MegatronKeeper:
         check_same_model(directory, self._learner.part)
         try:
             loaded = dist_checkpointing.load(self._sharded(loading=True), str(directory))
-        except Exception as error:  # Megatron, torch and the disk each raise their own
+        except _UNREADABLE as error:
             raise CheckpointError(
-                f"the checkpoint {directory} cannot be read: {error} It may be truncated; write the number of an older "
-                f"iter_ directory into {self._root / TRACKER}, or start again with --fresh."
+                f"the checkpoint {directory} cannot be read ({_reason(error)}). It may be truncated; write the number of "
+                f"an older iter_ directory into {self._root / TRACKER}, or start again with --fresh."
             ) from error
         self._learner.part.module.load_state_dict(loaded["model"], strict=False)
         self._learner.optimizer.load_state_dict(loaded["optimizer"])
@@ -133,8 +137,8 @@ def load_model_weights(directory: Path, part: ModelPart) -> None:
     check_same_model(directory, part)
     try:
         loaded = dist_checkpointing.load({"model": part.module.sharded_state_dict()}, str(directory))
-    except Exception as error:  # as above
-        raise CheckpointError(f"the checkpoint {directory} cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"the checkpoint {directory} cannot be read ({_reason(error)}).") from error
     part.module.load_state_dict(loaded["model"], strict=False)
 
 
@@ -142,12 +146,22 @@ def check_same_model(directory: Path, part: ModelPart) -> None:
     """Raises `CheckpointError` where the checkpoint is of another architecture than `part`."""
     try:
         saved = dist_checkpointing.load_common_state_dict(str(directory)).get("architecture", {})
-    except Exception as error:  # as above
-        raise CheckpointError(f"the checkpoint {directory} cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"the checkpoint {directory} cannot be read ({_reason(error)}).") from error
     wanted = dataclasses.asdict(part.architecture)
-    differing = [f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]]
+    differing = [
+        f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]
+    ]
     if differing:
         raise CheckpointError(
             f"the checkpoint {directory} is of another architecture ({'; '.join(differing)}). "
             "Point `model` back to the model that the run started from, or start again with --fresh."
         )
+
+
+def _reason(error: BaseException) -> str:
+    """One line about the first cause; torch's own message is every rank's whole traceback."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return f"{type(error).__name__}: {error}"

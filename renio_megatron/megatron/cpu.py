@@ -25,14 +25,24 @@ CALLS: collections.Counter[str] = collections.Counter()
 """How often each patch was needed, by name."""
 
 _FACTORIES = (
-    "zeros ones empty full tensor arange rand randn randint eye linspace zeros_like ones_like empty_like full_like as_tensor"
-).split()
+    *("zeros", "ones", "empty", "full", "zeros_like", "ones_like", "empty_like", "full_like"),
+    *("tensor", "as_tensor", "arange", "linspace", "eye", "rand", "randn", "randint"),
+)
 
-_MODULES_WITH_LITERAL_CUDA = """
-    pipeline_parallel.schedules optimizer.optimizer optimizer.clip_grads optimizer.grad_scaler optimizer.distrib_optimizer
-    transformer.utils tensor_parallel.data distributed.param_and_grad_buffer utils models.common.embeddings.rope_utils
-    dist_checkpointing.exchange_utils dist_checkpointing.strategies.state_dict_saver
-""".split()
+_MODULES_WITH_LITERAL_CUDA = (
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "distributed.param_and_grad_buffer",
+    "models.common.embeddings.rope_utils",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "tensor_parallel.data",
+    "transformer.utils",
+    "utils",
+)
 
 _installed = False
 
@@ -124,4 +134,4 @@ def _report_cuda_types_to_the_optimizer() -> None:
                 return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]

@@ -57,7 +57,9 @@ def hf_names(name: str, architecture: Architecture, layer_offset: int = 0) -> tu
         return _OUTSIDE["embedding.word_embeddings.weight"]
     if name in _OUTSIDE:
         return _OUTSIDE[name]
-    raise ConfigError(f"Megatron's parameter {name!r} has no counterpart in a Hugging Face {architecture.family} model.")
+    raise ConfigError(
+        f"Megatron's parameter {name!r} has no counterpart in a Hugging Face {architecture.family} model."
+    )
 
 
 def to_megatron(name: str, parts: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:

@@ -57,9 +57,7 @@ class MegatronLearner:
         micro_batches = self._micro_batches(rollouts)
 
         def logp_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> torch.Tensor:
-            return token_logp(
-                part.head_logits(rows), micro_batch.target_ids, part.shard, temperature=self._temperature
-            )
+            return token_logp(part.head_logits(rows), micro_batch.target_ids, part.shard, temperature=self._temperature)
 
         self.model.eval()
         collected = run_forward(self.model, micro_batches, logp_of)
@@ -83,8 +81,8 @@ class MegatronLearner:
             total, denominator, tally = loss(index, micro_batch, part.head_logits(rows), part.shard)
             if not math.isfinite(float(total.detach())):
                 raise NumericsError(
-                    f"step {step}, rank {part.layout.rank}: the loss of micro-batch {index} is {float(total.detach())}. "
-                    "Check the learning rate, the models' precision, and train.clip_grad."
+                    f"step {step}, rank {part.layout.rank}: the loss of micro-batch {index} is "
+                    f"{float(total.detach())}. Check the learning rate, the models' precision, and train.clip_grad."
                 )
             self._denominator += denominator
             return total, tally
@@ -136,7 +134,9 @@ class MegatronLearner:
                 "The weights were not changed. Check the learning rate and the data of this step."
             )
         if bad > 0:
-            raise NumericsError(f"step {step}, rank {self.part.layout.rank}: stopped, another rank's gradient is not finite.")
+            raise NumericsError(
+                f"step {step}, rank {self.part.layout.rank}: stopped, another rank's gradient is not finite."
+            )
 
 
 def _optimizer_config(train: TrainConfig, dtype: torch.dtype) -> OptimizerConfig:

@@ -25,7 +25,7 @@ from renio_megatron.settings import ParallelConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor; marks its weight for sequence parallelism, as Megatron's norms do."""
+    """torch's RMSNorm with Megatron's constructor; marks its weight for sequence parallelism, as Megatron's do."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -35,7 +35,9 @@ class RMSNorm(torch.nn.RMSNorm):
 class _PassThrough:
     """Mixed into the output layer's class, whatever the Megatron version made it: its output is its input."""
 
-    def forward(self, input_: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, input_: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None
+    ) -> tuple[torch.Tensor, None]:
         return input_, None
 
 

@@ -1,8 +1,8 @@
 """Draws completions from the present student with Megatron's model and a key-value cache, under TP and PP.
 
-Rows are decoded from the shortest prompt on: where a row's prompt is longer, its own tokens are fed instead of drawn ones,
-so no padding ever stands before a completion. Uniform random numbers are a function of (seed, stream, prompt, position),
-and every tensor rank draws from the same gathered logits, so all layouts draw the same completions.
+Rows are decoded from the shortest prompt on: where a row's prompt is longer, its own tokens are fed instead of drawn
+ones, so no padding ever stands before a completion. Uniform random numbers are a function of (seed, stream, prompt,
+position), and every tensor rank draws from the same gathered logits, so all layouts draw the same completions.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from renio_megatron.records import Decoding, Prompt, Rollout
 class MegatronSampler:
     """Continues the student's view of prompts."""
 
-    def __init__(
-        self, part: ModelPart, *, seed: int, temperature: float, stop_ids: Sequence[int], pad_id: int
-    ) -> None:
+    def __init__(self, part: ModelPart, *, seed: int, temperature: float, stop_ids: Sequence[int], pad_id: int) -> None:
         """Samples from `part` as it is at each call.
 
         Args:
@@ -113,7 +111,7 @@ class MegatronSampler:
         return rollouts
 
     def _forward(self, token_ids: torch.Tensor, start: int, cache: StaticInferenceContext) -> torch.Tensor | None:
-        """One pass over all stages; the last position's final hidden states [b, H] on the last stage, elsewhere None."""
+        """One pass over all stages; the last position's hidden states [b, H] on the last stage, elsewhere None."""
         part, pipeline = self._part, self._part.layout.pipeline
         rows, length = token_ids.shape
         if start:

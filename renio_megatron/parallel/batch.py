@@ -81,9 +81,7 @@ def group_means(
     return local, torch.tensor(float(total), dtype=torch.float64, device=raw_B.device)
 
 
-def _published(
-    gathered: torch.Tensor, counts: list[int], ranks: range, start: int, group_size: int
-) -> torch.Tensor:
+def _published(gathered: torch.Tensor, counts: list[int], ranks: range, start: int, group_size: int) -> torch.Tensor:
     """What `ranks` published from column `start` on, end to end."""
     parts = [gathered[r, start : start + min(counts[r], group_size)] for r in ranks]
     return torch.cat(parts) if parts else gathered.new_zeros(0)

@@ -94,9 +94,9 @@ def gather_in_rank_order(local: torch.Tensor, group: dist.ProcessGroup | None) -
     """Every rank's `local`, stacked on a new first axis in rank order; one collective. Conjugate: none, no gradient."""
     if group is None or group.size() == 1:
         return local[None]
-    gathered = local.new_empty(group.size() * local.numel())  # flat: gloo and NCCL agree on no other shape
-    dist.all_gather_into_tensor(gathered, local.flatten(), group=group)
-    return gathered.view(group.size(), *local.shape)
+    gathered = local.new_empty(group.size(), *local.shape)
+    dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=group)
+    return gathered
 
 
 def sum_in_rank_order(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -151,7 +151,7 @@ def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normali
 
 
 def _merge_sums(maximum_RN: torch.Tensor, sum_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Global maximum [N], sum of exponentials relative to it [N], and each rank's factor exp(maximum - global) [R, N]."""
+    """Global maximum and sum of exponentials relative to it [N], and each rank's exp(maximum - global) [R, N]."""
     maximum = maximum_RN.amax(0)
     lift = torch.where(maximum_RN == -torch.inf, 0.0, (maximum_RN - maximum).exp())
     return maximum, (lift * sum_RN).sum(0), lift

@@ -14,6 +14,7 @@ class LossConfig:
     Attributes:
         beta: 0 is forward KL(T||S), 1 is reverse KL(S||T), between them the generalised Jensen-Shannon divergence with
             the mixture (1 - beta) S + beta T.
+        divergence: a divergence by its name in `objective.divergences`; null: the one that `beta` selects.
         temperature: both models' logits are divided by it; also the temperature of the log ratios.
         entry_clip: upper bound, in nats, of every vocabulary entry of the divergence before the sum over the
             vocabulary; None switches both bounds off. The authors' release uses 0.05.
@@ -25,11 +26,14 @@ class LossConfig:
     """
 
     beta: float = 0.0
+    divergence: str | None = None
     temperature: float = 1.0
     entry_clip: float | None = None
     entry_floor: float | None = 0.0
 
     def __post_init__(self) -> None:
+        if self.divergence == "jsd" and self.beta in (0.0, 1.0):
+            raise ConfigError(f"loss.divergence=jsd needs loss.beta strictly between 0 and 1; got {self.beta}.")
         if not 0.0 <= self.beta <= 1.0:
             raise ConfigError(f"loss.beta must lie in [0, 1] (0: forward KL, 1: reverse KL); got {self.beta}.")
         if not 0.0 < self.temperature < float("inf"):

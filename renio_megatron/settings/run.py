@@ -13,8 +13,8 @@ class TeacherConfig:
     """Who scores the student's completions.
 
     Attributes:
-        kind: `separate`, a frozen model of its own; `self`, the student's initial weights, frozen, reading the teacher's
-            view of the prompt (`data.teacher_template`).
+        kind: `separate`, a frozen model of its own; `self`, the student's initial weights, frozen, reading the
+            teacher's view of the prompt (`data.teacher_template`).
         model: Hugging Face directory of a separate teacher.
     """
 

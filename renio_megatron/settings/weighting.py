@@ -50,7 +50,9 @@ class WeightingConfig:
         if not 0.0 < self.temperature < float("inf"):
             raise ConfigError(f"weighting.temperature must be positive and finite; got {self.temperature}.")
         if self.normalise not in NORMALISATIONS:
-            raise ConfigError(f"weighting.normalise must be one of {', '.join(NORMALISATIONS)}; got {self.normalise!r}.")
+            raise ConfigError(
+                f"weighting.normalise must be one of {', '.join(NORMALISATIONS)}; got {self.normalise!r}."
+            )
         if self.normalise == "group" and (self.group_size is None or self.group_size < 1):
             raise ConfigError(
                 f"weighting.normalise=group needs weighting.group_size of at least 1; got {self.group_size}. "

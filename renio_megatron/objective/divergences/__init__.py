@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from renio_megatron.errors import ConfigError
 from renio_megatron.objective.divergences import forward_kl, jsd, reverse_kl
 
 Terms = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
@@ -46,6 +47,14 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
-def divergence_of(beta: float) -> Divergence:
-    """The divergence that `beta` selects: 0 forward KL, 1 reverse KL, else generalised JSD."""
-    return DIVERGENCES[{0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(beta), "jsd")]
+def divergence_of(beta: float, name: str | None = None) -> Divergence:
+    """The divergence `name`; None: the one that `beta` selects, 0 forward KL, 1 reverse KL, else generalised JSD.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    if name is None:
+        name = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(beta), "jsd")
+    if name not in DIVERGENCES:
+        raise ConfigError(f"loss.divergence must be one of {', '.join(DIVERGENCES)}, or null; got {name!r}.")
+    return DIVERGENCES[name]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def terms(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def terms(
+    student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Entry p_T (log p_T - log p_S) and slope -p_T, elementwise, nats; `beta` is not used.
 
     >>> entry, slope = terms(torch.tensor(0.25).log(), torch.tensor(0.5).log())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def terms(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def terms(
+    student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Entry p_S (log p_S - log p_T) and slope entry + p_S, elementwise, nats; `beta` is not used.
 
     >>> entry, slope = terms(torch.tensor(0.5).log(), torch.tensor(0.25).log())

@@ -1,0 +1,105 @@
+"""One update through the trainer and Megatron's own schedules, in every layout, against a single process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from renio_megatron.settings import LossConfig, WeightingConfig
+from tests.multiprocess import run_ranks
+from tests.training_cases import layout_of, one_step, recipe, save_models
+
+TOLERANCE = 1e-5
+
+
+def _cases(folder: Path, world_size: int) -> dict[str, Any]:
+    """Name -> settings; every case has the same rollouts."""
+    base = recipe(folder)
+    small = replace(base.train, micro_batch_size=1)
+    large = replace(base.train, micro_batch_size=4)
+    recompute = replace(base.rollout, student_scores="recompute")
+    if world_size == 4:
+        return {
+            "TP2 x PP2": recipe(folder, parallel=layout_of(2, 2)),
+            "TP2 x PP2, micro-batch 1": recipe(folder, parallel=layout_of(2, 2), train=small),
+            "TP2 x DP2": recipe(folder, parallel=layout_of(2)),
+            "PP2 x DP2, tied": recipe(folder, parallel=layout_of(1, 2), model=str(folder / "tied")),
+        }
+    return {
+        "TP2": recipe(folder, parallel=layout_of(2)),
+        "TP2, micro-batch 1": recipe(folder, parallel=layout_of(2), train=small),
+        "TP2, micro-batch 4": recipe(folder, parallel=layout_of(2), train=large),
+        "TP2, recompute": recipe(folder, parallel=layout_of(2), rollout=recompute),
+        "PP2": recipe(folder, parallel=layout_of(1, 2)),
+        "PP2, micro-batch 4": recipe(folder, parallel=layout_of(1, 2), train=large),
+        "PP2, recompute": recipe(folder, parallel=layout_of(1, 2), rollout=recompute),
+        "DP2": recipe(folder),
+        "DP2, micro-batch 1": recipe(folder, train=small),
+        "DP2, recompute": recipe(folder, rollout=recompute),
+        "TP2, tied": recipe(folder, parallel=layout_of(2), model=str(folder / "tied")),
+        "PP2, tied": recipe(folder, parallel=layout_of(1, 2), model=str(folder / "tied")),
+        "DP2, reverse KL": recipe(folder, loss=LossConfig(beta=1.0, temperature=1.1)),
+        "TP2, JSD": recipe(folder, loss=LossConfig(beta=0.3, temperature=1.1), parallel=layout_of(2)),
+        "PP2, plain OPD": recipe(
+            folder, parallel=layout_of(1, 2), weighting=WeightingConfig(name="uniform", threshold=0.3)
+        ),
+    }
+
+
+def _run_cases(folder: Path, world_size: int) -> dict[str, dict[str, Any]]:
+    return {name: one_step(config, folder) for name, config in _cases(folder, world_size).items()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(models: Path) -> dict[str, list[dict[str, Any]]]:
+    """Case -> what each rank found; two launches."""
+    merged: dict[str, list[dict[str, Any]]] = {}
+    for world_size in (2, 4):
+        by_rank = run_ranks(_run_cases, world_size, models, world_size, timeout=280)
+        for name in by_rank[0]:
+            merged[name] = [found[name] for found in by_rank]
+    return merged
+
+
+CASES = [name for world_size in (2, 4) for name in _cases(Path(), world_size)]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.timeout(600)
+def test_update_equals_the_single_process_reference(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    for rank, found in enumerate(results[name]):
+        assert found["gradient_error"] < TOLERANCE, f"rank {rank}: {found}"
+        assert found["grad_norm_error"] < TOLERANCE
+        assert found["loss_error"] < TOLERANCE
+        assert found["weight_error"] < TOLERANCE
+        # The comparison would prove nothing about weights if no token were pivotal.
+        assert found["raw_weights_not_1"] > 2
+
+
+def test_every_layout_draws_the_same_rollouts(results: dict[str, list[dict[str, Any]]]) -> None:
+    untied = [found for name, ranks in results.items() if "tied" not in name for found in ranks]
+    tied = [found for name, ranks in results.items() if "tied" in name for found in ranks]
+    for group in (untied, tied):
+        assert all(found["tokens"] == group[0]["tokens"] for found in group)
+    assert len(untied[0]["tokens"]) == 8
+    assert len(set(untied[0]["tokens"])) > 4  # not eight copies of one completion
+
+
+def test_micro_batch_and_layout_change_no_weight(results: dict[str, list[dict[str, Any]]]) -> None:
+    plain = [name for name in CASES if not any(word in name for word in ("tied", "KL", "JSD", "plain"))]
+    first = results[plain[0]][0]
+    assert max(first["weights"]) > 1.05
+    for name in plain:
+        for found in results[name]:
+            assert found["weights"] == pytest.approx(first["weights"], abs=1e-5)
+            assert found["loss"] == pytest.approx(first["loss"], rel=1e-5)

@@ -1,0 +1,174 @@
+"""A tiny student and teacher, one optimiser step through the real trainer, and the same step by transformers alone.
+
+The reference shares nothing with the code under test but the sampled tokens and the table of parameter names: models
+are transformers', the objective is `objective/reference.py` in autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron.config import RunConfig
+from renio_megatron.objective.reference import reference_objective
+from renio_megatron.records import Rollout
+from renio_megatron.settings import (
+    DataConfig,
+    LossConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TeacherConfig,
+    TrainConfig,
+    WeightingConfig,
+)
+from renio_megatron.tasks.modchain import build_tokenizer
+
+VOCAB_SIZE = 17
+
+
+def save_models(folder: Path) -> None:
+    """`student`, `tied` (2 layers each) and `teacher` (4 layers, wider) of one vocabulary, random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    for seed, (name, layers, hidden, tied) in enumerate(
+        (("student", 2, 32, False), ("tied", 2, 32, True), ("teacher", 4, 48, False))
+    ):
+        config = Qwen3Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=tied,
+            max_position_embeddings=128,
+        )
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+        for parameter in model.parameters():  # norms away from 1, logits away from uniform: some tokens must be pivotal
+            parameter.data += 0.15 * torch.randn_like(parameter)
+        model.save_pretrained(folder / name)
+        build_tokenizer(folder / name)
+
+
+def recipe(folder: Path, **changes: Any) -> RunConfig:
+    """A run of one step of 8 sequences; `changes` replace whole sections or top-level values."""
+    config = RunConfig(
+        model=str(folder / "student"),
+        teacher=TeacherConfig(model=str(folder / "teacher")),
+        data=DataConfig(seed=5),
+        rollout=RolloutConfig(temperature=1.1, top_p=0.95, max_completion_length=6),
+        loss=LossConfig(beta=0.0, temperature=1.1),
+        weighting=WeightingConfig(threshold=0.3, ceiling=1.5),
+        train=TrainConfig(train_iters=1, global_batch_size=8, micro_batch_size=2, lr=1e-3, seed=7),
+        output_dir=str(folder / "run"),
+    )
+    return replace(config, **changes)
+
+
+def layout_of(tp: int = 1, pp: int = 1) -> ParallelConfig:
+    """Tensor and pipeline sizes; ranks beyond them are data-parallel."""
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+
+
+def one_step(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """One optimiser step through `Trainer.run`, compared on this rank with the single-process reference.
+
+    Returns:
+        tokens of all rollouts in the global order, weights, loss, and the worst relative errors against the reference.
+    """
+    from renio_megatron.build import build_trainer, read_inputs
+    from renio_megatron.megatron.start import start
+
+    layout = start(config.parallel, seed=config.train.seed)
+    trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
+    seen: dict[str, Any] = {}
+    algorithm = trainer.algorithm
+    sample, weigh, optimizer = algorithm.sampler.sample, algorithm.weigh, algorithm.learner.optimizer
+    real_step = optimizer.step
+
+    def step_after_looking() -> Any:
+        seen["gradients"] = {
+            name: (parameter, parameter.main_grad.clone())
+            for name, parameter in algorithm.learner.part.module.named_parameters()
+        }
+        return real_step()
+
+    algorithm.sampler.sample = lambda *args, **kwargs: seen.setdefault("rollouts", sample(*args, **kwargs))
+    algorithm.weigh = lambda *args: seen.setdefault("sample", weigh(*args))
+    optimizer.step = step_after_looking
+    trainer.save_interval = 0
+    metrics = trainer.run()
+
+    shares: list[Any] = [None] * layout.data.size
+    dist.all_gather_object(shares, (seen["rollouts"], seen["sample"].weights.tolist()), group=layout.data.group)
+    rollouts = list(itertools.chain.from_iterable(share[0] for share in shares))
+    weights = list(itertools.chain.from_iterable(share[1] for share in shares))
+    reference = reference_step(config, rollouts)
+    return {
+        "tokens": [rollout.completion_ids for rollout in rollouts],
+        "weights": weights,
+        "loss": metrics["loss"],
+        "raw_weights_not_1": int((reference["raw_weights"] != 1).sum()),
+        "gradient_error": worst_gradient_error(seen["gradients"], reference["gradients"], algorithm.learner.part),
+        "grad_norm_error": abs(metrics["grad_norm"] - reference["grad_norm"]) / reference["grad_norm"],
+        "loss_error": abs(metrics["loss"] - float(reference["loss"].detach())) / float(reference["loss"].detach()),
+        "weight_error": float((torch.tensor(weights) - reference["weights"]).abs().max()),
+    }
+
+
+def reference_step(config: RunConfig, rollouts: list[Rollout]) -> dict[str, Any]:
+    """Loss, weights and gradients of the whole batch in one process, by transformers and autograd."""
+    from transformers import AutoModelForCausalLM
+
+    student = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model or config.model, dtype=torch.float32)
+    rows: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
+    for rollout in rollouts:
+        for who, model, prompt in (
+            ("student", student, rollout.prompt.student_ids),
+            ("teacher", teacher, rollout.prompt.teacher_ids),
+        ):
+            ids = torch.tensor([prompt + rollout.completion_ids])
+            with torch.set_grad_enabled(who == "student"):
+                logits = model(ids).logits[0]
+            rows[who].append(logits[len(prompt) - 1 : -1])
+    weighting = config.weighting
+    result = reference_objective(
+        torch.cat(rows["student"]),
+        torch.cat(rows["teacher"]),
+        torch.tensor([token for rollout in rollouts for token in rollout.completion_ids]),
+        torch.tensor([i for i, rollout in enumerate(rollouts) for _ in rollout.completion_ids]),
+        len(rollouts),
+        beta=config.loss.beta,
+        temperature=config.loss.temperature,
+        entry_clip=config.loss.entry_clip,
+        threshold=weighting.threshold,
+        ceiling=weighting.ceiling,
+        uniform=weighting.name == "uniform",
+    )
+    result["loss"].backward()
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    norm = torch.sqrt(sum(gradient.double().square().sum() for gradient in gradients.values()))
+    return {**result, "gradients": gradients, "grad_norm": float(norm)}
+
+
+def worst_gradient_error(
+    mine: dict[str, tuple[torch.Tensor, torch.Tensor]], reference: dict[str, torch.Tensor], part: Any
+) -> float:
+    """Largest relative error, over this rank's parameters, of the raw gradient against the reference's shard of it."""
+    from renio_megatron.megatron.hf import hf_names, layer_offset, take_shard, to_megatron
+
+    worst, tensor = 0.0, part.layout.tensor
+    for name, (parameter, gradient) in mine.items():
+        parts = [reference[hf_name] for hf_name in hf_names(name, part.architecture, layer_offset(part))]
+        whole = to_megatron(name, parts, part.architecture)
+        expected = take_shard(name, whole, parameter, tensor.rank, tensor.size)
+        worst = max(worst, float((gradient - expected).norm() / expected.norm().clamp(min=1e-12)))
+    return worst
