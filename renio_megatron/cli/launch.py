@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import uuid
+import warnings
 from collections.abc import Sequence
 
 from renio_megatron.errors import ConfigError
@@ -31,6 +32,8 @@ def quiet_environment() -> None:
     """Sets the variables that keep libraries quiet, where the user has not set them."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if os.environ["PYTHONWARNINGS"] == "ignore":  # which this process has read already
+        warnings.simplefilter("ignore")
 
 
 def become_single_rank() -> None:

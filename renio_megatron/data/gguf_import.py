@@ -68,7 +68,7 @@ def _load(gguf: Path) -> tuple[Any, Any]:
         import accelerate  # noqa: F401
         import gguf as _gguf  # noqa: F401
     except ImportError as error:
-        raise ConfigError("Reading a GGUF file needs two packages: pip install renio-megatron[smollm2].") from error
+        raise ConfigError("Reading a GGUF file needs two packages: pip install gguf accelerate.") from error
     import torch
     import transformers
 

@@ -158,7 +158,7 @@ def reasoning_gym_source(config: DataConfig, split: str) -> Source:
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
-        raise ConfigError("data.source=reasoning_gym needs a package: pip install renio-megatron[gym].") from error
+        raise ConfigError("data.source=reasoning_gym needs a package: pip install reasoning-gym.") from error
     if config.task not in DATASETS:
         near = ", ".join(difflib.get_close_matches(config.task or "", DATASETS, n=5, cutoff=0.4))
         raise ConfigError(

@@ -202,7 +202,7 @@ def _log_probabilities(
 def _drop_clamped_slopes_(
     slope: torch.Tensor, entry: torch.Tensor, entry_clip: float, entry_floor: float | None
 ) -> None:
-    """Zeroes the slopes of entries outside the bounds, in place; the bounds themselves are inside, as in torch.clamp."""
+    """Zeroes the slopes of entries outside the bounds, in place; the bounds are inside, as in torch.clamp."""
     outside = entry > entry_clip
     if entry_floor is not None:
         outside |= entry < entry_floor

@@ -9,6 +9,7 @@ from typing import Any
 
 from renio_megatron.errors import ConfigError
 
+_NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -56,9 +57,14 @@ class Architecture:
             values = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}. Save the model again with save_pretrained.") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} should hold a JSON object; got {type(values).__name__}.")
         family = values.get("model_type")
         if family not in FAMILIES:
             raise ConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
+        missing = [key for key in _NEEDED if key not in values]
+        if missing:
+            raise ConfigError(f"{path} lacks {', '.join(missing)}. Save the model again with save_pretrained.")
         _refuse_unsupported(path, values)
         heads = values["num_attention_heads"]
         rope_theta, scaling = _rope(path, values)

@@ -105,8 +105,8 @@ class MegatronKeeper:
             loaded = dist_checkpointing.load(self._sharded(loading=True), str(directory))
         except _UNREADABLE as error:
             raise CheckpointError(
-                f"the checkpoint {directory} cannot be read ({_reason(error)}). It may be truncated; write the number of "
-                f"an older iter_ directory into {self._root / TRACKER}, or start again with --fresh."
+                f"the checkpoint {directory} cannot be read ({_reason(error)}). It may be truncated; write the number "
+                f"of an older iter_ directory into {self._root / TRACKER}, or start again with --fresh."
             ) from error
         self._learner.part.module.load_state_dict(loaded["model"], strict=False)
         self._learner.optimizer.load_state_dict(loaded["optimizer"])

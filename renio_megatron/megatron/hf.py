@@ -62,6 +62,26 @@ def hf_names(name: str, architecture: Architecture, layer_offset: int = 0) -> tu
     )
 
 
+def hf_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
+    """Shape that config.json implies for a Hugging Face tensor.
+
+    >>> from types import SimpleNamespace
+    >>> hf_shape("model.layers.3.mlp.up_proj.weight", SimpleNamespace(
+    ...     hidden_size=8, ffn_hidden_size=24, kv_channels=4, num_attention_heads=2, num_query_groups=1, vocab_size=17))
+    (24, 8)
+    """
+    hidden, ffn, width = architecture.hidden_size, architecture.ffn_hidden_size, architecture.kv_channels
+    queries, groups = architecture.num_attention_heads * width, architecture.num_query_groups * width
+    rows = {"q_proj": queries, "k_proj": groups, "v_proj": groups, "gate_proj": ffn, "up_proj": ffn}
+    rows |= {"o_proj": hidden, "down_proj": hidden, "q_norm": width, "k_norm": width}
+    rows |= {"embed_tokens": architecture.vocab_size, "lm_head": architecture.vocab_size}
+    columns = {"o_proj": queries, "down_proj": ffn}
+    module, kind = name.split(".")[-2:]
+    if module.endswith("norm") or kind == "bias":
+        return (rows.get(module, hidden),)
+    return (rows[module], columns.get(module, hidden))
+
+
 def to_megatron(name: str, parts: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:
     """The whole Megatron tensor from its Hugging Face parts.
 
@@ -117,15 +137,23 @@ def load_weights(part: ModelPart, directory: Path) -> None:
     tensor = part.layout.tensor
     with torch.no_grad():
         for name, parameter in part.module.named_parameters():
-            parts = [read(hf_name) for hf_name in hf_names(name, part.architecture, offset)]
+            names = hf_names(name, part.architecture, offset)
+            parts = [_checked(read, hf_name, part.architecture, directory) for hf_name in names]
             shard = take_shard(name, to_megatron(name, parts, part.architecture), parameter, tensor.rank, tensor.size)
-            if shard.shape != parameter.shape:
-                raise ConfigError(
-                    f"{directory}: {hf_names(name, part.architecture, offset)} gives {name} the shape "
-                    f"{tuple(shard.shape)} on this rank, its config.json says {tuple(parameter.shape)}. "
-                    "config.json and the weights are not of the same model."
-                )
             parameter.copy_(shard)
+
+
+def _checked(
+    read: Callable[[str], torch.Tensor], name: str, architecture: Architecture, directory: Path
+) -> torch.Tensor:
+    """A tensor of the shape that config.json says."""
+    tensor, wanted = read(name), hf_shape(name, architecture)
+    if tuple(tensor.shape) != wanted:
+        raise ConfigError(
+            f"{directory}: {name} has the shape {tuple(tensor.shape)}, its config.json says {wanted}. "
+            "config.json and the weights are not of the same model."
+        )
+    return tensor
 
 
 def layer_offset(part: ModelPart) -> int:

@@ -156,7 +156,7 @@ def build_model(
         post_process=layout.pipeline.is_last,
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
-        rotary_base=int(architecture.rotary_base),
+        rotary_base=architecture.rotary_base,
         rope_scaling=architecture.rope_scaling_factor is not None,
         rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
     )

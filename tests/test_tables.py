@@ -1,0 +1,19 @@
+"""Names that are repeated so that a typo is found without torch are the names of the real tables."""
+
+from __future__ import annotations
+
+from renio_megatron.config import MODEL_TYPES
+from renio_megatron.data.sources import SOURCES
+from renio_megatron.megatron.architecture import FAMILIES
+from renio_megatron.objective.divergences import DIVERGENCES
+from renio_megatron.objective.weightings import WEIGHTINGS
+from renio_megatron.recipe_rules import CHOICES
+from renio_megatron.tasks import GRADERS
+
+
+def test_recipe_choices_are_the_tables():
+    assert set(CHOICES["loss.divergence"]) == set(DIVERGENCES)
+    assert set(CHOICES["weighting.name"]) == set(WEIGHTINGS)
+    assert set(CHOICES["data.source"]) == set(SOURCES)
+    assert set(CHOICES["data.grader"]) == {*GRADERS, "none"}
+    assert MODEL_TYPES == FAMILIES

@@ -1,0 +1,400 @@
+"""The loop and its two algorithms on fakes: shares, cursor, what is due when, weights, metrics; the learning rate."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from renio_megatron import VocabShard, distillation_loss
+from renio_megatron.algorithms.distillation import Distillation
+from renio_megatron.algorithms.sft import Sft
+from renio_megatron.data.collate import collate
+from renio_megatron.errors import NumericsError
+from renio_megatron.learning_rate import learning_rate
+from renio_megatron.metrics import Tally
+from renio_megatron.parallel.layout import Layout
+from renio_megatron.records import Decoding, Prompt, Rollout, TeacherScores
+from renio_megatron.settings import LossConfig, TrainConfig, WeightingConfig
+from renio_megatron.trainer import Trainer
+
+
+class Algorithm:
+    """Counts its steps; `bad` names the step at which a metric becomes `value`."""
+
+    def __init__(self, bad: int = 0, value: float = math.nan) -> None:
+        self.seen: list[tuple[int, list[int]]] = []
+        self.restored: Any = None
+        self._bad, self._value = bad, value
+
+    def step(self, prompts: list[Prompt], step: int) -> dict[str, float]:
+        self.seen.append((step, [prompt.index for prompt in prompts]))
+        return {"loss": self._value if step == self._bad else 1.0 / step, "grad_norm": 1.0}
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": len(self.seen)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.restored = state
+
+
+class Keeper:
+    """Checkpoints in a list."""
+
+    def __init__(self, found: tuple[int, dict[str, Any]] | None = None) -> None:
+        self.saved: list[tuple[int, dict[str, Any]]] = []
+        self._found = found
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        self.saved.append((step, state))
+
+    def load(self) -> tuple[int, dict[str, Any]] | None:
+        return self._found
+
+
+def prompts(start: int, count: int) -> list[Prompt]:
+    return [Prompt(index, (1,), (1,)) for index in range(start, start + count)]
+
+
+def trainer(**changes: Any) -> Trainer:
+    settings: dict[str, Any] = {"train_iters": 5, "global_batch_size": 4, "save_interval": 2}
+    return Trainer(**{"algorithm": Algorithm(), "prompts": prompts, "keeper": Keeper(), **settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "shares"),
+    [(0, 1, [[0, 1, 2, 3], [4, 5, 6, 7]]), (0, 2, [[0, 1], [4, 5]]), (1, 2, [[2, 3], [6, 7]]), (3, 4, [[3], [7]])],
+)
+def test_each_data_rank_gets_consecutive_prompts_of_each_step(rank, size, shares):
+    run = trainer(train_iters=2, data_rank=rank, data_size=size)
+    run.run()
+    assert run.algorithm.seen == [(1, shares[0]), (2, shares[1])]
+    assert (run.step, run.cursor) == (2, 8)
+
+
+def test_the_steps_of_a_run_and_what_observers_are_told():
+    told: list[tuple[int, dict[str, float]]] = []
+    again: list[int] = []
+    run = trainer(observers=[lambda *row: told.append(row), lambda step, _: again.append(step)])
+    last = run.run()
+    assert [step for step, _ in told] == again == [1, 2, 3, 4, 5]
+    assert [row["step"] for _, row in told] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for _, row in told] == [1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
+    assert last["loss"] == 1 / 5
+    assert "tokens_per_s" not in last
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(2, [2, 4, 5]), (5, [5]), (100, [5]), (1, [1, 2, 3, 4, 5]), (0, [])])
+def test_checkpoints_are_due_at_every_interval_and_at_the_end(interval, steps):
+    run = trainer(save_interval=interval)
+    run.run()
+    assert run.keeper.saved == [(step, {"cursor": 4 * step, "algorithm": {"steps": step}}) for step in steps]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(2, [0, 2, 4, 5]), (5, [0, 5]), (3, [0, 3, 5]), (7, [0, 5])])
+def test_evaluations_are_due_before_training_at_every_interval_and_at_the_end(every, steps):
+    told: dict[int, dict[str, float]] = {}
+    run = trainer(evaluate=lambda: {"eval/accuracy_greedy": 0.5}, evaluate_every=every, observers=[told.__setitem__])
+    last = run.run()
+    assert [step for step, row in told.items() if "eval/accuracy_greedy" in row] == steps
+    assert told[0] == {"step": 0, "eval/accuracy_greedy": 0.5}, "the state before training, and nothing else"
+    assert sorted(told) == [0, 1, 2, 3, 4, 5]
+    assert last["eval/accuracy_greedy"] == 0.5
+
+
+def test_the_first_evaluation_is_of_the_untrained_student():
+    algorithm, steps_done = Algorithm(), []
+    evaluate = lambda: steps_done.append(len(algorithm.seen)) or {}  # noqa: E731
+    trainer(algorithm=algorithm, evaluate=evaluate, evaluate_every=2).run()
+    assert steps_done == [0, 2, 4, 5]
+
+
+def test_a_resumed_run_goes_on_where_the_checkpoint_stands():
+    told: list[int] = []
+    keeper = Keeper((3, {"cursor": 12, "algorithm": {"steps": 3}}))
+    settings = {"data_rank": 1, "data_size": 2, "evaluate": lambda: {"eval/accuracy_greedy": 0.5}, "evaluate_every": 2}
+    run = trainer(keeper=keeper, observers=[lambda step, _: told.append(step)], **settings)
+    assert run.resume() == 3
+    assert run.algorithm.restored == {"steps": 3}
+    run.run()
+    assert run.algorithm.seen == [(4, [14, 15]), (5, [18, 19])]
+    assert told == [4, 5], "no row of step 0 after a resumption"
+    assert [(step, state["cursor"]) for step, state in keeper.saved] == [(4, 16), (5, 20)]
+
+
+def test_without_a_checkpoint_nothing_is_restored_and_after_the_last_one_nothing_is_left_to_do():
+    run = trainer()
+    assert run.resume() == 0
+    assert (run.step, run.cursor, run.algorithm.restored) == (0, 0, None)
+    run = trainer(keeper=Keeper((5, {"cursor": 20, "algorithm": {}})), evaluate=lambda: {"eval/accuracy_greedy": 0.5})
+    run.resume()
+    assert run.run() == {}
+    assert run.algorithm.seen == run.keeper.saved == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_names_step_and_metric_and_is_not_saved(value):
+    told: list[int] = []
+    run = trainer(algorithm=Algorithm(bad=4, value=value), observers=[lambda step, _: told.append(step)])
+    with pytest.raises(NumericsError, match="step 4: loss is not finite"):
+        run.run()
+    assert [step for step, _ in run.keeper.saved] == [2]
+    assert told == [1, 2, 3]
+
+
+def test_an_evaluation_that_is_not_finite_is_found_before_training():
+    run = trainer(evaluate=lambda: {"eval/accuracy_greedy": math.nan}, evaluate_every=1)
+    with pytest.raises(NumericsError, match="step 0: eval/accuracy_greedy is not finite"):
+        run.run()
+    assert run.algorithm.seen == []
+
+
+def test_the_token_rate_is_tokens_over_the_seconds_of_the_step(monkeypatch):
+    clock = iter([10.0, 14.0, 20.0, 20.5])
+    monkeypatch.setattr("renio_megatron.trainer.time", SimpleNamespace(perf_counter=clock.__next__))
+    told: list[dict[str, float]] = []
+    algorithm = SimpleNamespace(step=lambda prompts, step: {"tokens_per_s": 600.0}, state=dict)
+    trainer(algorithm=algorithm, train_iters=2, observers=[lambda _, row: told.append(row)]).run()
+    assert [(row["time/step_s"], row["tokens_per_s"]) for row in told] == [(4.0, 150.0), (0.5, 1200.0)]
+
+
+HALF = math.sqrt(0.5)
+
+
+@pytest.mark.parametrize(
+    ("style", "warmup", "min_lr", "expected"),
+    [
+        ("constant", 0, 0.0, [2, 2, 2, 2, 2, 2]),
+        ("constant", 3, 0.0, [2 / 3, 4 / 3, 2, 2, 2, 2]),
+        ("linear", 0, 0.0, [2, 10 / 6, 8 / 6, 1, 4 / 6, 2 / 6]),
+        ("linear", 2, 0.4, [1, 2, 2, 1.6, 1.2, 0.8]),
+        # 4 steps of decay: the cosine is taken at 0, 45, 90 and 135 degrees.
+        ("cosine", 2, 0.0, [1, 2, 2, 1 + HALF, 1, 1 - HALF]),
+        ("cosine", 2, 0.4, [1, 2, 2, 0.4 + 0.8 * (1 + HALF), 1.2, 0.4 + 0.8 * (1 - HALF)]),
+        ("linear", 5, 0.4, [0.4, 0.8, 1.2, 1.6, 2, 2]),
+    ],
+)
+def test_learning_rate_by_hand(style, warmup, min_lr, expected):
+    train = TrainConfig(train_iters=6, lr=2.0, min_lr=min_lr, lr_warmup_iters=warmup, lr_decay_style=style)
+    assert [learning_rate(train, step) for step in range(1, 7)] == pytest.approx(expected, rel=1e-12)
+
+
+# Four sequences. With threshold 0.8 and ceiling 2.5 the pivotal tokens are 1.0; none; 5.0 (cut to 2.5) and 1.5; none.
+RATIOS = ((1.0, 0.2), (0.1,), (5.0, 1.5, -3.0), (0.75, -1.0))
+RAW = (math.e, 1.0, math.e**2, 1.0)
+MEAN = sum(RAW) / 4
+CAP = 2.0
+WEIGHTS = tuple(min(raw / MEAN, CAP) for raw in RAW)  # only the third is cut
+TOKENS = ((0, 1), (2,), (1, 1, 0), (2, 0))
+FINISHED = (True, True, True, False)
+RIGHT = (True, True, False, False)
+VOCABULARY = 3
+WHOLE = VocabShard(0, VOCABULARY, VOCABULARY)
+
+
+class Roles:
+    """Sampler, teacher and learner in one; keeps what they were asked, and plays the update as Megatron does."""
+
+    def __init__(self, micro_batch_size: int = 2, ratios: Any = RATIOS) -> None:
+        generator = torch.Generator().manual_seed(3)
+        count = sum(map(len, TOKENS))
+        self.student = torch.randn(count, VOCABULARY, generator=generator, dtype=torch.float64, requires_grad=True)
+        self.teacher_rows = torch.randn(count, VOCABULARY, generator=generator, dtype=torch.float64)
+        self.asked: list[Any] = []
+        self.sampled_logp = -0.5  # of every token
+        self.recomputed_logp: torch.Tensor | None = None
+        self.teacher_logp = self.sampled_logp - torch.tensor([ratio for row in ratios for ratio in row])
+        self.micro_batch_size = micro_batch_size
+        self.parts: list[tuple[float, float]] = []
+
+    def distillation(self, *, recompute: bool = False, grader: Any = None, loss: Any = None, **weighting: Any) -> Any:
+        return Distillation(
+            SimpleNamespace(sample=self.sample),
+            SimpleNamespace(score=self.score_teacher, logits=lambda payload: payload),
+            SimpleNamespace(score=self.score_student, update=self.update),
+            layout=Layout(),
+            decoding=DECODING,
+            loss=loss or LossConfig(),
+            weighting=WeightingConfig(**{"cap": CAP, **weighting}),
+            recompute_student_scores=recompute,
+            lr_at=lambda step: step / 100,
+            grader=grader,
+        )
+
+    def sample(self, prompts: Any, decoding: Decoding, *, stream: tuple[int, ...]) -> list[Rollout]:
+        self.asked.append(("sample", [prompt.index for prompt in prompts], decoding, stream))
+        return [
+            Rollout(prompt, tokens, torch.full((len(tokens),), self.sampled_logp), finished)
+            for prompt, tokens, finished in zip(prompts, TOKENS, FINISHED, strict=True)
+        ]
+
+    def score_teacher(self, rollouts: list[Rollout]) -> TeacherScores:
+        self.asked.append(("teacher", [rollout.completion_ids for rollout in rollouts]))
+        return TeacherScores(self.teacher_logp, [self.teacher_rows[rows] for rows in self.rows(rollouts)])
+
+    def score_student(self, rollouts: list[Rollout]) -> torch.Tensor:
+        self.asked.append(("student",))
+        assert self.recomputed_logp is not None
+        return self.recomputed_logp
+
+    def update(self, rollouts: list[Rollout], loss: Any, *, step: int, lr: float) -> dict[str, float]:
+        self.asked.append(("update", step, lr))
+        micro_batches = collate(rollouts, view="student", micro_batch_size=self.micro_batch_size, pad_id=0)
+        total, tally = torch.zeros((), dtype=torch.float64), Tally()
+        for index, (batch, rows) in enumerate(zip(micro_batches, self.rows(rollouts), strict=True)):
+            value, count, counted = loss(index, batch, self.student[rows].clone(), WHOLE)
+            self.parts.append((float(value.detach()), count))
+            total, _ = total + value, tally.merge(counted)
+        denominator = sum(count for _, count in self.parts)
+        (total / denominator).backward()
+        return tally.result()
+
+    def rows(self, rollouts: list[Rollout]) -> list[slice]:
+        """Rows of each micro-batch among the flat tokens."""
+        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        groups = [lengths[i : i + self.micro_batch_size] for i in range(0, len(lengths), self.micro_batch_size)]
+        ends = [0, *itertools.accumulate(map(sum, groups))]
+        return list(itertools.starmap(slice, itertools.pairwise(ends)))
+
+
+DECODING = Decoding(temperature=1.1, top_p=0.95, top_k=None, max_completion_length=3)
+PROMPTS = prompts(8, 4)
+
+
+def divergences(roles: Roles) -> list[float]:
+    """Mean of KL(T||S) over the tokens of each sequence, by torch."""
+    student, teacher = (rows.detach().log_softmax(-1) for rows in (roles.student, roles.teacher_rows))
+    tokens = torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return [float(piece.mean()) for piece in tokens.split([len(row) for row in TOKENS])]
+
+
+def test_a_step_samples_scores_and_updates_in_this_order():
+    roles = Roles()
+    roles.distillation().step(PROMPTS, 7)
+    sampled, scored = ("sample", [8, 9, 10, 11], DECODING, (7,)), ("teacher", list(TOKENS))
+    assert roles.asked == [sampled, scored, ("update", 7, 0.07)]
+
+
+def test_recomputed_scores_take_the_place_of_the_samplers():
+    roles = Roles()
+    # The sampler's own numbers would make no token pivotal: all ratios shift by -7.
+    roles.sampled_logp -= 7.0
+    roles.recomputed_logp = torch.full((8,), -0.5)
+    metrics = roles.distillation(recompute=True).step(PROMPTS, 1)
+    assert [name for name, *_ in roles.asked] == ["sample", "teacher", "student", "update"]
+    assert metrics["renio/weight_max"] == pytest.approx(max(WEIGHTS))
+    assert metrics["renio/pivotal_frac"] == 3 / 8
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_micro_batch_is_weighted_by_its_own_slice(size):
+    roles = Roles(size)
+    roles.distillation().step(PROMPTS, 1)
+    terms = [weight * value for weight, value in zip(WEIGHTS, divergences(roles), strict=True)]
+    expected = [sum(terms[i : i + size]) for i in range(0, 4, size)]
+    assert [value for value, _ in roles.parts] == pytest.approx(expected, rel=1e-6)
+    assert [count for _, count in roles.parts] == [len(terms[i : i + size]) for i in range(0, 4, size)]
+
+
+def test_plain_distillation_weighs_every_sequence_1_and_still_shows_the_raw_weights():
+    roles = Roles(4)
+    metrics = roles.distillation(name="uniform").step(PROMPTS, 1)
+    assert roles.parts[0][0] == pytest.approx(sum(divergences(roles)), rel=1e-6)
+    assert metrics["renio/weight_mean"] == metrics["renio/weight_max"] == metrics["renio/ess_frac"] == 1.0
+    assert metrics["renio/raw_weight_mean"] == pytest.approx(MEAN)
+    assert metrics["renio/cap_frac"] == 0.0
+
+
+def test_metrics_of_a_batch_by_hand():
+    roles = Roles()
+    metrics = roles.distillation(grader=lambda rollout: RIGHT[rollout.prompt.index - 8]).step(PROMPTS, 1)
+    kl, lengths = divergences(roles), (2, 1, 3, 2)
+    expected = {
+        "loss": sum(weight * value for weight, value in zip(WEIGHTS, kl, strict=True)) / 4,
+        "loss/kl": sum(value * length for value, length in zip(kl, lengths, strict=True)) / 8,
+        "loss/entry_clip_frac": 0.0,
+        "renio/weight_mean": sum(WEIGHTS) / 4,
+        "renio/weight_max": CAP,
+        "renio/raw_weight_mean": MEAN,
+        "renio/unit_weight_frac": 0.5,
+        "renio/ess_frac": sum(WEIGHTS) ** 2 / (4 * sum(weight**2 for weight in WEIGHTS)),
+        "renio/cap_frac": 0.25,
+        "renio/pivotal_frac": 3 / 8,
+        # Wrong e^2 and 1, right e and 1: of the four pairs 1 + 1 + 0 + 1/2.
+        "renio/auc_wrong": 0.625,
+        "rollout/accuracy": 0.5,
+        "rollout/length": 2.0,
+        "rollout/truncated_frac": 0.25,
+        "tokens_per_s": 8.0,
+    }
+    times = {"time/rollout_s", "time/teacher_s", "time/train_s"}
+    assert set(metrics) == set(expected) | times
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert all(metrics[name] >= 0 for name in times)
+
+
+def test_no_auc_where_all_are_right_and_no_accuracy_where_nothing_is_graded():
+    assert "renio/auc_wrong" not in Roles().distillation(grader=lambda rollout: True).step(PROMPTS, 1)
+    assert "rollout/accuracy" not in Roles().distillation().step(PROMPTS, 1)
+
+
+@pytest.mark.parametrize("normalise", ["none", "ema"])
+def test_no_weight_is_reported_as_capped_where_no_cap_applies(normalise):
+    metrics = Roles().distillation(normalise=normalise, cap=1.5).step(PROMPTS, 1)
+    assert metrics["renio/weight_max"] == pytest.approx(math.e**2 / (MEAN if normalise == "ema" else 1)), "not cut"
+    assert metrics["renio/cap_frac"] == 0.0
+
+
+def test_the_moving_average_goes_on_from_a_restored_state():
+    first, second = Roles(4), Roles(4, ratios=[[1.0] * 8])  # the second's raw weights are all e
+    algorithm = first.distillation(normalise="ema", ema_decay=0.75)
+    assert algorithm.state() == {"weighting": None}
+    algorithm.step(PROMPTS, 1)
+    resumed = second.distillation(normalise="ema", ema_decay=0.75)
+    resumed.restore(algorithm.state())
+    metrics = resumed.step(PROMPTS, 2)
+    average = 0.75 * MEAN + 0.25 * math.e
+    assert metrics["renio/weight_max"] == pytest.approx(math.e / average, rel=1e-6)
+    assert float(resumed.state()["weighting"]) == pytest.approx(average, rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_sum_over_micro_batches_is_the_loss_of_the_whole_batch(size, beta):
+    roles, loss = Roles(size), LossConfig(beta=beta, temperature=1.1, entry_clip=0.05)
+    token_ids = torch.tensor([token for row in TOKENS for token in row])
+    owner = torch.tensor([0, 0, 1, 2, 2, 2, 3, 3])
+    student = roles.student.detach().clone().requires_grad_()
+    whole = distillation_loss(
+        student.clone(), roles.teacher_rows, token_ids, owner, 4, loss, WeightingConfig(threshold=0.3, cap=CAP)
+    )
+    whole.loss.backward()
+    assert whole.raw_weights.unique().numel() > 2, "the weights matter"
+    rows = ((logits.detach() / 1.1).log_softmax(-1) for logits in (student, roles.teacher_rows))
+    roles.recomputed_logp, roles.teacher_logp = (logp.gather(1, token_ids[:, None])[:, 0] for logp in rows)
+    metrics = roles.distillation(recompute=True, loss=loss, threshold=0.3).step(PROMPTS, 1)
+    assert sum(value for value, _ in roles.parts) / 4 == pytest.approx(float(whole.loss.detach()), rel=1e-12)
+    assert metrics["loss"] == pytest.approx(float(whole.loss.detach()), rel=1e-12)
+    torch.testing.assert_close(roles.student.grad, student.grad, rtol=1e-12, atol=1e-15)
+    assert metrics["loss/entry_clip_frac"] == float((whole.clipped_entries > 0).double().mean()) > 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_fine_tuning_is_cross_entropy_over_the_batchs_tokens(size):
+    roles = Roles(size)
+    given = [Prompt(i, (1,), (1,), completion_ids=tokens) for i, tokens in enumerate(TOKENS)]
+    learner = SimpleNamespace(update=roles.update)
+    metrics = Sft(learner, num_ranks=3, lr_at=lambda step: step / 10).step(given, 2)
+    student = roles.student.detach().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(student, torch.tensor([t for row in TOKENS for t in row]))
+    expected.backward()
+    total, tokens = (sum(column) for column in zip(*roles.parts, strict=True))
+    assert roles.asked == [("update", 2, 0.2)]
+    assert tokens == 8
+    assert total / tokens == metrics["loss"] == pytest.approx(float(expected.detach()), rel=1e-12)
+    torch.testing.assert_close(roles.student.grad, student.grad, rtol=1e-12, atol=1e-15)
+    assert metrics["tokens_per_s"] == 8 * 3
