@@ -21,15 +21,17 @@ from renio_megatron.data.prompts import (
     load_tokenizer,
     padding_id,
 )
-from renio_megatron.data.sources import build_source
+from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.metrics import Observer
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, Rollout
+from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.roles import Sampler
+from renio_megatron.settings import TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.trainer import Trainer
 
@@ -43,6 +45,7 @@ class Inputs:
         architecture, teacher_architecture: theirs.
         vocab_size: V of the loss: the columns that both models have.
         stream: the prompts.
+        evaluation: the problems of the evaluation; none where there is none.
         grader, eval_grader: of training and evaluation problems; None where nothing can be graded.
         stop_ids: tokens that end a completion.
         pad_id: fills rows on the right.
@@ -54,6 +57,7 @@ class Inputs:
     teacher_architecture: Architecture | None
     vocab_size: int
     stream: PromptStream
+    evaluation: Sequence[Prompt]
     grader: Callable[[Rollout], bool] | None
     eval_grader: Callable[[Rollout], bool] | None
     stop_ids: tuple[int, ...]
@@ -82,13 +86,18 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
             f"the tokenizer of {model} has token ids up to {max(tokenizer.get_vocab().values())}, the models' "
             f"embeddings have {vocab_size} rows. Choose a tokenizer and models that belong together."
         )
+    if isinstance(config, RunConfig) or config.init == "pretrained":
+        WeightFiles(model).check(architecture)
+    if teacher is not None and teacher_architecture is not None:
+        WeightFiles(teacher).check(teacher_architecture)
     source = build_source(config.data, "train")
     stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
-    first = stream.batch(0, min(8, config.train.global_batch_size))
+    first = stream.batch(0, _num_checked(source, config.train))
     if isinstance(config, RunConfig) and config.teacher.kind == "self":
         check_views_differ(first)
-    eval_grader = None
+    eval_grader, evaluation = None, []
     if config.evaluate.every:
+        evaluation = stream.evaluation(config.evaluate.samples)
         eval_grader = build_grader(config.data, stream.evaluation_source, tokenizer)
         if eval_grader is None:
             raise ConfigError(
@@ -102,6 +111,7 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         teacher_architecture=teacher_architecture,
         vocab_size=vocab_size,
         stream=stream,
+        evaluation=evaluation,
         grader=build_grader(config.data, source, tokenizer),
         eval_grader=eval_grader,
         stop_ids=_stop_ids(model, tokenizer),
@@ -147,7 +157,7 @@ def build_trainer(
     if isinstance(config, RunConfig):
         algorithm = _distillation(config, inputs, layout, sampler, learner, build, lr_at)
     else:
-        algorithm = Sft(learner, num_ranks=layout.data.size, lr_at=lr_at)
+        algorithm = Sft(learner, layout=layout, lr_at=lr_at)
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
@@ -212,8 +222,18 @@ def _evaluator(
         together = config.rollout.micro_batch_size
     assert limit is not None  # the recipe's rules see to it
     decoding = Decoding(config.evaluate.temperature, None, None, limit, together)
-    prompts = inputs.stream.evaluation(config.evaluate.samples)
-    return Evaluator(sampler, prompts, inputs.eval_grader, decoding, layout)
+    return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, decoding, layout)
+
+
+def _num_checked(source: Source, train: TrainConfig) -> int:
+    """Prompts that are built once at setup, so that a bad one is found before step 1.
+
+    Of a file's records all that the run will use; of generated problems, which are all alike, a few.
+    """
+    used = train.train_iters * train.global_batch_size
+    if source.size is None or source.name not in ("jsonl", "datasets"):
+        return min(8, used)
+    return min(source.size, used)
 
 
 def _stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:

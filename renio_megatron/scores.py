@@ -20,6 +20,12 @@ from renio_megatron.parallel.batch import batch_mean, group_means, sum_pieces
 from renio_megatron.settings import WeightingConfig
 
 
+def applied_cap(config: WeightingConfig) -> float | None:
+    """The bound that is in force: a cap applies after `batch` and `group` only, and not to uniform weights."""
+    normalised = config.name in WEIGHTINGS and WEIGHTINGS[config.name].is_normalised
+    return config.cap if normalised and config.normalise in ("batch", "group") else None
+
+
 @dataclass(frozen=True)
 class SampleWeights:
     """Weights of a rank's sequences and what they came from.
@@ -90,17 +96,18 @@ def sample_weights(
     unnormalised = strategy.raw_weight(table[:, 3:], temperature=config.temperature)
 
     normalise = config.normalise if strategy.is_normalised and weights is None else "none"
+    cap = applied_cap(config)
     if normalise == "group":
         assert config.group_size is not None  # the settings see to it
         means, batch_size = group_means(unnormalised, config.group_size, batch_group)
-        finished = divide_and_cap(unnormalised, means, config.cap)
+        finished = divide_and_cap(unnormalised, means, cap)
     else:
         mean, batch_size = batch_mean(unnormalised, batch_group)
         if normalise == "ema":
             state = moving_average(mean, state, config.ema_decay)
             finished = divide_and_cap(unnormalised, state, None)
         elif normalise == "batch":
-            finished = divide_and_cap(unnormalised, mean, config.cap)
+            finished = divide_and_cap(unnormalised, mean, cap)
         else:
             finished = unnormalised
     return SampleWeights(

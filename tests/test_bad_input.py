@@ -237,7 +237,8 @@ BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
         ("teacher.kind=self", "Give data.teacher_template the {solution}"),
     ),
     "a problem too long, far behind": (
-        lambda folder: [*_rows("path", LONG)(folder), "data.max_prompt_length=100"],
+        # Long enough to reach the last record: what a run never uses is not read.
+        lambda folder: [*_rows("path", LONG)(folder), "data.max_prompt_length=100", "train.train_iters=26"],
         ("path.jsonl:201: the student's prompt has 123 tokens", "data.max_prompt_length=100", "Raise it"),
     ),
     "an evaluation problem too long, far behind": (
@@ -286,6 +287,7 @@ PLACES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
     "no parent": ("none/run", [], ("output_dir ", "does not exist", "Make it, or correct output_dir")),
     "somebody else's": ("thesis", [], ("thesis' is not empty", "'thesis.tex'", "Choose another output_dir")),
     "other settings": ("run", ["train.lr=0.5"], ("run' holds a run with other settings", "is now 0.5", "--fresh")),
+    "a fresh run that cannot start": ("run", ["--fresh", "model=MODELS/no_weights"], ("holds no model.safetensors",)),
 }
 
 
@@ -322,7 +324,9 @@ def _rank_cases(models: Path, folder: Path) -> dict[str, Any]:
 
     found = {"good": attempt(folder / "run")}
     found |= {name: attempt(folder / "weights" / name, f"model={models / name}") for name in WEIGHTS}
-    return found | {name: attempt(folder / place, *settings) for name, (place, settings, _) in PLACES.items()}
+    for name, (place, settings, _) in PLACES.items():
+        found[name] = attempt(folder / place, *(text.replace("MODELS", str(models)) for text in settings))
+    return found
 
 
 @pytest.fixture(scope="module")

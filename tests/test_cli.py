@@ -15,15 +15,15 @@ from renio_megatron.errors import ConfigError, DataError
 
 ROOT = Path(renio_megatron.__file__).parents[1]
 
-# Stands in for renio_megatron.build in every process that has it on its path: the behaviour is named by FAKE.
-FAKE_BUILD = """
+# Stands in for renio_megatron.run and .export in every process that has it on its path; FAKE names the behaviour.
+FAKE_RUN = """
 import os, sys, time, types
 
 def say(text):
     sys.stdout.write(text + "\\n")  # one write, which another rank's cannot split
     sys.stdout.flush()
 
-def run_recipe(recipe, *, fresh):
+def run_recipe(recipe, *, fresh, title, progress):
     from renio_megatron.errors import ConfigError, DataError
     rank, behaviour = int(os.environ["RANK"]), os.environ.get("FAKE", "")
     say(f"rank {rank} of {os.environ['WORLD_SIZE']} seed {recipe.config.train.seed} fresh {fresh} "
@@ -42,23 +42,23 @@ def run_recipe(recipe, *, fresh):
         raise ZeroDivisionError("a bug")
     if behaviour in ("bug", "killed", "wait"):
         time.sleep(300)
-
-def run_quickstart(output_dir, *, fresh):
-    say(f"quickstart in {output_dir} of {os.environ['WORLD_SIZE']} fresh {fresh}")
+    return "new"
 
 def export_checkpoint(run_dir, destination, step):
     say(f"export {run_dir} {destination} {step} rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}")
+    return 40
 
-module = types.ModuleType("renio_megatron.build")
-module.run_recipe, module.run_quickstart, module.export_checkpoint = run_recipe, run_quickstart, export_checkpoint
-sys.modules["renio_megatron.build"] = module
+for function, name in ((run_recipe, "run"), (export_checkpoint, "export")):
+    module = types.ModuleType(f"renio_megatron.{name}")
+    setattr(module, function.__name__, function)
+    sys.modules[module.__name__] = module
 """
 
 
 @pytest.fixture
 def environment(tmp_path):
     (tmp_path / "fake").mkdir()
-    (tmp_path / "fake" / "sitecustomize.py").write_text(FAKE_BUILD)
+    (tmp_path / "fake" / "sitecustomize.py").write_text(FAKE_RUN)
     left_out = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "PYTHONWARNINGS", "RENIO_TRACEBACK")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     return {**kept, "PYTHONPATH": f"{tmp_path / 'fake'}{os.pathsep}{ROOT}"}
@@ -208,12 +208,6 @@ def test_quickstart_is_refused_under_torchrun(started, monkeypatch, capsys):
     assert started == []
 
 
-def test_quickstart_reaches_its_ranks(renio):
-    done = renio("quickstart", "--output-dir", "here")
-    assert done.returncode == 0
-    assert done.stdout.splitlines() == ["quickstart in here of 2 fresh False"] * 2
-
-
 def test_a_named_mistake_exits_2_in_one_line(renio, recipe):
     done = renio("train", recipe)
     assert done.returncode == 2
@@ -225,9 +219,13 @@ def test_a_named_mistake_exits_2_in_one_line(renio, recipe):
 def test_two_ranks_run_a_recipe(renio, recipe):
     done = renio("sft", recipe, "train.seed=5", "--nproc", "2", "--fresh", OMP_NUM_THREADS="3", FAKE="")
     assert done.returncode == 0
-    assert sorted(done.stdout.splitlines()) == [
+    lines = done.stdout.splitlines()
+    assert sorted(line for line in lines if line.startswith("rank ")) == [
         f"rank {rank} of 2 seed 5 fresh True threads 3 warnings ignore" for rank in (0, 1)
     ]
+    # The first rank says, once, what is being done and what was written.
+    assert [line for line in lines if "5 steps" in line or "100 steps of 32 sequences" in line] == [lines[0]]
+    assert sum(line.startswith("done: run holds") for line in lines) == 1
     assert done.stderr == ""
 
 
@@ -266,6 +264,7 @@ def test_ctrl_c_ends_all_ranks(environment, recipe, tmp_path):
         command, env=environment | {"FAKE": "wait"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
+    assert "on its solutions" in process.stdout.readline()
     assert process.stdout.readline().startswith("rank 0 of 1")
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
@@ -288,29 +287,38 @@ def test_export_runs_as_the_only_rank(renio, tmp_path):
     assert "'run' is no run directory" in refused.stderr
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: a\n")
-    assert renio("export", "run", "hf", "--step", "40").stdout == "export run hf 40 rank 0 of 1\n"
+    assert renio("export", "run", "hf", "--step", "40").stdout == (
+        "export run hf 40 rank 0 of 1\nhf holds the model of step 40\n"
+    )
     crowd = renio("export", "run", "hf", RANK="0", WORLD_SIZE="2")
     assert crowd.returncode == 2
     assert "single rank" in crowd.stderr
 
 
-@pytest.mark.parametrize(("shared", "message"), [(False, "[rank 1] error: broken\n"), (True, "")])
-def test_a_rank_keeps_still_about_an_error_that_all_share(monkeypatch, capsys, shared, message):
+@pytest.mark.parametrize(("rank", "shared", "waits"), [("1", False, False), ("1", True, True), ("0", True, False)])
+def test_a_rank_waits_for_the_first_one_to_tell_an_error_that_all_share(monkeypatch, capsys, rank, shared, waits):
+    slept = []
+
     def fail() -> None:
         error = DataError("broken")
         error.shared = shared  # type: ignore[attr-defined]
         raise error
 
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(worker, "_PATIENCE", 0.0)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(worker.time, "sleep", slept.append)
     assert worker._guard(fail) == 2
-    assert capsys.readouterr().err == message
+    assert bool(slept) is waits
+    # Whoever is still there after that says it: no other rank has.
+    assert capsys.readouterr().err == ("error: broken\n" if rank == "0" else "[rank 1] error: broken\n")
 
 
-def test_a_recipe_that_a_rank_refuses_is_told_by_rank_0_only(monkeypatch, capsys, recipe):
-    monkeypatch.setattr(worker, "_PATIENCE", 0.0)
+def test_a_recipe_that_every_rank_refuses_is_left_to_rank_0(monkeypatch, capsys, recipe):
+    slept = []
+    monkeypatch.setattr(worker.time, "sleep", slept.append)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, speaks in (("0", True), ("2", False)):
+    for rank, waits in (("0", False), ("2", True)):
+        slept.clear()
         monkeypatch.setenv("RANK", rank)
         assert worker.main(["sft", recipe, "parallel.tensor_model_parallel_size=2"]) == 2
-        assert ("world of 3" in capsys.readouterr().err) is speaks
+        assert "world of 3" in capsys.readouterr().err
+        assert bool(slept) is waits

@@ -107,7 +107,7 @@ def test_a_plain_word_for_the_teacher_drops_its_model(train):
         ("train: {learning_rate: 1}\n", [], ["'train.learning_rate'", "The keys of train are", " lr,"]),
         ("lr: 1\n", [], ["recipe.yaml", "'lr'", "'train.lr'"]),
         ("weightin: {name: uniform}\n", [], ["'weightin'", "'weighting'"]),
-        ("loss: {zzzzqqq: 1}\n", [], ["'loss.zzzzqqq'", "beta, temperature, entry_clip, entry_floor"]),
+        ("loss: {zzzzqqq: 1}\n", [], ["'loss.zzzzqqq'", "beta, divergence, temperature, entry_clip, entry_floor"]),
         ("train.lr: 1\n", [], ["'train.lr'", "in one piece", "`train:`"]),
         ("3: 1\n", [], ["unknown key '3'"]),
         ("", ["train.batch_size=4"], ["command line", "'train.batch_size'", "_batch_size'"]),

@@ -20,7 +20,7 @@ ROOT = Path(renio_megatron.__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
 ASSETS = QUICKSTART_RECIPE.parent
-CHOICES_OF_THE_SHIPPED = {"modchain/student", "modchain/teacher"}
+SHIPPED_MODELS = {"modchain/student", "modchain/teacher"}
 
 
 def _name(path: Path) -> str:
@@ -34,7 +34,7 @@ def _kind(path: Path) -> str:
 def test_there_are_recipes_of_both_kinds():
     names = {_name(path) for path in RECIPES}
     assert {"examples/modchain.yaml", "examples/modchain/student.yaml", "examples/modchain/teacher.yaml"} <= names
-    assert set(SHIPPED) == CHOICES_OF_THE_SHIPPED
+    assert set(SHIPPED) == SHIPPED_MODELS
 
 
 @pytest.mark.parametrize("path", [*RECIPES, QUICKSTART_RECIPE], ids=_name)
@@ -44,7 +44,7 @@ def test_a_recipe_can_be_run_as_it_stands(path):
     ranks = config.parallel.model_ranks
     check_world(config, ranks)
     names = [config.model, *([config.teacher.model or config.model] if isinstance(config, RunConfig) else [])]
-    if CHOICES_OF_THE_SHIPPED.issuperset(names):
+    if SHIPPED_MODELS.issuperset(names):
         check_models(config)
     assert not Path(config.output_dir).is_absolute()
 

@@ -200,7 +200,7 @@ def _assert_gone(pids: dict[int, int]) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_run_and_the_same_command_resumes_it(victim, start):
+def test_a_killed_rank_ends_the_run_and_is_named(victim, start):
     job = start(200)
     job.wait_for(1)
     ranks = job.ranks()
@@ -223,10 +223,13 @@ def test_a_run_killed_after_a_checkpoint_is_resumed_by_the_same_command(start):
     assert job.wait(LIMIT) == 128 + signal.SIGKILL
     before = {row["step"]: row["loss"] for row in job.rows()}
     assert 12 not in before, "killed before its end"
+    checkpoint = (job.run / "checkpoints" / "iter_0000004").stat()
     again = start(12)
     assert again.wait(180.0) == 0, again.error()
     rows = again.rows()
     assert [row["step"] for row in rows] == list(range(1, 13)), "every step once"
+    after = (job.run / "checkpoints" / "iter_0000004").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (checkpoint.st_ino, checkpoint.st_mtime_ns), "not started over"
     assert {row["step"]: row["loss"] for row in rows if row["step"] in before} == before
     assert json.loads((again.run / "finished.json").read_text())["step"] == 12
     assert again.error() == ""
@@ -250,11 +253,15 @@ def test_a_bug_on_rank_1_alone_ends_all_and_names_rank_1(role, start, tmp_path):
     _assert_gone(ranks)
 
 
-def test_ctrl_c_ends_all_ranks(start):
+@pytest.mark.parametrize("group", [False, True], ids=["parent", "group"])
+def test_ctrl_c_ends_all_ranks(group, start):
     job = start(200)
     job.wait_for(1)
     ranks = job.ranks()
-    job.process.send_signal(signal.SIGINT)
+    if group:  # what a terminal does
+        os.killpg(job.process.pid, signal.SIGINT)
+    else:
+        job.process.send_signal(signal.SIGINT)
     assert job.wait(LIMIT) == 130
     assert job.error() == "interrupted\n"
     _assert_gone(ranks)

@@ -158,7 +158,7 @@ def test_reasoning_gym_unknown_task_names_near_ones():
 def test_reasoning_gym_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym.factory", None)
-    with pytest.raises(ConfigError, match=r"pip install renio-megatron\[gym\]"):
+    with pytest.raises(ConfigError, match=r"pip install reasoning-gym"):
         build_source(DataConfig(source="reasoning_gym", task="gsm_symbolic"), "train")
 
 

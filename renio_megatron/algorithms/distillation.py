@@ -17,7 +17,7 @@ from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard
 from renio_megatron.records import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 from renio_megatron.roles import Learner, Sampler, Teacher
-from renio_megatron.scores import SampleWeights, sample_weights
+from renio_megatron.scores import SampleWeights, applied_cap, sample_weights
 from renio_megatron.settings import LossConfig, WeightingConfig
 
 
@@ -108,7 +108,7 @@ class Distillation:
             columns.append(torch.tensor(right, dtype=dtype, device=device))
         table = gather_batch(torch.stack([column.to(dtype) for column in columns], dim=1), self._layout.data.group)
         weights, raw, lengths, cut, pivotal, *graded = table.cpu().unbind(1)
-        metrics = weight_metrics(weights, raw, self._weighting.cap)
+        metrics = weight_metrics(weights, raw, applied_cap(self._weighting))
         metrics["renio/pivotal_frac"] = float(pivotal.sum() / lengths.sum())
         metrics["rollout/length"] = float(lengths.mean())
         metrics["rollout/truncated_frac"] = float(cut.mean())

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from renio_megatron.metrics import Tally
+from renio_megatron.parallel.batch import gather_batch
+from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard
 from renio_megatron.records import MicroBatch, Prompt, Rollout
 from renio_megatron.roles import Learner
@@ -18,17 +20,19 @@ from renio_megatron.token_logp import cross_entropy
 class Sft:
     """One optimiser step on the completions that the prompts bring; the loss is the mean over the batch's tokens."""
 
-    def __init__(self, learner: Learner, *, num_ranks: int, lr_at: Callable[[int], float]) -> None:
-        """`num_ranks` is the data-parallel size, for the token rate; `lr_at` gives a step's learning rate."""
-        self.learner, self._num_ranks, self._lr_at = learner, num_ranks, lr_at
+    def __init__(self, learner: Learner, *, layout: Layout, lr_at: Callable[[int], float]) -> None:
+        """`layout` is this rank's place, `lr_at` gives a step's learning rate."""
+        self.learner, self._layout, self._lr_at = learner, layout, lr_at
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimiser step on this rank's prompts."""
         start = time.perf_counter()
         rollouts = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
         metrics = self.learner.update(rollouts, token_cross_entropy, step=step, lr=self._lr_at(step))
-        tokens = sum(len(rollout.completion_ids) for rollout in rollouts) * self._num_ranks
-        return metrics | {"time/train_s": time.perf_counter() - start, "tokens_per_s": float(tokens)}
+        seconds = time.perf_counter() - start
+        lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts], device=self._layout.device)
+        tokens = gather_batch(lengths, self._layout.data.group).sum()
+        return metrics | {"time/train_s": seconds, "tokens_per_s": float(tokens)}
 
     def state(self) -> dict[str, Any]:
         """Nothing beyond the learner's."""

@@ -122,12 +122,18 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
 
         run_rank(rank_arguments)
 
+    from renio_megatron.cli.run import finished_message
     from renio_megatron.config import check_models, check_world, load_recipe
+    from renio_megatron.rundir import RunDirectory
 
-    config = load_recipe(arguments.command, arguments.recipe, overrides).config
+    recipe = load_recipe(arguments.command, arguments.recipe, overrides)
+    config = recipe.config
     num_ranks = arguments.nproc or config.parallel.model_ranks
     check_world(config, num_ranks)
     check_models(config)
+    if RunDirectory(config.output_dir).state(recipe, arguments.fresh) == "finished":
+        print(finished_message(config))
+        return 0
     return launch.start_ranks(rank_arguments, num_ranks)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from renio_megatron.assets import QUICKSTART_RECIPE
-from renio_megatron.config import Recipe, RunConfig, check_models, check_world, load_recipe
-from renio_megatron.errors import RenioError
+from renio_megatron.config import Recipe, RunConfig, SftConfig, check_models, check_world, load_recipe
+from renio_megatron.errors import CheckpointError, RenioError
 
 QUICKSTART_VARIANTS: dict[str, tuple[str, ...]] = {"opd": ("weighting=uniform",), "renio": ()}
 """The quickstart's runs: name, and what it changes in the recipe."""
@@ -38,12 +38,17 @@ def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
     _say(f"{path}: {_describe(config)}")
     outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress)
     if outcome == "finished":
-        _say(
-            f"{config.output_dir} is finished: all {config.train.train_iters} steps are done. "
-            "Export it with `renio export`, or run it again with --fresh."
-        )
+        _say(finished_message(config))
     else:
         _say(f"done: {config.output_dir} holds config.yaml, metrics.jsonl, tensorboard/ and checkpoints/")
+
+
+def finished_message(config: RunConfig | SftConfig) -> str:
+    """What is said where there is nothing left to do."""
+    return (
+        f"{config.output_dir} is finished: all {config.train.train_iters} steps are done. "
+        "Export it with `renio export`, or run it again with --fresh."
+    )
 
 
 def quickstart(output_dir: Path, *, fresh: bool) -> None:
@@ -52,19 +57,33 @@ def quickstart(output_dir: Path, *, fresh: bool) -> None:
     from renio_megatron.run import run_recipe
 
     directories = {name: output_dir / name for name in QUICKSTART_VARIANTS}
-    if int(os.environ.get("RANK", "0")) == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    for name, changes in QUICKSTART_VARIANTS.items():
-        recipe = checked_recipe("train", QUICKSTART_RECIPE, [*changes, f"output_dir={directories[name]}"])
+    recipes = {
+        name: checked_recipe("train", QUICKSTART_RECIPE, [*changes, f"output_dir={directories[name]}"])
+        for name, changes in QUICKSTART_VARIANTS.items()
+    }
+    _make(output_dir)
+    for name, recipe in recipes.items():
         _say(f"{_TITLES[name]}: {_describe(recipe.config)}")
         outcome = run_recipe(recipe, fresh=fresh, title=_TITLES[name], progress=Progress)
         if outcome == "finished":
             _say(f"{directories[name]} is finished already; --fresh runs it again.")
     if int(os.environ.get("RANK", "0")) == 0:
-        _report(directories, output_dir)
+        _report(directories, recipes["renio"], output_dir)
 
 
-def _report(directories: dict[str, Path], output_dir: Path) -> None:
+def _make(directory: Path) -> None:
+    """Makes the directory that both runs go to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = CheckpointError(
+            f"the output directory {str(directory)!r} cannot be made: {error.strerror or error}. Choose another."
+        )
+        problem.shared = True  # type: ignore[attr-defined]
+        raise problem from error
+
+
+def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> None:
     """The table and the picture of the quickstart."""
     from rich.console import Console
 
@@ -72,11 +91,13 @@ def _report(directories: dict[str, Path], output_dir: Path) -> None:
     from renio_megatron.report.curves import plot_curves
     from renio_megatron.report.table import comparison_table, summarise
 
+    config = recipe.config
     rows = {_TITLES[name]: read_metrics(path / "metrics.jsonl") for name, path in directories.items()}
     plot_curves(rows, output_dir / "curves.png")
     Console().print(comparison_table([summarise(metrics, name) for name, metrics in rows.items()]))
     _say(
-        f"student modchain/student, teacher modchain/teacher, recipe and seeds in {output_dir}/*/config.yaml\n"
+        f"start: {config.model}; teacher: {config.teacher.model}; seeds: data {config.data.seed}, "  # type: ignore
+        f"sampling {config.train.seed}; recipe: {QUICKSTART_RECIPE}\n"
         f"curves in {output_dir}/curves.png; metrics, TensorBoard events and checkpoints in {output_dir}/opd and "
         f"{output_dir}/renio"
     )

@@ -230,9 +230,9 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:  # malformed JSON and malformed UTF-8
-        raise DataError(f"{where}: not valid JSON ({error}).") from error
+        raise DataError(f"{where}: not valid JSON ({error}). Mend or drop the line.") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}.")
+        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}. Mend or drop the line.")
     return row
 
 

@@ -6,16 +6,15 @@ parameters need, merges them and keeps its shard. Export runs the same recipes b
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.model import ModelPart
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -60,26 +59,6 @@ def hf_names(name: str, architecture: Architecture, layer_offset: int = 0) -> tu
     raise ConfigError(
         f"Megatron's parameter {name!r} has no counterpart in a Hugging Face {architecture.family} model."
     )
-
-
-def hf_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
-    """Shape that config.json implies for a Hugging Face tensor.
-
-    >>> from types import SimpleNamespace
-    >>> hf_shape("model.layers.3.mlp.up_proj.weight", SimpleNamespace(
-    ...     hidden_size=8, ffn_hidden_size=24, kv_channels=4, num_attention_heads=2, num_query_groups=1, vocab_size=17))
-    (24, 8)
-    """
-    hidden, ffn, width = architecture.hidden_size, architecture.ffn_hidden_size, architecture.kv_channels
-    queries, groups = architecture.num_attention_heads * width, architecture.num_query_groups * width
-    rows = {"q_proj": queries, "k_proj": groups, "v_proj": groups, "gate_proj": ffn, "up_proj": ffn}
-    rows |= {"o_proj": hidden, "down_proj": hidden, "q_norm": width, "k_norm": width}
-    rows |= {"embed_tokens": architecture.vocab_size, "lm_head": architecture.vocab_size}
-    columns = {"o_proj": queries, "down_proj": ffn}
-    module, kind = name.split(".")[-2:]
-    if module.endswith("norm") or kind == "bias":
-        return (rows.get(module, hidden),)
-    return (rows[module], columns.get(module, hidden))
 
 
 def to_megatron(name: str, parts: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:
@@ -132,28 +111,16 @@ def load_weights(part: ModelPart, directory: Path) -> None:
     Raises:
         ConfigError: no safetensors, a tensor missing, or one of another shape.
     """
-    read = _reader(directory)
+    files = WeightFiles(directory)
+    files.check(part.architecture)
     offset = layer_offset(part)
     tensor = part.layout.tensor
     with torch.no_grad():
         for name, parameter in part.module.named_parameters():
             names = hf_names(name, part.architecture, offset)
-            parts = [_checked(read, hf_name, part.architecture, directory) for hf_name in names]
+            parts = [files.read(hf_name) for hf_name in names]
             shard = take_shard(name, to_megatron(name, parts, part.architecture), parameter, tensor.rank, tensor.size)
             parameter.copy_(shard)
-
-
-def _checked(
-    read: Callable[[str], torch.Tensor], name: str, architecture: Architecture, directory: Path
-) -> torch.Tensor:
-    """A tensor of the shape that config.json says."""
-    tensor, wanted = read(name), hf_shape(name, architecture)
-    if tuple(tensor.shape) != wanted:
-        raise ConfigError(
-            f"{directory}: {name} has the shape {tuple(tensor.shape)}, its config.json says {wanted}. "
-            "config.json and the weights are not of the same model."
-        )
-    return tensor
 
 
 def layer_offset(part: ModelPart) -> int:
@@ -170,26 +137,3 @@ def hf_state(part: ModelPart) -> Iterator[tuple[str, torch.Tensor]]:
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             whole = whole[: part.architecture.vocab_size]
         yield from zip(hf_names(name, part.architecture), to_hf(name, whole, part.architecture), strict=True)
-
-
-def _reader(directory: Path) -> Callable[[str], torch.Tensor]:
-    """A function that reads one tensor of a directory's safetensors files by name."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-    elif (directory / "model.safetensors").is_file():
-        with safe_open(directory / "model.safetensors", "pt") as handle:
-            files = dict.fromkeys(handle.keys(), "model.safetensors")
-    else:
-        raise ConfigError(
-            f"{directory} holds no model.safetensors (nor an index of several). Save the model with save_pretrained; "
-            "pytorch_model.bin is not read."
-        )
-
-    def read(name: str) -> torch.Tensor:
-        if name not in files:
-            raise ConfigError(f"{directory}: the weights hold no {name!r}, which config.json asks for.")
-        with safe_open(directory / files[name], "pt") as handle:
-            return handle.get_tensor(name)
-
-    return read
