@@ -6,7 +6,7 @@ import torch
 
 from renio_megatron import kernels
 from renio_megatron.loss import FinishedGradient
-from renio_megatron.parallel.vocab import VocabShard, gather_in_rank_order
+from renio_megatron.parallel.vocab import VocabShard, gather_in_rank_order, merge_sums
 
 
 @torch.no_grad()
@@ -68,6 +68,5 @@ def _normalisers(
         logits, shard.local_columns(token_ids), num_valid=shard.num_valid, temperature=temperature
     )
     maxima, sums, targets = gather_in_rank_order(local, shard.group).unbind(-1)
-    maximum = maxima.amax(0)
-    lift = torch.where(maxima == -torch.inf, 0.0, (maxima - maximum).exp())
-    return maximum, (lift * sums).sum(0).log(), targets.amax(0)
+    maximum, total, _ = merge_sums(maxima, sums)
+    return maximum, total.log(), targets.amax(0)

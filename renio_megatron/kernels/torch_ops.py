@@ -47,19 +47,11 @@ def statistics(
     if num_valid == 0:
         return out
     for rows in _row_chunks(student_logits):
-        part, columns = out[rows], local_columns[rows]
-        here = (columns >= 0).nonzero()[:, 0]
-        shifted = []
-        for offset, logits in ((0, student_logits), (1, teacher_logits)):
-            scaled = _scaled(logits[rows, :num_valid], temperature, dtype)
-            maximum = scaled.amax(1)
-            part[here, 4 + offset] = scaled[here, columns[here]]
-            # A row of nothing but -inf keeps its maximum, but must not compute -inf - -inf.
-            scaled.sub_(torch.where(maximum == -torch.inf, 0.0, maximum)[:, None])
-            exponentials = scaled.exp()
-            part[:, 2 * offset] = maximum
-            part[:, 2 * offset + 1] = exponentials.sum(1)
-            shifted.append((scaled, exponentials))
+        part, columns, shifted = out[rows], local_columns[rows], []
+        for logits, into in ((student_logits, [0, 1, 4]), (teacher_logits, [2, 3, 5])):
+            found, below_maximum, exponentials = _one_model(logits[rows, :num_valid], columns, temperature, dtype)
+            part[:, into] = found
+            shifted.append((below_maximum, exponentials))
         if cross_sign:
             (own, weight), (other, _) = shifted[::-1] if cross_sign > 0 else shifted
             part[:, 6] = own.sub_(other).mul_(weight).masked_fill_(weight == 0, 0.0).sum(1)
@@ -149,14 +141,22 @@ def token_statistics(
     if num_valid == 0:
         return out
     for rows in _row_chunks(logits):
-        part, columns = out[rows], local_columns[rows]
-        here = (columns >= 0).nonzero()[:, 0]
-        scaled = _scaled(logits[rows, :num_valid], temperature, dtype)
-        maximum = scaled.amax(1)
-        part[here, 2] = scaled[here, columns[here]]
-        part[:, 0] = maximum
-        part[:, 1] = scaled.sub_(torch.where(maximum == -torch.inf, 0.0, maximum)[:, None]).exp_().sum(1)
+        out[rows], *_ = _one_model(logits[rows, :num_valid], local_columns[rows], temperature, dtype)
     return out
+
+
+def _one_model(
+    logits: torch.Tensor, columns: torch.Tensor, temperature: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Some rows' maximum, sum of exponentials and sampled logit (-inf: not here) [n, 3]; logits below the maximum, and
+    their exponentials, [n, L] each."""
+    scaled = _scaled(logits, temperature, dtype)
+    maximum = scaled.amax(1)
+    target = torch.where(columns >= 0, scaled.gather(1, columns.clamp(min=0)[:, None])[:, 0], -torch.inf)
+    # A row of nothing but -inf keeps its maximum, but must not compute -inf - -inf.
+    scaled.sub_(torch.where(maximum == -torch.inf, 0.0, maximum)[:, None])
+    exponentials = scaled.exp()
+    return torch.stack((maximum, exponentials.sum(1), target), dim=1), scaled, exponentials
 
 
 def scale_rows_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

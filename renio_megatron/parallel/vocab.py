@@ -129,8 +129,8 @@ def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normali
         `Normalisers`, [N] each.
     """
     maximum_s, sum_s, maximum_t, sum_t, target_s, target_t, cross = statistics_RN7.unbind(-1)
-    student_max, student_sum, lift_s = _merge_sums(maximum_s, sum_s)
-    teacher_max, teacher_sum, lift_t = _merge_sums(maximum_t, sum_t)
+    student_max, student_sum, lift_s = merge_sums(maximum_s, sum_s)
+    teacher_max, teacher_sum, lift_t = merge_sums(maximum_t, sum_t)
     student_log_sum, teacher_log_sum = student_sum.log(), teacher_sum.log()
     total = torch.zeros_like(student_max)
     if cross_sign:
@@ -150,8 +150,12 @@ def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normali
     )
 
 
-def _merge_sums(maximum_RN: torch.Tensor, sum_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Global maximum and sum of exponentials relative to it [N], and each rank's exp(maximum - global) [R, N]."""
+def merge_sums(maximum_RN: torch.Tensor, sum_RN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every rank's maximum and sum of exponentials [R, N], merged in rank order.
+
+    Returns:
+        The global maximum [N], the sum of exponentials relative to it [N], each rank's exp(maximum - global) [R, N].
+    """
     maximum = maximum_RN.amax(0)
     lift = torch.where(maximum_RN == -torch.inf, 0.0, (maximum_RN - maximum).exp())
     return maximum, (lift * sum_RN).sum(0), lift
