@@ -134,3 +134,19 @@ def test_a_training_step_needs_only_known_patches(two_ranks):
     for _, _, calls, metrics in two_ranks:
         assert metrics["grad_norm"] > 0.0
         assert calls and calls <= EXPECTED_CALLS
+
+
+@pytest.mark.parametrize(("source", "message"), [("raise RuntimeError('half')", "RuntimeError: half"), ("", None)])
+def test_a_broken_transformer_engine_is_named(tmp_path, monkeypatch, source, message):
+    from renio_megatron.errors import ConfigError
+    from renio_megatron.megatron.start import check_transformer_engine
+
+    (tmp_path / "transformer_engine.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    if message is None:
+        assert check_transformer_engine() is True
+        monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_transformer_engine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import logging
 import os
 import warnings
@@ -10,7 +11,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from renio_megatron.errors import LayoutError
+from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.megatron import cpu
 from renio_megatron.parallel.layout import Axis, Layout, backend_and_device
 from renio_megatron.settings import ParallelConfig
@@ -30,8 +31,10 @@ def start(parallel: ParallelConfig, *, seed: int) -> Layout:
 
     Raises:
         LayoutError: sizes that do not divide the world.
+        ConfigError: a broken Transformer Engine.
     """
     warnings.filterwarnings("ignore", module=r"megatron\..*")
+    check_transformer_engine()
     cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -80,6 +83,26 @@ def _present_sizes() -> dict[str, int]:
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
     }
+
+
+def check_transformer_engine() -> bool:
+    """Whether Transformer Engine imports; it is optional.
+
+    Raises:
+        ConfigError: it is installed, but broken. megatron-core would die with it at its own import.
+    """
+    try:
+        importlib.import_module("transformer_engine")
+    except ImportError:
+        return False
+    except Exception as error:  # half an installation raises RuntimeError, OSError or AttributeError
+        problem = ConfigError(
+            f"transformer_engine is installed but cannot be imported ({type(error).__name__}: {error}), and "
+            "megatron-core imports it where it is there. Uninstall it, or use an image that comes with it."
+        )
+        problem.shared = True  # type: ignore[attr-defined]
+        raise problem from error
+    return True
 
 
 def stop() -> None:
