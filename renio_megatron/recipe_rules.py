@@ -80,7 +80,7 @@ _IGNORED_BY_TRAIN = (
     _Ignored(
         ("weighting.normalise", "weighting.group_size", "weighting.ema_decay", "weighting.cap"),
         lambda config: config.weighting.name == "uniform",
-        "weighting.name is uniform and every weight is 1",
+        "weighting.name is uniform and every weight is 1 (weighting=uniform starts the section afresh)",
     ),
     _Ignored(
         ("weighting.group_size",),
