@@ -13,7 +13,7 @@ from renio_megatron.algorithms import Algorithm
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
 from renio_megatron.assets import model_directory
-from renio_megatron.config import RunConfig, SftConfig
+from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.prompts import (
     PromptStream,
     check_same_tokenizer,
@@ -161,7 +161,7 @@ def build_trainer(
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
-        keeper=MegatronKeeper(checkpoints, learner),
+        keeper=MegatronKeeper(checkpoints, learner, config=to_yaml(config)),
         train_iters=config.train.train_iters,
         global_batch_size=config.train.global_batch_size,
         data_rank=layout.data.rank,

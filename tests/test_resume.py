@@ -128,6 +128,10 @@ def _all(folder: Path) -> dict[str, Any]:
         for shard in (run / "checkpoints" / "iter_0000005").glob("*.distcp"):
             shard.write_bytes(shard.read_bytes()[:100])
     dist.barrier()
+    from megatron.core import dist_checkpointing
+
+    common = dist_checkpointing.load_common_state_dict(str(folder / "whole" / "checkpoints" / "iter_0000004"))
+    found["checkpoint holds"] = {key: common[key] for key in ("run", "config")}
     found["replaced"] = _error(lambda: _run(_config(folder, "replaced", model=str(folder / "tied"))))
     found["truncated"] = _error(lambda: _run(_config(folder, "truncated")))
     return found
@@ -168,6 +172,14 @@ def test_metrics_hold_each_step_once_with_the_same_numbers(name: str, found: Any
     rows = _rows(found[0], name)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows == _rows(found[0], "whole")
+
+
+def test_a_checkpoint_holds_cursor_weighting_state_and_settings(found: Any) -> None:
+    folder, ranks = found
+    holds = ranks[0]["checkpoint holds"]
+    assert holds["run"]["cursor"] == 4 * 8
+    assert float(holds["run"]["algorithm"]["weighting"]) > 1.0  # the moving average of raw weights
+    assert holds["config"] == (folder / "whole" / "config.yaml").read_text()
 
 
 def test_a_finished_run_says_so_and_does_nothing(found: Any) -> None:

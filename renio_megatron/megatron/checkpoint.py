@@ -56,10 +56,11 @@ def latest_step(root: Path) -> int | None:
 class MegatronKeeper:
     """Saves and restores a learner and the run's own state."""
 
-    def __init__(self, root: Path, learner: MegatronLearner) -> None:
-        """Checkpoints go to `root`."""
+    def __init__(self, root: Path, learner: MegatronLearner, *, config: str = "") -> None:
+        """Checkpoints go to `root`; each holds `config`, the run's settings as YAML, for whoever finds it alone."""
         self._root = root
         self._learner = learner
+        self._config = config
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes the checkpoint of `step`; `state` is the same on every rank.
@@ -69,13 +70,14 @@ class MegatronKeeper:
         """
         layout = self._learner.part.layout
         target = step_directory(self._root, step)
+        extra = {"run": state, "config": self._config}
         partial = self._root / f".{target.name}.partial"
         try:
             if layout.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             dist.barrier()
-            dist_checkpointing.save(self._sharded(loading=False) | {"run": state}, str(partial))
+            dist_checkpointing.save(self._sharded(loading=False) | extra, str(partial))
             if layout.is_main:
                 if target.exists():
                     shutil.rmtree(target)
