@@ -123,9 +123,10 @@ def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
             f"parallel.context_parallel_size={parallel.context_parallel_size} is not available in this version; "
             "set parallel.context_parallel_size=1."
         )
-    if parallel.sequence_parallel:
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError(
-            "parallel.sequence_parallel=true is not available in this version; set parallel.sequence_parallel=false."
+            "parallel.sequence_parallel=true would be ignored: it shares the sequence among tensor-parallel ranks, and "
+            "parallel.tensor_model_parallel_size is 1. Raise it, or set parallel.sequence_parallel=false."
         )
     if world_size % parallel.model_ranks:
         raise ConfigError(

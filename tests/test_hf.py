@@ -144,7 +144,7 @@ def logits_of(part, rows):
     def gathered(index, micro_batch, hidden_rows):
         return gather_columns(part.head_logits(hidden_rows), part.shard)
 
-    collected = run_forward(part.module, micro_batches, gathered)
+    collected = run_forward(part, micro_batches, gathered)
     return torch.cat(collected) if collected else None
 
 

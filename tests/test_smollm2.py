@@ -100,7 +100,7 @@ def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     load_weights(part, model)
     prompt = Prompt(0, tuple(token_ids[:1]), tuple(token_ids[:1]))
     batch = collate([Rollout(prompt, tuple(token_ids[1:]))], view="student", micro_batch_size=1, pad_id=0)
-    rows = run_forward(part.module, batch, lambda index, micro_batch, hidden: part.head_logits(hidden))
+    rows = run_forward(part, batch, lambda index, micro_batch, hidden: part.head_logits(hidden))
     return gather_columns(rows[0], part.shard)
 
 

@@ -22,11 +22,13 @@ def _cases(folder: Path, world_size: int) -> dict[str, Any]:
     large = replace(base.train, micro_batch_size=4)
     recompute = replace(base.rollout, student_scores="recompute")
     tp, pp, tied = layout_of(2), layout_of(1, 2), str(folder / "tied")
+    shared = layout_of(2, sp=True)
     if world_size == 4:
         both = layout_of(2, 2)
         return {
             "TP2 x PP2": recipe(folder, parallel=both),
             "TP2 x PP2, micro-batch 1": recipe(folder, parallel=both, train=small),
+            "TP2 x PP2 + SP": recipe(folder, parallel=layout_of(2, 2, sp=True)),
             "TP2 x DP2": recipe(folder, parallel=tp),
             "PP2 x DP2, tied": recipe(folder, parallel=pp, model=tied),
         }
@@ -39,6 +41,10 @@ def _cases(folder: Path, world_size: int) -> dict[str, Any]:
         "TP2, tied": recipe(folder, parallel=tp, model=tied),
         "TP2, JSD": recipe(folder, parallel=tp, loss=LossConfig(beta=0.3, temperature=1.1)),
         "TP2, clipped": recipe(folder, parallel=tp, loss=LossConfig(temperature=1.1, entry_clip=0.05)),
+        "TP2 + SP": recipe(folder, parallel=shared),
+        "TP2 + SP, micro-batch 1": recipe(folder, parallel=shared, train=small),
+        "TP2 + SP, recompute": recipe(folder, parallel=shared, rollout=recompute),
+        "TP2 + SP, tied": recipe(folder, parallel=shared, model=tied),
         "PP2": recipe(folder, parallel=pp),
         "PP2, micro-batch 1": recipe(folder, parallel=pp, train=small),
         "PP2, micro-batch 4": recipe(folder, parallel=pp, train=large),

@@ -72,9 +72,9 @@ def recipe(folder: Path, **changes: Any) -> RunConfig:
     return replace(config, **changes)
 
 
-def layout_of(tp: int = 1, pp: int = 1) -> ParallelConfig:
-    """Tensor and pipeline sizes; ranks beyond them are data-parallel."""
-    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+def layout_of(tp: int = 1, pp: int = 1, *, sp: bool = False) -> ParallelConfig:
+    """Tensor and pipeline sizes, and sequence parallelism; ranks beyond them are data-parallel."""
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
 
 
 def one_step(config: RunConfig, folder: Path) -> dict[str, Any]:

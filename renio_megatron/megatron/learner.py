@@ -60,7 +60,7 @@ class MegatronLearner:
             return token_logp(part.head_logits(rows), micro_batch.target_ids, part.shard, temperature=self._temperature)
 
         self.model.eval()
-        collected = run_forward(self.model, micro_batches, logp_of)
+        collected = run_forward(part, micro_batches, logp_of)
         count = sum(len(micro_batch.target_ids) for micro_batch in micro_batches)
         logp = torch.cat(collected) if collected else torch.empty(count, device=part.layout.device)
         return broadcast_from_last_stage(logp, part.layout)
@@ -87,7 +87,7 @@ class MegatronLearner:
             self._denominator += denominator
             return total, tally
 
-        tallies = run_forward_backward(self.model, self._micro_batches(rollouts), loss_of)
+        tallies = run_forward_backward(part, self.model, self._micro_batches(rollouts), loss_of)
         self._check_gradients(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -100,7 +100,11 @@ class MegatronLearner:
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         micro_batches = collate(
-            rollouts, view="student", micro_batch_size=self._train.micro_batch_size, pad_id=self._pad_id
+            rollouts,
+            view="student",
+            micro_batch_size=self._train.micro_batch_size,
+            pad_id=self._pad_id,
+            multiple_of=self.part.length_multiple,
         )
         return [micro_batch.to(self.part.layout.device) for micro_batch in micro_batches]
 

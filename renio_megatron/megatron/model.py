@@ -7,15 +7,21 @@ module that is called, with its weight an ordinary parameter: DDP waits for para
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.attention import SdpaCoreAttention
@@ -65,13 +71,46 @@ class ModelPart:
             return self.module.shared_embedding_or_output_weight()
         return self.module.output_layer.weight
 
-    def head_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of the logits of some rows: [N, H] -> [N, L].
+    def completion_rows(self, output: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
+        """Final hidden states of chosen positions, as the LM head reads them: [N, H].
 
-        The gradient of the rows is summed over the tensor group in backward; the head's own needs no sum.
+        The gradient is summed over the tensor group in backward, as the column-parallel head needs it: by an
+        all-reduce, or under sequence parallelism by the reduce-scatter that undoes the gather. The head's own gradient
+        needs no sum.
+
+        Args:
+            output: what the module returned on the last stage, [b, s, H]; [b, s / tensor ranks, H] under sequence
+                parallelism.
+            row_index: positions in row-major order over [b, s], int64 [N].
         """
-        rows = copy_to_tensor_model_parallel_region(hidden_rows, group=self.layout.tensor.group)
-        return torch.nn.functional.linear(rows, self.head_weight())
+        group = self.layout.tensor.group
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(output.transpose(0, 1).contiguous(), group=group)
+            return whole.transpose(0, 1).flatten(0, 1)[row_index]
+        return copy_to_tensor_model_parallel_region(output.flatten(0, 1)[row_index], group=group)
+
+    def head_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of the logits of some rows of `completion_rows`: [N, H] -> [N, L]."""
+        return torch.nn.functional.linear(hidden_rows, self.head_weight())
+
+    @property
+    def length_multiple(self) -> int:
+        """What the padded length of a micro-batch must be a multiple of."""
+        return self.layout.tensor.size if self.config.sequence_parallel else 1
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Sequence parallelism off and the model in evaluation mode, for passes over single tokens."""
+        was_parallel, was_training = self.config.sequence_parallel, self.module.training
+        self.module.eval()
+        if was_parallel:
+            set_model_to_sequence_parallel(self.module, False)
+        try:
+            yield
+        finally:
+            if was_parallel:
+                set_model_to_sequence_parallel(self.module, True)
+            self.module.train(was_training)
 
 
 def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:

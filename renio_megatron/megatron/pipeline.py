@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from renio_megatron.megatron.model import ModelPart
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import MicroBatch
 
@@ -17,23 +18,27 @@ OnRows = Callable[[int, MicroBatch, torch.Tensor], Any]
 """(index, micro-batch, final hidden states at its completion rows [N, H]) -> what the caller collects."""
 
 
-def run_forward(module: torch.nn.Module, micro_batches: Sequence[MicroBatch], on_rows: OnRows) -> list[Any]:
-    """Forward passes without gradient; the results of `on_rows` in order, on the last stage (elsewhere empty)."""
+def run_forward(part: ModelPart, micro_batches: Sequence[MicroBatch], on_rows: OnRows) -> list[Any]:
+    """Forward passes without gradient; the results of `on_rows` in order, on the last stage (elsewhere empty).
+
+    All micro-batches are of one shape.
+    """
 
     def collect(index: int, micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool = True) -> Any:
-        return on_rows(index, micro_batch, _completion_rows(output, micro_batch))
+        return on_rows(index, micro_batch, part.completion_rows(output, micro_batch.row_index))
 
     with torch.no_grad():
-        return _run(module, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+        return _run(part.module, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
 
 
 def run_forward_backward(
-    module: torch.nn.Module, micro_batches: Sequence[MicroBatch], loss_on_rows: OnRows
+    part: ModelPart, module: torch.nn.Module, micro_batches: Sequence[MicroBatch], loss_on_rows: OnRows
 ) -> list[Any]:
     """Forward and backward passes of one optimiser step, gradients reduced and scaled by the config's own hook.
 
     Args:
-        module: the DDP-wrapped model; its config's `finalize_model_grads_func` is called at the end.
+        part: the model.
+        module: its DDP wrapper; the config's `finalize_model_grads_func` is called at the end.
         micro_batches: all of one shape.
         loss_on_rows: returns (sum of the loss, what to collect).
 
@@ -42,7 +47,8 @@ def run_forward_backward(
     """
 
     def loss(index: int, micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        total, collected = loss_on_rows(index, micro_batch, _completion_rows(output, micro_batch))
+        rows = part.completion_rows(output, micro_batch.row_index)
+        total, collected = loss_on_rows(index, micro_batch, rows)
         # Megatron counts tokens in an integer and clamps the count at 1; our denominator is neither, so it sees 0 here
         # and the division happens in finalize_model_grads_func.
         return total, torch.zeros((), dtype=torch.int, device=output.device), collected
@@ -75,8 +81,3 @@ def _run(
         micro_batch_size=rows,
         **how,
     )
-
-
-def _completion_rows(output: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-    """Final hidden states [b, s, H] -> [N, H]."""
-    return output.flatten(0, 1)[micro_batch.row_index]

@@ -51,17 +51,13 @@ class MegatronSampler:
         # Neighbours in length decode together: less forced feeding of prompt tokens.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
         rollouts: list[Rollout | None] = [None] * len(prompts)
-        module, was_training = self._part.module, self._part.module.training
-        module.eval()
-        try:
+        with self._part.decoding():
             for start in range(0, len(order), size):
                 chosen = order[start : start + size]
                 for i, rollout in zip(
                     chosen, self._decode([prompts[i] for i in chosen], decoding, stream), strict=True
                 ):
                     rollouts[i] = rollout
-        finally:
-            module.train(was_training)
         return [rollout for rollout in rollouts if rollout is not None]
 
     @torch.no_grad()

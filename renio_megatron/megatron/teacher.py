@@ -36,7 +36,11 @@ class MegatronTeacher:
         micro_batches = [
             micro_batch.to(device)
             for micro_batch in collate(
-                rollouts, view="teacher", micro_batch_size=self._micro_batch_size, pad_id=self._pad_id
+                rollouts,
+                view="teacher",
+                micro_batch_size=self._micro_batch_size,
+                pad_id=self._pad_id,
+                multiple_of=part.length_multiple,
             )
         ]
 
@@ -44,7 +48,7 @@ class MegatronTeacher:
             logits = part.head_logits(rows)
             return token_logp(logits, micro_batch.target_ids, part.shard, temperature=self._temperature), rows
 
-        kept = run_forward(part.module, micro_batches, keep)
+        kept = run_forward(part, micro_batches, keep)
         token_ids, _, _ = flat_completions(rollouts)
         if part.layout.pipeline.is_last:
             logp = torch.cat([logp for logp, _ in kept])
