@@ -12,7 +12,11 @@ class Algorithm(Protocol):
     """What the trainer repeats."""
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
-        """One optimiser step on this rank's prompts; metrics, equal on every rank."""
+        """One optimiser step on this rank's prompts; metrics, equal on every rank.
+
+        `tokens_per_s` holds the step's completion tokens of all ranks: the trainer, who knows the whole step's time,
+        divides by it.
+        """
         ...
 
     def state(self) -> dict[str, Any]:
