@@ -142,13 +142,13 @@ def build_trainer(
     from renio_megatron.megatron.sampler import MegatronSampler
 
     build = functools.partial(
-        build_model, layout=layout, parallel=config.parallel, vocab_size=inputs.vocab_size, bf16=config.train.bf16
+        build_model, layout=layout, parallel=config.parallel, train=config.train, vocab_size=inputs.vocab_size
     )
-    part = build(inputs.architecture, seed=config.train.seed)
+    part = build(inputs.architecture)
     if isinstance(config, RunConfig) or config.init == "pretrained":
         load_weights(part, inputs.model)
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
-    learner = MegatronLearner(part, config.train, temperature=temperature, pad_id=inputs.pad_id)
+    learner = MegatronLearner(part, config.train, config.parallel, temperature=temperature, pad_id=inputs.pad_id)
     sampler = MegatronSampler(
         part, seed=config.train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
     )
@@ -186,14 +186,9 @@ def _distillation(
     from renio_megatron.megatron.teacher import MegatronTeacher
 
     assert inputs.teacher is not None  # a distillation's inputs name one
-    teacher_part = build(inputs.teacher_architecture)
+    teacher_part = build(inputs.teacher_architecture, trained=False)
     load_weights(teacher_part, inputs.teacher)
-    teacher = MegatronTeacher(
-        teacher_part,
-        temperature=config.loss.temperature,
-        micro_batch_size=config.train.micro_batch_size,
-        pad_id=inputs.pad_id,
-    )
+    teacher = MegatronTeacher(teacher_part, config.train, temperature=config.loss.temperature, pad_id=inputs.pad_id)
     rollout = config.rollout
     return Distillation(
         sampler,
@@ -208,6 +203,7 @@ def _distillation(
         recompute_student_scores=rollout.student_scores == "recompute",
         lr_at=lr_at,
         grader=inputs.grader,
+        is_balanced=config.train.max_tokens_per_micro_batch is not None,
     )
 
 

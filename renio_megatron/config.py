@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
+from renio_megatron.layout_rules import check_cut, check_layout
 from renio_megatron.recipe_file import read_recipe
 from renio_megatron.recipe_rules import check_settings
 from renio_megatron.settings import (
@@ -112,47 +113,23 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
     check_settings(kind, config, explicit)
     if isinstance(config, RunConfig):
         _check_self_teacher(config)
+        _check_packing(config)
     return Recipe(config=config, explicit=explicit, kind=kind)
 
 
 def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
     """Raises `ConfigError` where a run cannot be shared among `world_size` ranks, or its batch cannot be divided."""
-    parallel, batch = config.parallel, config.train.global_batch_size
-    if parallel.context_parallel_size > 1:
-        raise ConfigError(
-            f"parallel.context_parallel_size={parallel.context_parallel_size} is not available in this version; "
-            "set parallel.context_parallel_size=1."
-        )
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise ConfigError(
-            "parallel.sequence_parallel=true would be ignored: it shares the sequence among tensor-parallel ranks, and "
-            "parallel.tensor_model_parallel_size is 1. Raise it, or set parallel.sequence_parallel=false."
-        )
-    if world_size % parallel.model_ranks:
-        raise ConfigError(
-            f"one copy of the model takes {parallel.model_ranks} ranks (tensor {parallel.tensor_model_parallel_size} x "
-            f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}), which does "
-            f"not divide the world of {world_size}. Start a multiple of {parallel.model_ranks} ranks (--nproc), or "
-            "change the sizes in parallel."
-        )
-    data_ranks = world_size // parallel.model_ranks
-    micro = config.train.micro_batch_size
-    share = micro * data_ranks
-    if batch % share:
-        raise ConfigError(
-            f"train.global_batch_size={batch} is not a multiple of {share}: train.micro_batch_size={micro} times the "
-            f"data-parallel size {data_ranks}. Change one of them, or the number of ranks."
-        )
+    check_layout(config.parallel, config.train, world_size)
     if isinstance(config, RunConfig) and config.weighting.name == "renio":
-        _check_weighting(config.weighting, batch)
+        _check_weighting(config.weighting, config.train.global_batch_size)
 
 
 def check_models(config: RunConfig | SftConfig) -> None:
     """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
-    _check_model("model", config.model, config.parallel)
+    _check_model("model", config.model, config.parallel, trained=True)
     if isinstance(config, RunConfig) and config.teacher.kind == "separate":
         assert config.teacher.model is not None
-        _check_model("teacher.model", config.teacher.model, config.parallel)
+        _check_model("teacher.model", config.teacher.model, config.parallel, trained=False)
 
 
 def to_yaml(config: RunConfig | SftConfig) -> str:
@@ -191,6 +168,20 @@ def _check_self_teacher(config: RunConfig) -> None:
         )
 
 
+def _check_packing(config: RunConfig) -> None:
+    limit, completion = config.train.max_tokens_per_micro_batch, config.rollout.max_completion_length
+    # The last token is not read, and context parallelism pads each sequence by less than 2 x its ranks.
+    context = config.parallel.context_parallel_size
+    padding = 2 * context - 1 if context > 1 else 0
+    longest = config.data.max_prompt_length + completion - 1 + padding
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"train.max_tokens_per_micro_batch={limit} cannot hold the longest sequence that the recipe allows: "
+            f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_completion_length={completion} "
+            f"make {longest} tokens. Raise it to {longest}, or lower one of the two."
+        )
+
+
 def _check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
     if weighting.normalise == "batch" and num_sequences < 2:
         raise ConfigError(
@@ -204,7 +195,7 @@ def _check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
         )
 
 
-def _check_model(setting: str, name: str, parallel: ParallelConfig) -> None:
+def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: bool) -> None:
     file = model_directory(name, setting) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -216,23 +207,13 @@ def _check_model(setting: str, name: str, parallel: ParallelConfig) -> None:
             f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}. "
             "Choose a model of one of these types."
         )
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     counts = {key: _count(content, key, setting, file) for key in ("num_attention_heads", "num_hidden_layers")}
-    heads = counts["num_attention_heads"]
-    groups = (
-        heads if content.get("num_key_value_heads") is None else _count(content, "num_key_value_heads", setting, file)
+    counts["num_key_value_heads"] = (
+        counts["num_attention_heads"]
+        if content.get("num_key_value_heads") is None
+        else _count(content, "num_key_value_heads", setting, file)
     )
-    for key, count in (("num_attention_heads", heads), ("num_key_value_heads", groups)):
-        if count % tensor:
-            raise ConfigError(
-                f"{setting}: parallel.tensor_model_parallel_size={tensor} does not divide {key}={count} of {file}. "
-                "Megatron would accept some of these sizes and compute something else. Choose a divisor."
-            )
-    if counts["num_hidden_layers"] % pipeline:
-        raise ConfigError(
-            f"{setting}: parallel.pipeline_model_parallel_size={pipeline} does not divide "
-            f"num_hidden_layers={counts['num_hidden_layers']} of {file}. Choose a divisor."
-        )
+    check_cut(setting, str(file), counts, parallel, trained=trained)
 
 
 def _count(content: Mapping[str, Any], key: str, setting: str, file: Path) -> int:

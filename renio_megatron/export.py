@@ -18,7 +18,7 @@ from renio_megatron.megatron.hf import hf_state
 from renio_megatron.megatron.model import build_model
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.rundir import RunDirectory
-from renio_megatron.settings import ParallelConfig
+from renio_megatron.settings import ParallelConfig, TrainConfig
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -49,8 +49,9 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None) 
     source = model_directory(config.model, "model")
     architecture = Architecture.from_directory(source)
     layout = start(ParallelConfig(), seed=0)
+    precision = TrainConfig(bf16=config.train.bf16)
     part = build_model(
-        architecture, layout, ParallelConfig(), vocab_size=architecture.vocab_size, bf16=config.train.bf16
+        architecture, layout, ParallelConfig(), precision, vocab_size=architecture.vocab_size, trained=False
     )
     load_model_weights(checkpoint, part)
     state = dict(hf_state(part))

@@ -47,6 +47,9 @@ METRICS: dict[str, Metric] = {
     "renio/pivotal_frac": Metric("1", "mean", "share of completion tokens that are pivotal"),
     "renio/ess_frac": Metric("1", "mean", "effective share of the batch: (sum w)^2 / (B sum w^2)"),
     "renio/cap_frac": Metric("1", "mean", "share of sequences whose weight was cut at the cap"),
+    "renio/pivot_gradient_frac": Metric(
+        "1", "mean", "share of the squared gradient at pivotal tokens that entry_clip leaves; first micro-batch"
+    ),
     "renio/auc_wrong": Metric("1", "mean", "AUC of the raw weight against wrong completions; 0.5 is chance"),
     "loss/entry_clip_frac": Metric(
         "1", "mean", "share of completion tokens at which entry_clip cut a vocabulary entry"
@@ -59,6 +62,7 @@ METRICS: dict[str, Metric] = {
     "time/rollout_s": Metric("s", "max", "sampling of the completions, on the first rank"),
     "time/teacher_s": Metric("s", "max", "scoring by the teacher, on the first rank"),
     "time/train_s": Metric("s", "max", "forward, backward and optimiser, on the first rank"),
+    "train/skipped_frac": Metric("1", "mean", "1 where the step was left out because its gradient was not finite"),
     "tokens_per_s": Metric("tokens/s", "mean", "completion tokens of all ranks over the time of the step"),
     "eval/accuracy_greedy": Metric("1", "mean", "accuracy on held-out problems, most likely tokens"),
     "eval/accuracy_sampled": Metric("1", "mean", "accuracy on held-out problems, sampled completions"),

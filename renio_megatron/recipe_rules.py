@@ -71,6 +71,16 @@ _IGNORED_BY_ALL = (
         "evaluate.every is 0 and nothing is evaluated",
     ),
     _Ignored(
+        ("train.micro_batch_size",),
+        lambda config: config.train.max_tokens_per_micro_batch is not None,
+        "train.max_tokens_per_micro_batch packs as many sequences as fit",
+    ),
+    _Ignored(
+        ("train.recompute_method", "train.recompute_num_layers"),
+        lambda config: config.train.recompute_granularity != "full",
+        "only train.recompute_granularity=full recomputes whole layers",
+    ),
+    _Ignored(
         ("train.min_lr",),
         lambda config: config.train.lr_decay_style == "constant",
         "train.lr_decay_style is constant and the rate does not decay",

@@ -15,7 +15,7 @@ Log-probabilities are natural logarithms; log ratios and divergences are in nats
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,19 +82,26 @@ class Decoding:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some sequences as the model reads them: rows of prompt + completion, padded on the right only.
+    """Some of a rank's sequences as the model reads them.
 
-    Row ``i`` is ``prompt_i + completion_i`` without the last token, which nothing is predicted from. The next-token
-    shift happens once, here: the hidden state at flat position ``row_index[n]`` (row-major over [B, S]) predicts
-    ``target_ids[n]``, which belongs to sequence ``owner[n]`` of this micro-batch.
+    A sequence is ``prompt + completion`` without the last token, which nothing is predicted from. The sequences are
+    rows padded on the right [B, S], or stand one after the other in a single row [1, S] with `boundaries`. The
+    next-token shift happens once, here: the hidden state at flat position ``row_index[n]`` (row-major over `token_ids`)
+    predicts ``target_ids[n]``, which belongs to sequence ``owner[n]`` of this micro-batch.
 
     Example: prompt (5, 6), completion (7, 8): the row is (5, 6, 7), row_index (1, 2), target_ids (7, 8).
 
+    Under context parallelism a rank holds a piece of every sequence: its positions and its completion tokens only.
+
     Attributes:
-        token_ids: int64 [B, S].
-        position_ids: int64 [B, S], 0, 1, 2, ... in each row.
+        token_ids, position_ids: int64 [B, S] or [1, S], padding included; positions count 0, 1, ... in each sequence.
         row_index, target_ids, owner: int64 [N].
-        lengths: completion tokens of each sequence, int64 [B].
+        token_index: place of each completion token in the flat order of all of the rank's rollouts, int64 [N].
+        sequence_index: which of the rank's rollouts the sequences are, int64 [B].
+        lengths: completion tokens of each whole sequence, int64 [B].
+        boundaries: where the packed sequences begin and the last one ends, counted over all context-parallel ranks,
+            B + 1 numbers; None where each sequence has its own row.
+        pieces: context-parallel ranks that share the sequences.
     """
 
     token_ids: torch.Tensor
@@ -102,16 +109,27 @@ class MicroBatch:
     row_index: torch.Tensor
     target_ids: torch.Tensor
     owner: torch.Tensor
+    token_index: torch.Tensor
+    sequence_index: torch.Tensor
     lengths: torch.Tensor
+    boundaries: tuple[int, ...] | None = None
+    pieces: int = 1
 
     @property
     def num_sequences(self) -> int:
         """Sequences in this micro-batch, B."""
-        return self.token_ids.shape[0]
+        return len(self.lengths)
+
+    @property
+    def row_length(self) -> int:
+        """Length S of the rows before context parallelism cut them."""
+        return self.token_ids.shape[1] * self.pieces
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""
-        return MicroBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -121,8 +139,9 @@ class TeacherScores:
     Attributes:
         logp: log-probability of each sampled token at the loss temperature, fp32 [N], equal on all ranks that share the
             sequences.
-        payload: what the loss needs to rebuild the teacher's distribution, a value for each micro-batch: final hidden
-            states at completion rows, [N of the micro-batch, H of the teacher]. Empty on ranks that compute no loss.
+        payload: what the loss needs to rebuild the teacher's distribution, a value for each of the student's
+            micro-batches: final hidden states at its completion rows, [N of the micro-batch, H of the teacher]. Empty
+            on ranks that compute no loss.
     """
 
     logp: torch.Tensor

@@ -27,8 +27,8 @@ class Sampler(Protocol):
 class Teacher(Protocol):
     """Scores completions, and rebuilds its distribution for the loss."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
-        """Log-probabilities of the sampled tokens and the payload of each micro-batch."""
+    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
+        """Log-probabilities of the sampled tokens and the payload of each of the student's micro-batches."""
         ...
 
     def logits(self, payload: torch.Tensor) -> torch.Tensor:
@@ -52,11 +52,15 @@ class StepLoss(Protocol):
 class Learner(Protocol):
     """Holds the student's weights and optimiser."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+    def arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """The rollouts as micro-batches of this rank."""
+        ...
+
+    def score(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """log p_S of each sampled token at the loss temperature, forward-only, nats fp32 [N]."""
         ...
 
-    def update(self, rollouts: Sequence[Rollout], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
+    def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
         """One optimiser step; returns the step's loss metrics, equal on every rank."""
         ...
 

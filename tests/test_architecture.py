@@ -18,7 +18,7 @@ FLOORS = (
     ("roles", "scores", "loss", "token_logp", "linear_loss", "learning_rate", "data", "tasks"),
     ("megatron", "evaluate", "diagnose"),
     ("algorithms", "trainer"),
-    ("recipe_file", "recipe_rules", "config", "rundir", "build", "run", "export"),
+    ("recipe_file", "recipe_rules", "layout_rules", "config", "rundir", "build", "run", "export"),
     ("cli", "report"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

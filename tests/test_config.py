@@ -281,13 +281,23 @@ def test_a_self_teacher_with_a_view_of_its_own_is_accepted(train, more):
     assert train(more + "\n", "teacher=self").config.teacher.kind == "self"
 
 
+INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "words"),
     [
         (["parallel.tensor_model_parallel_size=2"], 3, ["takes 2 ranks", "tensor 2", "world of 3", "--nproc"]),
         (["parallel.pipeline_model_parallel_size=4"], 2, ["takes 4 ranks", "pipeline 4", "world of 2"]),
         (["train.global_batch_size=6", "train.micro_batch_size=2"], 2, ["=6", "multiple of 4"]),
-        (["parallel.context_parallel_size=2"], 2, ["not available in this version", "context_parallel_size=1"]),
+        (["parallel.context_parallel_size=4"], 2, ["takes 4 ranks", "context 4", "world of 2"]),
+        (["parallel.virtual_pipeline_model_parallel_size=2"], 1, ["would be ignored", "one pipeline rank"]),
+        (
+            [*INTERLEAVED, "train.global_batch_size=6", "train.micro_batch_size=2"],
+            2,
+            ["multiple of 2 micro-batches", "has 3 micro-batches"],
+        ),
+        (["parallel.overlap_param_gather=true"], 2, ["needs parallel.use_distributed_optimizer=true"]),
         (["parallel.sequence_parallel=true"], 1, ["would be ignored", "tensor_model_parallel_size is 1"]),
         (["train.global_batch_size=1"], 1, ["at least 2 sequences per optimiser step", "got 1.", "normalise=none"]),
         (["weighting.normalise=group", "weighting.group_size=3"], 1, ["group_size=3", "global_batch_size=32"]),

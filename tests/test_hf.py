@@ -127,7 +127,7 @@ def load(directory, layout, parallel, vocab_size):
     from renio_megatron.megatron.model import build_model
 
     architecture = Architecture.from_directory(directory)
-    part = build_model(architecture, layout, parallel, vocab_size=vocab_size, bf16=False, seed=99)
+    part = build_model(architecture, layout, parallel, TrainConfig(seed=99), vocab_size=vocab_size)
     load_weights(part, directory)
     return part
 
@@ -155,7 +155,7 @@ def save_checkpoint(part, run, step, new_value):
 
     if new_value is not None and part.layout.pipeline.is_last:
         with torch.no_grad():
-            part.module.decoder.final_layernorm.weight[3] = new_value
+            part.chunks[0].decoder.final_layernorm.weight[3] = new_value
     learner = MegatronLearner(part, TrainConfig(), temperature=1.0, pad_id=0)
     MegatronKeeper(run / "checkpoints", learner).save(step, {})
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from renio_megatron.records import Decoding, Prompt
-from renio_megatron.settings import ParallelConfig
+from renio_megatron.settings import ParallelConfig, TrainConfig
 from tests.multiprocess import run_ranks
 
 TOLERANCE = 1e-5
@@ -140,12 +140,12 @@ def sample_everywhere(layouts, directories):
         layout = start(parallel, seed=0)
         for model, directory in directories.items():
             architecture = Architecture.from_directory(directory)
-            part = build_model(architecture, layout, parallel, vocab_size=VOCAB, bf16=False)
+            part = build_model(architecture, layout, parallel, TrainConfig(), vocab_size=VOCAB)
             load_weights(part, directory)
-            part.module.train()
+            part.train()
             for case in COMPARED if (tensor, pipeline) != (1, 1) else CASES:
                 found[tensor, pipeline, model, case] = sample(part, **CASES[case])
-            assert part.module.training
+            assert part.chunks[0].training
     return found
 
 

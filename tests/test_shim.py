@@ -114,10 +114,10 @@ def train_one_step():
     )
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     layout = start(parallel, seed=0)
-    part = build_model(architecture, layout, parallel, vocab_size=11, bf16=False)
-    learner = MegatronLearner(part, TrainConfig(micro_batch_size=2), temperature=1.0, pad_id=0)
+    part = build_model(architecture, layout, parallel, TrainConfig(), vocab_size=11)
+    learner = MegatronLearner(part, TrainConfig(micro_batch_size=2), parallel, temperature=1.0, pad_id=0)
     rollouts = [Rollout(Prompt(i, (1, 2), (1, 2)), (3 + i, 4, 5)) for i in range(4)]
-    return learner.update(rollouts, token_cross_entropy, step=1, lr=1e-3)
+    return learner.update(learner.arrange(rollouts), token_cross_entropy, step=1, lr=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_the_exported_model_generates(run: Path, model: Path, tmp_path: Path) ->
 
 def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     """All positions' logits at TP = 3, gathered: [S, V]."""
-    from renio_megatron.data.collate import collate
+    from renio_megatron.data.collate import Arrangement, collate
     from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
@@ -91,15 +91,15 @@ def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     from renio_megatron.megatron.start import start
     from renio_megatron.parallel.vocab import gather_columns
     from renio_megatron.records import Prompt, Rollout
-    from renio_megatron.settings import ParallelConfig
+    from renio_megatron.settings import ParallelConfig, TrainConfig
 
     parallel = ParallelConfig(tensor_model_parallel_size=3)
     layout = start(parallel, seed=0)
     architecture = Architecture.from_directory(model)
-    part = build_model(architecture, layout, parallel, vocab_size=architecture.vocab_size, bf16=False)
+    part = build_model(architecture, layout, parallel, TrainConfig(), vocab_size=architecture.vocab_size)
     load_weights(part, model)
     prompt = Prompt(0, tuple(token_ids[:1]), tuple(token_ids[:1]))
-    batch = collate([Rollout(prompt, tuple(token_ids[1:]))], view="student", micro_batch_size=1, pad_id=0)
+    batch = collate([Rollout(prompt, tuple(token_ids[1:]))], view="student", arrangement=Arrangement(0))
     rows = run_forward(part, batch, lambda index, micro_batch, hidden: part.head_logits(hidden))
     return gather_columns(rows[0], part.shard)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +12,12 @@ import torch
 from renio_megatron import VocabShard, distillation_loss
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
-from renio_megatron.data.collate import collate
+from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, Prompt, Rollout, TeacherScores
+from renio_megatron.records import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 from renio_megatron.settings import LossConfig, TrainConfig, WeightingConfig
 from renio_megatron.trainer import Trainer
 
@@ -215,7 +214,7 @@ class Roles:
         return Distillation(
             SimpleNamespace(sample=self.sample),
             SimpleNamespace(score=self.score_teacher, logits=lambda payload: payload),
-            SimpleNamespace(score=self.score_student, update=self.update),
+            SimpleNamespace(arrange=self.arrange, score=self.score_student, update=self.update),
             layout=Layout(),
             decoding=DECODING,
             loss=loss or LossConfig(),
@@ -232,33 +231,28 @@ class Roles:
             for prompt, tokens, finished in zip(prompts, TOKENS, FINISHED, strict=True)
         ]
 
-    def score_teacher(self, rollouts: list[Rollout]) -> TeacherScores:
-        self.asked.append(("teacher", [rollout.completion_ids for rollout in rollouts]))
-        return TeacherScores(self.teacher_logp, [self.teacher_rows[rows] for rows in self.rows(rollouts)])
+    def arrange(self, rollouts: list[Rollout]) -> list[MicroBatch]:
+        return collate(rollouts, view="student", arrangement=Arrangement(0, self.micro_batch_size))
 
-    def score_student(self, rollouts: list[Rollout]) -> torch.Tensor:
+    def score_teacher(self, rollouts: list[Rollout], batches: list[MicroBatch]) -> TeacherScores:
+        self.asked.append(("teacher", [rollout.completion_ids for rollout in rollouts]))
+        return TeacherScores(self.teacher_logp, [self.teacher_rows[batch.token_index] for batch in batches])
+
+    def score_student(self, batches: list[MicroBatch]) -> torch.Tensor:
         self.asked.append(("student",))
         assert self.recomputed_logp is not None
         return self.recomputed_logp
 
-    def update(self, rollouts: list[Rollout], loss: Any, *, step: int, lr: float) -> dict[str, float]:
+    def update(self, batches: list[MicroBatch], loss: Any, *, step: int, lr: float) -> dict[str, float]:
         self.asked.append(("update", step, lr))
-        micro_batches = collate(rollouts, view="student", micro_batch_size=self.micro_batch_size, pad_id=0)
         total, tally = torch.zeros((), dtype=torch.float64), Tally()
-        for index, (batch, rows) in enumerate(zip(micro_batches, self.rows(rollouts), strict=True)):
-            value, count, counted = loss(index, batch, self.student[rows].clone(), WHOLE)
+        for index, batch in enumerate(batches):
+            value, count, counted = loss(index, batch, self.student[batch.token_index].clone(), WHOLE)
             self.parts.append((float(value.detach()), count))
             total, _ = total + value, tally.merge(counted)
         denominator = sum(count for _, count in self.parts)
         (total / denominator).backward()
         return tally.result()
-
-    def rows(self, rollouts: list[Rollout]) -> list[slice]:
-        """Rows of each micro-batch among the flat tokens."""
-        lengths = [len(rollout.completion_ids) for rollout in rollouts]
-        groups = [lengths[i : i + self.micro_batch_size] for i in range(0, len(lengths), self.micro_batch_size)]
-        ends = [0, *itertools.accumulate(map(sum, groups))]
-        return list(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
 DECODING = Decoding(temperature=1.1, top_p=0.95, top_k=None, max_completion_length=3)
@@ -387,7 +381,7 @@ def test_the_sum_over_micro_batches_is_the_loss_of_the_whole_batch(size, beta):
 def test_fine_tuning_is_cross_entropy_over_the_batchs_tokens(size):
     roles = Roles(size)
     given = [Prompt(i, (1,), (1,), completion_ids=tokens) for i, tokens in enumerate(TOKENS)]
-    learner = SimpleNamespace(update=roles.update)
+    learner = SimpleNamespace(arrange=roles.arrange, update=roles.update)
     metrics = Sft(learner, layout=Layout(), lr_at=lambda step: step / 10).step(given, 2)
     student = roles.student.detach().clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy(student, torch.tensor([t for row in TOKENS for t in row]))
@@ -395,6 +389,7 @@ def test_fine_tuning_is_cross_entropy_over_the_batchs_tokens(size):
     total, tokens = (sum(column) for column in zip(*roles.parts, strict=True))
     assert roles.asked == [("update", 2, 0.2)]
     assert tokens == 8
-    assert total / tokens == metrics["loss"] == pytest.approx(float(expected.detach()), rel=1e-12)
+    for loss in (total / tokens, metrics["loss"]):
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-12)
     torch.testing.assert_close(roles.student.grad, student.grad, rtol=1e-12, atol=1e-15)
     assert metrics["tokens_per_s"] == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from renio_megatron.data.collate import flat_completions, flat_logp
 from renio_megatron.evaluate.accuracy import auc
 from renio_megatron.loss import distillation_loss
 from renio_megatron.metrics import Tally
-from renio_megatron.parallel.batch import gather_batch
+from renio_megatron.parallel.balance import balance
+from renio_megatron.parallel.batch import gather_batch, sum_pieces
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard
 from renio_megatron.records import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
@@ -41,6 +43,8 @@ class Distillation:
         recompute_student_scores: bool,
         lr_at: Callable[[int], float],
         grader: Callable[[Rollout], bool] | None = None,
+        is_balanced: bool = False,
+        on_rollouts: Callable[[int, Sequence[Rollout], SampleWeights], None] | None = None,
     ) -> None:
         """Casts the roles.
 
@@ -52,26 +56,44 @@ class Distillation:
             recompute_student_scores: take log p_S from a forward-only pass instead of the sampler.
             lr_at: learning rate of a step.
             grader: says whether a completion is right, for the metrics only; None where nothing can be graded.
+            is_balanced: exchange sequences between data-parallel ranks, so that all have as many tokens.
+            on_rollouts: is shown (step, this rank's rollouts, their weights) after each step.
         """
         self.sampler, self.teacher, self.learner = sampler, teacher, learner
         self._layout, self._decoding, self._loss, self._weighting = layout, decoding, loss, weighting
         self._recompute, self._lr_at, self._grader = recompute_student_scores, lr_at, grader
+        self._is_balanced, self._on_rollouts = is_balanced, on_rollouts
         self._weighting_state: torch.Tensor | None = None
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimiser step on this rank's prompts."""
         clock = [time.perf_counter()]
-        rollouts = self.sampler.sample(prompts, self._decoding, stream=(step,))
+        rollouts = self._balance(self.sampler.sample(prompts, self._decoding, stream=(step,)))
         clock.append(time.perf_counter())
-        teacher = self.teacher.score(rollouts)
+        batches = self.learner.arrange(rollouts)
+        teacher = self.teacher.score(rollouts, batches)
         clock.append(time.perf_counter())
-        student_logp = self.learner.score(rollouts) if self._recompute else flat_logp(rollouts)
+        student_logp = self.learner.score(batches) if self._recompute else flat_logp(rollouts)
         sample = self.weigh(rollouts, student_logp, teacher)
         loss = WeightedDivergence(self.teacher, teacher, sample, self._loss, self._weighting)
-        metrics = self.learner.update(rollouts, loss, step=step, lr=self._lr_at(step))
+        metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))
         clock.append(time.perf_counter())
         self._weighting_state = sample.state
+        if self._on_rollouts is not None:
+            self._on_rollouts(step, rollouts, sample)
         return metrics | self._sample_metrics(rollouts, sample) | _time_metrics(clock)
+
+    def _balance(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Rollouts exchanged between data-parallel ranks where cost follows tokens, that is where they are packed."""
+        if not self._is_balanced:
+            return rollouts
+        weighting = self._weighting
+        is_grouped = weighting.name != "uniform" and weighting.normalise == "group"
+        costs = [
+            len(rollout.prompt.student_ids) + len(rollout.prompt.teacher_ids) + 2 * len(rollout.completion_ids)
+            for rollout in rollouts
+        ]
+        return balance(rollouts, costs, self._layout.data, unit=(weighting.group_size or 1) if is_grouped else 1)
 
     def weigh(self, rollouts: Sequence[Rollout], student_logp: torch.Tensor, teacher: TeacherScores) -> SampleWeights:
         """Weights of this rank's sequences, normalised over the optimiser step's."""
@@ -135,33 +157,65 @@ class WeightedDivergence:
         """`scores` and `sample` are those of all the rank's sequences, in order."""
         self._teacher, self._scores, self._sample = teacher, scores, sample
         self._loss, self._weighting = loss, weighting
-        self._first = 0
 
     def __call__(
         self, index: int, micro_batch: MicroBatch, logits: torch.Tensor, shard: VocabShard
     ) -> tuple[torch.Tensor, float, Tally]:
-        """(sum over sequences, number of sequences, metrics); micro-batches come in order."""
+        """(sum over sequences, number of sequences, metrics); of a rank's pieces where it holds only those."""
         count = micro_batch.num_sequences
-        mine = slice(self._first, self._first + count)
-        self._first += count
+        share = count / micro_batch.pieces  # all pieces together are the sequences
+        teacher_logits = self._teacher.logits(self._scores.payload[index])
+        tally = Tally()
+        if index == 0 and self._loss.entry_clip is not None:
+            self._tally_pivots(tally, micro_batch, logits.detach(), teacher_logits, shard)
         out = distillation_loss(
             logits,
-            self._teacher.logits(self._scores.payload[index]),
+            teacher_logits,
             micro_batch.target_ids,
             micro_batch.owner,
             count,
             self._loss,
             self._weighting,
             shard,
-            weights=self._sample.weights[mine],
-            sequence_lengths=self._sample.lengths[mine],
+            weights=self._sample.weights[micro_batch.sequence_index],
+            sequence_lengths=self._sample.lengths[micro_batch.sequence_index],
             overwrite_logits=True,
         )
-        tally = Tally()
-        tally.add("loss", float(out.loss.detach()) * count, count)
+        tally.add("loss", float(out.loss.detach()) * count, share)
         tally.add("loss/kl", float(out.token_divergence.sum()), len(out.token_divergence))
         tally.add("loss/entry_clip_frac", int((out.clipped_entries > 0).sum()), len(out.clipped_entries))
-        return out.loss * count, float(count), tally
+        return out.loss * count, share, tally
+
+    def _tally_pivots(
+        self,
+        tally: Tally,
+        micro_batch: MicroBatch,
+        logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        shard: VocabShard,
+    ) -> None:
+        """Squared gradient at pivotal tokens with the entry clip over that without: what the clip leaves of it."""
+        rows = self._sample.is_pivotal[micro_batch.token_index].nonzero()[:, 0]
+        energies = []
+        for loss in (self._loss, replace(self._loss, entry_clip=None)):
+            leaf = logits[rows].requires_grad_()
+            with torch.enable_grad():
+                out = distillation_loss(
+                    leaf,
+                    teacher_logits[rows],
+                    micro_batch.target_ids[rows],
+                    torch.zeros_like(rows),
+                    1,
+                    loss,
+                    self._weighting,
+                    shard,
+                    weights=torch.ones(1, device=logits.device),
+                )
+                out.loss.backward()
+            assert leaf.grad is not None
+            energies.append(leaf.grad.double().square().sum())
+        kept, whole = sum_pieces(torch.stack(energies), shard.group).tolist()
+        tally.add("renio/pivot_gradient_frac", kept, whole)
 
 
 def weight_metrics(weights: torch.Tensor, raw: torch.Tensor, cap: float | None) -> dict[str, float]:

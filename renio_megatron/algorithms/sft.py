@@ -28,7 +28,9 @@ class Sft:
         """One optimiser step on this rank's prompts."""
         start = time.perf_counter()
         rollouts = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
-        metrics = self.learner.update(rollouts, token_cross_entropy, step=step, lr=self._lr_at(step))
+        metrics = self.learner.update(
+            self.learner.arrange(rollouts), token_cross_entropy, step=step, lr=self._lr_at(step)
+        )
         seconds = time.perf_counter() - start
         lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts], device=self._layout.device)
         tokens = gather_batch(lengths, self._layout.data.group).sum()

@@ -2,53 +2,96 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from renio_megatron.errors import DataError
+from renio_megatron.parallel.context import local_positions
+from renio_megatron.parallel.packing import pack
 from renio_megatron.records import MicroBatch, Rollout
 
 View = Literal["student", "teacher"]
 
 
-def collate(
-    rollouts: Sequence[Rollout], *, view: View, micro_batch_size: int, pad_id: int, multiple_of: int = 1
-) -> list[MicroBatch]:
-    """The rollouts as micro-batches, in order; the last one may hold fewer sequences.
+@dataclass(frozen=True)
+class Arrangement:
+    """How sequences become micro-batches.
 
-    No token is compared with `pad_id`: a drawn end token counts whatever its id.
+    Attributes:
+        pad_id: fills rows on the right. No token is compared with it: a drawn end token counts whatever its id.
+        micro_batch_size: sequences of a micro-batch, each in a row of its own.
+        max_tokens: tokens of a micro-batch whose sequences share one row; None: each has its own.
+        tensor_pieces: ranks among which sequence parallelism cuts the rows; 1 without it.
+        context_size, context_rank: the context axis.
+        multiple_of: the number of micro-batches is a multiple of this (interleaved pipelines need it).
+    """
+
+    pad_id: int
+    micro_batch_size: int = 1
+    max_tokens: int | None = None
+    tensor_pieces: int = 1
+    context_size: int = 1
+    context_rank: int = 0
+    multiple_of: int = 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a packed sequence, padding included, is a multiple of."""
+        return 2 * self.context_size if self.context_size > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row is a multiple of."""
+        if self.context_size == 1:
+            return self.tensor_pieces
+        return self.context_size * math.lcm(2, self.tensor_pieces)
+
+
+def collate(rollouts: Sequence[Rollout], *, view: View, arrangement: Arrangement) -> list[MicroBatch]:
+    """The rollouts as micro-batches: in order, or packed in the order that `packing.pack` chooses.
 
     >>> from renio_megatron.records import Prompt
-    >>> batch = collate([Rollout(Prompt(0, (5, 6), (5, 6)), (7, 8))], view="student", micro_batch_size=1, pad_id=0)[0]
+    >>> rollouts = [Rollout(Prompt(0, (5, 6), (5, 6)), (7, 8))]
+    >>> batch = collate(rollouts, view="student", arrangement=Arrangement(pad_id=0))[0]
     >>> batch.token_ids.tolist(), batch.row_index.tolist(), batch.target_ids.tolist()
     ([[5, 6, 7]], [1, 2], [7, 8])
 
     Args:
         rollouts: sequences, each with at least one completion token.
         view: whose prompt stands before the completion.
-        micro_batch_size: sequences of a micro-batch, B.
-        pad_id: fills the rows on the right.
-        multiple_of: every row of every micro-batch has the same length S, a multiple of this.
+        arrangement: how they share micro-batches. Rows of unpacked micro-batches all have the same length.
     Raises:
         DataError: an empty prompt or completion.
     """
-    rows = []
-    for rollout in rollouts:
-        prompt_ids = rollout.prompt.student_ids if view == "student" else rollout.prompt.teacher_ids
+    prompts = [rollout.prompt.student_ids if view == "student" else rollout.prompt.teacher_ids for rollout in rollouts]
+    for rollout, prompt_ids in zip(rollouts, prompts, strict=True):
         _check(rollout, len(prompt_ids), view)
-        rows.append((prompt_ids, rollout.completion_ids))
-    longest = max((len(prompt) + len(completion) - 1 for prompt, completion in rows), default=0)
-    length = -(-longest // multiple_of) * multiple_of
+    sequences = [
+        _Sequence(number, prompt_ids, rollout.completion_ids)
+        for number, (prompt_ids, rollout) in enumerate(zip(prompts, rollouts, strict=True))
+    ]
+    offsets = [0]
+    for rollout in rollouts:
+        offsets.append(offsets[-1] + len(rollout.completion_ids))
+    if arrangement.max_tokens is None:
+        row = _ceil(max((sequence.length for sequence in sequences), default=0), arrangement.row_multiple)
+        size = arrangement.micro_batch_size
+        chosen = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+        return [_micro_batch(group, [row] * len(group), offsets, arrangement) for group in chosen]
+    lengths = [_ceil(sequence.length, arrangement.sequence_multiple) for sequence in sequences]
+    packs = pack(lengths, arrangement.max_tokens, multiple_of=arrangement.multiple_of)
     return [
-        _micro_batch(rows[start : start + micro_batch_size], length, pad_id)
-        for start in range(0, len(rows), micro_batch_size)
+        _micro_batch([sequences[i] for i in chosen], [lengths[i] for i in chosen], offsets, arrangement)
+        for chosen in packs
     ]
 
 
 def flat_completions(rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Completion tokens of all rollouts, sequence after sequence: the same order as in the micro-batches.
+    """Completion tokens of all rollouts, sequence after sequence: the order that `MicroBatch.token_index` counts in.
 
     Returns:
         (token_ids [N], owner [N] in [0, B), lengths [B]), int64.
@@ -76,6 +119,20 @@ def flat_logp(rollouts: Sequence[Rollout]) -> torch.Tensor:
     return torch.cat(pieces)
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """One rollout in one view."""
+
+    number: int
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+
 def _check(rollout: Rollout, prompt_length: int, view: str) -> None:
     if prompt_length == 0:
         raise DataError(
@@ -85,22 +142,54 @@ def _check(rollout: Rollout, prompt_length: int, view: str) -> None:
         raise DataError(f"Prompt {rollout.prompt.index}: the completion is empty; it needs at least the end token.")
 
 
-def _micro_batch(rows: list[tuple[tuple[int, ...], tuple[int, ...]]], length: int, pad_id: int) -> MicroBatch:
-    token_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    row_index, target_ids = [], []
-    for row, (prompt_ids, completion_ids) in enumerate(rows):
-        sequence = torch.tensor(prompt_ids + completion_ids[:-1], dtype=torch.int64)
-        token_ids[row, : len(sequence)] = sequence
+def _micro_batch(
+    sequences: Sequence[_Sequence], lengths: list[int], offsets: list[int], arrangement: Arrangement
+) -> MicroBatch:
+    """The sequences side by side, each padded to its length, then cut for this context-parallel rank."""
+    is_packed = arrangement.max_tokens is not None
+    if is_packed:  # what the row lacks to its own multiple is padding of the last sequence
+        lengths = [*lengths[:-1], lengths[-1] + -sum(lengths) % arrangement.row_multiple]
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    token_ids = torch.full((starts[-1],), arrangement.pad_id, dtype=torch.int64)
+    row_index, target_ids, token_index = [], [], []
+    for sequence, start in zip(sequences, starts, strict=False):
+        read = torch.tensor(sequence.prompt_ids + sequence.completion_ids[:-1], dtype=torch.int64)
+        token_ids[start : start + len(read)] = read
+        count, first = len(sequence.completion_ids), start + len(sequence.prompt_ids) - 1
         # The last prompt token predicts the first completion token.
-        first = row * length + len(prompt_ids) - 1
-        row_index.append(torch.arange(first, first + len(completion_ids)))
-        target_ids.append(torch.tensor(completion_ids, dtype=torch.int64))
-    lengths = torch.tensor([len(completion_ids) for _, completion_ids in rows], dtype=torch.int64)
-    return MicroBatch(
-        token_ids=token_ids,
-        position_ids=torch.arange(length).repeat(len(rows), 1),
-        row_index=torch.cat(row_index),
-        target_ids=torch.cat(target_ids),
-        owner=torch.repeat_interleave(lengths),
-        lengths=lengths,
+        row_index.append(torch.arange(first, first + count))
+        target_ids.append(torch.tensor(sequence.completion_ids, dtype=torch.int64))
+        token_index.append(torch.arange(offsets[sequence.number], offsets[sequence.number] + count))
+    counts = torch.tensor([len(sequence.completion_ids) for sequence in sequences], dtype=torch.int64)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    rows, targets, tokens, owner = (
+        torch.cat(row_index),
+        torch.cat(target_ids),
+        torch.cat(token_index),
+        torch.repeat_interleave(counts),
     )
+    if arrangement.context_size > 1:
+        here = local_positions(starts, arrangement.context_size, arrangement.context_rank)
+        place = torch.full((starts[-1],), -1).scatter_(0, here, torch.arange(len(here)))
+        kept = place[rows] >= 0
+        token_ids, position_ids = token_ids[here], position_ids[here]
+        rows, targets, tokens, owner = place[rows[kept]], targets[kept], tokens[kept], owner[kept]
+    height = 1 if is_packed else len(sequences)
+    return MicroBatch(
+        token_ids=token_ids.view(height, -1),
+        position_ids=position_ids.view(height, -1),
+        row_index=rows,
+        target_ids=targets,
+        owner=owner,
+        token_index=tokens,
+        sequence_index=torch.tensor([sequence.number for sequence in sequences], dtype=torch.int64),
+        lengths=counts,
+        boundaries=tuple(starts) if is_packed else None,
+        pieces=arrangement.context_size,
+    )
+
+
+def _ceil(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

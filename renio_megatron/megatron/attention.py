@@ -1,22 +1,50 @@
-"""Core attention on torch's scaled_dot_product_attention: no Transformer Engine, on the CPU and on CUDA."""
+"""Core attention on torch's scaled_dot_product_attention: no Transformer Engine, on the CPU and on CUDA.
+
+Each sequence attends to itself only. Rows are padded on the right, so the causal mask is the only one there is; packed
+sequences are taken one by one out of their row; and under context parallelism the keys and values of the whole row are
+gathered, in the sequences' own order, while each rank keeps its own queries.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 
-from renio_megatron.errors import LayoutError
+from renio_megatron.parallel.context import natural_order
+
+
+@dataclass
+class Packing(PackedSeqParams):
+    """Megatron's description of a row of packed sequences; keeps the boundaries as numbers, too, for the CPU."""
+
+    boundaries: tuple[int, ...] = ()
+
+
+def packing_of(boundaries: Sequence[int], device: torch.device) -> Packing:
+    """The description of a row whose sequences begin at `boundaries`, the last of which is the row's length."""
+    cumulative = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    longest = max(stop - start for start, stop in itertools.pairwise(boundaries))
+    return Packing(
+        qkv_format="thd",
+        cu_seqlens_q=cumulative,
+        cu_seqlens_kv=cumulative,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        boundaries=tuple(boundaries),
+    )
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal attention of one rank's heads, with grouped queries and with a cache of earlier keys.
-
-    Queries are the last positions of the keys' sequence: as many of both in training, fewer while decoding. Rows are
-    padded on the right only, so the causal mask is the only one there is.
-    """
+    """Causal attention of one rank's heads, with grouped queries and with a cache of earlier keys."""
 
     def __init__(
         self,
@@ -30,8 +58,6 @@ class SdpaCoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise LayoutError("context_parallel_size above 1 is not available with this attention; use 1.")
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -42,14 +68,58 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: Packing | None = None,
     ) -> torch.Tensor:
-        """Attention output [queries, b, heads x head width] from [queries | keys, b, heads, head width]."""
+        """Attention output: [queries, b, heads x head width], or [queries, heads, head width] of a packed row.
+
+        Args:
+            query, key, value: [queries | keys, b, heads, head width], or [queries | keys, heads, head width] of packed
+                sequences. Under context parallelism this rank's positions. While decoding, queries are the last
+                positions of the keys' sequence.
+            packed_seq_params: where the packed sequences are.
+        """
+        is_packed = packed_seq_params is not None
+        if is_packed:
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        if self.config.context_parallel_size > 1:
+            output = self._context_parallel(query, key, value, packed_seq_params)
+        elif packed_seq_params is not None:
+            output = torch.cat(
+                [
+                    self._attend(query[start:stop], key[start:stop], value[start:stop])
+                    for start, stop in itertools.pairwise(packed_seq_params.boundaries)
+                ]
+            )
+        else:
+            output = self._attend(query, key, value)
+        return output.squeeze(1) if is_packed else output.flatten(2)
+
+    def _context_parallel(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing | None
+    ) -> torch.Tensor:
+        """As `_attend`, where this rank has chunks r and 2 x ranks - 1 - r of every sequence."""
+        group = parallel_state.get_context_parallel_group()
+        size, rank = group.size(), group.rank()
+        boundaries = (0, len(query) * size) if packing is None else packing.boundaries
+        both = _GatherSequence.apply(torch.stack((key, value), dim=1), group)
+        key, value = both[natural_order(boundaries, size).to(query.device)].unbind(1)
+        outputs = []
+        for start, stop in itertools.pairwise(boundaries):
+            chunk = (stop - start) // (2 * size)
+            first = start // size  # of this rank's queries of the sequence
+            for half, number in enumerate((rank, 2 * size - 1 - rank)):
+                queries = query[first + half * chunk : first + (half + 1) * chunk]
+                seen = slice(start, start + (number + 1) * chunk)
+                outputs.append(self._attend(queries, key[seen], value[seen]))
+        return torch.cat(outputs)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of queries that are the last positions of the keys' sequence: [queries, b, heads, head width]."""
         queries, keys = query.shape[0], key.shape[0]
         mask = None
         if 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        # With a single query, every cached key is visible.
+        # With a single query, every key is visible.
         output = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
@@ -59,4 +129,22 @@ class SdpaCoreAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return output.permute(2, 0, 1, 3).flatten(2).contiguous()
+        return output.permute(2, 0, 1, 3).contiguous()
+
+
+class _GatherSequence(torch.autograd.Function):
+    """Every rank's positions, rank after rank; backward adds what all ranks' queries ask of this rank's."""
+
+    @staticmethod
+    def forward(context: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        context.group = group
+        pieces = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(pieces, local.contiguous(), group=group)
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        pieces = list(gradient.contiguous().chunk(context.group.size()))
+        mine = torch.empty_like(pieces[0])
+        dist.reduce_scatter(mine, pieces, group=context.group)
+        return mine, None

@@ -38,20 +38,19 @@ _OUTSIDE: dict[str, tuple[str, ...]] = {
 }
 
 
-def hf_names(name: str, architecture: Architecture, layer_offset: int = 0) -> tuple[str, ...]:
+def hf_names(name: str, architecture: Architecture) -> tuple[str, ...]:
     """Hugging Face tensors that a Megatron parameter is made of.
 
     Args:
-        name: Megatron's name, with the stage's own layer number.
+        name: Megatron's name, with the layer's number in the whole model.
         architecture: the whole model.
-        layer_offset: layers on earlier stages.
 
     Raises:
         ConfigError: a parameter without a counterpart.
     """
     match = _LAYER.fullmatch(name)
     if match and match[2] in _IN_LAYER:
-        return tuple(f"model.layers.{int(match[1]) + layer_offset}.{part}" for part in _IN_LAYER[match[2]])
+        return tuple(f"model.layers.{match[1]}.{part}" for part in _IN_LAYER[match[2]])
     if name == "output_layer.weight" and architecture.tied:
         return _OUTSIDE["embedding.word_embeddings.weight"]
     if name in _OUTSIDE:
@@ -113,26 +112,18 @@ def load_weights(part: ModelPart, directory: Path) -> None:
     """
     files = WeightFiles(directory)
     files.check(part.architecture)
-    offset = layer_offset(part)
     tensor = part.layout.tensor
     with torch.no_grad():
-        for name, parameter in part.module.named_parameters():
-            names = hf_names(name, part.architecture, offset)
+        for name, parameter in part.named_parameters():
+            names = hf_names(name, part.architecture)
             parts = [files.read(hf_name) for hf_name in names]
             shard = take_shard(name, to_megatron(name, parts, part.architecture), parameter, tensor.rank, tensor.size)
             parameter.copy_(shard)
 
 
-def layer_offset(part: ModelPart) -> int:
-    """Layers on earlier pipeline stages."""
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    return get_transformer_layer_offset(part.config)
-
-
 def hf_state(part: ModelPart) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and tensors of a model that is whole on this rank (one tensor rank, one stage)."""
-    for name, parameter in part.module.named_parameters():
+    for name, parameter in part.named_parameters():
         whole = parameter.detach()
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             whole = whole[: part.architecture.vocab_size]

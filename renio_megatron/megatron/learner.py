@@ -14,12 +14,17 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.pipeline import broadcast_from_last_stage, run_forward, run_forward_backward
+from renio_megatron.megatron.pipeline import (
+    broadcast_from_last_stage,
+    run_forward,
+    run_forward_backward,
+    share_tokens,
+)
 from renio_megatron.metrics import Tally
-from renio_megatron.parallel.batch import reduce_tally
+from renio_megatron.parallel.batch import reduce_tally, sum_pieces
 from renio_megatron.records import MicroBatch, Rollout
 from renio_megatron.roles import StepLoss
-from renio_megatron.settings import TrainConfig
+from renio_megatron.settings import ParallelConfig, TrainConfig
 from renio_megatron.token_logp import token_logp
 
 
@@ -31,55 +36,72 @@ class MegatronLearner:
 
     Attributes:
         part: this rank's part of the model.
-        model: the DDP wrapper.
+        models: the DDP wrappers of its chunks.
         optimizer: Megatron's optimiser.
     """
 
-    def __init__(self, part: ModelPart, train: TrainConfig, *, temperature: float, pad_id: int) -> None:
+    def __init__(
+        self, part: ModelPart, train: TrainConfig, parallel: ParallelConfig, *, temperature: float, pad_id: int
+    ) -> None:
         """Wraps `part` for training; `temperature` is the loss's, for `score`."""
         self.part = part
         self._train = train
         self._temperature = temperature
-        self._pad_id = pad_id
+        self._arrangement = part.arrangement(pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch)
         self._denominator = torch.zeros((), dtype=torch.float64, device=part.layout.device)
         config = part.config
-        self.model = DistributedDataParallel(
-            config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), part.module
+        wrapping = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
         )
-        self.optimizer = get_megatron_optimizer(_optimizer_config(train, config.params_dtype), [self.model])
+        self.models = [
+            DistributedDataParallel(config, wrapping, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(part.chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(train, parallel, config.params_dtype), self.models)
         config.finalize_model_grads_func = self._finalize_gradients
-        config.no_sync_func = self.model.no_sync
+        no_sync = [model.no_sync for model in self.models]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         config.grad_scale_func = self.optimizer.scale_loss
+        self._is_stale = False
+        if parallel.overlap_param_gather:
+            part.settle = self._gather_parameters
 
-    def score(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+    def arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """The rollouts as the student's micro-batches."""
+        micro_batches = collate(rollouts, view="student", arrangement=self._arrangement)
+        return [micro_batch.to(self.part.layout.device) for micro_batch in micro_batches]
+
+    def score(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """log p_S of each sampled token at the loss temperature, forward-only, nats fp32 [N]."""
         part = self.part
-        micro_batches = self._micro_batches(rollouts)
 
         def logp_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> torch.Tensor:
             return token_logp(part.head_logits(rows), micro_batch.target_ids, part.shard, temperature=self._temperature)
 
-        self.model.eval()
-        collected = run_forward(part, micro_batches, logp_of)
-        count = sum(len(micro_batch.target_ids) for micro_batch in micro_batches)
-        logp = torch.cat(collected) if collected else torch.empty(count, device=part.layout.device)
-        return broadcast_from_last_stage(logp, part.layout)
+        part.train(False)
+        return share_tokens(run_forward(part, micro_batches, logp_of), micro_batches, part.layout)
 
-    def update(self, rollouts: Sequence[Rollout], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
+    def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
         """One optimiser step on this rank's share of the batch.
 
         Raises:
             NumericsError: NaN or infinity in a loss or gradient; the weights are then left as they were.
         """
         part = self.part
-        self.model.train()
-        self.model.zero_grad_buffer()
+        part.train()
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._denominator.zero_()
+        skip = self._train.skip_nonfinite_steps
 
         def loss_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[torch.Tensor, Tally]:
             total, denominator, tally = loss(index, micro_batch, part.head_logits(rows), part.shard)
-            if not math.isfinite(float(total.detach())):
+            if not skip and not math.isfinite(float(total.detach())):
                 raise NumericsError(
                     f"step {step}, rank {part.layout.rank}: the loss of micro-batch {index} is "
                     f"{float(total.detach())}. Check the learning rate, the models' precision, and train.clip_grad."
@@ -87,26 +109,32 @@ class MegatronLearner:
             self._denominator += denominator
             return total, tally
 
-        tallies = run_forward_backward(part, self.model, self._micro_batches(rollouts), loss_of)
-        self._check_gradients(step)
+        tallies = run_forward_backward(part, self.models, micro_batches, loss_of)
+        bad = self._bad_gradient()
+        if skip and bad[0]:
+            return {"train/skipped_frac": 1.0, "lr": lr}
+        self._require_finite(bad, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         _, grad_norm, _ = self.optimizer.step()
+        self._is_stale = True
         total = Tally()
         for tally in tallies:
             total.merge(tally)
         metrics = reduce_tally(total, part.layout)
-        return {**metrics, "grad_norm": float(grad_norm), "lr": lr}
+        skipped = {"train/skipped_frac": 0.0} if skip else {}
+        return {**metrics, **skipped, "grad_norm": float(grad_norm), "lr": lr}
 
-    def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        micro_batches = collate(
-            rollouts,
-            view="student",
-            micro_batch_size=self._train.micro_batch_size,
-            pad_id=self._pad_id,
-            multiple_of=self.part.length_multiple,
-        )
-        return [micro_batch.to(self.part.layout.device) for micro_batch in micro_batches]
+    def _gather_parameters(self) -> None:
+        """Every rank's share of the weights, everywhere: with overlap_param_gather they are stale after a step.
+
+        Megatron gathers them under way in the next forward pass of training; sampling, scoring, evaluation and saving
+        come before it.
+        """
+        if self._is_stale:
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+            self._is_stale = False
 
     def _finalize_gradients(self, model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
         """Megatron's reductions without its division, then the division by the whole batch's denominator.
@@ -116,34 +144,39 @@ class MegatronLearner:
         finalize_model_grads(model, None, **kwargs)
         layout = self.part.layout
         denominator = broadcast_from_last_stage(self._denominator.clone(), layout)
-        dist.all_reduce(denominator, group=layout.data.group)
+        denominator = sum_pieces(sum_pieces(denominator, layout.data.group), layout.context.group)
         if denominator > 0:
             for chunk in model:
                 chunk.scale_gradients(1.0 / float(denominator))
 
-    def _check_gradients(self, step: int) -> None:
-        """Stops every rank where any has a gradient that is not finite; names the first such parameter."""
-        buffers = [*self.model.buffers, *self.model.expert_parallel_buffers]
+    def _bad_gradient(self) -> tuple[bool, str | None]:
+        """Whether any rank has a gradient that is not finite, and the first such parameter of this rank."""
+        buffers = [buffer for model in self.models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
         finite = all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in buffers)
         bad = torch.zeros((), device=self.part.layout.device)
         name = None
         if not finite:
-            named = self.part.module.named_parameters()
-            name = next((n for n, p in named if not bool(torch.isfinite(p.main_grad).all())), None)
+            named = self.part.named_parameters()
+            name = next((n for n, p in named if not bool(torch.isfinite(p.main_grad).all())), None)  # type: ignore
             bad += name is not None
         dist.all_reduce(bad)
+        return bool(bad > 0), name
+
+    def _require_finite(self, bad: tuple[bool, str | None], step: int) -> None:
+        """Stops every rank where any has a gradient that is not finite; names the first such parameter."""
+        somewhere, name = bad
         if name is not None:
             raise NumericsError(
                 f"step {step}, rank {self.part.layout.rank}: the gradient of {name} holds NaN or infinity. "
                 "The weights were not changed. Check the learning rate and the data of this step."
             )
-        if bad > 0:
+        if somewhere:
             raise NumericsError(
                 f"step {step}, rank {self.part.layout.rank}: stopped, another rank's gradient is not finite."
             )
 
 
-def _optimizer_config(train: TrainConfig, dtype: torch.dtype) -> OptimizerConfig:
+def _optimizer_config(train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -155,4 +188,6 @@ def _optimizer_config(train: TrainConfig, dtype: torch.dtype) -> OptimizerConfig
         clip_grad=train.clip_grad,
         bf16=train.bf16,
         params_dtype=dtype,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )

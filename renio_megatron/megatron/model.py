@@ -8,7 +8,9 @@ module that is called, with its weight an ordinary parameter: DDP waits for para
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +23,17 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
+from renio_megatron.data.collate import Arrangement
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.attention import SdpaCoreAttention
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.settings import ParallelConfig
+from renio_megatron.settings import ParallelConfig, TrainConfig
+
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -49,27 +55,45 @@ class _PassThrough:
 
 @dataclass
 class ModelPart:
-    """This rank's stage and shard of a model.
+    """This rank's stages and shard of a model.
 
     Attributes:
-        module: the GPTModel; its forward ends with hidden states [b, s, H] on the last stage.
-        config: Megatron's configuration of it.
+        chunks: GPTModels, one for each of this rank's stages: one, or several in an interleaved pipeline, where chunk i
+            comes after chunk i - 1 of the last pipeline rank. On the last pipeline rank the last chunk's forward ends
+            with hidden states [b, s, H].
+        config: Megatron's configuration of them.
         architecture: the whole model's.
         shard: this rank's columns of the LM head.
         layout: this rank's place.
+        settle: makes the weights current, where they lag behind the optimiser; called before every use but training's.
     """
 
-    module: GPTModel
+    chunks: tuple[GPTModel, ...]
     config: TransformerConfig
     architecture: Architecture
     shard: VocabShard
     layout: Layout
+    settle: Callable[[], None] = lambda: None
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters of this rank; layers have the numbers that they have in the whole model."""
+        for stage, chunk in enumerate(self.chunks):
+            offset = get_transformer_layer_offset(self.config, vp_stage=stage if len(self.chunks) > 1 else None)
+            for name, parameter in chunk.named_parameters():
+                match = _LAYER.fullmatch(name)
+                yield f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name, parameter
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode."""
+        for chunk in self.chunks:
+            chunk.train(mode)
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the LM head, [L, H]; the embedding's where they are tied. Last stage only."""
-        if self.module.share_embeddings_and_output_weights:
-            return self.module.shared_embedding_or_output_weight()
-        return self.module.output_layer.weight
+        last = self.chunks[-1]
+        if last.share_embeddings_and_output_weights:
+            return last.shared_embedding_or_output_weight()
+        return last.output_layer.weight
 
     def completion_rows(self, output: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
         """Final hidden states of chosen positions, as the LM head reads them: [N, H].
@@ -79,7 +103,7 @@ class ModelPart:
         needs no sum.
 
         Args:
-            output: what the module returned on the last stage, [b, s, H]; [b, s / tensor ranks, H] under sequence
+            output: what the last chunk returned on the last stage, [b, s, H]; [b, s / tensor ranks, H] under sequence
                 parallelism.
             row_index: positions in row-major order over [b, s], int64 [N].
         """
@@ -93,24 +117,49 @@ class ModelPart:
         """This rank's columns of the logits of some rows of `completion_rows`: [N, H] -> [N, L]."""
         return torch.nn.functional.linear(hidden_rows, self.head_weight())
 
-    @property
-    def length_multiple(self) -> int:
-        """What the padded length of a micro-batch must be a multiple of."""
-        return self.layout.tensor.size if self.config.sequence_parallel else 1
+    def arrangement(self, pad_id: int, micro_batch_size: int, max_tokens: int | None) -> Arrangement:
+        """How sequences must be arranged for this layout; `max_tokens` packs them."""
+        layout = self.layout
+        return Arrangement(
+            pad_id=pad_id,
+            micro_batch_size=micro_batch_size,
+            max_tokens=max_tokens,
+            tensor_pieces=layout.tensor.size if self.config.sequence_parallel else 1,
+            context_size=layout.context.size,
+            context_rank=layout.context.rank,
+            multiple_of=layout.pipeline.size if len(self.chunks) > 1 else 1,
+        )
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """Sequence parallelism off and the model in evaluation mode, for passes over single tokens."""
-        was_parallel, was_training = self.config.sequence_parallel, self.module.training
-        self.module.eval()
-        if was_parallel:
-            set_model_to_sequence_parallel(self.module, False)
+        """Everything off that cuts a sequence into pieces, and evaluation mode: for passes over single tokens."""
+        self.settle()
+        config, was_training = self.config, self.chunks[0].training
+        before = {
+            "context_parallel_size": config.context_parallel_size,
+            # Megatron refuses a cache beside an interleaved pipeline; the sampler drives the chunks itself.
+            "virtual_pipeline_model_parallel_size": config.virtual_pipeline_model_parallel_size,
+        }
+        was_parallel = config.sequence_parallel
+        ropes = [chunk.rotary_pos_emb for chunk in self.chunks]
+        self.train(False)
+        for chunk in self.chunks:
+            if was_parallel:
+                set_model_to_sequence_parallel(chunk, False)
+            # A copy, because the original remembers the tables that it has cut for its context rank.
+            chunk.rotary_pos_emb = copy.copy(chunk.rotary_pos_emb)
+            chunk.rotary_pos_emb.cp_group = None
+        config.context_parallel_size, config.virtual_pipeline_model_parallel_size = 1, None
         try:
             yield
         finally:
-            if was_parallel:
-                set_model_to_sequence_parallel(self.module, True)
-            self.module.train(was_training)
+            for name, value in before.items():
+                setattr(config, name, value)
+            for chunk, rope in zip(self.chunks, ropes, strict=True):
+                chunk.rotary_pos_emb = rope
+                if was_parallel:
+                    set_model_to_sequence_parallel(chunk, True)
+            self.train(was_training)
 
 
 def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
@@ -123,9 +172,19 @@ def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def transformer_config(architecture: Architecture, parallel: ParallelConfig, *, bf16: bool) -> TransformerConfig:
-    """Megatron's configuration of a model in a layout."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
+def transformer_config(
+    architecture: Architecture, parallel: ParallelConfig, train: TrainConfig, *, trained: bool
+) -> TransformerConfig:
+    """Megatron's configuration of a model in a layout; a frozen one is not interleaved and recomputes nothing."""
+    dtype = torch.bfloat16 if train.bf16 else torch.float32
+    interleaved = parallel.virtual_pipeline_model_parallel_size if trained else None
+    recompute: dict[str, Any] = {}
+    if trained and train.recompute_granularity is not None:
+        recompute = {
+            "recompute_granularity": train.recompute_granularity,
+            "recompute_method": train.recompute_method,
+            "recompute_num_layers": train.recompute_num_layers,
+        }
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -143,15 +202,22 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, *, 
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bf16=bf16,
+        bf16=train.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
-        use_cpu_initialization=True,  # the same random weights in every layout
+        use_cpu_initialization=True,  # the same random weights for every tensor-parallel size
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=interleaved,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # Interleaved stages with batched sends run, and their gradients are silently wrong.
+        overlap_p2p_comm=interleaved is not None,
+        batch_p2p_comm=interleaved is None,
+        # Packed rows differ in length. Megatron allows that to this dispatcher only, also where there are no experts.
+        variable_seq_lengths=train.max_tokens_per_micro_batch is not None,
+        moe_token_dispatcher_type="alltoall",
         # Losses are sums; the denominator is applied once, in finalize_model_grads_func.
         calculate_per_token_loss=True,
         # Kernels of apex and Transformer Engine, which this spec does without.
@@ -161,6 +227,7 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, *, 
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **recompute,
     )
 
 
@@ -168,49 +235,55 @@ def build_model(
     architecture: Architecture,
     layout: Layout,
     parallel: ParallelConfig,
+    train: TrainConfig,
     *,
     vocab_size: int,
-    bf16: bool,
-    seed: int = 0,
+    trained: bool = True,
 ) -> ModelPart:
-    """This rank's part of a model, with random weights.
+    """This rank's part of a model, with random weights: the same for every tensor-parallel size.
 
     Args:
         architecture: the whole model.
         layout, parallel: where this rank is.
+        train: precision, packing, recomputation, and the seed of the weights.
         vocab_size: V of the loss. A teacher gets the student's, so that both heads are cut at the same edges.
-        bf16: parameters and activations in bfloat16 instead of fp32.
-        seed: of the random weights; they are the same in every layout.
+        trained: False for a model that only runs forward.
     """
-    config = transformer_config(architecture, parallel, bf16=bf16)
+    config = transformer_config(architecture, parallel, train, trained=trained)
     padded = padded_vocab_size(vocab_size, parallel)
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    module = GPTModel(
-        config,
-        _block_spec(config),
-        vocab_size=padded,
-        max_sequence_length=architecture.max_sequence_length,
-        pre_process=layout.pipeline.is_first,
-        post_process=layout.pipeline.is_last,
-        share_embeddings_and_output_weights=architecture.tied,
-        position_embedding_type="rope",
-        rotary_base=architecture.rotary_base,
-        rope_scaling=architecture.rope_scaling_factor is not None,
-        rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
-    )
+    chunks = []
+    for stage in range(num_chunks):
+        vp_stage = stage if num_chunks > 1 else None
+        torch.manual_seed(train.seed + get_transformer_layer_offset(config, vp_stage=vp_stage))
+        chunk = GPTModel(
+            config,
+            _block_spec(config, vp_stage),
+            vocab_size=padded,
+            max_sequence_length=architecture.max_sequence_length,
+            pre_process=layout.pipeline.is_first and stage == 0,
+            post_process=layout.pipeline.is_last and stage == num_chunks - 1,
+            share_embeddings_and_output_weights=architecture.tied,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+            rope_scaling=architecture.rope_scaling_factor is not None,
+            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
+            vp_stage=vp_stage,
+        )
+        chunk.to(layout.device)
+        if chunk.post_process:
+            layer_class = type(chunk.output_layer)
+            chunk.output_layer.__class__ = type(f"PassThrough{layer_class.__name__}", (_PassThrough, layer_class), {})
+        chunks.append(chunk)
     torch.set_rng_state(rng_state)
-    module.to(layout.device)
-    if module.post_process:
-        layer_class = type(module.output_layer)
-        module.output_layer.__class__ = type(f"PassThrough{layer_class.__name__}", (_PassThrough, layer_class), {})
     width = padded // layout.tensor.size
     start = layout.tensor.rank * width
     shard = VocabShard(start, start + width, vocab_size, layout.tensor.group)
-    return ModelPart(module, config, architecture, shard, layout)
+    return ModelPart(tuple(chunks), config, architecture, shard, layout)
 
 
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's local spec with our norm and attention put in through its public fields."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer.submodules.input_layernorm = RMSNorm
@@ -220,5 +293,5 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    layers = [layer] * get_num_layers_to_build(config)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from renio_megatron.megatron.attention import packing_of
 from renio_megatron.megatron.model import ModelPart
+from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import MicroBatch
 
@@ -19,27 +21,28 @@ OnRows = Callable[[int, MicroBatch, torch.Tensor], Any]
 
 
 def run_forward(part: ModelPart, micro_batches: Sequence[MicroBatch], on_rows: OnRows) -> list[Any]:
-    """Forward passes without gradient; the results of `on_rows` in order, on the last stage (elsewhere empty).
-
-    All micro-batches are of one shape.
-    """
+    """Forward passes without gradient; the results of `on_rows` in order, on the last stage (elsewhere empty)."""
 
     def collect(index: int, micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool = True) -> Any:
         return on_rows(index, micro_batch, part.completion_rows(output, micro_batch.row_index))
 
+    part.settle()
     with torch.no_grad():
-        return _run(part.module, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+        return _run(part, part.chunks, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
 
 
 def run_forward_backward(
-    part: ModelPart, module: torch.nn.Module, micro_batches: Sequence[MicroBatch], loss_on_rows: OnRows
+    part: ModelPart,
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    loss_on_rows: Callable[[int, MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]],
 ) -> list[Any]:
     """Forward and backward passes of one optimiser step, gradients reduced and scaled by the config's own hook.
 
     Args:
         part: the model.
-        module: its DDP wrapper; the config's `finalize_model_grads_func` is called at the end.
-        micro_batches: all of one shape.
+        chunks: the DDP wrappers of its chunks; the config's `finalize_model_grads_func` is called at the end.
+        micro_batches: the step's.
         loss_on_rows: returns (sum of the loss, what to collect).
 
     Returns:
@@ -53,7 +56,7 @@ def run_forward_backward(
         # and the division happens in finalize_model_grads_func.
         return total, torch.zeros((), dtype=torch.int, device=output.device), collected
 
-    return _run(module, micro_batches, loss, forward_only=False, collect_non_loss_data=False)
+    return _run(part, chunks, micro_batches, loss, forward_only=False, collect_non_loss_data=False)
 
 
 def broadcast_from_last_stage(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -63,21 +66,46 @@ def broadcast_from_last_stage(tensor: torch.Tensor, layout: Layout) -> torch.Ten
     return tensor
 
 
+def share_tokens(
+    collected: Sequence[torch.Tensor], micro_batches: Sequence[MicroBatch], layout: Layout
+) -> torch.Tensor:
+    """One number for each completion token of the rank's rollouts, on every rank that shares them: fp32 [N].
+
+    Args:
+        collected: a number for each row of each micro-batch, on the last stage; elsewhere nothing.
+        micro_batches: this context-parallel rank's.
+    """
+    count = sum(int(micro_batch.lengths.sum()) for micro_batch in micro_batches)
+    flat = torch.zeros(count, dtype=torch.float32, device=layout.device)
+    for values, micro_batch in zip(collected, micro_batches, strict=False):
+        flat[micro_batch.token_index] = values.float()
+    return broadcast_from_last_stage(sum_pieces(flat, layout.context.group), layout)
+
+
 def _run(
-    module: torch.nn.Module, micro_batches: Sequence[MicroBatch], loss: Callable[..., Any], **how: bool
+    part: ModelPart,
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    loss: Callable[..., Any],
+    **how: bool,
 ) -> list[Any]:
     def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         index, micro_batch = next(iterator)
-        output = model(micro_batch.token_ids, micro_batch.position_ids, None)
+        packing = {}
+        if micro_batch.boundaries is not None:
+            packing["packed_seq_params"] = packing_of(micro_batch.boundaries, micro_batch.token_ids.device)
+        output = model(micro_batch.token_ids, micro_batch.position_ids, None, **packing)
         return output, functools.partial(loss, index, micro_batch)
 
-    rows, length = micro_batches[0].token_ids.shape
-    return get_forward_backward_func()(
+    interleaved = len(chunks) > 1
+    iterators = [iter(enumerate(micro_batches)) for _ in chunks]
+    schedule = get_forward_backward_func(part.layout.pipeline.size, len(chunks) if interleaved else None)
+    return schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(enumerate(micro_batches)),
-        model=module,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=length,
-        micro_batch_size=rows,
+        seq_length=micro_batches[0].row_length,
+        micro_batch_size=micro_batches[0].token_ids.shape[0],
         **how,
     )

@@ -1,4 +1,4 @@
-"""Draws completions from the present student with Megatron's model and a key-value cache, under TP and PP.
+"""Draws completions from the present student with Megatron's model and a key-value cache, in every layout.
 
 Rows are decoded from the shortest prompt on: where a row's prompt is longer, its own tokens are fed instead of drawn
 ones, so no padding ever stands before a completion. Uniform random numbers are a function of (seed, stream, prompt,
@@ -47,18 +47,23 @@ class MegatronSampler:
             decoding: how to draw.
             stream: non-negative integers, for example (step,); another stream draws other completions.
         """
-        size = decoding.micro_batch_size or len(prompts)
-        # Neighbours in length decode together: less forced feeding of prompt tokens.
+        context = self._part.layout.context
+        # Neighbours in length decode together: less forced feeding of prompt tokens. Ranks that share the sequences
+        # decode different ones, because nothing of a completion's draws depends on who draws it.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
-        rollouts: list[Rollout | None] = [None] * len(prompts)
+        mine = order[context.rank :: context.size]
+        size = decoding.micro_batch_size or len(mine)
+        rollouts: dict[int, Rollout] = {}
         with self._part.decoding():
-            for start in range(0, len(order), size):
-                chosen = order[start : start + size]
-                for i, rollout in zip(
-                    chosen, self._decode([prompts[i] for i in chosen], decoding, stream), strict=True
-                ):
-                    rollouts[i] = rollout
-        return [rollout for rollout in rollouts if rollout is not None]
+            for start in range(0, len(mine), max(size, 1)):
+                chosen = mine[start : start + size]
+                decoded = self._decode([prompts[i] for i in chosen], decoding, stream)
+                rollouts.update(zip(chosen, decoded, strict=True))
+        if context.size > 1:
+            everyones: list[dict[int, Rollout]] = [{} for _ in range(context.size)]
+            dist.all_gather_object(everyones, rollouts, group=context.group)
+            rollouts = {i: rollout for part in everyones for i, rollout in part.items()}
+        return [rollouts[i] for i in range(len(prompts))]
 
     @torch.no_grad()
     def _decode(self, prompts: list[Prompt], decoding: Decoding, stream: tuple[int, ...]) -> list[Rollout]:
@@ -112,19 +117,22 @@ class MegatronSampler:
         rows, length = token_ids.shape
         if start:
             cache.enable_decode_mode()
-        if not pipeline.is_first:
-            received = torch.empty(
-                length, rows, part.config.hidden_size, dtype=part.config.params_dtype, device=token_ids.device
-            )
-            dist.recv(received, pipeline.ranks[pipeline.rank - 1])
-            part.module.set_input_tensor(received)
         positions = torch.arange(start, start + length, device=token_ids.device).expand(rows, -1)
-        output = part.module(token_ids, positions, None, inference_context=cache, runtime_gather_output=True)
-        cache.sequence_len_offset += length
-        if not pipeline.is_last:
-            dist.send(output.contiguous(), pipeline.ranks[pipeline.rank + 1])
-            return None
-        return output[:, -1]
+        output = token_ids.new_zeros(0)
+        for chunk in part.chunks:
+            if not chunk.pre_process:
+                before = pipeline.ranks[pipeline.rank - 1]  # a later chunk of the first rank follows the last rank's
+                received = torch.empty(
+                    length, rows, part.config.hidden_size, dtype=part.config.params_dtype, device=token_ids.device
+                )
+                dist.recv(received, before)
+                chunk.set_input_tensor(received)
+            cache.sequence_len_offset = start
+            output = chunk(token_ids, positions, None, inference_context=cache, runtime_gather_output=True)
+            if not chunk.post_process:
+                dist.send(output.contiguous(), pipeline.ranks[(pipeline.rank + 1) % pipeline.size])
+        cache.sequence_len_offset = start + length
+        return output[:, -1] if part.chunks[-1].post_process else None
 
     def _uniform(self, prompts: list[Prompt], count: int, stream: tuple[int, ...]) -> np.ndarray:
         """Uniform numbers in [0, 1), fp64 [prompts, count]; the first n of a row do not depend on `count`."""

@@ -60,7 +60,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Layout:
     if not (parallel_state.model_parallel_is_initialized() and sizes == _present_sizes()):
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
-        minutes = int(max(1, parallel.distributed_timeout_minutes))
+        minutes = parallel.distributed_timeout_minutes
         parallel_state.initialize_model_parallel(**sizes, distributed_timeout_minutes=minutes)
     # No layer draws random numbers in training (dropout is 0), so the null tracker serves, on the CPU as well.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)

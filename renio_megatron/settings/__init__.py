@@ -5,11 +5,10 @@ from renio_megatron.settings.run import (
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
-    ParallelConfig,
     RolloutConfig,
     TeacherConfig,
-    TrainConfig,
 )
+from renio_megatron.settings.train import ParallelConfig, TrainConfig
 from renio_megatron.settings.weighting import WeightingConfig
 
 __all__ = [

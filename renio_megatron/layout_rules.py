@@ -1,0 +1,86 @@
+"""What a layout asks of a run: rules that need the number of ranks, and those that need the models' descriptions."""
+
+from __future__ import annotations
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.settings import ParallelConfig, TrainConfig
+
+
+def check_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:
+    """Raises `ConfigError` where `world_size` ranks cannot share a model or a batch in this way."""
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel=true would be ignored: it shares the sequence among tensor-parallel ranks, and "
+            "parallel.tensor_model_parallel_size is 1. Raise it, or set parallel.sequence_parallel=false."
+        )
+    _check_overlap(parallel)
+    if world_size % parallel.model_ranks:
+        raise ConfigError(
+            f"one copy of the model takes {parallel.model_ranks} ranks (tensor {parallel.tensor_model_parallel_size} x "
+            f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}), which does "
+            f"not divide the world of {world_size}. Start a multiple of {parallel.model_ranks} ranks (--nproc), or "
+            "change the sizes in parallel."
+        )
+    batch, data_ranks = train.global_batch_size, world_size // parallel.model_ranks
+    is_packed = train.max_tokens_per_micro_batch is not None
+    micro = 1 if is_packed else train.micro_batch_size
+    if batch % (micro * data_ranks):
+        of = "" if is_packed else f"train.micro_batch_size={micro} times "
+        raise ConfigError(
+            f"train.global_batch_size={batch} is not a multiple of {micro * data_ranks}: {of}"
+            f"the data-parallel size {data_ranks}. Change one of them, or the number of ranks."
+        )
+    _check_interleaving(parallel, batch // (micro * data_ranks), is_packed)
+
+
+def check_cut(setting: str, file: str, counts: dict[str, int], parallel: ParallelConfig, *, trained: bool) -> None:
+    """Raises `ConfigError` where a model cannot be cut as `parallel` asks.
+
+    Args:
+        setting, file: where the model is named, and its description; for the message.
+        counts: `num_attention_heads`, `num_key_value_heads` and `num_hidden_layers` of it.
+        parallel: the layout.
+        trained: False for a model without interleaved stages.
+    """
+    tensor = parallel.tensor_model_parallel_size
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        if counts[key] % tensor:
+            raise ConfigError(
+                f"{setting}: parallel.tensor_model_parallel_size={tensor} does not divide {key}={counts[key]} of "
+                f"{file}. Megatron would accept some of these sizes and compute something else. Choose a divisor."
+            )
+    stages = parallel.num_stages if trained else parallel.pipeline_model_parallel_size
+    if counts["num_hidden_layers"] % stages:
+        what = f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
+        if stages != parallel.pipeline_model_parallel_size:
+            what += f" times virtual_pipeline_model_parallel_size={parallel.virtual_pipeline_model_parallel_size}"
+        raise ConfigError(
+            f"{setting}: {what} does not divide num_hidden_layers={counts['num_hidden_layers']} of {file}. "
+            "Choose a divisor."
+        )
+
+
+def _check_overlap(parallel: ParallelConfig) -> None:
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ConfigError(
+            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true, whose gather it "
+            "overlaps, and parallel.overlap_grad_reduce=true. Set both, or overlap_param_gather=false."
+        )
+
+
+def _check_interleaving(parallel: ParallelConfig, num_micro_batches: int, is_packed: bool) -> None:
+    if parallel.virtual_pipeline_model_parallel_size is None:
+        return
+    pipeline = parallel.pipeline_model_parallel_size
+    if pipeline == 1:
+        raise ConfigError(
+            "parallel.virtual_pipeline_model_parallel_size would be ignored: there is one pipeline rank. "
+            "Raise parallel.pipeline_model_parallel_size, or set it to null."
+        )
+    if num_micro_batches % pipeline:
+        what = "sequences" if is_packed else "micro-batches"
+        raise ConfigError(
+            f"an interleaved pipeline of {pipeline} ranks needs a multiple of {pipeline} micro-batches; each "
+            f"data-parallel rank has {num_micro_batches} {what} in a step. Change train.global_batch_size, "
+            "train.micro_batch_size or the number of ranks, or set parallel.virtual_pipeline_model_parallel_size=null."
+        )

@@ -1,0 +1,45 @@
+"""Moves sequences between data-parallel ranks, so that all ranks have as much to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from renio_megatron.parallel.layout import Axis
+from renio_megatron.parallel.packing import share_out
+
+_Item = TypeVar("_Item")
+
+
+def balance(items: Sequence[_Item], costs: Sequence[int], axis: Axis, *, unit: int = 1) -> list[_Item]:
+    """As many items as before, exchanged so that the ranks' total costs are nearly equal.
+
+    Args:
+        items: this rank's; every rank has as many. Few and small: those that move are pickled.
+        costs: of the items, at least 1 each.
+        axis: the ranks that exchange.
+        unit: neighbours in the global order (rank after rank) that stay together. Where a unit lies on two ranks, or
+            the units cannot be divided evenly, nothing moves.
+
+    Returns:
+        This rank's new items, in the global order.
+    """
+    count = len(items)
+    if axis.size == 1 or count % unit:
+        return list(items)
+    everyones: list[list[int]] = [[] for _ in range(axis.size)]
+    dist.all_gather_object(everyones, list(costs), group=axis.group)
+    flat = [cost for part in everyones for cost in part]
+    totals = [sum(flat[start : start + unit]) for start in range(0, len(flat), unit)]
+    shares = share_out(totals, axis.size, equal_numbers=True)
+    wanted = [[unit * block + i for block in share for i in range(unit)] for share in shares]
+    first = axis.rank * count
+    leaving = {first + i: items[i] for i in range(count) if first + i not in wanted[axis.rank]}
+    travelling: list[dict[int, _Item]] = [{} for _ in range(axis.size)]
+    dist.all_gather_object(travelling, leaving, group=axis.group)
+    here = {first + i: item for i, item in enumerate(items)}
+    for arrived in travelling:
+        here |= arrived
+    return [here[number] for number in wanted[axis.rank]]

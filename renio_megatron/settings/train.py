@@ -1,0 +1,118 @@
+"""Settings of the optimiser's steps and of the ranks that share them. Megatron's own names are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.settings.checks import require_choice, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the model. The data-parallel size is what remains of the world.
+
+    Attributes:
+        tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size (stages of each
+            pipeline rank; null: one), context_parallel_size, sequence_parallel, use_distributed_optimizer,
+            overlap_grad_reduce, overlap_param_gather: as in Megatron.
+        make_vocab_size_divisible_by: as in Megatron; the padded vocabulary is a multiple of this times the
+            tensor-parallel size.
+        distributed_timeout_minutes: after this long a rank that waits for a dead one gives up.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    make_vocab_size_divisible_by: int = 1
+    distributed_timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        require_positive("parallel", **{key: value for key, value in vars(self).items() if not isinstance(value, bool)})
+        if self.virtual_pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.virtual_pipeline_model_parallel_size=1 is a plain pipeline; set null, or at least 2."
+            )
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimiser and the size of its steps.
+
+    Attributes:
+        train_iters: optimiser steps of the whole run.
+        global_batch_size: sequences of one optimiser step over all ranks.
+        micro_batch_size: sequences of one forward pass, each padded to the longest of the rank's.
+        max_tokens_per_micro_batch: pack sequences into rows of at most this many tokens instead; null: do not pack.
+        lr, min_lr, lr_warmup_iters, lr_decay_style (`constant`, `linear`, `cosine`), weight_decay, adam_beta1,
+            adam_beta2, adam_eps, clip_grad (0: no clipping), bf16: as in Megatron.
+        recompute_granularity (`full`, `selective` or null), recompute_method (`uniform`, `block`) and
+            recompute_num_layers: activations that are computed again in the backward pass, as in Megatron.
+        skip_nonfinite_steps: leave out a step whose gradient holds NaN or infinity, and count it in
+            `train/skipped_frac`, instead of stopping.
+        seed: of the sampler's draws and of random weights.
+    """
+
+    train_iters: int = 100
+    global_batch_size: int = 32
+    micro_batch_size: int = 1
+    max_tokens_per_micro_batch: int | None = None
+    lr: float = 5.0e-6
+    min_lr: float = 0.0
+    lr_warmup_iters: int = 0
+    lr_decay_style: str = "constant"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1.0e-8
+    clip_grad: float = 1.0
+    bf16: bool = False
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    skip_nonfinite_steps: bool = False
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "train",
+            train_iters=self.train_iters,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+            recompute_num_layers=self.recompute_num_layers,
+            lr=self.lr,
+            adam_eps=self.adam_eps,
+        )
+        require_choice("train.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine"))
+        if self.seed < 0:
+            raise ConfigError(f"train.seed must be at least 0; got {self.seed}.")
+        if not 0 <= self.lr_warmup_iters < self.train_iters:
+            raise ConfigError(
+                f"train.lr_warmup_iters must lie in [0, train_iters); got {self.lr_warmup_iters} "
+                f"with train_iters={self.train_iters}."
+            )
+        if self.recompute_granularity is not None:
+            require_choice("train.recompute_granularity", self.recompute_granularity, ("full", "selective"))
+        if self.recompute_method is not None:
+            require_choice("train.recompute_method", self.recompute_method, ("uniform", "block"))
+        if self.recompute_granularity == "full" and None in (self.recompute_method, self.recompute_num_layers):
+            raise ConfigError(
+                "train.recompute_granularity=full needs train.recompute_method (uniform or block) and "
+                "train.recompute_num_layers, for example uniform and 1."
+            )
