@@ -108,7 +108,13 @@ class Distillation:
             columns.append(torch.tensor(right, dtype=dtype, device=device))
         table = gather_batch(torch.stack([column.to(dtype) for column in columns], dim=1), self._layout.data.group)
         weights, raw, lengths, cut, pivotal, *graded = table.cpu().unbind(1)
-        metrics = weight_metrics(weights, raw, applied_cap(self._weighting))
+        metrics = weight_metrics(
+            weights,
+            raw,
+            applied_cap(self._weighting),
+            ceiling=self._weighting.ceiling,
+            temperature=self._weighting.temperature,
+        )
         metrics["renio/pivotal_frac"] = float(pivotal.sum() / lengths.sum())
         metrics["rollout/length"] = float(lengths.mean())
         metrics["rollout/truncated_frac"] = float(cut.mean())
@@ -164,13 +170,19 @@ class WeightedDivergence:
         return out.loss * count, float(count), tally
 
 
-def weight_metrics(weights: torch.Tensor, raw: torch.Tensor, cap: float | None) -> dict[str, float]:
+def weight_metrics(
+    weights: torch.Tensor, raw: torch.Tensor, cap: float | None, *, ceiling: float, temperature: float
+) -> dict[str, float]:
     """What betrays weights that do nothing, or too much, from the whole batch's weights and raw weights [B].
 
-    >>> metrics = weight_metrics(torch.tensor([0.5, 1.5]), torch.tensor([1.0, 3.0]), cap=10.0)
+    A raw weight counts as at the ceiling where its mean log ratio is within 1e-4 nats of it, which rounding may cost.
+
+    >>> raw = torch.tensor([1.0, 3.0])
+    >>> metrics = weight_metrics(raw / 2, raw, cap=10.0, ceiling=2.5, temperature=1.0)
     >>> metrics["renio/weight_max"], metrics["renio/unit_weight_frac"], metrics["renio/ess_frac"]
     (1.5, 0.5, 0.800000011920929)
     """
+    at_ceiling = (raw != 1) & (raw.log() * temperature >= ceiling - 1e-4)
     return {
         "renio/weight_mean": float(weights.mean()),
         "renio/weight_max": float(weights.max()),
@@ -178,6 +190,7 @@ def weight_metrics(weights: torch.Tensor, raw: torch.Tensor, cap: float | None) 
         "renio/unit_weight_frac": float((raw == 1).double().mean()),
         "renio/ess_frac": float(weights.sum() ** 2 / (len(weights) * (weights**2).sum())),
         "renio/cap_frac": 0.0 if cap is None else float((weights >= cap).double().mean()),
+        "renio/ceiling_frac": float(at_ceiling.double().mean()),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -35,12 +36,28 @@ def run_rank(argv: Sequence[str]) -> NoReturn:
     from renio_megatron.cli.launch import quiet_environment
 
     quiet_environment()
+    show_warnings()
     code = main(argv)
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(0)
+
+
+class _Console(logging.Handler):
+    """Prints warnings to what sys.stderr is at the time: a live progress line takes its place and prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line, with the rank where it is not the first."""
+        _say(f"{_prefix()}{record.levelname.lower()}: {record.getMessage()}")
+
+
+def show_warnings() -> None:
+    """Sends the package's own warnings to the user, once and in the words of its errors."""
+    logger = logging.getLogger("renio_megatron")
+    logger.addHandler(_Console(logging.WARNING))
+    logger.propagate = False  # a library may have given the root logger a handler, too
 
 
 def _run_recipe(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> None:
@@ -57,8 +74,7 @@ def _run_quickstart(kind: str, target: str, overrides: Sequence[str], fresh: boo
 
 def _guard(run: Callable[[], None]) -> int:
     """Runs it; turns an error into a message on the rank whose error it is, and an exit code."""
-    rank = _rank()
-    prefix = f"[rank {rank}] " if rank > 0 else ""
+    rank, prefix = _rank(), _prefix()
     try:
         run()
     except RenioError as error:
@@ -88,6 +104,10 @@ def _say(text: str) -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _prefix() -> str:
+    return f"[rank {rank}] " if (rank := _rank()) > 0 else ""
 
 
 def _world_size() -> int:
