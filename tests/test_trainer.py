@@ -316,7 +316,7 @@ def test_metrics_of_a_batch_by_hand():
     expected = {
         "loss": sum(weight * value for weight, value in zip(WEIGHTS, kl, strict=True)) / 4,
         "loss/kl": sum(value * length for value, length in zip(kl, lengths, strict=True)) / 8,
-        **dict.fromkeys(("loss/entry_clip_frac", "renio/ceiling_frac"), 0.0),
+        **dict.fromkeys(("loss/entry_clip_frac", "renio/ceiling_frac", "rollout/grader_error_frac"), 0.0),
         "renio/weight_mean": sum(WEIGHTS) / 4,
         "renio/weight_max": CAP,
         "renio/raw_weight_mean": MEAN,

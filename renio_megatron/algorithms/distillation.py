@@ -40,7 +40,7 @@ class Distillation:
         weighting: WeightingConfig,
         recompute_student_scores: bool,
         lr_at: Callable[[int], float],
-        grader: Callable[[Rollout], bool] | None = None,
+        grader: Callable[[Rollout], bool | None] | None = None,
     ) -> None:
         """Casts the roles.
 
@@ -104,8 +104,9 @@ class Distillation:
         _, owner, _ = flat_completions(rollouts)
         columns.append(pivots.index_add_(0, owner.to(device), sample.is_pivotal.to(dtype)))
         if self._grader is not None:
-            right = [self._grader(rollout) for rollout in rollouts]
-            columns.append(torch.tensor(right, dtype=dtype, device=device))
+            verdicts = [self._grader(rollout) for rollout in rollouts]  # None where the grader failed
+            columns.append(torch.tensor([bool(verdict) for verdict in verdicts], dtype=dtype, device=device))
+            columns.append(torch.tensor([verdict is None for verdict in verdicts], dtype=dtype, device=device))
         table = gather_batch(torch.stack([column.to(dtype) for column in columns], dim=1), self._layout.data.group)
         weights, raw, lengths, cut, pivotal, *graded = table.cpu().unbind(1)
         metrics = weight_metrics(
@@ -121,6 +122,7 @@ class Distillation:
         metrics["tokens_per_s"] = float(lengths.sum())  # the trainer divides by the step's time
         if graded:
             metrics["rollout/accuracy"] = float(graded[0].mean())
+            metrics["rollout/grader_error_frac"] = float(graded[1].mean())
             area = auc(raw, graded[0] == 0)
             if area == area:  # undefined where all are right, or all wrong
                 metrics["renio/auc_wrong"] = area

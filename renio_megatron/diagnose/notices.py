@@ -100,8 +100,8 @@ def _nothing_pivotal(recent: Sequence[_Row], weighting: WeightingConfig, loss: L
     return (
         f"no token was pivotal in {_steps(rows)}: every raw weight was 1, and the weights change nothing against "
         f"plain distillation. No log ratio reached weighting.threshold={weighting.threshold:g} nats{_divergence(rows)}"
-        ". Lower weighting.threshold; where the divergence is close to 0, teacher and student agree: check teacher.model "
-        "and data.teacher_template, or stop, if the student has learned what the teacher knows."
+        ". Lower weighting.threshold; where the divergence is close to 0, teacher and student agree: check "
+        "teacher.model and data.teacher_template, or stop, if the student has learned what the teacher knows."
     )
 
 
@@ -132,8 +132,8 @@ def _cap_binds(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossCon
     return (
         f"the cap cut {share:.1%} of the weights in {_steps(rows)} and left a mean weight of "
         f"{_mean(rows, 'renio/weight_mean'):.3g}; at most {possible:.1%} of weights with mean 1 can reach a cap of "
-        f"{cap:g}. The sequences that stand out most are held back, and the mean weight below 1 makes every step smaller. Raise weighting.cap or set it to null, lower weighting.ceiling, or raise "
-        "weighting.temperature."
+        f"{cap:g}. The sequences that stand out most are held back, and the mean weight below 1 makes every step "
+        "smaller. Raise weighting.cap or set it to null, lower weighting.ceiling, or raise weighting.temperature."
     )
 
 
