@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,20 +89,16 @@ class TestRealRuns:
         job = start(500, {"parallel": {"distributed_timeout_minutes": 0.25}})
         job.wait_for(1)
         ranks = job.ranks()
-        stopped_at = time.monotonic()
         os.kill(ranks[1], signal.SIGSTOP)
         try:
-            # The collective's timeout, then the 30 s that torch's launcher gives a rank to end, which a stopped one
-            # needs in full.
+            # The collective's timeout, and the 30 s that torch's launcher gives a rank to end: a stopped one takes all.
             assert job.wait(100.0) == 1
         finally:
-            os.kill(ranks[1], signal.SIGKILL)
-        seconds = time.monotonic() - stopped_at
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(ranks[1], signal.SIGKILL)
         error = job.error()
-        assert error.startswith("[rank 0] error: waited "), error
-        assert "s for another rank, which did not answer" in error
+        assert re.match(r"\[rank 0\] error: waited \d+ s for another rank, which did not answer", error), error
         assert error.count("\n") == 1
-        assert seconds < 100.0
         assert_gone(ranks)
 
     def test_a_teacher_of_infinite_weights_is_told_once_before_any_update(self, start, models):
