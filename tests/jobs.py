@@ -20,6 +20,41 @@ import renio_megatron
 ROOT = Path(renio_megatron.__file__).parents[1]
 LIMIT = 60.0  # seconds from a fault to the end of everything
 
+# Stands in every process that has it on its path; on the ranks RANKS, PATCH changes what renio_megatron.build imports.
+INJECTION = """
+import os, sys
+
+if os.environ.get("RANK") in RANKS:
+    import importlib.util
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name != "renio_megatron.build":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            run = spec.loader.exec_module
+
+            def load(module):
+                run(module)
+                patch(module)
+
+            spec.loader.exec_module = load
+            return spec
+
+    sys.meta_path.insert(0, Finder())
+
+PATCH
+"""
+
+
+def injected(folder: Path, patch: str, ranks: tuple[str, ...] = ("1",)) -> str:
+    """A path for `PATHS`: on these ranks `patch`, a function `patch(module)` in source, runs after build's imports."""
+    (folder / "path").mkdir()
+    source = INJECTION.replace("RANKS", repr(ranks)).replace("PATCH", patch)
+    (folder / "path" / "sitecustomize.py").write_text(source)
+    return str(folder / "path")
+
 
 class Job:
     """`renio train` on 2 tensor-parallel ranks, in a session of its own."""

@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from renio_megatron.cli import worker
-from renio_megatron.errors import DataError
-from tests.jobs import LIMIT, assert_gone, job_starter
+from renio_megatron.errors import DataError, NumericsError
+from tests.jobs import LIMIT, assert_gone, injected, job_starter
 from tests.training_cases import save_models
 
 pytestmark = [pytest.mark.timeout(300)]
@@ -25,36 +25,32 @@ real_run = [
     pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc"),
 ]
 
-# Stands in every process that has it on its path: the grader fails on prompts whose index is 2 or 3 modulo 8.
+# The grader fails on the third and the fourth of every eight completions.
 BROKEN_GRADER = """
-import os, sys
+def patch(module):
+    from renio_megatron.tasks import GRADERS
+    real, graded = GRADERS["modchain"], []
 
-if "RANK" in os.environ:
-    import importlib.util
+    def judge(*args):
+        graded.append(1)
+        if (len(graded) - 1) % 8 in (2, 3):
+            raise ValueError("no such answer")
+        return real(*args)
 
-    class Finder:
-        def find_spec(self, name, path=None, target=None):
-            if name != "renio_megatron.tasks.modchain":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            run = spec.loader.exec_module
+    GRADERS["modchain"] = judge
+"""
 
-            def load(module):
-                run(module)
-                real = module.grade
-                def grade(text, answer, finished):
-                    graded.append(1)
-                    if (len(graded) - 1) % 8 in (2, 3):
-                        raise ValueError("no such answer")
-                    return real(text, answer, finished)
-                module.grade = grade
+NAN_GRADIENT = """
+def patch(module):
+    from renio_megatron.megatron.learner import MegatronLearner
+    real = MegatronLearner._check_gradients
 
-            spec.loader.exec_module = load
-            return spec
+    def check(self, step):
+        named = dict(self.part.module.named_parameters())
+        named["decoder.layers.1.mlp.linear_fc2.weight"].main_grad[0, 0] = float("nan")
+        real(self, step)
 
-    graded = []
-    sys.meta_path.insert(0, Finder())
+    MegatronLearner._check_gradients = check
 """
 
 
@@ -77,9 +73,7 @@ def start(models: Path, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def broken_grader(tmp_path: Path) -> str:
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "sitecustomize.py").write_text(BROKEN_GRADER)
-    return str(tmp_path / "path")
+    return injected(tmp_path, BROKEN_GRADER, ranks=("0", "1"))
 
 
 class TestRealRuns:
@@ -109,6 +103,16 @@ class TestRealRuns:
         assert error.count("\n") == 1
         assert job.rows() == []
         assert not list((job.run / "checkpoints").glob("iter_*"))
+
+    def test_nan_in_the_gradient_of_rank_1_is_told_by_rank_1(self, start, tmp_path):
+        job = start(4, PATHS=injected(tmp_path, NAN_GRADIENT))
+        assert job.wait(120.0) == 2
+        error = job.error()
+        assert error.startswith("[rank 1] error: step 1, rank 1: the gradient of decoder.layers.1.mlp.linear_fc2"), (
+            error
+        )
+        assert error.count("\n") == 1, "rank 0, whose gradient is finite, keeps still"
+        assert job.rows() == []
 
     def test_a_grader_that_raises_on_both_ranks_is_told_once(self, start, broken_grader):
         job = start(4, PATHS=broken_grader)
@@ -170,9 +174,11 @@ def test_several_ranks_tell_one_error_in_turn(monkeypatch):
         return run
 
     shared, own = DataError("every rank's"), DataError("of some")
+    follows = NumericsError("stopped, another rank's gradient is not finite")
     shared.shared = True  # type: ignore[attr-defined]
     for error, expected in (
         (own, [0.5, 1.0, 10.0, 10.0]),
+        (follows, [4.5, 5.0, 5.5, 14.5, 14.5]),
         (shared, [5.0, 5.5, 14.5, 14.5]),
         (RuntimeError("a bug"), [1.0, 2.0, 2.5, 11.5, 11.5]),
     ):

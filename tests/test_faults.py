@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import LIMIT, assert_gone, job_starter
+from tests.jobs import LIMIT, assert_gone, injected, job_starter
 from tests.training_cases import save_models
 
 pytestmark = [
@@ -21,30 +21,8 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc"),
 ]
 
-# Stands in every process that has it on its path: rank 1's role fails at its third call.
-INJECTION = """
-import os, sys, threading, time
-
-if os.environ.get("RANK") == "1":
-    import importlib.util
-
-    class Finder:
-        def find_spec(self, name, path=None, target=None):
-            if name != "renio_megatron.build":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            run = spec.loader.exec_module
-
-            def load(module):
-                run(module)
-                PATCH(module)
-
-            spec.loader.exec_module = load
-            return spec
-
-    sys.meta_path.insert(0, Finder())
-
+# A role fails at its third call.
+FAILURES = """
 calls = []
 
 def fail_at_the_third(real):
@@ -63,7 +41,7 @@ def sampler(module):
     from renio_megatron.megatron.sampler import MegatronSampler
     MegatronSampler.sample = fail_at_the_third(MegatronSampler.sample)
 
-PATCH = {"grader": grader, "sampler": sampler}[os.environ["FAULT"]]
+patch = {"grader": grader, "sampler": sampler}[os.environ["FAULT"]]
 """
 
 
@@ -118,9 +96,7 @@ def test_a_run_killed_after_a_checkpoint_is_resumed_by_the_same_command(start):
 
 @pytest.mark.parametrize("role", ["grader", "sampler"])
 def test_a_bug_on_rank_1_alone_ends_all_and_names_rank_1(role, start, tmp_path):
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "sitecustomize.py").write_text(INJECTION)
-    job = start(200, FAULT=role, PATHS=str(tmp_path / "path"))
+    job = start(200, FAULT=role, PATHS=injected(tmp_path, FAILURES))
     ranks: dict[int, int] = {}
     end = time.monotonic() + 150.0
     while "injected" not in job.error() and job.process.poll() is None and time.monotonic() < end:
@@ -136,7 +112,8 @@ def test_a_bug_on_rank_1_alone_ends_all_and_names_rank_1(role, start, tmp_path):
 
 @pytest.mark.parametrize("group", [False, True], ids=["parent", "group"])
 def test_ctrl_c_ends_all_ranks(group, start):
-    job = start(200)
+    # No checkpoint: of its writer, a process that a terminal interrupts as well, nobody could say in which state it is.
+    job = start(200, {"checkpoint": {"save_interval": 200}})
     job.wait_for(1)
     ranks = job.ranks()
     if group:  # what a terminal does

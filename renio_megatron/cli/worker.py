@@ -82,8 +82,8 @@ def _guard(run: Callable[[], None]) -> int:
     try:
         run()
     except RenioError as error:
-        if rank > 0:
-            time.sleep(_turn(rank, error))
+        if (seconds := _turn(rank, error)) is not None:
+            time.sleep(seconds)
         if os.environ.get("RENIO_TRACEBACK") == "1":
             _say(f"{prefix}{traceback.format_exc().rstrip()}")
         else:
@@ -102,12 +102,16 @@ def _guard(run: Callable[[], None]) -> int:
     return 0
 
 
-def _turn(rank: int, error: RenioError) -> float:
-    """Seconds before a later rank tells its error: where several have one, the first to tell it ends the others.
+def _turn(rank: int, error: RenioError) -> float | None:
+    """Seconds before a rank tells its error, None for at once: the first to tell it ends the others.
 
-    A `shared` error is told late, because the first rank has it, too.
+    A `shared` error is told late, because the first rank has it, too; so is one that speaks of "another rank", on every
+    rank, because that one's own is behind it.
     """
-    return _PATIENCE * (0.5 * min(rank, 20) + (4.5 if getattr(error, "shared", False) else 0.0))
+    follows = "another rank" in str(error)
+    if rank == 0 and not follows:
+        return None
+    return _PATIENCE * (0.5 * min(rank, 20) + (4.5 if follows or getattr(error, "shared", False) else 0.0))
 
 
 def peer_problem(error: Exception) -> str | None:
