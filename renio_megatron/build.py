@@ -58,8 +58,8 @@ class Inputs:
     vocab_size: int
     stream: PromptStream
     evaluation: Sequence[Prompt]
-    grader: Callable[[Rollout], bool] | None
-    eval_grader: Callable[[Rollout], bool] | None
+    grader: Callable[[Rollout], bool | None] | None
+    eval_grader: Callable[[Rollout], bool | None] | None
     stop_ids: tuple[int, ...]
     pad_id: int
 

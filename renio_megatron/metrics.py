@@ -47,8 +47,9 @@ METRICS: dict[str, Metric] = {
     "renio/pivotal_frac": Metric("1", "mean", "share of completion tokens that are pivotal"),
     "renio/ess_frac": Metric("1", "mean", "effective share of the batch: (sum w)^2 / (B sum w^2)"),
     "renio/cap_frac": Metric("1", "mean", "share of sequences whose weight was cut at the cap"),
+    "renio/ceiling_frac": Metric("1", "mean", "share of sequences whose raw weight is exp(ceiling / temperature)"),
     "renio/pivot_gradient_frac": Metric(
-        "1", "mean", "share of the squared gradient at pivotal tokens that entry_clip leaves; first micro-batch"
+        "1", "mean", "norm of the gradient at pivotal tokens under entry_clip, over that without it; first micro-batch"
     ),
     "renio/auc_wrong": Metric("1", "mean", "AUC of the raw weight against wrong completions; 0.5 is chance"),
     "loss/entry_clip_frac": Metric(
@@ -56,6 +57,7 @@ METRICS: dict[str, Metric] = {
     ),
     "loss/kl": Metric("nats/token", "mean", "unweighted divergence, mean over completion tokens"),
     "rollout/accuracy": Metric("1", "mean", "share of the step's completions that are correct"),
+    "rollout/grader_error_frac": Metric("1", "mean", "share of the step's completions on which the grader failed"),
     "rollout/length": Metric("tokens", "mean", "length of a completion"),
     "rollout/truncated_frac": Metric("1", "mean", "share of completions that were cut before their end token"),
     "time/step_s": Metric("s", "max", "whole step, on the first rank"),

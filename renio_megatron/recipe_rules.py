@@ -61,6 +61,11 @@ _IGNORED_BY_ALL = (
         "data.chat is false and no chat template is applied",
     ),
     _Ignored(
+        ("data.grader_errors",),
+        lambda config: config.data.grader == "none",
+        "data.grader is none and nothing is graded",
+    ),
+    _Ignored(
         (
             "data.eval_path",
             "evaluate.samples",

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
-from renio_megatron.config import Recipe
+from renio_megatron.config import Recipe, RunConfig
+from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError
 from renio_megatron.megatron.start import start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink
@@ -64,6 +65,8 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
                 observers.append(sink.write)
             if progress is not None:
                 observers.append(stack.enter_context(progress(title, config.train.train_iters)).update)
+            if isinstance(config, RunConfig):
+                observers.append(Notices(config.weighting, config.loss).update)
         metrics = trainer.run()
     on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **metrics}))
     return "resumed" if step else "new"

@@ -1,6 +1,7 @@
-# Sourced by the other scripts: makes .venv and installs the project with the tested versions.
+# Sourced by the other scripts: makes a virtual environment and installs the project with the tested versions.
 #
-#   PYTHON   interpreter to make .venv with (default: python3); 3.10 or newer
+#   PYTHON   interpreter, 3.10 or newer (default: python3). It gets .venv, or .venv-3.12 (after its version) where .venv
+#            is of another version already.
 #
 # pip's own environment variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are pip's to read. On a machine without a GPU,
 # point them to PyTorch's CPU wheels to save some gigabytes.
@@ -13,21 +14,32 @@ fail() {
     exit 2
 }
 
-# install_project EXTRAS: .venv with the project and its extras ("" or "[test,gym]"), once for each state of the files
+# version_of INTERPRETER: 3.12; nothing where it does not run.
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
+}
+
+# choose_venv: sets $venv. Without PYTHON it is .venv, whatever made it.
+choose_venv() {
+    venv="$root/.venv"
+    if [ -n "${PYTHON:-}" ]; then
+        local wanted
+        wanted="$(version_of "$PYTHON")"
+        if [ -d "$venv-$wanted" ] || { [ -x "$venv/bin/python" ] && [ "$(version_of "$venv/bin/python")" != "$wanted" ]; }; then
+            venv="$venv-$wanted"
+        fi
+    fi
+}
+
+# install_project EXTRAS: $venv with the project and its extras ("" or "[test,gym]"), once for each state of the files
 # that say what to install.
 install_project() {
     local extras="$1" python="${PYTHON:-python3}"
     command -v "$python" >/dev/null || fail "there is no '$python'. Install Python 3.10 or newer, or name one: PYTHON=/path/to/python $0"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "'$python' is $("$python" --version 2>&1); Python 3.10 or newer is needed. Name one: PYTHON=/path/to/python $0"
-    if [ -x "$venv/bin/python" ]; then
-        local wanted have
-        wanted="$("$python" -c 'import sys; print(sys.version_info[:2])')"
-        have="$("$venv/bin/python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null || true)"
-        if [ -n "${PYTHON:-}" ] && [ "$wanted" != "$have" ]; then
-            fail "$venv is of Python $have, PYTHON names $wanted. Remove $venv to change over."
-        fi
-    else
+    choose_venv
+    if [ ! -x "$venv/bin/python" ]; then
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
             fail "'$python' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"
         echo "making $venv"

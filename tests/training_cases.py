@@ -85,8 +85,13 @@ def layout_of(tp: int = 1, pp: int = 1, *, sp: bool = False) -> ParallelConfig:
     return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
 
 
-def one_step(config: RunConfig, folder: Path) -> dict[str, Any]:
+def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any]:
     """One optimiser step through `Trainer.run`, compared on this rank with the single-process reference.
+
+    Args:
+        config: the run.
+        folder: for files that are not kept.
+        draw: takes the place of the sampler's `sample`.
 
     Returns:
         tokens of all rollouts in the global order, weights, loss, and the worst relative errors against the reference.
@@ -98,7 +103,7 @@ def one_step(config: RunConfig, folder: Path) -> dict[str, Any]:
     trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
     seen: dict[str, Any] = {}
     algorithm = trainer.algorithm
-    sample, weigh, optimizer = algorithm.sampler.sample, algorithm.weigh, algorithm.learner.optimizer
+    sample, weigh, optimizer = draw or algorithm.sampler.sample, algorithm.weigh, algorithm.learner.optimizer
     real_step = optimizer.step
 
     def step_after_looking() -> Any:

@@ -42,7 +42,7 @@ class Distillation:
         weighting: WeightingConfig,
         recompute_student_scores: bool,
         lr_at: Callable[[int], float],
-        grader: Callable[[Rollout], bool] | None = None,
+        grader: Callable[[Rollout], bool | None] | None = None,
         is_balanced: bool = False,
         on_rollouts: Callable[[int, Sequence[Rollout], SampleWeights], None] | None = None,
     ) -> None:
@@ -77,6 +77,8 @@ class Distillation:
         sample = self.weigh(rollouts, student_logp, teacher)
         loss = WeightedDivergence(self.teacher, teacher, sample, self._loss, self._weighting)
         metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))
+        if "renio/pivot_gradient_frac" in metrics:  # counted in squares, which add up
+            metrics["renio/pivot_gradient_frac"] **= 0.5
         clock.append(time.perf_counter())
         self._weighting_state = sample.state
         if self._on_rollouts is not None:
@@ -126,17 +128,25 @@ class Distillation:
         _, owner, _ = flat_completions(rollouts)
         columns.append(pivots.index_add_(0, owner.to(device), sample.is_pivotal.to(dtype)))
         if self._grader is not None:
-            right = [self._grader(rollout) for rollout in rollouts]
-            columns.append(torch.tensor(right, dtype=dtype, device=device))
+            verdicts = [self._grader(rollout) for rollout in rollouts]  # None where the grader failed
+            columns.append(torch.tensor([bool(verdict) for verdict in verdicts], dtype=dtype, device=device))
+            columns.append(torch.tensor([verdict is None for verdict in verdicts], dtype=dtype, device=device))
         table = gather_batch(torch.stack([column.to(dtype) for column in columns], dim=1), self._layout.data.group)
         weights, raw, lengths, cut, pivotal, *graded = table.cpu().unbind(1)
-        metrics = weight_metrics(weights, raw, applied_cap(self._weighting))
+        metrics = weight_metrics(
+            weights,
+            raw,
+            applied_cap(self._weighting),
+            ceiling=self._weighting.ceiling,
+            temperature=self._weighting.temperature,
+        )
         metrics["renio/pivotal_frac"] = float(pivotal.sum() / lengths.sum())
         metrics["rollout/length"] = float(lengths.mean())
         metrics["rollout/truncated_frac"] = float(cut.mean())
         metrics["tokens_per_s"] = float(lengths.sum())  # the trainer divides by the step's time
         if graded:
             metrics["rollout/accuracy"] = float(graded[0].mean())
+            metrics["rollout/grader_error_frac"] = float(graded[1].mean())
             area = auc(raw, graded[0] == 0)
             if area == area:  # undefined where all are right, or all wrong
                 metrics["renio/auc_wrong"] = area
@@ -215,16 +225,23 @@ class WeightedDivergence:
             assert leaf.grad is not None
             energies.append(leaf.grad.double().square().sum())
         kept, whole = sum_pieces(torch.stack(energies), shard.group).tolist()
-        tally.add("renio/pivot_gradient_frac", kept, whole)
+        if whole > 0:
+            tally.add("renio/pivot_gradient_frac", kept, whole)
 
 
-def weight_metrics(weights: torch.Tensor, raw: torch.Tensor, cap: float | None) -> dict[str, float]:
+def weight_metrics(
+    weights: torch.Tensor, raw: torch.Tensor, cap: float | None, *, ceiling: float, temperature: float
+) -> dict[str, float]:
     """What betrays weights that do nothing, or too much, from the whole batch's weights and raw weights [B].
 
-    >>> metrics = weight_metrics(torch.tensor([0.5, 1.5]), torch.tensor([1.0, 3.0]), cap=10.0)
+    A raw weight counts as at the ceiling where its mean log ratio is within 1e-4 nats of it, which rounding may cost.
+
+    >>> raw = torch.tensor([1.0, 3.0])
+    >>> metrics = weight_metrics(raw / 2, raw, cap=10.0, ceiling=2.5, temperature=1.0)
     >>> metrics["renio/weight_max"], metrics["renio/unit_weight_frac"], metrics["renio/ess_frac"]
     (1.5, 0.5, 0.800000011920929)
     """
+    at_ceiling = (raw != 1) & (raw.log() * temperature >= ceiling - 1e-4)
     return {
         "renio/weight_mean": float(weights.mean()),
         "renio/weight_max": float(weights.max()),
@@ -232,6 +249,7 @@ def weight_metrics(weights: torch.Tensor, raw: torch.Tensor, cap: float | None) 
         "renio/unit_weight_frac": float((raw == 1).double().mean()),
         "renio/ess_frac": float(weights.sum() ** 2 / (len(weights) * (weights**2).sum())),
         "renio/cap_frac": 0.0 if cap is None else float((weights >= cap).double().mean()),
+        "renio/ceiling_frac": float(at_ceiling.double().mean()),
     }
 
 

@@ -22,6 +22,9 @@ _QUIET = {
     "PYTHONWARNINGS": "ignore",
 }
 
+# Libraries whose warnings are for their own developers: a deprecated class, a CUDA toolkit without a GPU.
+_QUIET_LOGGERS = ("megatron", "torch.utils.cpp_extension")
+
 
 def is_rank() -> bool:
     """Whether this process was started as a rank, by torchrun for example."""
@@ -29,11 +32,14 @@ def is_rank() -> bool:
 
 
 def quiet_environment() -> None:
-    """Sets the variables that keep libraries quiet, where the user has not set them."""
+    """Sets the variables and the loggers' levels that keep libraries quiet, where the user has not set them."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if os.environ["PYTHONWARNINGS"] == "ignore":  # which this process has read already
         warnings.simplefilter("ignore")
+    for name in _QUIET_LOGGERS:
+        if (library := logging.getLogger(name)).level == logging.NOTSET:
+            library.setLevel(logging.ERROR)
 
 
 def become_single_rank() -> None:

@@ -36,6 +36,7 @@ def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
     recipe = checked_recipe(kind, path, overrides)
     config = recipe.config
     _say(f"{path}: {_describe(config)}")
+    _say_weights(config)
     outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress)
     if outcome == "finished":
         _say(finished_message(config))
@@ -64,6 +65,7 @@ def quickstart(output_dir: Path, *, fresh: bool) -> None:
     _make(output_dir)
     for name, recipe in recipes.items():
         _say(f"{_TITLES[name]}: {_describe(recipe.config)}")
+        _say_weights(recipe.config)
         outcome = run_recipe(recipe, fresh=fresh, title=_TITLES[name], progress=Progress)
         if outcome == "finished":
             _say(f"{directories[name]} is finished already; --fresh runs it again.")
@@ -116,6 +118,15 @@ def _describe(config: object) -> str:
         teacher = config.teacher.model or "itself, shown more"
         what = f"{config.model} learns from {teacher}, weighting {config.weighting.name}"
     return f"{what}; {train.train_iters} steps of {train.global_batch_size} sequences; {layout}"
+
+
+def _say_weights(config: RunConfig | SftConfig) -> None:
+    """Prints which weights are in force, and over how many sequences their mean is taken; none in fine-tuning."""
+    from renio_megatron.diagnose.notices import weights_line
+
+    if isinstance(config, RunConfig):
+        data_ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.parallel.model_ranks
+        _say(weights_line(config.weighting, config.train.global_batch_size, data_ranks))
 
 
 def _say(text: str) -> None:

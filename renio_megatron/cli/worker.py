@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -16,6 +18,9 @@ from renio_megatron.errors import RenioError
 # Seconds that a rank keeps still with an error that is not its own to tell, or may follow from another rank's. If that
 # other rank ends first, whoever started the ranks ends this one, and one message is printed instead of many.
 _PATIENCE = 1.0
+
+# What gloo says where a peer is gone, or has closed its connections after waiting too long for a third rank.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,12 +40,28 @@ def run_rank(argv: Sequence[str]) -> NoReturn:
     from renio_megatron.cli.launch import quiet_environment
 
     quiet_environment()
+    show_warnings()
     code = main(argv)
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(0)
+
+
+class _Console(logging.Handler):
+    """Prints warnings to what sys.stderr is at the time: a live progress line takes its place and prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line, with the rank where it is not the first."""
+        _say(f"{_prefix()}{record.levelname.lower()}: {record.getMessage()}")
+
+
+def show_warnings() -> None:
+    """Sends the package's own warnings to the user, once and in the words of its errors."""
+    logger = logging.getLogger("renio_megatron")
+    logger.addHandler(_Console(logging.WARNING))
+    logger.propagate = False  # a library may have given the root logger a handler, too
 
 
 def _run_recipe(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> None:
@@ -57,13 +78,12 @@ def _run_quickstart(kind: str, target: str, overrides: Sequence[str], fresh: boo
 
 def _guard(run: Callable[[], None]) -> int:
     """Runs it; turns an error into a message on the rank whose error it is, and an exit code."""
-    rank = _rank()
-    prefix = f"[rank {rank}] " if rank > 0 else ""
+    rank, prefix = _rank(), _prefix()
     try:
         run()
     except RenioError as error:
-        if rank > 0 and getattr(error, "shared", False):
-            time.sleep(5 * _PATIENCE)  # still here: no other rank has said it
+        if (seconds := _turn(rank, error)) is not None:
+            time.sleep(seconds)
         if os.environ.get("RENIO_TRACEBACK") == "1":
             _say(f"{prefix}{traceback.format_exc().rstrip()}")
         else:
@@ -71,13 +91,48 @@ def _guard(run: Callable[[], None]) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception:
-        report = traceback.format_exc()
+    except Exception as error:
+        report = f"unexpected error\n{traceback.format_exc().rstrip()}"
         if _world_size() > 1:
-            time.sleep(_PATIENCE if rank == 0 else 2 * _PATIENCE)
-        _say(f"[rank {rank}] unexpected error\n{report.rstrip()}")
+            time.sleep(_PATIENCE * (1.0 if rank == 0 else 1.5 + 0.5 * min(rank, 20)))
+        if os.environ.get("RENIO_TRACEBACK") != "1":
+            report = peer_problem(error) or report
+        _say(f"[rank {rank}] {report}")
         return 1
     return 0
+
+
+def _turn(rank: int, error: RenioError) -> float | None:
+    """Seconds before a rank tells its error, None for at once: the first to tell it ends the others.
+
+    A `shared` error is told late, because the first rank has it, too; so is one that speaks of "another rank", on every
+    rank, because that one's own is behind it.
+    """
+    follows = "another rank" in str(error)
+    if rank == 0 and not follows:
+        return None
+    return _PATIENCE * (0.5 * min(rank, 20) + (4.5 if follows or getattr(error, "shared", False) else 0.0))
+
+
+def peer_problem(error: Exception) -> str | None:
+    """What a failed collective says about another rank; None where the error is something else.
+
+    >>> peer_problem(RuntimeError("Timed out waiting 60000ms for recv operation to complete"))[:42]
+    'error: waited 60 s for another rank, which'
+    """
+    text = str(error)
+    if found := re.search(r"Timed out waiting (\d+)ms", text):
+        return (
+            f"error: waited {int(found[1]) / 1000:g} s for another rank, which did not answer: it hangs, was stopped, "
+            "or computes for longer than parallel.distributed_timeout_minutes allows. The same "
+            "command continues from the newest checkpoint. RENIO_TRACEBACK=1 shows where this rank waited."
+        )
+    if any(words in text for words in _LOST_PEER):
+        return (
+            "error: lost the connection to another rank, which has ended; see what it said. The same command continues "
+            "from the newest checkpoint. RENIO_TRACEBACK=1 shows where this rank was."
+        )
+    return None
 
 
 def _say(text: str) -> None:
@@ -88,6 +143,10 @@ def _say(text: str) -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _prefix() -> str:
+    return f"[rank {rank}] " if (rank := _rank()) > 0 else ""
 
 
 def _world_size() -> int:

@@ -13,7 +13,7 @@ from renio_megatron.tasks import Grader
 
 def accuracy(rollouts: Iterable[Rollout], grader: Grader) -> float:
     """Share of the rollouts that the grader calls right, in [0, 1]; NaN without rollouts."""
-    verdicts = [grader(rollout) for rollout in rollouts]
+    verdicts = [bool(grader(rollout)) for rollout in rollouts]
     return sum(verdicts) / len(verdicts) if verdicts else float("nan")
 
 

@@ -22,7 +22,7 @@ class Evaluator:
         self,
         sampler: Sampler,
         prompts: Sequence[Prompt],
-        grader: Callable[[Rollout], bool],
+        grader: Callable[[Rollout], bool | None],
         decoding: Decoding,
         layout: Layout,
     ) -> None:
@@ -39,5 +39,5 @@ class Evaluator:
             ("eval/accuracy_sampled", self._decoding),
         ):
             rollouts = self._sampler.sample(self._mine, decoding, stream=_STREAM) if self._mine else []
-            tally.add(name, sum(self._grader(rollout) for rollout in rollouts), len(rollouts))
+            tally.add(name, sum(bool(self._grader(rollout)) for rollout in rollouts), len(rollouts))
         return reduce_tally(tally, self._layout)

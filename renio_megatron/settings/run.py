@@ -46,6 +46,8 @@ class DataConfig:
         teacher_enable_thinking: the same for the teacher's view; null follows enable_thinking.
         grader: `modchain`, `number` (the last number of the completion), `reasoning_gym`, `none`, or null: what the
             source brings.
+        grader_errors: what an exception in the grader does: `raise` stops the run and names the prompt, `count_wrong`
+            counts the completion as wrong, which `rollout/grader_error_frac` shows.
         max_prompt_length: longer prompts are refused, in tokens.
     """
 
@@ -64,10 +66,12 @@ class DataConfig:
     enable_thinking: bool | None = None
     teacher_enable_thinking: bool | None = None
     grader: str | None = None
+    grader_errors: str = "raise"
     max_prompt_length: int = 4096
 
     def __post_init__(self) -> None:
         require_positive("data", size=self.size, max_prompt_length=self.max_prompt_length)
+        require_choice("data.grader_errors", self.grader_errors, ("raise", "count_wrong"))
 
 
 @dataclass(frozen=True, kw_only=True)

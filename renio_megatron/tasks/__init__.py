@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from renio_megatron.errors import ConfigError
+from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.records import Prompt, Rollout
 from renio_megatron.settings import DataConfig
 from renio_megatron.settings.checks import require_choice
 from renio_megatron.tasks import math, modchain
 
-Grader = Callable[[Rollout], bool]
+logger = logging.getLogger(__name__)
+
+Grader = Callable[[Rollout], bool | None]
+"""Whether a rollout's completion is right; None where the grader failed and `data.grader_errors` is count_wrong."""
 
 
 class Decoder(Protocol):
@@ -77,7 +81,8 @@ def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grad
     and the grader reads those.
 
     Returns:
-        None where `data.grader` is `none`, or null and the source has no answers.
+        None where `data.grader` is `none`, or null and the source has no answers. The function raises `DataError` where
+        the grader raises anything, or returns None with `data.grader_errors=count_wrong`.
     Raises:
         ConfigError: an unknown grader, or one that the source cannot serve.
     """
@@ -93,11 +98,31 @@ def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grad
     if name == "reasoning_gym" and source.score is None:
         raise ConfigError(f"data.grader=reasoning_gym needs data.source=reasoning_gym; got {source.name!r}.")
     judge = GRADERS[name]
+    warned = False
 
-    def grade(rollout: Rollout) -> bool:
+    def grade(rollout: Rollout) -> bool | None:
+        nonlocal warned
         token_ids = rollout.completion_ids[:-1] if rollout.finished else rollout.completion_ids
         # Special tokens stay visible: a padding token that the student drew is a mistake, not nothing.
         text = tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return judge(text, rollout.prompt, rollout.finished, source)
+        try:
+            return judge(text, rollout.prompt, rollout.finished, source)
+        except Exception as error:  # whatever a grader, which may be a user's, did not foresee
+            problem = f"prompt {rollout.prompt.index}: the grader {name!r} raised {type(error).__name__}: {error}."
+            if config.grader_errors == "raise":
+                raise _grader_error(problem) from error
+        if not warned:
+            logger.warning("%s It counts as wrong, as later ones will without a word.", problem)
+            warned = True
+        return None
 
     return grade
+
+
+def _grader_error(problem: str) -> DataError:
+    error = DataError(
+        f"{problem} Mend the record or the grader, or set data.grader_errors=count_wrong to count such completions as "
+        "wrong."
+    )
+    error.shared = True  # type: ignore[attr-defined]  # every rank that shares the sequence grades it
+    return error

@@ -1,0 +1,1 @@
+"""Does the method act as its settings promise? What a run says about itself."""

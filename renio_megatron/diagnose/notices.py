@@ -1,0 +1,191 @@
+"""Settings that act otherwise than they read: what the weights are divided by, and warnings from the steps' metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from renio_megatron.objective.weightings import WEIGHTINGS
+from renio_megatron.scores import applied_cap
+from renio_megatron.settings import LossConfig, WeightingConfig
+
+logger = logging.getLogger(__name__)
+
+STEADY_STEPS = 5
+"""Consecutive steps that must all show what is exact in each of them. One small batch without a pivotal token is
+chance; five in a row are a setting, or a student that has learned what there was."""
+
+WINDOW_STEPS = 20
+"""Steps whose mean is looked at where single steps scatter."""
+
+CAP_SHARE = 0.2
+"""Part of the largest possible share of capped weights that is worth a warning. Of weights with mean 1 at most one in
+`cap` can reach the cap, so the default cap of 10 warns at 2 % of the sequences."""
+
+PIVOT_GRADIENT_SHARE = 0.5
+"""Part of the gradient's norm at pivotal tokens below which the entry bounds have removed most of it."""
+
+_Row = tuple[int, Mapping[str, float]]
+
+
+def weights_line(config: WeightingConfig, num_sequences: int, data_ranks: int) -> str:
+    """One line: what a raw weight is divided by, how many sequences that mean holds, and the bound afterwards.
+
+    >>> weights_line(WeightingConfig(normalise="group", group_size=8, cap=None), num_sequences=32, data_ranks=1)
+    'weights: renio, divided by the mean of each group of 8 consecutive sequences (4 groups a step), not capped'
+
+    Args:
+        config: the weighting.
+        num_sequences: sequences of an optimiser step over all ranks.
+        data_ranks: data-parallel size.
+    """
+    if config.name == "uniform":
+        return "weights: all 1 (uniform): plain distillation"
+    if not WEIGHTINGS[config.name].is_normalised:
+        return f"weights: {config.name}, not normalised, not capped"
+    if config.normalise == "none":
+        return f"weights: {config.name}, raw: not divided by any mean, not capped, at most {_largest(config):.4g}"
+    sequences = f"{num_sequences} sequences"
+    if config.normalise == "group":
+        assert config.group_size is not None  # the settings see to it
+        groups = -(-num_sequences // config.group_size)
+        mean = (
+            f"the mean of each group of {config.group_size} consecutive sequences ({groups} "
+            f"{'group' if groups == 1 else 'groups'} a step)"
+        )
+        if config.group_size == 1:
+            mean += ", so every weight is 1: plain distillation"
+    elif config.normalise == "ema":
+        mean = f"the moving average, decay {config.ema_decay:g}, of batch means of {sequences}"
+    else:
+        mean = f"the mean of all {sequences} of the step"
+        if data_ranks > 1:
+            mean += f" ({data_ranks} data-parallel ranks x {num_sequences // data_ranks})"
+    cap = applied_cap(config)
+    return f"weights: {config.name}, divided by {mean}, {'not capped' if cap is None else f'capped at {cap:g}'}"
+
+
+class Notices:
+    """An observer of a run's metrics that warns where a setting does nothing, or undoes another; once for each cause.
+
+    A warning says what was seen, why it matters and which setting changes it.
+    """
+
+    def __init__(
+        self, weighting: WeightingConfig, loss: LossConfig, say: Callable[[str], None] = logger.warning
+    ) -> None:
+        """`weighting` and `loss` are the run's; `say` gets each warning."""
+        self._weighting, self._loss, self._say = weighting, loss, say
+        self._recent: deque[_Row] = deque(maxlen=WINDOW_STEPS)
+        self._waiting = list(_CHECKS)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes a step's metrics; step 0, the evaluation before training, holds none of those that matter."""
+        if step == 0:
+            return
+        self._recent.append((step, metrics))
+        for check in list(self._waiting):
+            text = check(self._recent, self._weighting, self._loss)
+            if text is not None:
+                self._waiting.remove(check)
+                self._say(text)
+
+
+def _nothing_pivotal(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+    rows = _last(recent, STEADY_STEPS, "renio/unit_weight_frac")
+    if weighting.name != "renio" or not rows or any(row["renio/unit_weight_frac"] != 1.0 for _, row in rows):
+        return None
+    return (
+        f"no token was pivotal in {_steps(rows)}: every raw weight was 1, and the weights change nothing against "
+        f"plain distillation. No log ratio reached weighting.threshold={weighting.threshold:g} nats{_divergence(rows)}"
+        ". Lower weighting.threshold; where the divergence is close to 0, teacher and student agree: check "
+        "teacher.model and data.teacher_template, or stop, if the student has learned what the teacher knows."
+    )
+
+
+def _all_at_ceiling(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+    rows = _last(recent, STEADY_STEPS, "renio/ceiling_frac")
+    if weighting.name != "renio" or not rows or any(row["renio/ceiling_frac"] != 1.0 for _, row in rows):
+        return None
+    largest = _largest(weighting)
+    effect = (
+        f"every sequence weighs {largest:.4g}, which is a larger learning rate and nothing else"
+        if weighting.normalise == "none"
+        else "equal weights become 1 when they are divided by their mean, as in plain distillation"
+    )
+    return (
+        f"every raw weight was at the ceiling in {_steps(rows)}: exp({weighting.ceiling:g} / "
+        f"{weighting.temperature:g}) = {largest:.4g}. So {effect}{_divergence(rows)}. Raise weighting.ceiling, and "
+        "check that teacher and student belong together: one tokenizer, one chat template, loss.temperature."
+    )
+
+
+def _cap_binds(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+    rows, cap = _last(recent, WINDOW_STEPS, "renio/cap_frac"), applied_cap(weighting)
+    if cap is None or not rows:
+        return None
+    share, possible = _mean(rows, "renio/cap_frac"), 1.0 / max(1.0, cap)
+    if share <= CAP_SHARE * possible:
+        return None
+    return (
+        f"the cap cut {share:.1%} of the weights in {_steps(rows)} and left a mean weight of "
+        f"{_mean(rows, 'renio/weight_mean'):.3g}; at most {possible:.1%} of weights with mean 1 can reach a cap of "
+        f"{cap:g}. The sequences that stand out most are held back, and the mean weight below 1 makes every step "
+        "smaller. Raise weighting.cap or set it to null, lower weighting.ceiling, or raise weighting.temperature."
+    )
+
+
+def _pivots_clipped(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+    name = "renio/pivot_gradient_frac"
+    rows = _last([row for row in recent if name in row[1]], STEADY_STEPS, name)  # absent where no token was pivotal
+    if loss.entry_clip is None or not rows or (share := _mean(rows, name)) >= PIVOT_GRADIENT_SHARE:
+        return None
+    floor = "" if loss.entry_floor is None else f" and loss.entry_floor={loss.entry_floor:g}"
+    return (
+        f"loss.entry_clip={loss.entry_clip:g}{floor} left {share:.1%} of the gradient's norm at pivotal tokens in "
+        f"{_steps(rows)}: the tokens that give a sequence its weight hardly teach the student. Raise loss.entry_clip, "
+        "or set it to null, which removes both bounds."
+    )
+
+
+def _grader_fails(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+    step, row = recent[-1]
+    share = row.get("rollout/grader_error_frac", 0.0)
+    if share == 0.0:
+        return None
+    return (
+        f"the grader failed on {share:.1%} of the completions of step {step}; they count as wrong, so rollout/accuracy "
+        "is too low by up to as much (rollout/grader_error_frac shows it for every step). "
+        "data.grader_errors=raise stops at the first one instead."
+    )
+
+
+_CHECKS = (_nothing_pivotal, _all_at_ceiling, _cap_binds, _pivots_clipped, _grader_fails)
+
+
+def _largest(weighting: WeightingConfig) -> float:
+    """The raw weight at the ceiling."""
+    exponent = weighting.ceiling / weighting.temperature
+    return math.exp(exponent) if exponent < 700.0 else math.inf
+
+
+def _last(rows: Sequence[_Row], count: int, name: str) -> list[_Row]:
+    """The last `count` rows; none where there are fewer, or one of them lacks the metric."""
+    chosen = list(rows)[-count:]
+    return chosen if len(chosen) == count and all(name in row for _, row in chosen) else []
+
+
+def _mean(rows: Sequence[_Row], name: str) -> float:
+    return math.fsum(row[name] for _, row in rows) / len(rows)
+
+
+def _steps(rows: Sequence[_Row]) -> str:
+    return f"steps {rows[0][0]} to {rows[-1][0]}"
+
+
+def _divergence(rows: Sequence[_Row]) -> str:
+    """The last step's divergence in brackets, where it is known: it tells agreement from a threshold too high."""
+    kl = rows[-1][1].get("loss/kl")
+    return "" if kl is None else f" (divergence in step {rows[-1][0]}: {kl:.3g} nats/token)"

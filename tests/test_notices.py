@@ -1,0 +1,205 @@
+"""What a run says about its weights at the start, and when it warns; every expected text is written by hand."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from renio_megatron.algorithms.distillation import weight_metrics
+from renio_megatron.cli import worker
+from renio_megatron.diagnose.notices import Notices, weights_line
+from renio_megatron.report.progress import Progress
+from renio_megatron.settings import LossConfig, WeightingConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "data_ranks", "expected"),
+    [
+        (
+            {},
+            4,
+            "weights: renio, divided by the mean of all 64 sequences of the step (4 data-parallel ranks x 16), "
+            "capped at 10",
+        ),
+        ({"cap": None}, 1, "weights: renio, divided by the mean of all 64 sequences of the step, not capped"),
+        (
+            {"normalise": "group", "group_size": 8},
+            2,
+            "weights: renio, divided by the mean of each group of 8 consecutive sequences (8 groups a step), "
+            "capped at 10",
+        ),
+        (
+            {"normalise": "group", "group_size": 64, "cap": 2.5},
+            1,
+            "weights: renio, divided by the mean of each group of 64 consecutive sequences (1 group a step), "
+            "capped at 2.5",
+        ),
+        (
+            {"normalise": "group", "group_size": 1},
+            1,
+            "weights: renio, divided by the mean of each group of 1 consecutive sequences (64 groups a step), so every "
+            "weight is 1: plain distillation, capped at 10",
+        ),
+        (
+            {"normalise": "ema", "ema_decay": 0.9},
+            4,
+            "weights: renio, divided by the moving average, decay 0.9, of batch means of 64 sequences, not capped",
+        ),
+        # exp(2.5) = 12.18
+        ({"normalise": "none"}, 4, "weights: renio, raw: not divided by any mean, not capped, at most 12.18"),
+        (
+            {"normalise": "none", "temperature": 1e-3},
+            4,
+            "weights: renio, raw: not divided by any mean, not capped, at most inf",
+        ),
+        ({"name": "uniform"}, 4, "weights: all 1 (uniform): plain distillation"),
+    ],
+)
+def test_the_line_at_the_start(changes, data_ranks, expected):
+    assert weights_line(WeightingConfig(**changes), 64, data_ranks) == expected
+
+
+QUIET = {"renio/unit_weight_frac": 0.5, "renio/ceiling_frac": 0.5, "renio/cap_frac": 0.0, "renio/weight_mean": 1.0}
+
+
+def told(rows: list[dict[str, float]], *, first: int = 1, loss: LossConfig | None = None, **weighting: Any) -> list:
+    """(step, text) of each warning that a run with these steps gives."""
+    said: list[tuple[int, str]] = []
+    step = 0
+    notices = Notices(WeightingConfig(**weighting), loss or LossConfig(), say=lambda text: said.append((step, text)))
+    notices.update(0, {"eval/accuracy_greedy": 0.5})
+    for step, row in enumerate(rows, first):
+        notices.update(step, {**QUIET, **row})
+    return said
+
+
+def test_a_healthy_run_is_told_nothing():
+    assert told([{}] * 50) == []
+    assert told([{"loss/entry_clip_frac": 0.9}] * 50, loss=LossConfig(entry_clip=0.05)) == []
+
+
+NOBODY = {"renio/unit_weight_frac": 1.0, "loss/kl": 0.25}
+
+
+def test_five_steps_without_a_pivotal_token_are_told_once():
+    assert told([NOBODY] * 30, first=3) == [
+        (
+            7,
+            "no token was pivotal in steps 3 to 7: every raw weight was 1, and the weights change nothing against "
+            "plain distillation. No log ratio reached weighting.threshold=0.8 nats (divergence in step 7: 0.25 "
+            "nats/token). Lower weighting.threshold; where the divergence is close to 0, teacher and student agree: "
+            "check teacher.model and data.teacher_template, or stop, if the student has learned what the teacher "
+            "knows.",
+        )
+    ]
+
+
+@pytest.mark.parametrize("name", ["renio/unit_weight_frac", "renio/ceiling_frac"])
+def test_steps_must_follow_each_other(name):
+    full = {name: 1.0}
+    assert told([full] * 4) == []
+    assert told(([full] * 4 + [{name: 63 / 64}]) * 10) == []
+    assert [step for step, _ in told([full] * 4 + [{name: 0.99}] + [full] * 5)] == [10]
+
+
+def test_plain_distillation_has_no_weights_to_warn_about():
+    rows = [{"renio/unit_weight_frac": 1.0, "renio/ceiling_frac": 1.0, "renio/cap_frac": 0.5}] * 40
+    assert told(rows, name="uniform") == []
+
+
+def test_weights_that_are_all_at_the_ceiling():
+    rows = [{"renio/ceiling_frac": 1.0, "loss/kl": 7.5}] * 9
+    # exp(3 / 1.5) = e^2 = 7.389
+    ((step, text),) = told(rows, ceiling=3.0, temperature=1.5)
+    assert step == 5
+    assert text == (
+        "every raw weight was at the ceiling in steps 1 to 5: exp(3 / 1.5) = 7.389. So equal weights become 1 when "
+        "they are divided by their mean, as in plain distillation (divergence in step 5: 7.5 nats/token). Raise "
+        "weighting.ceiling, and check that teacher and student belong together: one tokenizer, one chat template, "
+        "loss.temperature."
+    )
+    ((_, text),) = told(rows, ceiling=3.0, temperature=1.5, normalise="none")
+    assert "every sequence weighs 7.389, which is a larger learning rate and nothing else" in text
+
+
+def test_a_cap_that_cuts_often():
+    # Of weights with mean 1 a tenth can reach a cap of 10; the warning begins above a fifth of that, 2 %.
+    assert told([{"renio/cap_frac": 0.02}] * 60, cap=10.0) == []
+    assert told([{"renio/cap_frac": 0.1}] * 19, cap=10.0) == []
+    assert told([{"renio/cap_frac": 0.1}] * 40, cap=None) == []
+    assert told([{"renio/cap_frac": 0.1}] * 40, cap=10.0, normalise="ema") == []
+    # A mean of (0.01 + 0.05) / 2 = 3 %.
+    rows = [{"renio/cap_frac": share, "renio/weight_mean": 0.9} for share in (0.01, 0.05)] * 20
+    assert told(rows, cap=10.0) == [
+        (
+            20,
+            "the cap cut 3.0% of the weights in steps 1 to 20 and left a mean weight of 0.9; at most 10.0% of weights "
+            "with mean 1 can reach a cap of 10. The sequences that stand out most are held back, and the mean weight "
+            "below 1 makes every step smaller. Raise weighting.cap or set it to null, lower weighting.ceiling, or "
+            "raise weighting.temperature.",
+        )
+    ]
+    assert told(rows, cap=2.0) == [], "3 % of at most 50 %"
+
+
+def test_an_entry_clip_that_removes_the_pivots():
+    name, loss = "renio/pivot_gradient_frac", LossConfig(entry_clip=0.05)
+    assert told([{name: 0.5}] * 40, loss=loss) == []
+    assert told([{name: 0.1}] * 40) == [], "without a clip there is nothing to change"
+    # In steps without a pivotal token the metric is not there; (0.1 + 0.2 + 0.3 + 0.2 + 0.2) / 5 = 20 %.
+    rows = [{name: 0.1}, {}, {name: 0.2}, {}, {name: 0.3}, {name: 0.2}, {}, {name: 0.2}, {name: 0.2}]
+    assert told(rows, loss=loss) == [
+        (
+            8,
+            "loss.entry_clip=0.05 and loss.entry_floor=0 left 20.0% of the gradient's norm at pivotal tokens in steps "
+            "1 to 8: the tokens that give a sequence its weight hardly teach the student. Raise loss.entry_clip, or "
+            "set it to null, which removes both bounds.",
+        )
+    ]
+    ((_, text),) = told(rows, loss=LossConfig(entry_clip=0.05, entry_floor=None), name="uniform")
+    assert text.startswith("loss.entry_clip=0.05 left 20.0% of")
+
+
+def test_failures_of_the_grader_are_told_at_the_first():
+    rows = [{"rollout/grader_error_frac": share} for share in (0.0, 0.125, 0.5)]
+    ((step, text),) = told(rows)
+    assert step == 2
+    assert text.startswith("the grader failed on 12.5% of the completions of step 2; they count as wrong")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_the_share_at_the_ceiling(temperature):
+    # Mean log ratios: at the ceiling; less than rounding below it; clearly below; at the threshold; none.
+    log_ratio = torch.tensor([2.3, 2.3 - 1e-6, 2.29, 0.8])
+    raw = torch.cat(((log_ratio / temperature).exp(), torch.ones(1)))
+    metrics = weight_metrics(raw, raw, None, ceiling=2.3, temperature=temperature)
+    assert metrics["renio/ceiling_frac"] == 2 / 5
+    assert metrics["renio/unit_weight_frac"] == 1 / 5
+    unit = torch.ones(4)
+    assert weight_metrics(unit, unit, None, ceiling=-0.5, temperature=1.0)["renio/ceiling_frac"] == 0.0
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_warning_is_seen_beside_the_progress(terminal, monkeypatch, capsys):
+    package = logging.getLogger("renio_megatron")
+    monkeypatch.setattr(package, "handlers", [])
+    monkeypatch.setattr(package, "propagate", True)
+    worker.show_warnings()
+    console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
+    stderr = sys.stderr
+    with Progress("OPD", 3, console) as progress:
+        progress.update(1, {"loss": 0.5})
+        Notices(WeightingConfig(), LossConfig()).update(1, {"rollout/grader_error_frac": 0.25})
+        progress.update(2, {"loss": 0.25})
+    assert sys.stderr is stderr
+    seen = console.file.getvalue() if terminal else capsys.readouterr().err
+    assert seen.count("warning: the grader failed on 25.0% of the completions of step 1") == 1
+    monkeypatch.setenv("RANK", "3")
+    logging.getLogger("renio_megatron.tasks").warning("text %d", 7)
+    assert capsys.readouterr().err == "[rank 3] warning: text 7\n"
