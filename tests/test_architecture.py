@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "renio_megatron"
 FLOORS = (
     ("errors",),
-    ("records", "settings", "assets", "metrics", "objective", "parallel"),
+    ("records", "settings", "assets", "files", "json_lines", "metrics", "objective", "parallel"),
     ("kernels",),
-    ("roles", "scores", "loss", "token_logp", "linear_loss", "learning_rate", "data", "tasks"),
+    ("roles", "scores", "loss", "token_logp", "linear_loss", "learning_rate", "data", "tasks", "checkpoint_files"),
     ("megatron", "evaluate", "diagnose"),
-    ("algorithms", "trainer"),
+    ("algorithms", "trainer", "rollout_log", "stop"),
     ("recipe_file", "recipe_rules", "config", "rundir", "build", "run", "export"),
     ("cli", "report"),
 )

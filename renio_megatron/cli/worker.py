@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from renio_megatron.errors import RenioError
+from renio_megatron.errors import RenioError, RunStopped
 
 # Seconds that a rank keeps still with an error that is not its own to tell, or may follow from another rank's. If that
 # other rank ends first, whoever started the ranks ends this one, and one message is printed instead of many.
@@ -19,7 +19,9 @@ _PATIENCE = 1.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code of this rank: 0, 2 for a `RenioError`, 1 for any other error; errors are printed to stderr.
+    """The exit code of this rank: 0, 143 where SIGTERM stopped the run, 2 for a `RenioError`, 1 for any other error.
+
+    Errors are printed to stderr, the end by SIGTERM to stdout.
 
     Args:
         argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, or `quickstart OUTPUT_DIR [--fresh]`.
@@ -61,6 +63,10 @@ def _guard(run: Callable[[], None]) -> int:
     prefix = f"[rank {rank}] " if rank > 0 else ""
     try:
         run()
+    except RunStopped as stopped:
+        if rank == 0:
+            print(stopped, flush=True)
+        return 128 + signal.SIGTERM
     except RenioError as error:
         if rank > 0 and getattr(error, "shared", False):
             time.sleep(5 * _PATIENCE)  # still here: no other rank has said it
@@ -93,6 +99,11 @@ def _rank() -> int:
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
+
+if __name__ == "__mp_main__":  # imported by a helper process that a library started
+    from renio_megatron.cli.launch import end_with_parent
+
+    end_with_parent()
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank without a traceback; the parent says so
