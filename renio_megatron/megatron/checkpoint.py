@@ -152,8 +152,9 @@ class MegatronKeeper:
         }
 
     def _find(self) -> Path | None:
-        """The checkpoint to restore, all its files there; on the first rank."""
+        """The checkpoint to restore, all its files there; on the first rank. Shows that checkpoints can be written."""
         remove_leftovers(self._root)
+        new_partial(self._root, 0).rmdir()
         step = latest_step(self._root)
         if step is not None:
             directory = step_directory(self._root, step)
@@ -195,7 +196,7 @@ class MegatronKeeper:
             except CheckpointError as error:
                 outcome[1] = str(error)
             except OSError as error:
-                outcome[1] = f"{self._root} cannot be read: {error}." if step is None else self._refused(step, error)
+                outcome[1] = self._refused(step, error)
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             _raise_shared(outcome[1])
@@ -217,9 +218,10 @@ class MegatronKeeper:
                 _raise_shared(self._refused(step, error), error)
             raise CheckpointError(self._refused(step, error)) from error
 
-    def _refused(self, step: int, error: BaseException) -> str:
+    def _refused(self, step: int | None, error: BaseException) -> str:
+        what = "checkpoints" if step is None else f"the checkpoint of step {step}"
         return (
-            f"the checkpoint of step {step} cannot be written to {step_directory(self._root, step)}: {_reason(error)}. "
+            f"{what} cannot be written to {self._root}: {_reason(error)}. "
             "Free space there, or check the disk and its permissions; earlier checkpoints are untouched, and the same "
             "command goes on from the newest."
         )
