@@ -86,8 +86,8 @@ _IGNORED_BY_ALL = (
         "evaluate.every is 0 and nothing is evaluated",
     ),
     _Ignored(
-        ("checkpoint.async_save", "checkpoint.keep_last"),
-        lambda config: config.checkpoint.save_interval >= config.train.train_iters,
+        ("checkpoint.async_save",),
+        lambda config: config.checkpoint.async_save and config.checkpoint.save_interval >= config.train.train_iters,
         "checkpoint.save_interval is not below train.train_iters: only the last step is saved, and waited for",
     ),
     _Ignored(
