@@ -10,7 +10,6 @@ Only the first rank changes anything here.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import pickle
 import re
@@ -32,10 +31,16 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"iter_{step:07d}"
 
 
+def step_of(directory: Path) -> int | None:
+    """The step that the name of a checkpoint's directory says; None where it is no such name."""
+    found = re.fullmatch("iter_([0-9]+)", directory.name)
+    return int(found[1]) if found else None
+
+
 def steps(root: Path) -> list[int]:
     """Steps of the checkpoints that are there, ascending; a partial or deleted one is not."""
-    names = [path.name for path in root.glob("iter_*") if path.is_dir()]
-    return sorted(int(name[5:]) for name in names if re.fullmatch(r"iter_\d+", name))
+    found = [step_of(path) for path in root.glob("iter_*") if path.is_dir()]
+    return sorted(step for step in found if step is not None)
 
 
 def latest_step(root: Path) -> int | None:
@@ -63,12 +68,12 @@ def find_checkpoint(path: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path).expanduser()
-    if (path / "metadata.json").is_file() and (path / ".metadata").is_file():
-        return path
+    if path.is_dir() and step_of(path.resolve()) is not None:
+        return path.resolve()
     for root in (path, path / "checkpoints"):
         step = latest_step(root)
         if step is not None:
-            return step_directory(root, step)
+            return step_directory(root, step).resolve()
     raise CheckpointError(
         f"checkpoint.load={str(path)!r} holds no checkpoint: there is no {TRACKER} in it or in its `checkpoints`, and "
         "it is no iter_ directory. Give a run's output_dir, its checkpoints directory, or one iter_ directory."
@@ -143,11 +148,10 @@ def damage(directory: Path) -> str | None:
 
 def older_whole(directory: Path) -> Path | None:
     """The newest undamaged checkpoint of a step before that of `directory`, beside it; None where there is none."""
-    with contextlib.suppress(ValueError):
-        step = int(directory.name.removeprefix("iter_"))
-        for old in reversed([there for there in steps(directory.parent) if there < step]):
-            if damage(step_directory(directory.parent, old)) is None:
-                return step_directory(directory.parent, old)
+    step = step_of(directory)
+    for old in reversed([there for there in steps(directory.parent) if step is not None and there < step]):
+        if damage(step_directory(directory.parent, old)) is None:
+            return step_directory(directory.parent, old)
     return None
 
 

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
-from renio_megatron.checkpoint_files import find_checkpoint, latest_step
-from renio_megatron.config import Recipe, RunConfig, SftConfig
-from renio_megatron.errors import ConfigError, RenioError, RunStopped
+from renio_megatron.config import Recipe
+from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.megatron.start import start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
 from renio_megatron.parallel.layout import Layout
@@ -51,14 +50,13 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
         raise
     layout = start(config.parallel, seed=config.train.seed)
     directory = RunDirectory(config.output_dir)
-    if on_main_rank(layout, lambda: _state(directory, recipe, fresh)) == "finished":
+    if on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished":
         return "finished"
     observers: list[Observer] = []
     trainer = build_trainer(config, inputs, layout, directory.checkpoints, observers)
     # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
     on_main_rank(layout, lambda: directory.open(recipe, fresh))
     first = trainer.resume()
-    _check_start(config, directory, first)
     with ExitStack() as stack:
         if layout.is_main:
             for sink in (
@@ -76,27 +74,6 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
         raise RunStopped(trainer.step)
     on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **(metrics or _last_row(directory))}))
     return "resumed" if first else "new"
-
-
-def _state(directory: RunDirectory, recipe: Recipe, fresh: bool) -> str:
-    """The state of the run; a checkpoint to start from that is not there is found before any model is built."""
-    state = directory.state(recipe, fresh)
-    load = recipe.config.checkpoint.load
-    if load is not None and (state == "new" or latest_step(directory.checkpoints) is None):
-        find_checkpoint(load)
-    return state
-
-
-def _check_start(config: RunConfig | SftConfig, directory: RunDirectory, first: int) -> None:
-    """Raises `ConfigError` where the checkpoint that the run starts from leaves nothing to do."""
-    if config.checkpoint.load is None or first < config.train.train_iters or latest_step(directory.checkpoints):
-        return
-    error = ConfigError(
-        f"checkpoint.load={config.checkpoint.load!r} is a checkpoint of step {first}, and train.train_iters="
-        f"{config.train.train_iters} counts from step 0: nothing is left to do. Raise train.train_iters above {first}."
-    )
-    error.shared = True  # type: ignore[attr-defined]
-    raise error
 
 
 def _last_row(directory: RunDirectory) -> dict[str, Any]:

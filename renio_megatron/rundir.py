@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from renio_megatron.checkpoint_files import find_checkpoint, latest_step, step_of
 from renio_megatron.config import Recipe, changes, differences, to_yaml
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import write_atomically
@@ -45,17 +46,23 @@ class RunDirectory:
             fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
 
         Raises:
-            ConfigError: the directory belongs to a run with other settings.
-            CheckpointError: the directory cannot be made, read or written.
+            ConfigError: the directory belongs to a run with other settings, or nothing is left to do after the
+                checkpoint that the run would start from.
+            CheckpointError: the directory cannot be made, read or written, or there is no such checkpoint.
         """
         with self._explained():
             self._check_place()
             if fresh or not self.config.is_file():
+                self._check_start(recipe, fresh)
                 return "new"
             self._check_same(recipe)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError("it is not writable")
-            return "finished" if self.is_finished() else "unfinished"
+            if self.is_finished():
+                return "finished"
+            if latest_step(self.checkpoints) is None:
+                self._check_start(recipe, fresh)
+            return "unfinished"
 
     def open(self, recipe: Recipe, fresh: bool) -> str:
         """`state`, and a new run's directory with its `config.yaml`; an unfinished one's is brought up to date.
@@ -128,6 +135,23 @@ class RunDirectory:
             raise ConfigError(
                 f"output_dir {str(self.path)!r} holds a run with other settings:{listing}\n"
                 "Use the old settings to continue it, choose another output_dir, or move it aside with --fresh."
+            )
+
+    def _check_start(self, recipe: Recipe, fresh: bool) -> None:
+        """Raises where the checkpoint that a run without one of its own starts from is not there, or too late."""
+        load, train_iters = recipe.config.checkpoint.load, recipe.config.train.train_iters
+        if load is None:
+            return
+        directory = find_checkpoint(load)
+        if fresh and directory.is_relative_to(self.path.resolve()):
+            raise ConfigError(
+                f"checkpoint.load={load!r} is in output_dir, which --fresh moves aside. Choose another output_dir."
+            )
+        step = step_of(directory)
+        if step is not None and step >= train_iters:
+            raise ConfigError(
+                f"checkpoint.load={load!r} is a checkpoint of step {step}, and train.train_iters={train_iters} counts "
+                f"from step 0: nothing is left to do. Raise train.train_iters above {step}."
             )
 
     def _note_changes(self, recipe: Recipe) -> None:
