@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 import renio_megatron
+from renio_megatron.checkpoint_files import latest_step
 from tests.resuming import TIMES, same, tensors
 from tests.training_cases import VOCAB_SIZE, save_models
 
@@ -168,6 +169,8 @@ def run_killed(recipe: Path, run: Path, log: Path, kinds: list[str], num_steps: 
             inside, code = bool(job.being_written()), job.terminate()
             if code != 143:
                 problems.append(f"kill {number + 1}: SIGTERM ended with exit code {code} and not with 143; see {log}")
+            if job.last_step() != latest_step(run / "checkpoints"):
+                problems.append(f"kill {number + 1}: SIGTERM left step {job.last_step()} unsaved; see {log}")
         else:
             inside, code = job.kill(), job.process.returncode
         num_inside += inside

@@ -230,10 +230,10 @@ def _all(folder: Path) -> dict[str, Any]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("checkpoint")
     save_models(folder)
-    return folder, run_ranks(_all, 2, folder, timeout=280)
+    return folder, run_ranks(_all, 2, folder, timeout=400)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_an_asynchronous_save_does_not_hold_training_up_nor_see_it(found: Any) -> None:
     folder, ranks = found
     for rank in ranks:

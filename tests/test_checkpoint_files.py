@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,19 @@ def test_at_every_moment_of_a_save_every_named_checkpoint_is_whole(tmp_path, mon
         raise AssertionError("never came to an end")
     assert number > 10, "there were moments to die at"
     assert (latest_step(root), steps(root)) == (4, [4])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the names of open files in /proc")
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    events = []
+    rename, replace = os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(Path(f"/proc/self/fd/{file}").readlink().name))
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append(f"-> {paths[1].name}"), rename(*paths)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append(f"-> {Path(paths[1]).name}"), replace(*paths)))
+    _save(tmp_path, 4)
+    assert sorted(events[:3]) == [".metadata", "common.pt", "metadata.json"]
+    assert events[3].startswith(".iter_0000004.partial-")
+    assert events[4:] == ["-> iter_0000004", tmp_path.name, f".{TRACKER}.tmp", f"-> {TRACKER}", tmp_path.name]
 
 
 def test_keep_last_counts_those_up_to_the_one_in_force(tmp_path):
