@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
+from renio_megatron.checkpoint_files import latest_step, steps
 from renio_megatron.config import Recipe, RunConfig
 from renio_megatron.errors import CheckpointError, ConfigError, NumericsError, RunStopped
 from renio_megatron.settings import CheckpointConfig, EvaluateConfig, TrainConfig, WeightingConfig
@@ -99,6 +103,39 @@ def error_of(function: Callable[[], Any]) -> str:
     except (CheckpointError, ConfigError, NumericsError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+@contextlib.contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """Files of this process, and of those it starts, cannot grow beyond `limit` bytes: what a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full_at_step_4(config: RunConfig, *, rank: int, limit: int) -> dict[str, Any]:
+    """A run, one rank of which may not write files above `limit` bytes at its second checkpoint; then without limit."""
+    from renio_megatron.megatron.checkpoint import MegatronKeeper
+
+    save = MegatronKeeper.save
+
+    def save_without_room(self: MegatronKeeper, step: int, state: dict[str, Any]) -> None:
+        with small_files(limit) if dist.get_rank() == rank and step == 4 else contextlib.nullcontext():
+            save(self, step, state)
+
+    MegatronKeeper.save = save_without_room  # type: ignore[method-assign]
+    try:
+        message = error_of(lambda: run(config))
+    finally:
+        MegatronKeeper.save = save  # type: ignore[method-assign]
+    dist.barrier()
+    root = Path(config.output_dir) / "checkpoints"
+    left = (latest_step(root), steps(root), sorted(path.name for path in root.glob(".iter*")))
+    dist.barrier()
+    return {"message": message, "left": left, "again": run(config)}
 
 
 def rows(folder: Path, name: str) -> list[dict[str, float]]:

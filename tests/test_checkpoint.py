@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from renio_megatron.checkpoint_files import latest_step, steps
 from renio_megatron.config import RunConfig, to_yaml
 from renio_megatron.settings import CheckpointConfig, ParallelConfig
 from tests.multiprocess import run_ranks
-from tests.resuming import error_of, rows, run, run_config, same, tensors, train_config
+from tests.resuming import error_of, full_at_step_4, rows, run, run_config, same, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, save_models
 
 
@@ -34,39 +31,6 @@ def _barrier() -> None:
     import torch.distributed as dist
 
     dist.barrier()
-
-
-@contextlib.contextmanager
-def _small_files(limit: int) -> Iterator[None]:
-    """Files of this process, and of those it starts, cannot grow beyond `limit` bytes: what a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def _full_at_step_4(config: RunConfig) -> dict[str, Any]:
-    """A run whose rank 1 has no room for its second checkpoint; then the same command, with room."""
-    from renio_megatron.megatron.checkpoint import MegatronKeeper
-
-    save = MegatronKeeper.save
-
-    def save_without_room(self: MegatronKeeper, step: int, state: dict[str, Any]) -> None:
-        with _small_files(2000) if _rank() == 1 and step == 4 else contextlib.nullcontext():
-            save(self, step, state)
-
-    MegatronKeeper.save = save_without_room  # type: ignore[method-assign]
-    try:
-        message = error_of(lambda: run(config))
-    finally:
-        MegatronKeeper.save = save  # type: ignore[method-assign]
-    _barrier()
-    root = Path(config.output_dir) / "checkpoints"
-    left = (latest_step(root), steps(root), sorted(path.name for path in root.glob(".iter*")))
-    _barrier()
-    return {"message": message, "left": left, "again": run(config)}
 
 
 def _asynchronous(config: RunConfig) -> dict[str, Any]:
@@ -210,9 +174,10 @@ def _all(folder: Path) -> dict[str, Any]:
         config = run_config(folder, name, checkpoint=CheckpointConfig(save_interval=2, **settings))
         found[name] = _asynchronous(config) if name == "async" else run(config)
     found["saved twice"] = _saved_twice(run_config(folder, "sync"))
-    found["full"] = _full_at_step_4(run_config(folder, "full"))
+    found["full"] = full_at_step_4(run_config(folder, "full"), rank=1, limit=2000)
     asynchronous = CheckpointConfig(save_interval=2, async_save=True)
-    found["full async"] = _full_at_step_4(run_config(folder, "full async", checkpoint=asynchronous))
+    config = run_config(folder, "full async", checkpoint=asynchronous)
+    found["full async"] = full_at_step_4(config, rank=1, limit=2000)
     config = run_config(folder, "terminated", checkpoint=asynchronous)
     if _rank() == 0:
         for name in (".iter_0000002.partial-dead", ".iter_0000001.deleted"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.multiprocess import run_ranks
-from tests.resuming import rows, run, run_config, same, tensors, train_config
+from tests.resuming import full_at_step_4, rows, run, run_config, same, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of, save_models
 
 LAYOUTS = {"2 data ranks": (2, 1), "2 tensor x 2 data ranks": (4, 2)}
@@ -35,6 +35,8 @@ def _on_one_rank(folder: Path) -> dict[str, Any]:
         assert trainer.resume() == 2
         MegatronKeeper(folder / f"{name} again", trainer.algorithm.learner).save(2, {})
         found[name] = run(config)["outcome"]
+    # The common part of a checkpoint is the first rank's alone; the others would wait for it until they are ended.
+    found["full"] = full_at_step_4(run_config(folder, "full", parallel=layout_of(1)), rank=0, limit=500)
     return found
 
 
@@ -62,3 +64,12 @@ def test_a_checkpoint_of_many_ranks_is_whole_on_one(name: str, found: tuple[Path
     whole = tensors(folder / "whole" / "checkpoints" / "iter_0000005", VOCAB_SIZE)
     for key, value in tensors(folder / name / "checkpoints" / "iter_0000005", VOCAB_SIZE).items():
         torch.testing.assert_close(value, whole[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_the_first_rank_is_named_as_well(found: tuple[Path, dict[str, Any]]) -> None:
+    full = found[1]["full"]
+    assert full["message"].startswith("CheckpointError: the checkpoint of step 4 cannot be written to ")
+    assert full["left"] == (2, [2], [])
+    assert full["again"]["outcome"] == "resumed"
+    assert rows(found[0], "full") == rows(found[0], "whole")
