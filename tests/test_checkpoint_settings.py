@@ -150,3 +150,24 @@ def test_a_helper_process_ends_with_the_one_that_started_it():
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < end, "it lives on"
         time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the signal mask of a process in /proc")
+def test_a_helper_process_of_the_first_save_outlives_sigterm():
+    code = (
+        "import multiprocessing, os, signal\n"
+        "from renio_megatron.stop import sigterm_held\n"
+        "with sigterm_held():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('held', flush=True)\n"
+        "    helper = multiprocessing.get_context('spawn').Manager()\n"  # as megatron-core starts its own
+        "    print(open(f'/proc/{helper._process.pid}/status').read(), flush=True)\n"
+        "    helper.shutdown()\n"
+        "print('not reached', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGTERM, "delivered at the end"
+    held, *status = done.stdout.splitlines()
+    assert (held, "not reached" in status) == ("held", False)
+    (mask,) = (int(line.split()[1], 16) for line in status if line.startswith("SigBlk:"))
+    assert mask >> (signal.SIGTERM - 1) & 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -37,6 +36,7 @@ from renio_megatron.files import remove_directory
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.settings import CheckpointConfig
+from renio_megatron.stop import sigterm_held
 
 _Value = TypeVar("_Value")
 
@@ -79,10 +79,13 @@ class MegatronKeeper:
         if partial is None:
             return
         content = self._sharded(loading=False) | self._job_state() | {"run": state, "step": step}
-        with self._disk_errors(step, partial), self._sigterm_held():
+        # At a process's first save Megatron starts a helper process, which must outlive a SIGTERM to the whole group.
+        held = contextlib.nullcontext() if self._has_saved else sigterm_held()
+        with self._disk_errors(step, partial), held:
             request = dist_checkpointing.save(content, str(partial), async_sharded_save=self._settings.async_save)
             if request is not None:
                 self._queue.schedule_async_request(request)
+        self._has_saved = True
         self._pending = (step, partial)
         if request is None:
             self._publish()
@@ -225,24 +228,6 @@ class MegatronKeeper:
             "Free space there, or check the disk and its permissions; earlier checkpoints are untouched, and the same "
             "command goes on from the newest."
         )
-
-    @contextlib.contextmanager
-    def _sigterm_held(self) -> Iterator[None]:
-        """At a process's first save, keeps SIGTERM waiting.
-
-        Megatron starts a helper process then, which inherits that and keeps it for good. A SIGTERM to the whole
-        process group, as a scheduler or torchrun sends it, would otherwise end the helper, and the save that answers
-        the SIGTERM would fail.
-        """
-        if self._has_saved:
-            yield
-            return
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            self._has_saved = True
 
 
 def load_model_weights(directory: Path, part: ModelPart) -> None:
