@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "renio_megatron"
 FLOORS = (
     ("errors",),
-    ("records", "settings", "assets", "files", "json_lines", "metrics", "objective", "parallel"),
+    ("records", "settings", "assets", "files", "json_lines", "stop", "metrics", "objective", "parallel"),
     ("kernels",),
     (
         "roles",
