@@ -161,7 +161,7 @@ def build_trainer(
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
-        keeper=MegatronKeeper(checkpoints, learner, config=to_yaml(config)),
+        keeper=MegatronKeeper(checkpoints, learner, config.checkpoint, config=to_yaml(config)),
         train_iters=config.train.train_iters,
         global_batch_size=config.train.global_batch_size,
         data_rank=layout.data.rank,

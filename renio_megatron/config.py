@@ -15,7 +15,7 @@ from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
 from renio_megatron.layout_rules import check_cut, check_layout
 from renio_megatron.recipe_file import read_recipe
-from renio_megatron.recipe_rules import check_settings
+from renio_megatron.recipe_rules import check_settings, is_changeable
 from renio_megatron.settings import (
     CheckpointConfig,
     DataConfig,
@@ -138,22 +138,32 @@ def to_yaml(config: RunConfig | SftConfig) -> str:
 
 
 def differences(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:
-    """A line for each setting that differs from those that `to_yaml` wrote, with the old and the new value.
+    """A line for each setting of what is computed that differs from those that `to_yaml` wrote, with both values.
 
-    `output_dir` is left out: a run directory may be moved.
+    Those that only say how it is computed are `changes`; `output_dir` is left out: a run directory may be moved. A
+    setting that is not there is the same as null.
 
     Raises:
         ConfigError: `old_yaml` is not a mapping in YAML.
     """
+    return [line for key, line in _differing(old_yaml, config).items() if not is_changeable(key)]
+
+
+def changes(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:
+    """The same for the settings with which a run may be continued: `recipe_rules.CHANGEABLE`."""
+    return [line for key, line in _differing(old_yaml, config).items() if is_changeable(key)]
+
+
+def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
     try:
         old, new = _flatten(yaml.safe_load(old_yaml)), _flatten(yaml.safe_load(to_yaml(config)))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError("the settings are not a mapping in YAML.") from error
-    return [
-        f"{key}: was {old.get(key, '(not there)')!r}, is now {new.get(key, '(not there)')!r}"
+    return {
+        key: f"{key}: was {old.get(key, '(not there)')!r}, is now {new.get(key, '(not there)')!r}"
         for key in dict.fromkeys([*new, *old])
-        if key != "output_dir" and (key in old, old.get(key)) != (key in new, new.get(key))
-    ]
+        if key != "output_dir" and old.get(key) != new.get(key)
+    }
 
 
 def _check_self_teacher(config: RunConfig) -> None:

@@ -23,3 +23,11 @@ class NumericsError(RenioError, ArithmeticError):
 
 class CheckpointError(RenioError, OSError):
     """A checkpoint or output directory that cannot be read or written."""
+
+
+class RunStopped(Exception):
+    """A run that was asked to stop and did, its state saved; no error. `step` is the last one done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by SIGTERM after step {step}; the same command goes on")
+        self.step = step

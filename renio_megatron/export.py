@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from renio_megatron.assets import model_directory
+from renio_megatron.checkpoint_files import latest_step, step_directory, steps
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.checkpoint import latest_step, load_model_weights, step_directory
+from renio_megatron.megatron.checkpoint import load_model_weights
 from renio_megatron.megatron.hf import hf_state
 from renio_megatron.megatron.model import build_model
 from renio_megatron.megatron.start import start, stop
@@ -79,8 +80,7 @@ def _checkpoint(root: Path, step: int | None) -> Path:
         raise CheckpointError(f"{root} holds no checkpoint yet. Let the run reach its first checkpoint.save_interval.")
     directory = step_directory(root, step)
     if not directory.is_dir():
-        there = sorted(int(path.name[5:]) for path in root.glob("iter_*"))
-        raise CheckpointError(f"there is no checkpoint of step {step} in {root}; there are {there}.")
+        raise CheckpointError(f"there is no checkpoint of step {step} in {root}; there are {steps(root)}.")
     return directory
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from renio_megatron.errors import CheckpointError, DataError, NumericsError
+from renio_megatron.json_lines import JsonLines, output_error, parse_row
 
 
 @dataclass(frozen=True)
@@ -189,29 +188,11 @@ class Sink(Protocol):
 Sinks: TypeAlias = tuple[Sink, ...]
 
 
-class JsonlSink:
-    """One JSON object a line, keys in the order of `METRICS`; only whole lines are ever written.
+class JsonlSink(JsonLines):
+    """`metrics.jsonl`: one JSON object a line, keys in the order of `METRICS`; only whole lines are ever written.
 
-    An existing file is continued. A half-written last line, left by a run that was killed, is cut off.
-
-    Args:
-        path: the file; its directory is made.
-        purge_step: first step that a resumed run writes again; rows from there on are dropped. None keeps all.
-
-    Raises:
-        CheckpointError: the file cannot be opened or written.
-        DataError: `purge_step` is given and the file is not one of ours.
+    An existing file is continued; see `JsonLines` for its arguments and errors.
     """
-
-    def __init__(self, path: str | Path, *, purge_step: int | None = None) -> None:
-        self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_file():
-                _drop_rows(self.path, purge_step)
-            self._file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise _output_error(self.path, error) from error
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends the row of `step`.
@@ -219,22 +200,7 @@ class JsonlSink:
         Raises:
             NumericsError: a value is NaN or infinite.
         """
-        line = (json.dumps({"step": int(step), **_row(step, values)}, allow_nan=False) + "\n").encode()
-        try:
-            size = os.fstat(self._file.fileno()).st_size
-            try:
-                while line:
-                    line = line[self._file.write(line) :]
-            except OSError:
-                with contextlib.suppress(OSError):
-                    self._file.truncate(size)
-                raise
-        except OSError as error:
-            raise _output_error(self.path, error) from error
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        self.append([{"step": int(step), **_row(step, values)}])
 
 
 class TensorBoardSink:
@@ -256,7 +222,7 @@ class TensorBoardSink:
         try:
             self._writer = SummaryWriter(str(self.directory), purge_step=purge_step)
         except OSError as error:
-            raise _output_error(self.directory, error) from error
+            raise output_error(self.directory, error) from error
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Writes the values of `step` and waits until they are in the file.
@@ -270,14 +236,14 @@ class TensorBoardSink:
                 self._writer.add_scalar(name, value, int(step))
             self._writer.flush()
         except OSError as error:
-            raise _output_error(self.directory, error) from error
+            raise output_error(self.directory, error) from error
 
     def close(self) -> None:
         """Closes the event file."""
         try:
             self._writer.close()
         except OSError as error:
-            raise _output_error(self.directory, error) from error
+            raise output_error(self.directory, error) from error
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -295,36 +261,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             f"cannot read the metrics in {path}: {error.strerror or error}. Give the output directory of a run."
         ) from error
     whole, _, rest = content.rpartition(b"\n")
-    rows = [_parse(line, path, number) for number, line in enumerate(whole.splitlines(), start=1) if line.strip()]
+    rows = [parse_row(line, path, number) for number, line in enumerate(whole.splitlines(), start=1) if line.strip()]
     with contextlib.suppress(DataError):
-        rows.append(_parse(rest, path, len(rows) + 1))
+        rows.append(parse_row(rest, path, len(rows) + 1))
     return rows
-
-
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or "step" not in row:
-        raise DataError(
-            f"{path}, line {number}: not a row of metrics, which is a JSON object with a step; got {line[:60]!r}. "
-            "Remove the line, or choose another output directory."
-        )
-    return row
-
-
-def _drop_rows(path: Path, purge_step: int | None) -> None:
-    """Cuts off a half-written last line and, where `purge_step` is given, the rows from that step on."""
-    content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    if purge_step is not None:
-        lines = [line for number, line in enumerate(lines, 1) if _parse(line, path, number)["step"] < purge_step]
-    kept = b"".join(lines)
-    if kept != content:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(kept)
-        temporary.replace(path)
 
 
 def _row(step: int, values: Mapping[str, float | None]) -> dict[str, float]:
@@ -339,10 +279,3 @@ def _row(step: int, values: Mapping[str, float | None]) -> dict[str, float]:
             "train.lr or a smaller train.clip_grad."
         )
     return row
-
-
-def _output_error(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"cannot write metrics to {path}: {error.strerror or error}. "
-        "Free space there or make it writable, or choose another output directory; the run can be resumed."
-    )

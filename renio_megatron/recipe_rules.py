@@ -5,6 +5,7 @@ A setting that would be ignored is an error, because whoever wrote it believes t
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +20,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting.name": ("renio", "uniform"),
     "data.source": ("modchain", "jsonl", "datasets", "reasoning_gym"),
     "data.grader": ("modchain", "number", "reasoning_gym", "none"),
+}
+
+# Settings that say how a run is computed and not what: a run may be continued with other values of them. The patterns
+# are fnmatch's; each with the reason why the run stays the same one. All other settings are the run's for good.
+CHANGEABLE: dict[str, str] = {
+    "parallel.*": "the same sums in another order; checkpoints know no layout",
+    "train.micro_batch_size": "gradients are sums over the whole batch",
+    "train.max_tokens_per_micro_batch": "gradients are sums over the whole batch",
+    "train.recompute_*": "the same activations, kept or computed again",
+    "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
+    "checkpoint.save_interval": "when the state is written",
+    "checkpoint.ckpt_format": "how the state is written",
+    "checkpoint.keep_last": "what is kept of what was written",
+    "checkpoint.async_save": "who writes the state",
 }
 
 
@@ -86,6 +101,11 @@ _IGNORED_BY_ALL = (
         "only train.recompute_granularity=full recomputes whole layers",
     ),
     _Ignored(
+        ("checkpoint.async_save",),
+        lambda config: config.checkpoint.async_save and config.checkpoint.save_interval >= config.train.train_iters,
+        "checkpoint.save_interval is not below train.train_iters: only the last step is saved, and waited for",
+    ),
+    _Ignored(
         ("train.min_lr",),
         lambda config: config.train.lr_decay_style == "constant",
         "train.lr_decay_style is constant and the rate does not decay",
@@ -134,6 +154,11 @@ _IGNORED_BY_SFT = (
         lambda config: True,
         "supervised fine-tuning has no teacher",
     ),
+    _Ignored(
+        ("init",),
+        lambda config: config.checkpoint.load is not None,
+        "the weights come from checkpoint.load",
+    ),
 )
 _IGNORED = {"train": (*_IGNORED_BY_TRAIN, *_IGNORED_BY_ALL), "sft": (*_IGNORED_BY_SFT, *_IGNORED_BY_ALL)}
 
@@ -173,6 +198,11 @@ def check_settings(kind: str, config: Any, explicit: frozenset[str]) -> None:
             require_choice(key, value, choices)
     _check_needed(kind, config)
     _check_ignored(kind, config, explicit)
+
+
+def is_changeable(key: str) -> bool:
+    """Whether a run may be continued with another value of this dotted key; see `CHANGEABLE`."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in CHANGEABLE)
 
 
 def _check_needed(kind: str, config: Any) -> None:

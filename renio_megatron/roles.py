@@ -69,7 +69,18 @@ class Keeper(Protocol):
     """Saves and restores everything a run needs to go on."""
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes weights, optimiser, random numbers and `state` as the checkpoint of `step`."""
+        """Writes weights, optimiser, random numbers and `state` as the checkpoint of `step`, or begins to.
+
+        Does nothing where that checkpoint is in force already.
+        """
+        ...
+
+    def poll(self) -> None:
+        """Puts a checkpoint in force that was written meanwhile; never waits."""
+        ...
+
+    def finish(self) -> None:
+        """Waits until every checkpoint that was begun is in force."""
         ...
 
     def load(self) -> tuple[int, dict[str, Any]] | None:

@@ -7,16 +7,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
 from renio_megatron.config import Recipe, RunConfig
 from renio_megatron.diagnose.notices import Notices
-from renio_megatron.errors import RenioError
+from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.megatron.start import start
-from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink
+from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.rundir import RunDirectory
+from renio_megatron.stop import StopSignal
 
 logger = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -39,6 +41,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
 
     Raises:
         RenioError: with the attribute `shared` set where every rank raises the same.
+        RunStopped: on every rank, where any rank got SIGTERM; the state is saved.
     """
     config = recipe.config
     try:
@@ -54,12 +57,12 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
     trainer = build_trainer(config, inputs, layout, directory.checkpoints, observers)
     # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
     on_main_rank(layout, lambda: directory.open(recipe, fresh))
-    step = trainer.resume()
+    first = trainer.resume()
     with ExitStack() as stack:
         if layout.is_main:
             for sink in (
-                JsonlSink(directory.metrics, purge_step=step + 1 if step else 0),
-                TensorBoardSink(directory.tensorboard, purge_step=step + 1 if step else 0),
+                JsonlSink(directory.metrics, purge_step=first + 1 if first else 0),
+                TensorBoardSink(directory.tensorboard, purge_step=first + 1 if first else 0),
             ):
                 stack.callback(sink.close)
                 observers.append(sink.write)
@@ -67,9 +70,26 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
                 observers.append(stack.enter_context(progress(title, config.train.train_iters)).update)
             if isinstance(config, RunConfig):
                 observers.append(Notices(config.weighting, config.loss).update)
+        sigterm = stack.enter_context(StopSignal())
+        trainer.stop_requested = lambda: _any_rank(layout, sigterm.received)
         metrics = trainer.run()
-    on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **metrics}))
-    return "resumed" if step else "new"
+    if trainer.stopped:
+        raise RunStopped(trainer.step)
+    on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **(metrics or _last_row(directory))}))
+    return "resumed" if first else "new"
+
+
+def _last_row(directory: RunDirectory) -> dict[str, Any]:
+    """The last metrics of a run that was killed between its last step and its end."""
+    rows = read_metrics(directory.metrics)
+    return rows[-1] if rows else {}
+
+
+def _any_rank(layout: Layout, mine: bool) -> bool:
+    """Whether it is so on any rank; the same answer on all."""
+    count = torch.tensor(float(mine), device=layout.device)
+    dist.all_reduce(count)
+    return bool(count > 0)
 
 
 def on_main_rank(layout: Layout, action: Callable[[], _Value]) -> _Value:

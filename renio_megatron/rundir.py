@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.config import Recipe, differences, to_yaml
+from renio_megatron.checkpoint_files import find_checkpoint, latest_step, step_of
+from renio_megatron.config import Recipe, changes, differences, to_yaml
 from renio_megatron.errors import CheckpointError, ConfigError
+from renio_megatron.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -39,24 +41,31 @@ class RunDirectory:
         """The state of the run: `new`, `unfinished` (to be continued) or `finished`; writes nothing.
 
         Args:
-            recipe: the present recipe; an existing directory must hold the same settings.
+            recipe: the present recipe; an existing directory must hold the same settings, but for those of
+                `recipe_rules.CHANGEABLE`.
             fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
 
         Raises:
-            ConfigError: the directory belongs to a run with other settings.
-            CheckpointError: the directory cannot be made, read or written.
+            ConfigError: the directory belongs to a run with other settings, or nothing is left to do after the
+                checkpoint that the run would start from.
+            CheckpointError: the directory cannot be made, read or written, or there is no such checkpoint.
         """
         with self._explained():
             self._check_place()
             if fresh or not self.config.is_file():
+                self._check_start(recipe, fresh)
                 return "new"
             self._check_same(recipe)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError("it is not writable")
-            return "finished" if self.is_finished() else "unfinished"
+            if self.is_finished():
+                return "finished"
+            if latest_step(self.checkpoints) is None:
+                self._check_start(recipe, fresh)
+            return "unfinished"
 
     def open(self, recipe: Recipe, fresh: bool) -> str:
-        """`state`, and a new run's directory with its `config.yaml`.
+        """`state`, and a new run's directory with its `config.yaml`; an unfinished one's is brought up to date.
 
         Parents are made for a relative path only: a missing parent of an absolute one is more likely a typo or a disk
         that is not mounted. Arguments and errors as in `state`.
@@ -68,6 +77,8 @@ class RunDirectory:
                     self._move_aside()
                 self.path.mkdir(parents=not self.path.is_absolute(), exist_ok=True)
                 _write(self.config, to_yaml(recipe.config))
+            elif state == "unfinished":
+                self._note_changes(recipe)
         return state
 
     def is_finished(self) -> bool:
@@ -126,6 +137,31 @@ class RunDirectory:
                 "Use the old settings to continue it, choose another output_dir, or move it aside with --fresh."
             )
 
+    def _check_start(self, recipe: Recipe, fresh: bool) -> None:
+        """Raises where the checkpoint that a run without one of its own starts from is not there, or too late."""
+        load, train_iters = recipe.config.checkpoint.load, recipe.config.train.train_iters
+        if load is None:
+            return
+        directory = find_checkpoint(load)
+        if fresh and directory.is_relative_to(self.path.resolve()):
+            raise ConfigError(
+                f"checkpoint.load={load!r} is in output_dir, which --fresh moves aside. Choose another output_dir."
+            )
+        step = step_of(directory)
+        if step is not None and step >= train_iters:
+            raise ConfigError(
+                f"checkpoint.load={load!r} is a checkpoint of step {step}, and train.train_iters={train_iters} counts "
+                f"from step 0: nothing is left to do. Raise train.train_iters above {step}."
+            )
+
+    def _note_changes(self, recipe: Recipe) -> None:
+        """Writes `config.yaml` anew where the run goes on with other settings of how it is computed, and names them."""
+        new = to_yaml(recipe.config)
+        old = self.config.read_text(encoding="utf-8")
+        if changed := changes(old, recipe.config):
+            logger.warning("%s goes on with other settings: %s", self.path, "; ".join(changed))
+            _write(self.config, new)
+
     def _move_aside(self) -> None:
         """Renames the directory to the first free `<name>.previous-K`."""
         number = 1
@@ -137,14 +173,13 @@ class RunDirectory:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file through a hidden one beside it, so that no reader and no crash sees a half-written one."""
-    partial = path.with_name(f".{path.name}.tmp")
+    """Replaces a file in one step.
+
+    Raises:
+        CheckpointError: the disk or the directory refuses.
+    """
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomically(path, text)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written: {error.strerror or error}. Check the disk and its permissions."

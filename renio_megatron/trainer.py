@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from renio_megatron.algorithms import Algorithm
-from renio_megatron.errors import NumericsError
+from renio_megatron.errors import CheckpointError, NumericsError
 from renio_megatron.metrics import Observer
 from renio_megatron.records import Prompt
 from renio_megatron.roles import Keeper
@@ -28,6 +28,9 @@ class Trainer:
         evaluate: accuracies of the present student; None: no evaluation.
         evaluate_every: steps between evaluations; the start and the end are evaluated as well.
         observers: told of every step's metrics, and of the evaluation before the first step as step 0.
+        stop_requested: asked after every step, on every rank, whether the run is to stop there; all get one answer.
+        step, cursor: optimiser steps done, prompts used.
+        stopped: whether `run` ended because it was asked to.
     """
 
     algorithm: Algorithm
@@ -41,34 +44,50 @@ class Trainer:
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
     observers: Sequence[Observer] = ()
+    stop_requested: Callable[[], bool] = lambda: False
     step: int = 0
     cursor: int = 0
+    stopped: bool = False
 
     def resume(self) -> int:
-        """Takes up the newest checkpoint, where there is one; the step it is of, 0 for a new run."""
+        """Takes up the newest checkpoint, where there is one; the step it is of, 0 for a new run.
+
+        Raises:
+            CheckpointError: it is of another kind of run.
+        """
         found = self.keeper.load()
         if found is not None:
             self.step, state = found
+            mine, saved = self.algorithm.state().keys(), state["algorithm"].keys()
+            if mine != saved:
+                raise CheckpointError(
+                    f"the checkpoint is of another kind of run: its algorithm keeps {sorted(saved)}, this one "
+                    f"{sorted(mine)}. Write its model with `renio export` and give that as `model`."
+                )
             self.cursor = state["cursor"]
             self.algorithm.restore(state["algorithm"])
         return self.step
 
     def run(self) -> dict[str, float]:
-        """The rest of the run; the last step's metrics.
+        """The rest of the run, or of its part until it is asked to stop; the last step's metrics.
 
         Raises:
             NumericsError: a metric that is not finite.
+            CheckpointError: the state cannot be written.
         """
         metrics: dict[str, float] = {}
         if self.step == 0 and self.evaluate is not None:
             self._tell(0, self.evaluate())
-        while self.step < self.train_iters:
+        while self.step < self.train_iters and not self.stopped:
             metrics = self._train_step()
             if self.evaluate is not None and self._is_due(self.evaluate_every):
                 metrics |= self.evaluate()
             self._tell(self.step, metrics)
-            if self._is_due(self.save_interval):
+            self.keeper.poll()
+            self.stopped = self.step < self.train_iters and self.stop_requested()
+            if self.stopped or self._is_due(self.save_interval):
                 self.keeper.save(self.step, self._state())
+        self.keeper.finish()
         return metrics
 
     def _train_step(self) -> dict[str, float]:

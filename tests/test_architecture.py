@@ -13,11 +13,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "renio_megatron"
 FLOORS = (
     ("errors",),
-    ("records", "settings", "assets", "metrics", "objective", "parallel"),
+    ("records", "settings", "assets", "files", "json_lines", "stop", "metrics", "objective", "parallel"),
     ("kernels",),
-    ("roles", "scores", "loss", "token_logp", "linear_loss", "learning_rate", "data", "tasks"),
+    (
+        "roles",
+        "scores",
+        "loss",
+        "token_logp",
+        "linear_loss",
+        "learning_rate",
+        "data",
+        "tasks",
+        "checkpoint_files",
+    ),
     ("megatron", "evaluate", "diagnose"),
-    ("algorithms", "trainer"),
+    ("algorithms", "trainer", "rollout_log"),
     ("recipe_file", "recipe_rules", "layout_rules", "config", "rundir", "build", "run", "export"),
     ("cli", "report"),
 )

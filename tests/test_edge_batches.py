@@ -57,8 +57,8 @@ def _refused(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
     trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
     if draw is not None:
         trainer.algorithm.sampler.sample = draw
-    module = trainer.algorithm.learner.part.module
-    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    part = trainer.algorithm.learner.part
+    before = {name: parameter.detach().clone() for name, parameter in part.named_parameters()}
     error = "no error"
     try:
         trainer.run()
@@ -66,7 +66,7 @@ def _refused(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
         error = f"{type(problem).__name__}: {problem}"
     return {
         "error": error,
-        "unchanged": all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters()),
+        "unchanged": all(torch.equal(before[name], parameter) for name, parameter in part.named_parameters()),
         "step": trainer.step,
     }
 

@@ -45,6 +45,48 @@ def test_other_settings_are_refused_and_nothing_changes(run, recipe):
     assert run.config.read_bytes() == before
 
 
+def test_settings_of_how_it_is_computed_may_change_and_are_named(run, recipe, caplog):
+    run.open(recipe(), fresh=False)
+    other = recipe(
+        "parallel.tensor_model_parallel_size=2",
+        "train.micro_batch_size=4",
+        "checkpoint.keep_last=3",
+    )
+    before = run.config.read_bytes()
+    assert run.state(other, fresh=False) == "unfinished"
+    assert (run.config.read_bytes(), caplog.text) == (before, ""), "asking writes and says nothing"
+    assert run.open(other, fresh=False) == "unfinished"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{run.path} goes on with other settings: parallel.tensor_model_parallel_size: was 1, is now 2; "
+        "train.micro_batch_size: was 1, is now 4; checkpoint.keep_last: was None, is now 3"
+    )
+    assert "tensor_model_parallel_size: 2" in run.config.read_text()
+    assert run.open(other, fresh=False) == "unfinished"
+    assert len(caplog.records) == 1, "said once"
+    run.mark_finished({})
+    before = run.config.read_bytes()
+    assert run.open(recipe("parallel.pipeline_model_parallel_size=2"), fresh=False) == "finished"
+    assert run.config.read_bytes() == before, "a finished run was computed as it says"
+
+
+@pytest.mark.parametrize("setting", ["train.global_batch_size=64", "checkpoint.load=elsewhere", "data.seed=2"])
+def test_a_change_of_what_is_computed_is_refused_beside_one_that_is_not(setting, run, recipe):
+    run.open(recipe(), fresh=False)
+    before = run.config.read_bytes()
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]) as caught:
+        run.open(recipe(setting, "parallel.tensor_model_parallel_size=2"), fresh=False)
+    assert "tensor_model_parallel_size" not in str(caught.value)
+    assert run.config.read_bytes() == before
+
+
+def test_settings_that_a_version_added_are_no_difference_where_they_are_null(run, recipe):
+    run.open(recipe(), fresh=False)
+    old = "".join(line for line in run.config.read_text().splitlines(keepends=True) if "load: null" not in line)
+    run.config.write_text(old)
+    assert run.open(recipe(), fresh=False) == "unfinished"
+
+
 def test_a_moved_run_directory_can_be_continued(run, recipe, tmp_path):
     run.open(recipe(), fresh=False)
     moved = RunDirectory(run.path.rename(tmp_path / "moved"))

@@ -44,9 +44,10 @@ class Algorithm:
 class Keeper:
     """Checkpoints in a list."""
 
+    poll = finish = lambda self: None
+
     def __init__(self, found: tuple[int, dict[str, Any]] | None = None) -> None:
-        self.saved: list[tuple[int, dict[str, Any]]] = []
-        self._found = found
+        self.saved, self._found = list[tuple[int, dict[str, Any]]](), found
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.saved.append((step, state))
@@ -113,8 +114,7 @@ def test_the_first_evaluation_is_of_the_untrained_student():
 
 
 def test_a_resumed_run_goes_on_where_the_checkpoint_stands():
-    told: list[int] = []
-    keeper = Keeper((3, {"cursor": 12, "algorithm": {"steps": 3}}))
+    told, keeper = list[int](), Keeper((3, {"cursor": 12, "algorithm": {"steps": 3}}))
     settings = {"data_rank": 1, "data_size": 2, "evaluate": lambda: {"eval/accuracy_greedy": 0.5}, "evaluate_every": 2}
     run = trainer(keeper=keeper, observers=[lambda step, _: told.append(step)], **settings)
     assert run.resume() == 3
@@ -129,9 +129,9 @@ def test_without_a_checkpoint_nothing_is_restored_and_after_the_last_one_nothing
     run = trainer()
     assert run.resume() == 0
     assert (run.step, run.cursor, run.algorithm.restored) == (0, 0, None)
-    run = trainer(keeper=Keeper((5, {"cursor": 20, "algorithm": {}})), evaluate=lambda: {"eval/accuracy_greedy": 0.5})
-    run.resume()
-    assert run.run() == {}
+    keeper = Keeper((5, {"cursor": 20, "algorithm": {"steps": 5}}))
+    run = trainer(keeper=keeper, evaluate=lambda: {"eval/accuracy_greedy": 0.5})
+    assert (run.resume(), run.run()) == (5, {})
     assert run.algorithm.seen == run.keeper.saved == []
 
 

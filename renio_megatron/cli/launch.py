@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -13,6 +15,9 @@ import warnings
 from collections.abc import Sequence
 
 from renio_megatron.errors import ConfigError
+
+# Seconds that ranks which got SIGTERM have to finish a step and write a checkpoint, unless the user says otherwise.
+_SHUTDOWN_SECONDS = 3600
 
 # What a rank's environment says unless the user says otherwise.
 _QUIET = {
@@ -66,6 +71,7 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
     """The exit code of `num_ranks` workers: 0, or that of the rank that failed first (128 + n for signal n).
 
     A failing rank ends the others and has printed its error itself, unless a signal ended it. Ctrl-C ends all ranks.
+    SIGTERM is passed on to them and their end waited for, at most TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (an hour).
 
     Args:
         arguments: the command line of `renio_megatron.cli.worker`.
@@ -96,6 +102,9 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
+        if hasattr(config, "shutdown_timeout"):  # older versions of torch always wait 30 s
+            wanted = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+            config.shutdown_timeout = _SHUTDOWN_SECONDS if wanted is None else int(wanted)
         try:
             elastic_launch(config, sys.executable)("-m", "renio_megatron.cli.worker", *arguments)
         except ChildFailedError as error:
@@ -106,6 +115,16 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
                 raise KeyboardInterrupt from error
             return 128 + int(error.sigval)
     return 0
+
+
+def end_with_parent() -> None:
+    """Asks the system to end this process with the one that started it, also where that is killed; on Linux only.
+
+    Megatron's checkpoint writer starts a helper process, which would outlive a killed rank for good.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _report_signal(rank: int, number: int) -> int:

@@ -31,7 +31,8 @@ examples:
 `renio COMMAND --help` tells more. Under torchrun, train and sft join its ranks.
 """
 _RECIPE_EPILOG = """\
-A run that was cut off continues from its newest checkpoint when the same command is given again.
+A run that was cut off continues from its newest checkpoint when the same command is given again. SIGTERM lets it
+finish its step and save first; the exit code is then 143.
 
 example:
   renio {kind} recipe.yaml train.lr=1e-5 output_dir=runs/mine --nproc 2
@@ -39,7 +40,9 @@ example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of the command: 0, 2 for a mistake that can be named, 130 for Ctrl-C, else the failed rank's.
+    """The exit code of the command: 0, 2 for a mistake that can be named, or the failed rank's.
+
+    130 for Ctrl-C, and 143 for SIGTERM, after which the same command goes on where it stopped.
 
     RENIO_TRACEBACK=1 shows where a named mistake was raised.
     """
@@ -168,6 +171,11 @@ def _run_export(arguments: argparse.Namespace) -> int:
 def _fresh(arguments: argparse.Namespace) -> list[str]:
     return ["--fresh"] if arguments.fresh else []
 
+
+if __name__ == "__mp_main__":  # imported by a helper process that a library started
+    from renio_megatron.cli.launch import end_with_parent
+
+    end_with_parent()
 
 if __name__ == "__main__":
     raise SystemExit(main())

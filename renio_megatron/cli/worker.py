@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from renio_megatron.errors import RenioError
+from renio_megatron.errors import RenioError, RunStopped
 
 # Seconds that a rank keeps still with an error that is not its own to tell, or may follow from another rank's. If that
 # other rank ends first, whoever started the ranks ends this one, and one message is printed instead of many.
@@ -24,7 +24,9 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Applicat
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code of this rank: 0, 2 for a `RenioError`, 1 for any other error; errors are printed to stderr.
+    """The exit code of this rank: 0, 143 where SIGTERM stopped the run, 2 for a `RenioError`, 1 for any other error.
+
+    Errors are printed to stderr, the end by SIGTERM to stdout.
 
     Args:
         argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, or `quickstart OUTPUT_DIR [--fresh]`.
@@ -81,6 +83,10 @@ def _guard(run: Callable[[], None]) -> int:
     rank, prefix = _rank(), _prefix()
     try:
         run()
+    except RunStopped as stopped:
+        if rank == 0:
+            print(stopped, flush=True)
+        return 128 + signal.SIGTERM
     except RenioError as error:
         if (seconds := _turn(rank, error)) is not None:
             time.sleep(seconds)
@@ -152,6 +158,11 @@ def _prefix() -> str:
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
+
+if __name__ == "__mp_main__":  # imported by a helper process that a library started
+    from renio_megatron.cli.launch import end_with_parent
+
+    end_with_parent()
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank without a traceback; the parent says so

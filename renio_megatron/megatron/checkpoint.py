@@ -1,133 +1,225 @@
 """Checkpoints in Megatron's distributed format: weights, optimiser, random numbers, and the run's own state.
 
 A checkpoint is written under a hidden name and renamed when it is whole; only then does
-`latest_checkpointed_iteration.txt` name it, so a job that dies while saving leaves the previous one in force.
+`latest_checkpointed_iteration.txt` name it, so a job that dies while saving leaves the previous one in force. What is
+saved belongs to the job and not to its ranks, so it loads in any layout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
-import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
+from renio_megatron.checkpoint_files import (
+    advice,
+    damage,
+    find_checkpoint,
+    latest_step,
+    new_partial,
+    publish,
+    remove_leftovers,
+    step_directory,
+)
 from renio_megatron.errors import CheckpointError
+from renio_megatron.files import remove_directory
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.sharded_state import restore_state, restore_weights, sharded_state, sharded_weights
+from renio_megatron.settings import CheckpointConfig
+from renio_megatron.stop import sigterm_held
 
-logger = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
 
-# Megatron, torch and the disk each raise their own; torch's is no Exception.
-_UNREADABLE = (Exception, CheckpointException)
+# What torch's own writer says when the disk refuses; it raises plain RuntimeErrors, as a lost peer does.
+_DISK_WORDS = ("PytorchStreamWriter", "inline_container", "iostream")
+_LOST_PEER_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset")
 
-TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, as Megatron names it."""
-    return root / f"iter_{step:07d}"
-
-
-def latest_step(root: Path) -> int | None:
-    """Step of the newest whole checkpoint; None where there is none.
-
-    Raises:
-        CheckpointError: the tracker names a checkpoint that is not there.
-    """
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdigit() or not step_directory(root, int(text)).is_dir():
-        raise CheckpointError(
-            f"{tracker} names the checkpoint {text[:40]!r}, which is not beside it. Write the number of an iter_ "
-            "directory that is there into the file, or start again with --fresh."
-        )
-    return int(text)
+# Settings of the optimiser that belong to the run and not to its state, although torch saves them with it.
+_OPTIMIZER_SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
 class MegatronKeeper:
-    """Saves and restores a learner and the run's own state."""
+    """Saves and restores a learner and the run's own state. Every rank calls every method, in the same order."""
 
-    def __init__(self, root: Path, learner: MegatronLearner, *, config: str = "") -> None:
+    def __init__(
+        self, root: Path, learner: MegatronLearner, settings: CheckpointConfig | None = None, *, config: str = ""
+    ) -> None:
         """Checkpoints go to `root`; each holds `config`, the run's settings as YAML, for whoever finds it alone."""
         self._root = root
         self._learner = learner
+        self._settings = settings or CheckpointConfig()
         self._config = config
+        # A persistent writer needs CUDA devices to count: megatron-core 0.16.1 hangs without them. Its fork of the
+        # process at every save is a copy of the state at that moment, which training cannot change any more. Newer
+        # versions keep this argument; there its default may be another.
+        self._queue = AsyncCallsQueue(persistent=False)
+        self._pending: tuple[int, Path] | None = None
+        self._has_saved = False
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes the checkpoint of `step`; `state` is the same on every rank.
+        """Writes the checkpoint of `step`, or begins to; `state` is the same on every rank.
+
+        An earlier save is finished first. Nothing is done where the checkpoint of `step` is in force already.
 
         Raises:
             CheckpointError: the disk or the directory refuses.
         """
-        layout = self._learner.part.layout
-        target = step_directory(self._root, step)
-        extra = {"run": state, "config": self._config}
-        partial = self._root / f".{target.name}.partial"
-        try:
-            if layout.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            dist.barrier()
-            dist_checkpointing.save(self._sharded(loading=False) | extra, str(partial))
-            if layout.is_main:
-                if target.exists():
-                    shutil.rmtree(target)
-                partial.rename(target)
-                tracker = self._root / f".{TRACKER}.tmp"
-                tracker.write_text(f"{step}\n")
-                tracker.replace(self._root / TRACKER)
-        except OSError as error:
-            raise CheckpointError(
-                f"the checkpoint of step {step} cannot be written to {target}: {error.strerror or error}. "
-                "Check the disk and its permissions; earlier checkpoints are untouched."
-            ) from error
-        dist.barrier()
+        self.finish()
+        partial = self._on_main(step, lambda: self._begin(step))
+        if partial is None:
+            return
+        content = sharded_state(self._learner, loading=False) | self._job_state() | {"run": state, "step": step}
+        # At a process's first save Megatron starts a helper process, which must outlive a SIGTERM to the whole group.
+        held = contextlib.nullcontext() if self._has_saved else sigterm_held()
+        with self._disk_errors(step, partial), held:
+            request = dist_checkpointing.save(content, str(partial), async_sharded_save=self._settings.async_save)
+            if request is not None:
+                self._queue.schedule_async_request(request)
+        self._has_saved = True
+        self._pending = (step, partial)
+        if request is None:
+            self._publish()
+
+    def poll(self) -> None:
+        """Puts an asynchronous checkpoint in force that is written on every rank; never waits.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that was begun, if one was, is in force.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._finalize(blocking=True)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """Restores the newest checkpoint; its step and state, or None where there is none.
+        """Restores the checkpoint in force, or for a run without one that of `checkpoint.load`; its step and state.
+
+        None where there is neither. What a killed job left half-written is deleted.
 
         Raises:
             CheckpointError: a checkpoint of another model, or one that cannot be read.
         """
-        step = latest_step(self._root)
-        if step is None:
+        directory = self._on_main(None, self._find)
+        if directory is None:
             return None
-        directory = step_directory(self._root, step)
         check_same_model(directory, self._learner.part)
+        groups = self._learner.optimizer.param_groups
+        settings = [{key: group[key] for key in _OPTIMIZER_SETTINGS if key in group} for group in groups]
         try:
-            loaded = dist_checkpointing.load(self._sharded(loading=True), str(directory))
-        except _UNREADABLE as error:
-            raise CheckpointError(
-                f"the checkpoint {directory} cannot be read ({_reason(error)}). It may be truncated; write the number "
-                f"of an older iter_ directory into {self._root / TRACKER}, or start again with --fresh."
-            ) from error
-        self._learner.part.module.load_state_dict(loaded["model"], strict=False)
-        self._learner.optimizer.load_state_dict(loaded["optimizer"])
+            loaded = dist_checkpointing.load(
+                sharded_state(self._learner, loading=True) | self._job_state(), str(directory)
+            )
+        except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is no Exception
+            _refuse(directory, error)
+        restore_state(self._learner, loaded)
+        for group, values in zip(self._learner.optimizer.param_groups, settings, strict=True):
+            group.update(values)
         torch.set_rng_state(loaded["rng"]["torch"])
-        return step, loaded["run"]
+        return loaded["step"], loaded["run"]
 
-    def _sharded(self, *, loading: bool) -> dict[str, Any]:
-        """What the ranks write or expect: sharded weights, optimiser state and random numbers, and the model's name."""
+    def _job_state(self) -> dict[str, Any]:
+        """What the job has once, whatever its ranks: random numbers, the model's name and the settings.
+
+        Nothing in a step draws from torch's generator, so the first rank's state serves all.
+        """
         part = self._learner.part
-        model = part.module.sharded_state_dict()
-        rng = ShardedObject(
-            "rng", {"torch": torch.get_rng_state()}, (part.layout.world_size,), (part.layout.rank,), replica_id=0
-        )
+        state = {"torch": torch.get_rng_state()}
         return {
-            "model": model,
-            "optimizer": self._learner.optimizer.sharded_state_dict(model, is_loading=loading),
-            "rng": rng,
+            "rng": ShardedObject("rng", state, (1,), (0,), replica_id=part.layout.rank),
             "architecture": dataclasses.asdict(part.architecture),
+            "config": self._config,
         }
+
+    def _find(self) -> Path | None:
+        """The checkpoint to restore, all its files there; on the first rank. Shows that checkpoints can be written."""
+        remove_leftovers(self._root)
+        new_partial(self._root, 0).rmdir()
+        step = latest_step(self._root)
+        if step is not None:
+            directory = step_directory(self._root, step)
+        elif self._settings.load is not None:
+            directory = find_checkpoint(self._settings.load)
+        else:
+            return None
+        if problem := damage(directory):
+            raise CheckpointError(f"the checkpoint {directory} cannot be read: {problem}. {advice(directory)}")
+        return directory
+
+    def _begin(self, step: int) -> Path | None:
+        """The directory to write to; None where the checkpoint of `step` is in force. On the first rank."""
+        with contextlib.suppress(CheckpointError):  # somebody deleted the one in force; this save repairs that
+            if latest_step(self._root) == step:
+                return None
+        return new_partial(self._root, step)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        if self._pending is None:
+            return
+        with self._disk_errors(*self._pending):
+            done = self._queue.maybe_finalize_async_calls(blocking=blocking)
+        if done:
+            self._publish()
+
+    def _publish(self) -> None:
+        assert self._pending is not None
+        step, partial = self._pending
+        self._pending = None
+        self._on_main(step, lambda: publish(partial, self._root, step, self._settings.keep_last))
+
+    def _on_main(self, step: int | None, action: Callable[[], _Value]) -> _Value:
+        """The result of `action`, run on the first rank; what the disk says there is every rank's CheckpointError."""
+        outcome: list[Any] = [None, None]
+        if self._learner.part.layout.is_main:
+            try:
+                outcome[0] = action()
+            except CheckpointError as error:
+                outcome[1] = str(error)
+            except OSError as error:
+                outcome[1] = self._refused(step, error)
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            _raise_shared(outcome[1])
+        return outcome[0]
+
+    @contextlib.contextmanager
+    def _disk_errors(self, step: int, partial: Path) -> Iterator[None]:
+        """Turns what the writers of a checkpoint say into a `CheckpointError`; what they wrote is given back."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _DISK_WORDS):
+                raise
+            self._pending = None
+            if self._learner.part.layout.is_main:
+                with contextlib.suppress(OSError):
+                    remove_directory(partial)
+            if isinstance(error, CheckpointException):  # every rank's, the details are on the first one
+                _raise_shared(self._refused(step, error), error)
+            raise CheckpointError(self._refused(step, error)) from error
+
+    def _refused(self, step: int | None, error: BaseException) -> str:
+        what = "checkpoints" if step is None else f"the checkpoint of step {step}"
+        return (
+            f"{what} cannot be written to {self._root}: {_reason(error)}. "
+            "Free space there, or check the disk and its permissions; earlier checkpoints are untouched, and the same "
+            "command goes on from the newest."
+        )
 
 
 def load_model_weights(directory: Path, part: ModelPart) -> None:
@@ -138,32 +230,58 @@ def load_model_weights(directory: Path, part: ModelPart) -> None:
     """
     check_same_model(directory, part)
     try:
-        loaded = dist_checkpointing.load({"model": part.module.sharded_state_dict()}, str(directory))
-    except _UNREADABLE as error:
-        raise CheckpointError(f"the checkpoint {directory} cannot be read ({_reason(error)}).") from error
-    part.module.load_state_dict(loaded["model"], strict=False)
+        loaded = dist_checkpointing.load({"model": sharded_weights(part)}, str(directory))
+    except (Exception, CheckpointException) as error:
+        _refuse(directory, error)
+    restore_weights(part, loaded["model"])
 
 
 def check_same_model(directory: Path, part: ModelPart) -> None:
-    """Raises `CheckpointError` where the checkpoint is of another architecture than `part`."""
+    """Raises `CheckpointError` where the checkpoint is not one of ours, or of another architecture than `part`."""
     try:
-        saved = dist_checkpointing.load_common_state_dict(str(directory)).get("architecture", {})
-    except _UNREADABLE as error:
-        raise CheckpointError(f"the checkpoint {directory} cannot be read ({_reason(error)}).") from error
+        common = dist_checkpointing.load_common_state_dict(str(directory))
+    except (Exception, CheckpointException) as error:
+        _refuse(directory, error)
+    saved = common.get("architecture")
+    if not isinstance(saved, dict) or "run" not in common:
+        _raise_shared(
+            f"the checkpoint {directory} was written by another program: it holds no `architecture` and `run`. "
+            "Convert its model to a Hugging Face directory with that program, and give that as `model`."
+        )
     wanted = dataclasses.asdict(part.architecture)
     differing = [
         f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]
     ]
     if differing:
-        raise CheckpointError(
+        _raise_shared(
             f"the checkpoint {directory} is of another architecture ({'; '.join(differing)}). "
             "Point `model` back to the model that the run started from, or start again with --fresh."
         )
 
 
+def _refuse(directory: Path, error: BaseException) -> NoReturn:
+    """Raises `CheckpointError` about a checkpoint that cannot be read, unless it was a peer that was lost."""
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER_WORDS):
+        raise error
+    raise CheckpointError(
+        f"the checkpoint {directory} cannot be read ({_reason(error)}). {advice(directory)}"
+    ) from error
+
+
+def _raise_shared(message: str, cause: BaseException | None = None) -> NoReturn:
+    """Raises a `CheckpointError` that every rank raises; the first one tells it."""
+    error = CheckpointError(message)
+    error.shared = True  # type: ignore[attr-defined]
+    raise error from cause
+
+
 def _reason(error: BaseException) -> str:
     """One line about the first cause; torch's own message is every rank's whole traceback."""
     if isinstance(error, CheckpointException):
+        if not error.failures:
+            return "a writer failed; the first rank says more"
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {type(cause).__name__}: {cause}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"

@@ -1,0 +1,180 @@
+"""The directory of a run's checkpoints as files: which are whole, which is in force, and what is left of others.
+
+    iter_0000004/                           one checkpoint, whole
+    .iter_0000006.partial-1f2e3d4c/         one being written, or left by a job that was killed
+    .iter_0000002.deleted/                  one being deleted
+    latest_checkpointed_iteration.txt       the step of the one in force
+
+Only the first rank changes anything here.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import shutil
+import uuid
+import zipfile
+from pathlib import Path
+
+from renio_megatron.errors import CheckpointError
+from renio_megatron.files import remove_directory, sync_directory, sync_files, write_atomically
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def step_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, as Megatron names it."""
+    return root / f"iter_{step:07d}"
+
+
+def step_of(directory: Path) -> int | None:
+    """The step that the name of a checkpoint's directory says; None where it is no such name."""
+    found = re.fullmatch("iter_([0-9]+)", directory.name)
+    return int(found[1]) if found else None
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the checkpoints that are there, ascending; a partial or deleted one is not."""
+    found = [step_of(path) for path in root.glob("iter_*") if path.is_dir()]
+    return sorted(step for step in found if step is not None)
+
+
+def latest_step(root: Path) -> int | None:
+    """Step of the checkpoint in force; None where there is none.
+
+    Raises:
+        CheckpointError: the tracker names a checkpoint that is not there.
+    """
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(errors="replace").strip()
+    if not re.fullmatch("[0-9]+", text) or not step_directory(root, int(text)).is_dir():
+        raise CheckpointError(
+            f"{tracker} names the checkpoint {text[:40]!r}, which is not beside it. Write the number of an iter_ "
+            f"directory that is there ({_listed(steps(root))}) into the file, or start again with --fresh."
+        )
+    return int(text)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `checkpoint.load` means: an iter_ directory, or the one in force in a run or its checkpoints.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() and step_of(path.resolve()) is not None:
+        return path.resolve()
+    for root in (path, path / "checkpoints"):
+        step = latest_step(root)
+        if step is not None:
+            return step_directory(root, step).resolve()
+    raise CheckpointError(
+        f"checkpoint.load={str(path)!r} holds no checkpoint: there is no {TRACKER} in it or in its `checkpoints`, and "
+        "it is no iter_ directory. Give a run's output_dir, its checkpoints directory, or one iter_ directory."
+    )
+
+
+def new_partial(root: Path, step: int) -> Path:
+    """Makes the hidden directory that the checkpoint of `step` is written to; its name was never used before."""
+    partial = root / f".{step_directory(root, step).name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir(parents=True)
+    return partial
+
+
+def remove_leftovers(root: Path) -> None:
+    """Deletes what a killed job left under hidden names; what cannot be deleted stays and does no harm."""
+    for pattern in (".iter_*.partial*", ".iter_*.deleted"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(partial: Path, root: Path, step: int, keep_last: int | None) -> None:
+    """Gives a written checkpoint its name, puts it in force, and then deletes those beyond the newest `keep_last`.
+
+    At every moment the tracker names a checkpoint that is whole, also where the machine loses its power.
+
+    Raises:
+        OSError: the disk refuses; the checkpoint that was in force still is, unless it is the one replaced.
+    """
+    target = step_directory(root, step)
+    sync_files(partial)
+    if target.exists():
+        remove_directory(target)
+    partial.rename(target)
+    sync_directory(root)
+    write_atomically(root / TRACKER, f"{step}\n")
+    if keep_last is None:
+        return
+    # Those of later steps belong to a run that was set back by hand; they are replaced when this one gets there.
+    for old in [there for there in steps(root) if there <= step][:-keep_last]:
+        try:
+            remove_directory(step_directory(root, old))
+        except OSError as error:
+            logger.warning("the old checkpoint %s cannot be deleted: %s", step_directory(root, old), error.strerror)
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, naming the file; None where all have the size that they should.
+
+    Reads the index and the directory, not the tensors.
+    """
+    for name in ("metadata.json", "common.pt", ".metadata"):
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+    try:
+        intact = zipfile.is_zipfile(directory / "common.pt")
+        sizes = _sizes(directory)
+    except OSError as error:
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError) as error:
+        return f".metadata cannot be parsed ({type(error).__name__}: {error})"
+    if not intact:
+        return "common.pt is truncated"
+    for name, size in sorted(sizes.items()):
+        file = directory / name
+        there = file.stat().st_size if file.is_file() else None
+        if there is None:
+            return f"{name} is missing"
+        if there < size:
+            return f"{name} has {there} bytes and should have {size}"
+    return None
+
+
+def older_whole(directory: Path) -> Path | None:
+    """The newest undamaged checkpoint of a step before that of `directory`, beside it; None where there is none."""
+    step = step_of(directory)
+    for old in reversed([there for there in steps(directory.parent) if step is not None and there < step]):
+        if damage(step_directory(directory.parent, old)) is None:
+            return step_directory(directory.parent, old)
+    return None
+
+
+def advice(directory: Path) -> str:
+    """What to do where the checkpoint in `directory` cannot be used."""
+    old = older_whole(directory)
+    if old is None:
+        return "No older checkpoint beside it is whole: start again with --fresh, or restore its files."
+    return (
+        f"The newest whole one before it is {old.name}: to use it, write {int(old.name[5:])} into "
+        f"{directory.parent / TRACKER}; or start again with --fresh."
+    )
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """Bytes that each data file must have at least, by name, from the checkpoint's index."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    sizes: dict[str, int] = {}
+    for info in FileSystemReader(directory).read_metadata().storage_data.values():
+        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+    return sizes
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "there is none"

@@ -1,0 +1,62 @@
+"""Small things about files that must survive a crash: replaced in one piece, on the disk, deleted without a trace."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Puts `content` (text: UTF-8) in the place of a file in one step.
+
+    It goes through a hidden file beside it, so that no reader and no crash, of the process or of the machine, meets a
+    half-written one.
+
+    Raises:
+        OSError: the disk or the directory refuses; the old file is as it was.
+    """
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Waits until the names in a directory are on the disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(directory: Path) -> None:
+    """Waits until every file directly in `directory`, and their names, are on the disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for path in directory.iterdir():
+        if path.is_file():
+            sync_directory(path)  # a file's descriptor serves as well
+    sync_directory(directory)
+
+
+def remove_directory(directory: Path) -> None:
+    """Deletes a directory; it takes a hidden name first, so that what a crash leaves of it has not the old name.
+
+    Raises:
+        OSError: it cannot be renamed. What cannot be deleted afterwards stays under the hidden name.
+    """
+    hidden = directory.with_name(f".{directory.name}.deleted")
+    shutil.rmtree(hidden, ignore_errors=True)
+    directory.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)

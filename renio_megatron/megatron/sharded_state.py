@@ -1,0 +1,43 @@
+"""A learner's weights and optimiser state as Megatron's checkpoints hold them: by parameter, whatever the layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from renio_megatron.megatron.learner import MegatronLearner
+from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.versions import make_adam_loadable
+
+# The only form of a distributed optimiser's state that loads in any layout: each parameter's moments in its own shape.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def sharded_weights(part: ModelPart) -> dict[str, Any]:
+    """The weights, a dictionary for each chunk: names are local in it, the tensors' own keys are the whole model's."""
+    part.settle()
+    return {str(number): chunk.sharded_state_dict(metadata=_METADATA) for number, chunk in enumerate(part.chunks)}
+
+
+def restore_weights(part: ModelPart, loaded: dict[str, Any]) -> None:
+    """Puts loaded weights back; `loaded` has the keys of `sharded_weights`."""
+    for number, chunk in enumerate(part.chunks):
+        chunk.load_state_dict(loaded[str(number)], strict=False)
+
+
+def sharded_state(learner: MegatronLearner, *, loading: bool) -> dict[str, Any]:
+    """What the ranks write, or with `loading` expect, of the model and the optimiser."""
+    make_adam_loadable(learner.optimizer)
+    model = sharded_weights(learner.part)
+    optimizer = learner.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
+    return {"model": model, "optimizer": optimizer}
+
+
+def restore_state(learner: MegatronLearner, loaded: dict[str, Any]) -> None:
+    """Puts loaded state back; `loaded` has the keys of `sharded_state`."""
+    restore_weights(learner.part, loaded["model"])
+    learner.optimizer.load_state_dict(loaded["optimizer"])

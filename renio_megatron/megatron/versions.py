@@ -1,0 +1,53 @@
+"""Where versions of megatron-core differ, or all of them need help: each with its reason, and nowhere else.
+
+| what | 0.16.1 | 0.19.2 |
+|---|---|---|
+| patches of `cpu.py` | all but streams | streams, too: DDP's buffers ask for the current one |
+| `finalize_model_grads(num_tokens)` | divides by a float above 0 | clamps it at 1 first; never used here |
+| Adam's `step` in a distributed optimiser's checkpoint | two gaps, see `make_adam_loadable` | the same |
+| `AsyncCallsQueue(persistent=True)` | hangs without CUDA | not used |
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def make_adam_loadable(optimizer: Any) -> None:
+    """Fills two gaps between Megatron's distributed optimiser and torch's AdamW, which serves where apex and TE lack.
+
+    Before the first step AdamW has no state, and Megatron asks for the `step` in it; and when loading, Megatron copies
+    every entry of the state from tensors that do not hold `step`, which travels in the parameter groups instead. With
+    the optimisers of apex and Transformer Engine neither applies.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(one, "optimizer", None)
+        is_distributed = hasattr(one, "_set_main_param_and_optimizer_states")
+        if not is_distributed or not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        if not hasattr(one, "_renio_set_states"):
+            one._renio_set_states = one._set_main_param_and_optimizer_states
+            one._set_main_param_and_optimizer_states = functools.partial(_set_with_step, one)
+
+
+def _set_with_step(optimizer: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    """Megatron's own loader of one parameter's state, given the `step` that it would look for."""
+    group, order = optimizer.model_param_group_index_map[model_param]
+    state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+    if "step" in state:
+        tensors = {**tensors, "step": state["step"]}
+    optimizer._renio_set_states(model_param, tensors)

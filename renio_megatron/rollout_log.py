@@ -1,0 +1,48 @@
+"""`rollouts.jsonl`: what the student wrote at each step, and what it weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from renio_megatron.json_lines import JsonLines
+from renio_megatron.records import Rollout
+
+
+class RolloutSink:
+    """One JSON object a line and a line a sequence: step, prompt (its index), completion_ids, weight, finished.
+
+    An existing file is continued, as `JsonlSink` continues its own.
+
+    Args:
+        path: the file; its directory is made.
+        purge_step: first step that a resumed run writes again; rows from there on are dropped. None keeps all.
+
+    Raises:
+        CheckpointError: the file cannot be opened or written.
+        DataError: `purge_step` is given and the file is not one of ours.
+    """
+
+    def __init__(self, path: str | Path, *, purge_step: int | None = None) -> None:
+        self._lines = JsonLines(path, purge_step=purge_step)
+
+    def write(self, step: int, rollouts: Sequence[Rollout], weights: Sequence[float]) -> None:
+        """Appends the sequences of `step`, in order, each with its weight.
+
+        Raises:
+            ValueError: not as many weights as sequences.
+        """
+        self._lines.append(
+            {
+                "step": int(step),
+                "prompt": rollout.prompt.index,
+                "completion_ids": list(rollout.completion_ids),
+                "weight": float(weight),
+                "finished": rollout.finished,
+            }
+            for rollout, weight in zip(rollouts, weights, strict=True)
+        )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()

@@ -1,0 +1,75 @@
+"""SIGTERM as a request: the present step is finished, its state saved, and the run ends so that it can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from types import FrameType, TracebackType
+from typing import Any
+
+from renio_megatron.errors import RenioError
+
+REPEAT_SECONDS = 5.0
+"""A SIGTERM to a whole process group comes twice, once from its sender and once through the launcher. Only one that
+comes later than this after the first, in seconds, is a second request."""
+
+
+class StopSignal:
+    """While it is entered, the first SIGTERM is noted and a second one ends the process at once.
+
+    Only the main thread of a process can handle signals; elsewhere it does nothing. An unexpected RuntimeError that
+    leaves it after a SIGTERM is most likely a collective whose peer the launcher has ended already; the process then
+    dies by the signal, as it would have without a handler.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._first = 0.0
+        self._before: Any = None
+
+    def __enter__(self) -> StopSignal:
+        """Installs the handler."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Puts the former handler back."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+        if self.received and isinstance(error, RuntimeError) and not isinstance(error, RenioError):
+            self._die()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._first = True, now
+        elif now - self._first > REPEAT_SECONDS:
+            self._die()
+
+    @staticmethod
+    def _die() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def sigterm_held() -> Iterator[None]:
+    """Keeps SIGTERM waiting, for good in processes that are started meanwhile.
+
+    Schedulers and torchrun send SIGTERM to a whole process group. A helper that a library started would end by it, and
+    the save that answers the SIGTERM would fail for want of its helper.
+    """
+    resource_tracker.ensure_running()  # multiprocessing would start it later, and let the signal through when it does
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
