@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-files=(tests/test_doctests.py tests/test_shim.py tests/test_training.py tests/test_layouts.py)
+files=(tests/test_doctests.py tests/test_shim.py tests/test_training.py tests/test_layout_matrix.py tests/test_resharding.py)
 
 # find_python: the first interpreter that really is 3.12; a pyenv shim may be there and run nothing.
 find_python() {

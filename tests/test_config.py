@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -6,8 +5,6 @@ import pytest
 from renio_megatron.config import (
     RunConfig,
     SftConfig,
-    check_models,
-    check_world,
     differences,
     load_recipe,
     to_yaml,
@@ -279,109 +276,6 @@ def test_a_self_teacher_with_the_students_view_is_refused(train, more):
 )
 def test_a_self_teacher_with_a_view_of_its_own_is_accepted(train, more):
     assert train(more + "\n", "teacher=self").config.teacher.kind == "self"
-
-
-INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "world", "words"),
-    [
-        (["parallel.tensor_model_parallel_size=2"], 3, ["takes 2 ranks", "tensor 2", "world of 3", "--nproc"]),
-        (["parallel.pipeline_model_parallel_size=4"], 2, ["takes 4 ranks", "pipeline 4", "world of 2"]),
-        (["train.global_batch_size=6", "train.micro_batch_size=2"], 2, ["=6", "multiple of 4"]),
-        (["parallel.context_parallel_size=4"], 2, ["takes 4 ranks", "context 4", "world of 2"]),
-        (["parallel.virtual_pipeline_model_parallel_size=2"], 1, ["would be ignored", "one pipeline rank"]),
-        (
-            [*INTERLEAVED, "train.global_batch_size=6", "train.micro_batch_size=2"],
-            2,
-            ["multiple of 2 micro-batches", "has 3 micro-batches"],
-        ),
-        (["parallel.overlap_param_gather=true"], 2, ["needs parallel.use_distributed_optimizer=true"]),
-        (["parallel.sequence_parallel=true"], 1, ["would be ignored", "tensor_model_parallel_size is 1"]),
-        (["train.global_batch_size=1"], 1, ["at least 2 sequences per optimiser step", "got 1.", "normalise=none"]),
-        (["weighting.normalise=group", "weighting.group_size=3"], 1, ["group_size=3", "global_batch_size=32"]),
-    ],
-)
-def test_worlds_that_do_not_fit_are_refused(train, overrides, world, words):
-    config = train("", *overrides).config
-    with pytest.raises(ConfigError) as caught:
-        check_world(config, world)
-    for word in words:
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "world"),
-    [
-        ([], 4),
-        (["parallel.tensor_model_parallel_size=2", "train.global_batch_size=6", "train.micro_batch_size=3"], 4),
-        (["train.global_batch_size=1", "weighting=uniform"], 1),
-        (["train.global_batch_size=1", "weighting.normalise=none"], 1),
-        (["weighting.normalise=group", "weighting.group_size=8"], 1),
-    ],
-)
-def test_worlds_that_fit_are_accepted(train, overrides, world):
-    check_world(train("", *overrides).config, world)
-
-
-def test_fine_tuning_on_one_sequence_a_step_is_accepted(sft):
-    check_world(sft("", "train.global_batch_size=1").config, 1)
-
-
-@pytest.fixture
-def model(tmp_path):
-    def writer(name: str, **changes) -> Path:
-        content = {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(content | changes))
-        return tmp_path / name
-
-    return writer
-
-
-def test_models_that_can_be_cut_are_accepted(train, model):
-    overrides = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=4"]
-    check_models(train("", f"model={model('s')}", f"teacher.model={model('t', model_type='llama')}", *overrides).config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "overrides", "words"),
-    [
-        ({"model_type": "gpt2"}, [], ["'gpt2'", "llama, qwen2, qwen3"]),
-        ({"model_type": None}, [], ["None", "llama, qwen2, qwen3"]),
-        ({}, ["parallel.tensor_model_parallel_size=4"], ["num_key_value_heads=2", "compute something else"]),
-        ({"num_attention_heads": 3}, ["parallel.tensor_model_parallel_size=2"], ["num_attention_heads=3"]),
-        (
-            {"num_attention_heads": 3, "num_key_value_heads": None},
-            ["parallel.tensor_model_parallel_size=2"],
-            ["num_attention_heads=3"],
-        ),
-        ({}, ["parallel.pipeline_model_parallel_size=3"], ["num_hidden_layers=4"]),
-        ({"num_hidden_layers": "4"}, [], ["num_hidden_layers", "'4'"]),
-    ],
-)
-@pytest.mark.parametrize("whose", ["model", "teacher.model"])
-def test_models_that_cannot_be_run_are_refused(train, model, changes, overrides, words, whose):
-    good, bad = (
-        model("good", num_attention_heads=24, num_key_value_heads=12, num_hidden_layers=12),
-        model("bad", **changes),
-    )
-    other = "teacher.model" if whose == "model" else "model"
-    config = train("", f"{whose}={bad}", f"{other}={good}", *overrides).config
-    with pytest.raises(ConfigError) as caught:
-        check_models(config)
-    for word in [f"{whose}: ", "bad/config.json", *words]:
-        assert word in str(caught.value)
-
-
-def test_unreadable_or_missing_models_are_refused(train, model, tmp_path):
-    broken = model("broken")
-    (broken / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"broken/config\.json cannot be read as JSON"):
-        check_models(train("", f"model={broken}").config)
-    with pytest.raises(ConfigError, match="there is no directory"):
-        check_models(train("", f"model={tmp_path / 'none'}").config)
 
 
 def test_written_settings_hold_every_value_and_differ_in_none(train):

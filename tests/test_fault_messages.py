@@ -43,14 +43,14 @@ def patch(module):
 NAN_GRADIENT = """
 def patch(module):
     from renio_megatron.megatron.learner import MegatronLearner
-    real = MegatronLearner._check_gradients
+    real = MegatronLearner._bad_gradient
 
-    def check(self, step):
-        named = dict(self.part.module.named_parameters())
+    def look(self):
+        named = dict(self.part.named_parameters())
         named["decoder.layers.1.mlp.linear_fc2.weight"].main_grad[0, 0] = float("nan")
-        real(self, step)
+        return real(self)
 
-    MegatronLearner._check_gradients = check
+    MegatronLearner._bad_gradient = look
 """
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from renio_megatron.settings import CheckpointConfig, DataConfig, ParallelConfig
 from tests.multiprocess import run_ranks
 from tests.resuming import full_at_step_4, rows, run, run_config, same, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of, save_models
@@ -38,6 +39,84 @@ def _on_one_rank(folder: Path) -> dict[str, Any]:
     # The common part of a checkpoint is the first rank's alone; the others would wait for it until they are ended.
     found["full"] = full_at_step_4(run_config(folder, "full", parallel=layout_of(1)), rank=0, limit=500)
     return found
+
+
+_SHARDED = {"use_distributed_optimizer": True}
+_OVERLAP = {**_SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "TP2 -> PP2 x VPP2": (
+        {"tensor_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    ),
+    "PP2 -> CP2, packed": ({"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}),
+    "PP2 x VPP2 -> TP2 + SP": (
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+    "distributed DP2 -> TP2": (_SHARDED, {**_SHARDED, "tensor_model_parallel_size": 2}),
+    "overlapping DP2 -> PP2": (_OVERLAP, {**_SHARDED, "pipeline_model_parallel_size": 2}),
+    "distributed CP2 -> overlapping DP2": ({**_SHARDED, "context_parallel_size": 2}, _OVERLAP),
+    "overlapping DP2 -> itself": (_OVERLAP, _OVERLAP),
+}
+"""Name: the layout that saves, the layout that goes on; both on two ranks."""
+STEPS, SAVED = 14, 4
+
+
+def _moves(folder: Path) -> dict[str, Any]:
+    """Each move: four steps in one layout, ten more in the other; beside them a whole run in one layout."""
+    model = str(folder / "deep")
+
+    def config(name: str, parallel: dict[str, Any], *, packed: bool = False) -> Any:
+        return run_config(
+            folder,
+            name,
+            model=model,
+            parallel=ParallelConfig(**parallel),
+            train=train_config(
+                train_iters=STEPS,
+                lr=1e-3,
+                micro_batch_size=1 if packed else 2,
+                max_tokens_per_micro_batch=64 if packed else None,
+            ),
+            data=DataConfig(seed=5, max_prompt_length=20),
+            checkpoint=CheckpointConfig(save_interval=SAVED),
+        )
+
+    found: dict[str, Any] = {"whole": run(config("whole moves", {"tensor_model_parallel_size": 2}))}
+    found["sharded whole"] = run(config("sharded whole", _OVERLAP))
+    for name, (first, second) in MOVES.items():
+        stopped = run(config(name, first), stop_before=SAVED + 2)
+        assert stopped["outcome"] == "stopped"
+        found[name] = run(config(name, second, packed="packed" in name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("moves")
+    save_models(folder)
+    return folder, run_ranks(_moves, 2, folder, timeout=400)
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", MOVES)
+def test_a_run_goes_on_in_another_layout(name: str, moved: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, found = moved
+    assert [rank[name]["outcome"] for rank in found] == ["resumed"] * 2
+    mine, whole = rows(folder, name), rows(folder, "whole moves")
+    assert [row["step"] for row in mine] == list(range(STEPS + 1))
+    for row, other in zip(mine, whole, strict=True):
+        if row["step"]:
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+            # The same prompts, and completions drawn alike.
+            assert row["rollout/length"] == other["rollout/length"]
+            assert row["renio/pivotal_frac"] == pytest.approx(other["renio/pivotal_frac"], abs=1e-9)
+            assert row["renio/weight_max"] == pytest.approx(other["renio/weight_max"], rel=1e-4)
+
+
+def test_a_distributed_optimiser_resumes_bit_for_bit(moved: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank in moved[1]:
+        assert same(rank["overlapping DP2 -> itself"]["parameters"], rank["sharded whole"]["parameters"])
 
 
 @pytest.fixture(scope="module")

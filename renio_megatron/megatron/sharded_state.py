@@ -6,9 +6,10 @@ from typing import Any
 
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.versions import make_adam_loadable
+from renio_megatron.megatron.versions import make_adam_loadable, own_steps
 
 # The only form of a distributed optimiser's state that loads in any layout: each parameter's moments in its own shape.
+# Copied at every use, because Megatron adds the present groups to it.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -20,7 +21,7 @@ _METADATA = {
 def sharded_weights(part: ModelPart) -> dict[str, Any]:
     """The weights, a dictionary for each chunk: names are local in it, the tensors' own keys are the whole model's."""
     part.settle()
-    return {str(number): chunk.sharded_state_dict(metadata=_METADATA) for number, chunk in enumerate(part.chunks)}
+    return {str(number): chunk.sharded_state_dict(metadata=dict(_METADATA)) for number, chunk in enumerate(part.chunks)}
 
 
 def restore_weights(part: ModelPart, loaded: dict[str, Any]) -> None:
@@ -33,7 +34,7 @@ def sharded_state(learner: MegatronLearner, *, loading: bool) -> dict[str, Any]:
     """What the ranks write, or with `loading` expect, of the model and the optimiser."""
     make_adam_loadable(learner.optimizer)
     model = sharded_weights(learner.part)
-    optimizer = learner.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
+    optimizer = learner.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
     return {"model": model, "optimizer": optimizer}
 
 
@@ -41,3 +42,4 @@ def restore_state(learner: MegatronLearner, loaded: dict[str, Any]) -> None:
     """Puts loaded state back; `loaded` has the keys of `sharded_state`."""
     restore_weights(learner.part, loaded["model"])
     learner.optimizer.load_state_dict(loaded["optimizer"])
+    own_steps(learner.optimizer)

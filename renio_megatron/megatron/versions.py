@@ -4,13 +4,14 @@
 |---|---|---|
 | patches of `cpu.py` | all but streams | streams, too: DDP's buffers ask for the current one |
 | `finalize_model_grads(num_tokens)` | divides by a float above 0 | clamps it at 1 first; never used here |
-| Adam's `step` in a distributed optimiser's checkpoint | two gaps, see `make_adam_loadable` | the same |
+| Adam's `step` in a distributed optimiser's checkpoint | see `make_adam_loadable`, `own_steps` | the same |
 | `AsyncCallsQueue(persistent=True)` | hangs without CUDA | not used |
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,11 +27,7 @@ def make_adam_loadable(optimizer: Any) -> None:
     Args:
         optimizer: what `get_megatron_optimizer` returned.
     """
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(one, "optimizer", None)
-        is_distributed = hasattr(one, "_set_main_param_and_optimizer_states")
-        if not is_distributed or not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
-            continue
+    for one, inner in _distributed_adams(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
@@ -42,6 +39,26 @@ def make_adam_loadable(optimizer: Any) -> None:
         if not hasattr(one, "_renio_set_states"):
             one._renio_set_states = one._set_main_param_and_optimizer_states
             one._set_main_param_and_optimizer_states = functools.partial(_set_with_step, one)
+
+
+def own_steps(optimizer: Any) -> None:
+    """Gives every parameter a `step` of its own after loading.
+
+    Megatron puts one tensor into the state of all of them, and AdamW counts it up once for each: a resumed run would
+    correct its moments for hundreds of steps after one.
+    """
+    for _, inner in _distributed_adams(optimizer):
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _distributed_adams(optimizer: Any) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
+    """Megatron's distributed optimisers that are built on torch's AdamW, each with that."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(one, "optimizer", None)
+        is_distributed = hasattr(one, "_set_main_param_and_optimizer_states")
+        if is_distributed and isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            yield one, inner
 
 
 def _set_with_step(optimizer: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
