@@ -31,6 +31,8 @@ from renio_megatron.metrics import Observer
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.roles import Sampler
+from renio_megatron.rollout_log import RolloutObserver
+from renio_megatron.scores import SampleWeights
 from renio_megatron.settings import TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.trainer import Trainer
@@ -125,6 +127,7 @@ def build_trainer(
     layout: Layout,
     checkpoints: Path,
     observers: Sequence[Observer] = (),
+    rollout_observers: Sequence[RolloutObserver] = (),
 ) -> Trainer:
     """Builds the models on this rank and casts the roles.
 
@@ -134,6 +137,7 @@ def build_trainer(
         layout: this rank's place, from `megatron.start`.
         checkpoints: where they go.
         observers: told of every step's metrics.
+        rollout_observers: told of every step's rollouts of this rank and of their weights.
     """
     from renio_megatron.megatron.checkpoint import MegatronKeeper
     from renio_megatron.megatron.hf import load_weights
@@ -155,7 +159,7 @@ def build_trainer(
     lr_at = functools.partial(learning_rate, config.train)
     algorithm: Algorithm
     if isinstance(config, RunConfig):
-        algorithm = _distillation(config, inputs, layout, sampler, learner, build, lr_at)
+        algorithm = _distillation(config, inputs, layout, sampler, learner, build, lr_at, rollout_observers)
     else:
         algorithm = Sft(learner, layout=layout, lr_at=lr_at)
     return Trainer(
@@ -181,6 +185,7 @@ def _distillation(
     learner: Any,
     build: Callable[..., Any],
     lr_at: Callable[[int], float],
+    rollout_observers: Sequence[RolloutObserver],
 ) -> Distillation:
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.teacher import MegatronTeacher
@@ -189,6 +194,11 @@ def _distillation(
     teacher_part = build(inputs.teacher_architecture, trained=False)
     load_weights(teacher_part, inputs.teacher)
     teacher = MegatronTeacher(teacher_part, config.train, temperature=config.loss.temperature, pad_id=inputs.pad_id)
+
+    def tell(step: int, rollouts: Sequence[Rollout], sample: SampleWeights) -> None:
+        for observer in rollout_observers:
+            observer(step, rollouts, sample.weights.tolist())
+
     rollout = config.rollout
     return Distillation(
         sampler,
@@ -203,6 +213,7 @@ def _distillation(
         recompute_student_scores=rollout.student_scores == "recompute",
         lr_at=lr_at,
         grader=inputs.grader,
+        on_rollouts=tell,
         is_balanced=config.train.max_tokens_per_micro_batch is not None,
     )
 

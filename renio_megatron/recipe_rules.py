@@ -30,6 +30,7 @@ CHANGEABLE: dict[str, str] = {
     "train.max_tokens_per_micro_batch": "gradients are sums over the whole batch",
     "train.recompute_*": "the same activations, kept or computed again",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
+    "rollout.log": "what is written of the completions",
     "checkpoint.save_interval": "when the state is written",
     "checkpoint.ckpt_format": "how the state is written",
     "checkpoint.keep_last": "what is kept of what was written",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from renio_megatron.json_lines import JsonLines
 from renio_megatron.records import Rollout
+
+RolloutObserver = Callable[[int, Sequence[Rollout], Sequence[float]], None]
+"""(step, this rank's rollouts, their weights) -> nothing."""
 
 
 class RolloutSink:

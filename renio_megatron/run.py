@@ -17,6 +17,7 @@ from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.megatron.start import start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.stop import StopSignal
 
@@ -54,15 +55,17 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
     if on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished":
         return "finished"
     observers: list[Observer] = []
-    trainer = build_trainer(config, inputs, layout, directory.checkpoints, observers)
+    rollout_observers: list[RolloutObserver] = []
+    trainer = build_trainer(config, inputs, layout, directory.checkpoints, observers, rollout_observers)
     # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
     on_main_rank(layout, lambda: directory.open(recipe, fresh))
     first = trainer.resume()
+    purge_step = first + 1 if first else 0
     with ExitStack() as stack:
         if layout.is_main:
             for sink in (
-                JsonlSink(directory.metrics, purge_step=first + 1 if first else 0),
-                TensorBoardSink(directory.tensorboard, purge_step=first + 1 if first else 0),
+                JsonlSink(directory.metrics, purge_step=purge_step),
+                TensorBoardSink(directory.tensorboard, purge_step=purge_step),
             ):
                 stack.callback(sink.close)
                 observers.append(sink.write)
@@ -70,6 +73,10 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
                 observers.append(stack.enter_context(progress(title, config.train.train_iters)).update)
             if isinstance(config, RunConfig):
                 observers.append(Notices(config.weighting, config.loss).update)
+                if config.rollout.log:
+                    log = RolloutSink(directory.rollouts, purge_step=purge_step)
+                    stack.callback(log.close)
+                    rollout_observers.append(log.write)
         sigterm = stack.enter_context(StopSignal())
         trainer.stop_requested = lambda: _any_rank(layout, sigterm.received)
         metrics = trainer.run()

@@ -25,6 +25,7 @@ class RunDirectory:
         path: the directory.
         config: `config.yaml`, every setting of the run.
         metrics: `metrics.jsonl`, one record a line, each with its `step`.
+        rollouts: `rollouts.jsonl`, under `rollout.log` one completion a line.
         checkpoints, tensorboard: directories, made by those who write them.
         finished: `finished.json`, there once the run is complete.
     """
@@ -33,6 +34,7 @@ class RunDirectory:
         self.path = Path(path).expanduser()
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.rollouts = self.path / "rollouts.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.finished = self.path / "finished.json"

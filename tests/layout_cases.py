@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,7 @@ def run_case(case: Case, folder: Path, references: dict[Any, Reference]) -> dict
         if is_last:
             errors["grad_norm"] = abs(metrics["grad_norm"] - found["reference_norm"]) / found["reference_norm"]
             errors["unlike_1"] = found["unlike_1"]
+            errors["tokens"] = found["tokens"]
     return errors
 
 
@@ -282,6 +284,7 @@ def _compare(
         "weight": float((weights - expected).abs().max()),
         "loss": abs(metrics["loss"] - loss) / loss,
         "reference_norm": norm,
+        "tokens": float(zlib.crc32(repr([rollout.completion_ids for rollout in rollouts]).encode())),
         "unlike_1": float(sum(abs(weight - 1) > 0.05 for weight in expected)),
     }
 

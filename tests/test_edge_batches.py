@@ -16,14 +16,20 @@ from safetensors.torch import load_file, save_file
 from renio_megatron.config import RunConfig
 from renio_megatron.errors import DataError, NumericsError
 from renio_megatron.records import Decoding, Prompt, Rollout
-from renio_megatron.settings import TeacherConfig, WeightingConfig
+from renio_megatron.settings import ParallelConfig, TeacherConfig, WeightingConfig
 from tests.multiprocess import run_ranks
 from tests.training_cases import VOCAB_SIZE, layout_of, one_step, recipe, save_models
 
 TOLERANCE = 1e-5
 LIMIT = 6  # of the recipe
-LENGTHS = (LIMIT, 1, 1, LIMIT, 3, 1, LIMIT, 2)  # of the step's completions, one a prompt
-LAYOUTS = {"TP2": layout_of(2), "PP2": layout_of(1, 2), "DP2": layout_of()}
+LENGTHS = (LIMIT, 3, 1, 1, LIMIT, 1, LIMIT, 2)  # of the step's completions, one a prompt
+LAYOUTS = {
+    "TP2": layout_of(2),
+    "PP2": layout_of(1, 2),
+    "DP2": layout_of(),
+    # With micro-batches of 2, one holds one-token completions only: one context rank has no token of them.
+    "CP2": ParallelConfig(context_parallel_size=2),
+}
 BROKEN_TEACHERS = {"inf": float("inf"), "1e38": 1e38, "nan": float("nan")}
 
 

@@ -49,6 +49,12 @@ def test_step_equals_the_single_process_reference(case: Case, results: dict[str,
     assert found["unlike_1"] > 4  # weights that are all 1 would prove nothing
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_layout_draws_the_same_rollouts(tied: bool, results: dict[str, dict[str, float]]) -> None:
+    chosen = [case.name for case in ALL if case.tied == tied and case.variant != "bf16"]
+    assert len({results[name]["tokens"] for name in chosen}) == 1
+
+
 def test_the_document_shows_every_layout(results: dict[str, dict[str, float]]) -> None:
     table = matrix(results)
     text = DOCUMENT.read_text(encoding="utf-8")

@@ -86,6 +86,7 @@ class RolloutConfig:
         student_scores: `sampler` takes the student's log-probabilities from sampling, `recompute` from a forward-only
             pass before the update.
         micro_batch_size: sequences sampled at a time, null: all of the rank's.
+        log: write what the first data-parallel rank's share of each step was, to `rollouts.jsonl` in output_dir.
     """
 
     temperature: float = 1.0
@@ -94,6 +95,7 @@ class RolloutConfig:
     max_completion_length: int = 1024
     student_scores: str = "sampler"
     micro_batch_size: int | None = None
+    log: bool = False
 
     def __post_init__(self) -> None:
         require_positive(
