@@ -1,0 +1,112 @@
+"""Packed rows against padded ones: tokens computed and seconds of a step, teacher's and student's passes and update.
+
+    python benchmarks/packing.py [--sequences 32] [--max-tokens 2048] [--steps 5]
+
+One process; prompts of uniformly drawn lengths (--skewed: log-uniform), completions of 24 tokens; the modular chain's
+student and teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+
+from renio_megatron.algorithms.distillation import WeightedDivergence
+from renio_megatron.assets import model_directory
+from renio_megatron.cli.launch import become_single_rank
+from renio_megatron.data.collate import flat_completions
+from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.start import start, stop
+from renio_megatron.records import Prompt, Rollout
+from renio_megatron.scores import sample_weights
+from renio_megatron.settings import LossConfig, ParallelConfig, TrainConfig, WeightingConfig
+
+COMPLETION = 24
+
+
+def rollouts_of(count: int, shortest: int, longest: int, vocab_size: int, *, is_skewed: bool) -> list[Rollout]:
+    """Random prompts and completions; both extreme lengths are among them; skewed: log-uniform lengths."""
+    draw = random.Random(0)
+    if is_skewed:
+        low, high = math.log(shortest), math.log(longest)
+        drawn = [round(math.exp(draw.uniform(low, high))) for _ in range(count - 2)]
+    else:
+        drawn = [draw.randint(shortest, longest) for _ in range(count - 2)]
+    lengths = [shortest, longest, *drawn]
+    made = []
+    for index, length in enumerate(lengths):
+        ids = tuple(draw.randrange(vocab_size) for _ in range(length))
+        made.append(Rollout(Prompt(index, ids, ids), tuple(draw.randrange(vocab_size) for _ in range(COMPLETION))))
+    return made
+
+
+def measure(train: TrainConfig, rollouts: list[Rollout], steps: int) -> tuple[int, float]:
+    """(tokens that the student computes, median seconds of a step)."""
+    from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.teacher import MegatronTeacher
+
+    parallel, loss, weighting = ParallelConfig(), LossConfig(), WeightingConfig()
+    layout = start(parallel, seed=1)
+    parts = []
+    for name in ("modchain/student", "modchain/teacher"):
+        directory: Path = model_directory(name, "model")
+        architecture = Architecture.from_directory(directory)
+        part = build_model(architecture, layout, parallel, train, vocab_size=architecture.vocab_size)
+        load_weights(part, directory)
+        parts.append(part)
+    learner = MegatronLearner(parts[0], train, parallel, temperature=1.0, pad_id=0)
+    teacher = MegatronTeacher(parts[1], train, temperature=1.0, pad_id=0)
+    _, owner, _ = flat_completions(rollouts)
+    times = []
+    for step in range(steps + 1):
+        begin = time.perf_counter()
+        batches = learner.arrange(rollouts)
+        scores = teacher.score(rollouts, batches)
+        sample = sample_weights(learner.score(batches), scores.logp, owner, len(rollouts), weighting)
+        learner.update(batches, WeightedDivergence(teacher, scores, sample, loss, weighting), step=step + 1, lr=1e-5)
+        times.append(time.perf_counter() - begin)
+    return sum(batch.token_ids.numel() for batch in batches), statistics.median(times[1:])
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--shortest", type=int, default=10)
+    parser.add_argument("--longest", type=int, default=400)
+    parser.add_argument("--skewed", action="store_true", help="log-uniform lengths: most prompts are short")
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    become_single_rank()
+    rollouts = rollouts_of(
+        options.sequences, options.shortest, options.longest, vocab_size=17, is_skewed=options.skewed
+    )
+    exist = sum(len(rollout.prompt.student_ids) + len(rollout.completion_ids) - 1 for rollout in rollouts)
+    shared = {"global_batch_size": options.sequences, "clip_grad": 1.0}
+    ways = {
+        f"padded, {options.micro_batch_size} a micro-batch": TrainConfig(
+            micro_batch_size=options.micro_batch_size, **shared
+        ),
+        f"packed, {options.max_tokens} tokens": TrainConfig(max_tokens_per_micro_batch=options.max_tokens, **shared),
+    }
+    print(f"{options.sequences} prompts of {options.shortest} to {options.longest} tokens: {exist} tokens exist")
+    first = None
+    for name, train in ways.items():
+        tokens, seconds = measure(train, rollouts, options.steps)
+        first = first or seconds
+        print(f"{name:28} {tokens:7} tokens (+{tokens / exist - 1:.1%})  {seconds:7.3f} s  {first / seconds:.2f}x")
+    stop()
+
+
+if __name__ == "__main__":
+    main()
