@@ -14,6 +14,7 @@ from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
 from renio_megatron.assets import model_directory
 from renio_megatron.config import RunConfig, SftConfig, to_yaml
+from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.data.prompts import (
     PromptStream,
     check_same_tokenizer,
@@ -97,6 +98,12 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
     first = stream.batch(0, _num_checked(source, config.train))
     if isinstance(config, RunConfig) and config.teacher.kind == "self":
         check_views_differ(first)
+    if isinstance(config, SftConfig) and config.train.max_tokens_per_micro_batch is not None:
+        arrangement = Arrangement(
+            0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
+        )
+        given = [Rollout(prompt, prompt.completion_ids or ()) for prompt in first]
+        collate(given, view="student", arrangement=arrangement)  # refuses what no row can hold
     eval_grader, evaluation = None, []
     if config.evaluate.every:
         evaluation = stream.evaluation(config.evaluate.samples)

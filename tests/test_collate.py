@@ -127,6 +127,11 @@ def test_packed_rows_are_padded_at_their_end_for_sequence_parallelism():
     assert batch.boundaries == (0, 3, 4, 12)
 
 
+def test_a_sequence_that_no_packed_row_can_hold_is_named():
+    with pytest.raises(DataError, match=r"Prompt 3: prompt and completion make 5 tokens, more than .*=4\. Raise it"):
+        collate([rollout((1, 2, 3), (4, 5, 6), index=3)], view="student", arrangement=Arrangement(0, max_tokens=4))
+
+
 def test_context_ranks_hold_mirrored_chunks_by_hand():
     # Two ranks, so rows are a multiple of 4 long: (5,6,7,0) and (5,0,0,0). Rank 0 has positions 0 and 3.
     both = [

@@ -171,6 +171,31 @@ def _decoding(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _skipped_step(folder: Path) -> dict[str, Any]:
+    """A step with NaN in one rank's gradient and one without, where the user chose to leave such steps out."""
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    trainer = _trainer(folder, parallel, train_iters=2, skip_nonfinite_steps=True)
+    learner = trainer.algorithm.learner
+    finalize, rows = learner.part.config.finalize_model_grads_func, []
+    before = [parameter.detach().clone() for _, parameter in learner.part.named_parameters()]
+    unchanged: list[bool] = []
+
+    def poison(model: Any, *args: Any, **kwargs: Any) -> None:
+        finalize(model, *args, **kwargs)
+        if not rows and dist.get_rank() == 1:
+            learner.part.chunks[0].decoder.layers[1].mlp.linear_fc2.weight.main_grad[0, 0] = float("nan")
+
+    def look(step: int, row: dict[str, float]) -> None:
+        rows.append(row)
+        now = [parameter for _, parameter in learner.part.named_parameters()]
+        unchanged.append(all(torch.equal(one, other) for one, other in zip(before, now, strict=True)))
+
+    learner.part.config.finalize_model_grads_func = poison
+    trainer.observers = [look]
+    trainer.run()
+    return {"rows": rows, "unchanged": unchanged}
+
+
 def _all(folder: Path) -> dict[str, Any]:
     return {
         "batched sends": _batched_sends(folder),
@@ -178,6 +203,7 @@ def _all(folder: Path) -> dict[str, Any]:
         "padding side": _padding_side(folder),
         "stale parameters": _stale_parameters(folder),
         "decoding": _decoding(folder),
+        "skipped": _skipped_step(folder),
     }
 
 
@@ -215,3 +241,11 @@ def test_single_tokens_are_decoded_whole(kind: str, found: Any) -> None:
         tokens, fault = rank["decoding"][kind]
         assert tokens == plain
         assert fault != plain
+
+
+def test_a_step_that_is_not_finite_is_left_out_where_the_user_chose_so(found: Any) -> None:
+    for rank in found:
+        rows, unchanged = rank["skipped"]["rows"], rank["skipped"]["unchanged"]
+        assert [row["train/skipped_frac"] for row in rows] == [1.0, 0.0]
+        assert "grad_norm" not in rows[0] and rows[1]["grad_norm"] > 0
+        assert unchanged == [True, False]

@@ -109,10 +109,15 @@ def _describe(config: object) -> str:
     """One line about a run: what learns from what, on how many ranks."""
     parallel, train = config.parallel, config.train  # type: ignore[attr-defined]
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = (
-        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
-        f"DP {world // parallel.model_ranks}"
-    )
+    sizes = {
+        f"TP {parallel.tensor_model_parallel_size}": True,
+        "SP": parallel.sequence_parallel,
+        f"PP {parallel.pipeline_model_parallel_size}": True,
+        f"VPP {parallel.virtual_pipeline_model_parallel_size}": parallel.virtual_pipeline_model_parallel_size,
+        f"CP {parallel.context_parallel_size}": parallel.context_parallel_size > 1,
+        f"DP {world // parallel.model_ranks}": True,
+    }
+    layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
     what = f"{config.model} on its solutions"  # type: ignore[attr-defined]
     if isinstance(config, RunConfig):
         teacher = config.teacher.model or "itself, shown more"

@@ -65,7 +65,7 @@ def collate(rollouts: Sequence[Rollout], *, view: View, arrangement: Arrangement
         view: whose prompt stands before the completion.
         arrangement: how they share micro-batches. Rows of unpacked micro-batches all have the same length.
     Raises:
-        DataError: an empty prompt or completion.
+        DataError: an empty prompt or completion, or a sequence that is longer than a packed row may be.
     """
     prompts = [rollout.prompt.student_ids if view == "student" else rollout.prompt.teacher_ids for rollout in rollouts]
     for rollout, prompt_ids in zip(rollouts, prompts, strict=True):
@@ -83,6 +83,12 @@ def collate(rollouts: Sequence[Rollout], *, view: View, arrangement: Arrangement
         chosen = [sequences[start : start + size] for start in range(0, len(sequences), size)]
         return [_micro_batch(group, [row] * len(group), offsets, arrangement) for group in chosen]
     lengths = [_ceil(sequence.length, arrangement.sequence_multiple) for sequence in sequences]
+    for rollout, length in zip(rollouts, lengths, strict=True):
+        if length > arrangement.max_tokens:
+            raise DataError(
+                f"Prompt {rollout.prompt.index}: prompt and completion make {length} tokens, more than "
+                f"train.max_tokens_per_micro_batch={arrangement.max_tokens}. Raise it, or leave the record out."
+            )
     packs = pack(lengths, arrangement.max_tokens, multiple_of=arrangement.multiple_of)
     return [
         _micro_batch([sequences[i] for i in chosen], [lengths[i] for i in chosen], offsets, arrangement)

@@ -5,6 +5,7 @@
 | patches of `cpu.py` | all but streams | streams, too: DDP's buffers ask for the current one |
 | `finalize_model_grads(num_tokens)` | divides by a float above 0 | clamps it at 1 first; never used here |
 | Adam's `step` in a distributed optimiser's checkpoint | see `make_adam_loadable`, `own_steps` | the same |
+| words on stderr about deprecation | few | more; `cli/launch.py` sets their loggers to errors |
 | `AsyncCallsQueue(persistent=True)` | hangs without CUDA | not used |
 """
 
