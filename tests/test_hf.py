@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from renio_megatron.config import load_recipe, to_yaml
-from renio_megatron.data.collate import collate
+from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.records import Prompt, Rollout
@@ -139,7 +139,7 @@ def logits_of(part, rows):
 
     # A prompt of one token: every position of the row then predicts a completion token, the last one token 0.
     rollouts = [Rollout(Prompt(i, (row[0],), (row[0],)), (*row[1:], 0)) for i, row in enumerate(rows)]
-    micro_batches = collate(rollouts, view="student", micro_batch_size=2, pad_id=3)
+    micro_batches = collate(rollouts, view="student", arrangement=Arrangement(3, micro_batch_size=2))
 
     def gathered(index, micro_batch, hidden_rows):
         return gather_columns(part.head_logits(hidden_rows), part.shard)
@@ -156,7 +156,7 @@ def save_checkpoint(part, run, step, new_value):
     if new_value is not None and part.layout.pipeline.is_last:
         with torch.no_grad():
             part.chunks[0].decoder.final_layernorm.weight[3] = new_value
-    learner = MegatronLearner(part, TrainConfig(), temperature=1.0, pad_id=0)
+    learner = MegatronLearner(part, TrainConfig(), ParallelConfig(), temperature=1.0, pad_id=0)
     MegatronKeeper(run / "checkpoints", learner).save(step, {})
 
 
