@@ -23,9 +23,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # Settings that say how a run is computed and not what: a run may be continued with other values of them. The patterns
-# are fnmatch's; each with the reason why the run stays the same one. All other settings are the run's for good.
+# are fnmatch's; each with the reason why the run stays the same one. All other settings are the run's for good, also
+# parallel.use_distributed_optimizer: the results are the same, but the optimiser's state is written in another form.
 CHANGEABLE: dict[str, str] = {
-    "parallel.*": "the same sums in another order; checkpoints know no layout",
+    "parallel.*_parallel*": "the same sums in another order; checkpoints know no layout",
+    "parallel.overlap_*": "the same sums, sent at another time",
+    "parallel.make_vocab_size_divisible_by": "padding of the vocabulary, of which nothing is saved",
+    "parallel.distributed_timeout_minutes": "when a rank gives up",
     "train.micro_batch_size": "gradients are sums over the whole batch",
     "train.max_tokens_per_micro_batch": "gradients are sums over the whole batch",
     "train.recompute_*": "the same activations, kept or computed again",

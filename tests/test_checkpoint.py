@@ -144,6 +144,15 @@ def _taken_over(folder: Path) -> dict[str, Any]:
     found["settings"] = settings
     nowhere = CheckpointConfig(load=str(folder / "student"))
     found["nowhere"] = error_of(lambda: run(run_config(folder, "nowhere", checkpoint=nowhere)))
+    other_form = run_config(
+        folder,
+        "other form",
+        checkpoint=source,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=2, make_vocab_size_divisible_by=4, use_distributed_optimizer=True
+        ),
+    )
+    found["other form"] = error_of(lambda: run(other_form))
     return found
 
 
@@ -276,6 +285,7 @@ def test_a_run_takes_over_the_state_of_another(found: Any) -> None:
         assert rank["taken over"]["from step"]["outcome"] == "resumed"
         assert same(rank["taken over"]["from step"]["parameters"], rank["sync"]["parameters"])
         assert "holds no checkpoint" in rank["taken over"]["nowhere"]
+        assert "parallel.use_distributed_optimizer: False there, True here" in rank["taken over"]["other form"]
         ((step, groups),) = rank["taken over"]["settings"]
         assert step == 6
         assert {beta2 for _, (_, beta2) in groups} == {0.5}, "the optimiser's settings are this run's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from renio_megatron.config import load_recipe
 from renio_megatron.errors import CheckpointError, ConfigError, RunStopped
 from renio_megatron.recipe_rules import CHANGEABLE, is_changeable
 from renio_megatron.rundir import RunDirectory
+from renio_megatron.settings import ParallelConfig
 from tests.test_trainer import Keeper, trainer
 
 
@@ -48,8 +50,11 @@ def test_no_checkpoint_at_all_cannot_be_kept(recipe, value):
 def test_what_decides_the_result_is_not_changeable():
     for key in ("train.global_batch_size", "train.lr", "train.seed", "checkpoint.load", "data.seed", "train.bf16"):
         assert not is_changeable(key), key
+    assert not is_changeable("parallel.use_distributed_optimizer"), "its state is written in another form"
     for key in ("parallel.context_parallel_size", "train.recompute_granularity", "rollout.micro_batch_size"):
         assert is_changeable(key), key
+    layout = {f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)}
+    assert {key for key in layout if not is_changeable(key)} == {"parallel.use_distributed_optimizer"}
     assert all(CHANGEABLE.values()), "each with its reason"
 
 

@@ -118,7 +118,8 @@ class MegatronKeeper:
         directory = self._on_main(None, self._find)
         if directory is None:
             return None
-        check_same_model(directory, self._learner.part)
+        common = check_same_model(directory, self._learner.part)
+        self._check_same_optimizer(directory, common.get("optimizer_form"))
         groups = self._learner.optimizer.param_groups
         settings = [{key: group[key] for key in _OPTIMIZER_SETTINGS if key in group} for group in groups]
         try:
@@ -143,8 +144,20 @@ class MegatronKeeper:
         return {
             "rng": ShardedObject("rng", state, (1,), (0,), replica_id=part.layout.rank),
             "architecture": dataclasses.asdict(part.architecture),
+            "optimizer_form": self._learner.optimizer_form(),
             "config": self._config,
         }
+
+    def _check_same_optimizer(self, directory: Path, saved: Any) -> None:
+        """Raises `CheckpointError` where the optimiser's state is written in another form than this run's."""
+        wanted = self._learner.optimizer_form()
+        differing = [f"{key}: {(saved or {}).get(key)} there, {wanted[key]} here" for key in wanted]
+        if saved != wanted:
+            _raise_shared(
+                f"the checkpoint {directory} holds the optimiser in another form ({'; '.join(differing)}). Set the "
+                "values that it was saved with, or start a new run from its weights: write them with `renio export`, "
+                "and give that directory as `model`."
+            )
 
     def _find(self) -> Path | None:
         """The checkpoint to restore, all its files there; on the first rank. Shows that checkpoints can be written."""
@@ -236,8 +249,12 @@ def load_model_weights(directory: Path, part: ModelPart) -> None:
     restore_weights(part, loaded["model"])
 
 
-def check_same_model(directory: Path, part: ModelPart) -> None:
-    """Raises `CheckpointError` where the checkpoint is not one of ours, or of another architecture than `part`."""
+def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
+    """What a checkpoint holds once, whatever its ranks.
+
+    Raises:
+        CheckpointError: it is not one of ours, or of another architecture than `part`.
+    """
     try:
         common = dist_checkpointing.load_common_state_dict(str(directory))
     except (Exception, CheckpointException) as error:
@@ -257,6 +274,7 @@ def check_same_model(directory: Path, part: ModelPart) -> None:
             f"the checkpoint {directory} is of another architecture ({'; '.join(differing)}). "
             "Point `model` back to the model that the run started from, or start again with --fresh."
         )
+    return common
 
 
 def _refuse(directory: Path, error: BaseException) -> NoReturn:

@@ -69,6 +69,11 @@ class MegatronLearner:
         if parallel.overlap_param_gather:
             part.settle = self._gather_parameters
 
+    def optimizer_form(self) -> dict[str, bool]:
+        """What decides how the optimiser's state is written in a checkpoint; the layout does not."""
+        config = self.optimizer.config
+        return {"parallel.use_distributed_optimizer": config.use_distributed_optimizer, "train.bf16": config.bf16}
+
     def arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """The rollouts as the student's micro-batches."""
         micro_batches = collate(rollouts, view="student", arrangement=self._arrangement)
