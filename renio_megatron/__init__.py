@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from renio_megatron.linear_loss import linear_distillation_loss
     from renio_megatron.loss import DistillationOutput, distillation_loss
     from renio_megatron.parallel.vocab import VocabShard
     from renio_megatron.settings import LossConfig, WeightingConfig
@@ -19,11 +20,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "DistillationOutput": "renio_megatron.loss",
     "distillation_loss": "renio_megatron.loss",
+    "linear_distillation_loss": "renio_megatron.linear_loss",
     "VocabShard": "renio_megatron.parallel.vocab",
     "LossConfig": "renio_megatron.settings",
     "WeightingConfig": "renio_megatron.settings",
 }
-__all__ = ["DistillationOutput", "LossConfig", "VocabShard", "WeightingConfig", "distillation_loss"]
+__all__ = [
+    "DistillationOutput",
+    "LossConfig",
+    "VocabShard",
+    "WeightingConfig",
+    "distillation_loss",
+    "linear_distillation_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """The public loss over logits: where the mathematics meets the shards.
 
-Three passes over the rows (`kernels/`), two small exchanges over the tensor group (`parallel/vocab.py`), and a gradient
-that is final when forward returns, because the sample weights need nothing that pass 1 does not know.
+Three passes over the rows with two small exchanges over the tensor group (`passes.py`), and a gradient that is final
+when forward returns, because the sample weights need nothing that pass 1 does not know. `linear_loss.py` is the same
+from hidden states and LM heads.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron import kernels
-from renio_megatron.errors import LayoutError
-from renio_megatron.objective.divergences import divergence_of
+from renio_megatron.loss_checks import check_logits, check_tokens
 from renio_megatron.objective.reduce import token_scale
-from renio_megatron.parallel.vocab import VocabShard, gather_in_rank_order, merge_statistics, sum_in_rank_order
+from renio_megatron.parallel.vocab import VocabShard
+from renio_megatron.passes import Passes
 from renio_megatron.scores import sample_weights
 from renio_megatron.settings import LossConfig, WeightingConfig
 
+RAN_TWICE = (
+    "backward through this loss ran twice; its gradient was handed over the first time. "
+    "Call the loss again, or backward once."
+)
 _DEFAULT_LOSS = LossConfig()
 _DEFAULT_WEIGHTING = WeightingConfig()
 
@@ -106,19 +111,12 @@ def distillation_loss(
     """
     if shard is None:
         shard = VocabShard(0, student_logits.shape[-1], student_logits.shape[-1])
-    _check_shapes(student_logits, teacher_logits, token_ids, owner, num_sequences, shard, weights, sequence_lengths)
+    check_logits(student_logits, teacher_logits, shard)
+    check_tokens(len(student_logits), token_ids, owner, num_sequences, shard, weights, sequence_lengths)
+    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     with torch.no_grad():
-        divergence = divergence_of(loss.beta, loss.divergence)
-        clipped = loss.entry_clip is not None
-        one_round = divergence.mean_under is not None and not clipped
-        cross_sign = {"teacher": 1, "student": -1, None: 0}[divergence.mean_under] if one_round else 0
-        columns: dict[str, Any] = {"num_valid": shard.num_valid, "temperature": loss.temperature}
-        bounds: dict[str, Any] = {"beta": loss.beta, "entry_clip": loss.entry_clip, "entry_floor": loss.entry_floor}
-
-        local = kernels.statistics(
-            student_logits, teacher_logits, shard.local_columns(token_ids), cross_sign=cross_sign, **columns
-        )
-        normalisers = merge_statistics(gather_in_rank_order(local, shard.group), cross_sign)
+        passes = Passes(loss, shard)
+        normalisers = passes.normalisers(student_logits, teacher_logits, token_ids)
         sample = sample_weights(
             normalisers.student_logp,
             normalisers.teacher_logp,
@@ -131,32 +129,15 @@ def distillation_loss(
             sequence_lengths=sequence_lengths,
             state=state,
         )
-        if one_round:
-            assert divergence.total_slope is not None
-            value_N, total_slope_N = normalisers.cross, divergence.total_slope(normalisers.cross)
-            clipped_N = torch.zeros_like(value_N)
-        else:
-            sums = kernels.clamped_sums(student_logits, teacher_logits, normalisers, divergence, **columns, **bounds)
-            value_N, total_slope_N, clipped_N = sum_in_rank_order(sums, shard.group).unbind(1)
-
-        ranks = 1 if batch_group is None else batch_group.size()
-        denominator = (sample.batch_size / ranks).to(value_N.dtype).clamp(min=1.0 / ranks)
-        scale_N = token_scale(sample.weights, sample.lengths, owner, denominator=denominator)
-        value = (scale_N * value_N).sum()
-
-    if torch.is_grad_enabled() and student_logits.requires_grad:
-        with torch.no_grad():
-            gradient = kernels.weighted_gradient(
-                student_logits,
-                teacher_logits,
-                normalisers,
-                divergence,
-                total_slope_N,
-                scale_N,
-                student_logits.detach() if overwrite_logits else torch.empty_like(student_logits),
-                **columns,
-                **bounds,
-            )
+        totals = passes.totals(student_logits, teacher_logits, normalisers)
+        scale_N = token_scale(
+            sample.weights, sample.lengths, owner, denominator=mean_denominator(sample.batch_size, batch_group)
+        )
+        value = (scale_N * totals.value).sum()
+        if needs_gradient:
+            out = student_logits.detach() if overwrite_logits else torch.empty_like(student_logits)
+            gradient = passes.gradient(student_logits, teacher_logits, normalisers, totals, scale_N, out)
+    if needs_gradient:
         value = FinishedGradient.apply(student_logits, value, gradient)
     return DistillationOutput(
         loss=value,
@@ -164,10 +145,17 @@ def distillation_loss(
         raw_weights=sample.raw_weights,
         log_ratio=sample.log_ratio,
         is_pivotal=sample.is_pivotal,
-        token_divergence=value_N,
-        clipped_entries=clipped_N,
+        token_divergence=totals.value,
+        clipped_entries=totals.clipped,
         state=sample.state,
     )
+
+
+def mean_denominator(batch_size: torch.Tensor, batch_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """What the sum over this rank's sequences is divided by, so that the usual mean over data-parallel ranks is the
+    batch's: sequences of the whole batch over ranks, fp64 scalar; never 0."""
+    ranks = 1 if batch_group is None else batch_group.size()
+    return (batch_size / ranks).clamp(min=1.0 / ranks)
 
 
 class FinishedGradient(torch.autograd.Function):
@@ -184,47 +172,6 @@ class FinishedGradient(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient of the logits; it is handed over, so there is no second time."""
         if ctx.gradient is None:
-            raise RuntimeError(
-                "backward through this loss ran twice; its gradient was handed over the first time. "
-                "Call the loss again, or backward once."
-            )
+            raise RuntimeError(RAN_TWICE)
         gradient, ctx.gradient = ctx.gradient, None
         return kernels.scale_rows_(gradient, upstream), None, None
-
-
-def _check_shapes(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    owner: torch.Tensor,
-    num_sequences: int,
-    shard: VocabShard,
-    weights: torch.Tensor | None,
-    sequence_lengths: torch.Tensor | None,
-) -> None:
-    """Raises `LayoutError` where the arguments of `distillation_loss` do not fit together."""
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise LayoutError(
-            "student_logits and teacher_logits must both be [N, L]: completion tokens only, flat, the same columns; "
-            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. Cut the wider vocabulary first."
-        )
-    if student_logits.device != teacher_logits.device:
-        raise LayoutError(
-            f"student_logits are on {student_logits.device}, teacher_logits on {teacher_logits.device}; move one."
-        )
-    rows, width = student_logits.shape
-    if width != shard.width:
-        raise LayoutError(
-            f"the logits have {width} columns, the shard [{shard.start}, {shard.stop}) has {shard.width}; "
-            "shard.start and shard.stop count padding columns, too."
-        )
-    for name, index, limit in (("token_ids", token_ids, shard.vocab_size), ("owner", owner, num_sequences)):
-        if index.shape != (rows,) or index.dtype != torch.int64:
-            raise LayoutError(f"{name} must be int64 [{rows}]; got {index.dtype} {tuple(index.shape)}.")
-        if rows and (int(index.min()) < 0 or int(index.max()) >= limit):
-            raise LayoutError(
-                f"{name} must lie in [0, {limit}); got values from {int(index.min())} to {int(index.max())}."
-            )
-    for name, values in (("weights", weights), ("sequence_lengths", sequence_lengths)):
-        if values is not None and values.shape != (num_sequences,):
-            raise LayoutError(f"{name} must be [{num_sequences}], a value a sequence; got {tuple(values.shape)}.")

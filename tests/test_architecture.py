@@ -18,6 +18,9 @@ FLOORS = (
     (
         "roles",
         "scores",
+        "passes",
+        "chunks",
+        "loss_checks",
         "loss",
         "token_logp",
         "linear_loss",

@@ -11,6 +11,7 @@ autograd cannot see is how sharded losses with exact values and wrong gradients 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,52 @@ def gather_in_rank_order(local: torch.Tensor, group: dist.ProcessGroup | None) -
     return gathered
 
 
+def gather_statistics(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """Every rank's statistics [N, 7] in rank order, [R, N, 7]; one collective. Conjugate: none, no gradient.
+
+    A last row travels along that says which columns they are of. It is read once for each shard, so that a vocabulary
+    with a gap is found where its first loss is computed, and nobody waits for a GPU afterwards.
+
+    Raises:
+        LayoutError: the ranks' columns are not the whole vocabulary, or some are there twice.
+    """
+    if shard.group is None or shard.group.size() == 1:
+        return local[None]
+    edges = local.new_tensor([[shard.start, shard.stop, shard.vocab_size, 0, 0, 0, 0]])
+    gathered = gather_in_rank_order(torch.cat((local, edges)), shard.group)
+    key = (shard.group, shard.start, shard.stop, shard.vocab_size)
+    if key not in _KNOWN_SHARDS:
+        _check_cover(gathered[:, -1, :3].long().tolist(), shard.vocab_size)
+        _KNOWN_SHARDS.add(key)
+    return gathered[:, :-1]
+
+
+_KNOWN_SHARDS: set[tuple[dist.ProcessGroup, int, int, int]] = set()
+"""Shards whose group was found to hold the whole vocabulary."""
+
+
+def _check_cover(edges: list[list[int]], vocab_size: int) -> None:
+    """Raises `LayoutError` unless the shards (start, stop, V) in rank order hold each of the V columns once."""
+    if any(other != vocab_size for _, _, other in edges):
+        raise LayoutError(f"the ranks' shards are of vocabularies of different sizes: {[v for _, _, v in edges]}.")
+    end = 0
+    for start, stop, _ in sorted(edges):
+        if start == stop or start >= vocab_size:  # empty, or nothing but padding
+            continue
+        if start != end:
+            what = "in no shard" if start > end else "in more than one shard"
+            raise LayoutError(
+                f"the columns [{min(start, end)}, {max(start, end)}) are {what}; the ranks hold "
+                f"{[tuple(edge[:2]) for edge in edges]} of a vocabulary of {vocab_size}."
+            )
+        end = min(stop, vocab_size)
+    if end < vocab_size:
+        raise LayoutError(
+            f"the columns [{end}, {vocab_size}) are in no shard; the ranks hold {[tuple(edge[:2]) for edge in edges]} "
+            f"of a vocabulary of {vocab_size}."
+        )
+
+
 def sum_in_rank_order(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Sum over the ranks, with the same bits on each; one collective. Conjugate: none, no gradient."""
     gathered = gather_in_rank_order(local, group)
@@ -115,6 +162,83 @@ def gather_columns(local_logits: torch.Tensor, shard: VocabShard) -> torch.Tenso
     """
     gathered = gather_in_rank_order(local_logits, shard.group)
     return gathered.movedim(0, -2).flatten(-2)[..., : shard.vocab_size]
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity forward, sum over the group backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = upstream.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_gradient_over_shards(hidden: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """`hidden` itself, [N, H], about to meet a head that is cut over the group: each rank's gradient is a part.
+
+    Conjugate: the sum of the parts, one all-reduce in backward.
+    """
+    if group is None or group.size() == 1 or not hidden.requires_grad:
+        return hidden
+    return _SumGradient.apply(hidden, group)
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather of rows forward, reduce-scatter backward."""
+
+    @staticmethod
+    def forward(ctx: Any, piece: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return gather_in_rank_order(piece, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        parts = list(upstream.contiguous().chunk(ctx.group.size()))
+        piece = torch.empty_like(parts[0])
+        dist.reduce_scatter(piece, parts, group=ctx.group)
+        return piece, None
+
+
+def gather_sequence(piece: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Hidden states of all positions from the pieces that sequence parallelism left on the ranks: [P, H] -> [R P, H].
+
+    Conjugate: each rank's piece of the summed gradient, one reduce-scatter in backward. So a loss that uses the result
+    does not sum its gradient again (`sum_hidden_gradient=False`).
+    """
+    if group is None or group.size() == 1:
+        return piece
+    return _GatherSequence.apply(piece, group)
+
+
+def recut(rows: torch.Tensor, have: VocabShard, want: VocabShard) -> torch.Tensor:
+    """A head whose rows are cut at `have`'s edges, cut at `want`'s: a teacher's, at its student's. [L, H] -> [L', H].
+
+    Rows that `have` lacks, such as padding, are 0; rows that `want` has no place for are dropped. A collective of as
+    many broadcasts as the group has ranks, for set-up. Conjugate: none, for frozen heads.
+
+    Args:
+        rows: this rank's rows, without gradient.
+        have: which rows these are.
+        want: which this rank shall hold; `want.group` must hold the same ranks as `have.group`.
+    """
+    result = rows.new_zeros(want.width, *rows.shape[1:])
+    group = have.group
+    mine = torch.tensor([have.start, have.stop], device=rows.device)
+    for rank, (start, stop) in enumerate(gather_in_rank_order(mine, group).tolist()):
+        part = rows
+        if group is not None and group.size() > 1:
+            part = rows.contiguous() if rank == group.rank() else rows.new_empty(stop - start, *rows.shape[1:])
+            dist.broadcast(part, group=group, group_src=rank)
+        first, last = max(start, want.start), min(stop, want.stop, have.vocab_size, want.vocab_size)
+        if first < last:
+            result[first - want.start : last - want.start] = part[first - start : last - start]
+    return result
 
 
 def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normalisers:

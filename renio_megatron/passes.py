@@ -1,0 +1,104 @@
+"""The three passes and the two exchanges of a divergence over vocabulary shards; both forms of the loss are made of it.
+
+Pass 1 finds what normalises both distributions, pass 2 the totals of the clamped entries, pass 3 writes the gradient.
+After each of the first two the ranks of the tensor group exchange a handful of numbers a token; an unclipped KL needs
+neither pass 2 nor its exchange.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from renio_megatron import kernels
+from renio_megatron.objective.divergences import Divergence, divergence_of
+from renio_megatron.parallel.vocab import (
+    Normalisers,
+    VocabShard,
+    gather_statistics,
+    merge_statistics,
+    sum_in_rank_order,
+)
+from renio_megatron.settings import LossConfig
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a token's divergence comes to over the whole vocabulary, [N] each.
+
+    Attributes:
+        value: the divergence after the entry bounds, nats.
+        slope: G, the sum of the entries' slopes.
+        clipped: entries that `entry_clip` cut.
+    """
+
+    value: torch.Tensor
+    slope: torch.Tensor
+    clipped: torch.Tensor
+
+
+class Passes:
+    """The passes of one divergence over one shard; nothing here is differentiated."""
+
+    def __init__(self, loss: LossConfig, shard: VocabShard) -> None:
+        """`loss` names the divergence, `shard` the columns of every tensor of logits."""
+        self._divergence: Divergence = divergence_of(loss.beta, loss.divergence)
+        self._shard = shard
+        self._in_one_round = self._divergence.mean_under is not None and loss.entry_clip is None
+        mean_under = self._divergence.mean_under if self._in_one_round else None
+        self._cross_sign = {"teacher": 1, "student": -1, None: 0}[mean_under]
+        self._columns: dict[str, Any] = {"num_valid": shard.num_valid, "temperature": loss.temperature}
+        self._bounds: dict[str, Any] = {
+            "beta": loss.beta,
+            "entry_clip": loss.entry_clip,
+            "entry_floor": loss.entry_floor,
+        }
+
+    def normalisers(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, token_ids: torch.Tensor
+    ) -> Normalisers:
+        """Pass 1 over logits [N, L], and the first exchange.
+
+        Raises:
+            LayoutError: the group's shards are not the vocabulary; looked at once for each shard.
+        """
+        columns = self._shard.local_columns(token_ids)
+        local = kernels.statistics(
+            student_logits, teacher_logits, columns, cross_sign=self._cross_sign, **self._columns
+        )
+        return merge_statistics(gather_statistics(local, self._shard), self._cross_sign)
+
+    def totals(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, normalisers: Normalisers) -> Totals:
+        """Pass 2 and the second exchange, where pass 1 does not say it all."""
+        if self._in_one_round:
+            assert self._divergence.total_slope is not None
+            value = normalisers.cross
+            return Totals(value, self._divergence.total_slope(value), torch.zeros_like(value))
+        sums = kernels.clamped_sums(
+            student_logits, teacher_logits, normalisers, self._divergence, **self._columns, **self._bounds
+        )
+        return Totals(*sum_in_rank_order(sums, self._shard.group).unbind(1))
+
+    def gradient(
+        self,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        normalisers: Normalisers,
+        totals: Totals,
+        scale_N: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Pass 3: the gradient of sum(scale x divergence) in the student's logits, written to `out` [N, L]."""
+        return kernels.weighted_gradient(
+            student_logits,
+            teacher_logits,
+            normalisers,
+            self._divergence,
+            totals.slope,
+            scale_N,
+            out,
+            **self._columns,
+            **self._bounds,
+        )
