@@ -34,7 +34,7 @@ from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver
 from renio_megatron.scores import SampleWeights
-from renio_megatron.settings import TrainConfig
+from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.trainer import Trainer
 
@@ -159,7 +159,8 @@ def build_trainer(
     if isinstance(config, RunConfig) or config.init == "pretrained":
         load_weights(part, inputs.model)
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
-    learner = MegatronLearner(part, config.train, config.parallel, temperature=temperature, pad_id=inputs.pad_id)
+    head = config.head if isinstance(config, RunConfig) else HeadConfig()
+    learner = MegatronLearner(part, config.train, config.parallel, head, temperature=temperature, pad_id=inputs.pad_id)
     sampler = MegatronSampler(
         part, seed=config.train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
     )
@@ -200,7 +201,14 @@ def _distillation(
     assert inputs.teacher is not None  # a distillation's inputs name one
     teacher_part = build(inputs.teacher_architecture, trained=False)
     load_weights(teacher_part, inputs.teacher)
-    teacher = MegatronTeacher(teacher_part, config.train, temperature=config.loss.temperature, pad_id=inputs.pad_id)
+    teacher = MegatronTeacher(
+        teacher_part,
+        config.train,
+        config.head,
+        temperature=config.loss.temperature,
+        pad_id=inputs.pad_id,
+        payload_device=config.teacher.payload_device,
+    )
 
     def tell(step: int, rollouts: Sequence[Rollout], sample: SampleWeights) -> None:
         for observer in rollout_observers:
@@ -216,6 +224,7 @@ def _distillation(
             rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length, rollout.micro_batch_size
         ),
         loss=config.loss,
+        head=config.head,
         weighting=config.weighting,
         recompute_student_scores=rollout.student_scores == "recompute",
         lr_at=lr_at,

@@ -8,6 +8,7 @@ import torch
 
 from renio_megatron import kernels
 from renio_megatron.errors import LayoutError
+from renio_megatron.settings import HeadConfig
 
 LEAST_CHUNK = 2048
 """Tokens below which a chunk's products no longer pay for reading the head, nor its exchanges for their latency."""
@@ -28,6 +29,11 @@ def chosen_dtype(hidden: torch.Tensor, logits_dtype: torch.dtype | None) -> torc
             f"logits_dtype must be torch.float32 or the hidden states' {hidden.dtype}; got {logits_dtype}."
         )
     return logits_dtype
+
+
+def logits_dtype_of(config: HeadConfig, hidden_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a recipe's `head.logits_dtype` means for hidden states of `hidden_dtype`."""
+    return torch.promote_types(hidden_dtype, torch.float32) if config.logits_dtype == "fp32" else hidden_dtype
 
 
 def bytes_per_token(width: int, hidden_dtype: torch.dtype, logits_dtype: torch.dtype, num_models: int = 2) -> int:

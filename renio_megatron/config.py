@@ -20,6 +20,7 @@ from renio_megatron.settings import (
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
+    HeadConfig,
     LossConfig,
     ParallelConfig,
     RolloutConfig,
@@ -38,7 +39,7 @@ class RunConfig:
 
     Attributes:
         model: the student's Hugging Face directory, or a model that ships with the package.
-        teacher, data, rollout, loss, weighting, parallel, train, checkpoint, evaluate: sections, see `settings`.
+        teacher, data, rollout, loss, head, weighting, parallel, train, checkpoint, evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
 
@@ -47,6 +48,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -114,6 +116,7 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
     if isinstance(config, RunConfig):
         _check_self_teacher(config)
         _check_packing(config)
+        _check_head(config)
     return Recipe(config=config, explicit=explicit, kind=kind)
 
 
@@ -189,6 +192,18 @@ def _check_packing(config: RunConfig) -> None:
             f"train.max_tokens_per_micro_batch={limit} cannot hold the longest sequence that the recipe allows: "
             f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_completion_length={completion} "
             f"make {longest} tokens. Raise it to {longest}, or lower one of the two."
+        )
+
+
+def _check_head(config: RunConfig) -> None:
+    if config.head.logits_dtype == "bf16" and not config.train.bf16:
+        raise ConfigError(
+            "head.logits_dtype=bf16 with train.bf16=false: the models are fp32, and so are their logits. Set fp32."
+        )
+    if config.teacher.payload_device == "recompute" and config.parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "teacher.payload_device=recompute needs parallel.pipeline_model_parallel_size=1: the teacher's stages "
+            "cannot run inside the student's schedule. Choose host, which keeps as little on the device."
         )
 
 

@@ -33,6 +33,8 @@ CHANGEABLE: dict[str, str] = {
     "train.micro_batch_size": "gradients are sums over the whole batch",
     "train.max_tokens_per_micro_batch": "gradients are sums over the whole batch",
     "train.recompute_*": "the same activations, kept or computed again",
+    "head.chunk_size": "gradients are sums over the tokens",
+    "teacher.payload_device": "the same hidden states, kept elsewhere or computed again",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
     "rollout.log": "what is written of the completions",
     "checkpoint.save_interval": "when the state is written",

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from renio_megatron.parallel.vocab import VocabShard
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -140,9 +142,26 @@ class TeacherScores:
         logp: log-probability of each sampled token at the loss temperature, fp32 [N], equal on all ranks that share the
             sequences.
         payload: what the loss needs to rebuild the teacher's distribution, a value for each of the student's
-            micro-batches: final hidden states at its completion rows, [N of the micro-batch, H of the teacher]. Empty
-            on ranks that compute no loss.
+            micro-batches: final hidden states at its completion rows, [N of the micro-batch, H of the teacher]; it may
+            be fetched or computed where it is asked for. Empty on ranks that compute no loss.
+        payload_bytes: what the payload takes of the device's memory at a time.
     """
 
     logp: torch.Tensor
     payload: Sequence[torch.Tensor]
+    payload_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """A rank's rows of an LM head, or of the embedding that it is tied to.
+
+    Attributes:
+        weight: [L, H].
+        shard: which columns of the logits they make.
+        main_grad: Megatron's fp32 gradient buffer of `weight`, where it is trained.
+    """
+
+    weight: torch.Tensor
+    shard: VocabShard
+    main_grad: torch.Tensor | None = None

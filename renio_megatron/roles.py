@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from renio_megatron.metrics import Tally
-from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.records import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout, TeacherScores
 
 
 class Sampler(Protocol):
@@ -31,18 +30,22 @@ class Teacher(Protocol):
         """Log-probabilities of the sampled tokens and the payload of each of the student's micro-batches."""
         ...
 
-    def logits(self, payload: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits at the student's columns, [N of the micro-batch, L], without gradient."""
+    @property
+    def head(self) -> LmHead:
+        """What makes logits of the payload, cut at the student's columns; where the loss is computed."""
         ...
 
 
 class StepLoss(Protocol):
-    """The loss of one micro-batch; called where the student's logits are."""
+    """The loss of one micro-batch; called where the student's LM head is."""
 
     def __call__(
-        self, index: int, micro_batch: MicroBatch, logits: torch.Tensor, shard: VocabShard
+        self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
     ) -> tuple[torch.Tensor, float, Tally]:
-        """(sum of the loss, its share of the step's denominator, metrics) of micro-batch `index`; logits are [N, L].
+        """(sum of the loss, its share of the step's denominator, metrics) of micro-batch `index`.
+
+        `hidden` are the final hidden states at its completion rows [N, H]; their gradient is summed over the tensor
+        group by whoever made them.
 
         The gradient of the step is that of (all sums) / (all denominators), over every micro-batch and rank.
         """

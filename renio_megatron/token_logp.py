@@ -5,8 +5,34 @@ from __future__ import annotations
 import torch
 
 from renio_megatron import kernels
+from renio_megatron.chunks import Logits, bytes_per_token, chunk_size_for, logits_dtype_of, slices
 from renio_megatron.loss import FinishedGradient
 from renio_megatron.parallel.vocab import VocabShard, gather_in_rank_order, merge_sums
+from renio_megatron.records import LmHead
+from renio_megatron.settings import HeadConfig
+
+
+@torch.no_grad()
+def linear_token_logp(
+    hidden: torch.Tensor,
+    head: LmHead,
+    token_ids: torch.Tensor,
+    config: HeadConfig,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """`token_logp` of hidden states [N, H] under an LM head, chunk by chunk; one collective each.
+
+    Gradient: none flows.
+    """
+    dtype = logits_dtype_of(config, hidden.dtype)
+    token_bytes = bytes_per_token(head.shard.width, hidden.dtype, dtype, num_models=1)
+    size = chunk_size_for(len(hidden), token_bytes, config.chunk_size)
+    logits = Logits(hidden, head.weight, size, dtype)
+    parts = [
+        token_logp(logits.project(rows), token_ids[rows], head.shard, temperature=temperature)
+        for rows in slices(len(hidden), size)
+    ]
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.records import Rollout
-from renio_megatron.settings import DataConfig, ParallelConfig, TrainConfig, WeightingConfig
+from renio_megatron.settings import DataConfig, HeadConfig, ParallelConfig, TrainConfig, WeightingConfig
 from tests.training_cases import recipe
 
 BATCH = 8
@@ -139,6 +139,7 @@ def run_case(case: Case, folder: Path, references: dict[Any, Reference]) -> dict
 
     algorithm.sampler.sample, algorithm.weigh = sample_once, weigh_and_keep
     errors: dict[str, float] = {"gradient": 0.0, "weight": 0.0, "loss": 0.0}
+    payload_devices = ["device", "host", "recompute"][: 2 if layout.pipeline.size > 1 else 3]
     steps = list(itertools.product(WEIGHTINGS, (False, True)))
     if case.variant != "plain":  # micro-batch sizes are varied together with the weighting
         steps = [("batch", False), ("group", True), ("ema", False)]
@@ -147,6 +148,9 @@ def run_case(case: Case, folder: Path, references: dict[Any, Reference]) -> dict
         trainer.step = trainer.cursor = 0
         algorithm._weighting = WEIGHTINGS[name]
         algorithm._weighting_state = torch.tensor(EMA_BEFORE, dtype=torch.float64) if name == "ema" else None
+        # The loss in chunks of all lengths, the teacher's hidden states from every place where they may wait.
+        algorithm._head = HeadConfig(chunk_size=(None, 1, 7)[number % 3])
+        algorithm.teacher._payload_device = payload_devices[(number + case.packed) % len(payload_devices)]
         _set_micro_batches(algorithm, case, is_large, BATCH // layout.data.size)
         learner.optimizer.step = lambda is_last=is_last: look(and_step=is_last)
         metrics = trainer.run()

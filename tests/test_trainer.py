@@ -17,8 +17,8 @@ from renio_megatron.errors import NumericsError
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
-from renio_megatron.settings import LossConfig, TrainConfig, WeightingConfig
+from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.settings import HeadConfig, LossConfig, TrainConfig, WeightingConfig
 from renio_megatron.trainer import Trainer
 
 
@@ -192,7 +192,8 @@ TOKENS = ((0, 1), (2,), (1, 1, 0), (2, 0))
 FINISHED = (True, True, True, False)
 RIGHT = (True, True, False, False)
 VOCABULARY = 3
-WHOLE = VocabShard(0, VOCABULARY, VOCABULARY)
+IDENTITY = LmHead(torch.eye(VOCABULARY, dtype=torch.float64), VocabShard(0, VOCABULARY, VOCABULARY))
+"""Hidden states are logits."""
 
 
 class Roles:
@@ -213,11 +214,12 @@ class Roles:
     def distillation(self, *, recompute: bool = False, grader: Any = None, loss: Any = None, **weighting: Any) -> Any:
         return Distillation(
             SimpleNamespace(sample=self.sample),
-            SimpleNamespace(score=self.score_teacher, logits=lambda payload: payload),
+            SimpleNamespace(score=self.score_teacher, head=IDENTITY),
             SimpleNamespace(arrange=self.arrange, score=self.score_student, update=self.update),
             layout=Layout(),
             decoding=DECODING,
             loss=loss or LossConfig(),
+            head=HeadConfig(),
             weighting=WeightingConfig(**{"cap": CAP, **weighting}),
             recompute_student_scores=recompute,
             lr_at=lambda step: step / 100,
@@ -247,7 +249,7 @@ class Roles:
         self.asked.append(("update", step, lr))
         total, tally = torch.zeros((), dtype=torch.float64), Tally()
         for index, batch in enumerate(batches):
-            value, count, counted = loss(index, batch, self.student[batch.token_index].clone(), WHOLE)
+            value, count, counted = loss(index, batch, self.student[batch.token_index], IDENTITY)
             self.parts.append((float(value.detach()), count))
             total, _ = total + value, tally.merge(counted)
         denominator = sum(count for _, count in self.parts)
@@ -323,6 +325,7 @@ def test_metrics_of_a_batch_by_hand():
         "rollout/accuracy": 0.5,
         "rollout/length": 2.0,
         "rollout/truncated_frac": 0.25,
+        "memory/teacher_payload_mb": 0.0,
         "tokens_per_s": 8.0,
     }
     times = {"time/rollout_s", "time/teacher_s", "time/train_s"}

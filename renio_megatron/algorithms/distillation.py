@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
+from renio_megatron.chunks import Logits, logits_dtype_of
 from renio_megatron.data.collate import flat_completions, flat_logp
 from renio_megatron.evaluate.accuracy import auc
+from renio_megatron.linear_loss import linear_distillation_loss
 from renio_megatron.loss import distillation_loss
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.balance import balance
 from renio_megatron.parallel.batch import gather_batch, sum_pieces
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.records import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout, TeacherScores
 from renio_megatron.roles import Learner, Sampler, Teacher
 from renio_megatron.scores import SampleWeights, applied_cap, sample_weights
-from renio_megatron.settings import LossConfig, WeightingConfig
+from renio_megatron.settings import HeadConfig, LossConfig, WeightingConfig
 
 
 class Distillation:
@@ -40,6 +41,7 @@ class Distillation:
         decoding: Decoding,
         loss: LossConfig,
         weighting: WeightingConfig,
+        head: HeadConfig,
         recompute_student_scores: bool,
         lr_at: Callable[[int], float],
         grader: Callable[[Rollout], bool | None] | None = None,
@@ -53,6 +55,7 @@ class Distillation:
             layout: this rank's place; weights are normalised over its data axis.
             decoding: how completions are drawn.
             loss, weighting: the objective.
+            head: how its logits are made.
             recompute_student_scores: take log p_S from a forward-only pass instead of the sampler.
             lr_at: learning rate of a step.
             grader: says whether a completion is right, for the metrics only; None where nothing can be graded.
@@ -61,6 +64,7 @@ class Distillation:
         """
         self.sampler, self.teacher, self.learner = sampler, teacher, learner
         self._layout, self._decoding, self._loss, self._weighting = layout, decoding, loss, weighting
+        self._head = head
         self._recompute, self._lr_at, self._grader = recompute_student_scores, lr_at, grader
         self._is_balanced, self._on_rollouts = is_balanced, on_rollouts
         self._weighting_state: torch.Tensor | None = None
@@ -75,7 +79,7 @@ class Distillation:
         clock.append(time.perf_counter())
         student_logp = self.learner.score(batches) if self._recompute else flat_logp(rollouts)
         sample = self.weigh(rollouts, student_logp, teacher)
-        loss = WeightedDivergence(self.teacher, teacher, sample, self._loss, self._weighting)
+        loss = WeightedDivergence(self.teacher, teacher, sample, self._loss, self._weighting, self._head)
         metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))
         if "renio/pivot_gradient_frac" in metrics:  # counted in squares, which add up
             metrics["renio/pivot_gradient_frac"] **= 0.5
@@ -163,70 +167,84 @@ class WeightedDivergence:
         sample: SampleWeights,
         loss: LossConfig,
         weighting: WeightingConfig,
+        head: HeadConfig,
     ) -> None:
         """`scores` and `sample` are those of all the rank's sequences, in order."""
         self._teacher, self._scores, self._sample = teacher, scores, sample
-        self._loss, self._weighting = loss, weighting
+        self._loss, self._weighting, self._head = loss, weighting, head
 
     def __call__(
-        self, index: int, micro_batch: MicroBatch, logits: torch.Tensor, shard: VocabShard
+        self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
     ) -> tuple[torch.Tensor, float, Tally]:
         """(sum over sequences, number of sequences, metrics); of a rank's pieces where it holds only those."""
         count = micro_batch.num_sequences
         share = count / micro_batch.pieces  # all pieces together are the sequences
-        teacher_logits = self._teacher.logits(self._scores.payload[index])
+        teacher_hidden = self._scores.payload[index]
         tally = Tally()
         if index == 0 and self._loss.entry_clip is not None:
-            self._tally_pivots(tally, micro_batch, logits.detach(), teacher_logits, shard)
-        out = distillation_loss(
-            logits,
-            teacher_logits,
+            self._tally_pivots(tally, micro_batch, hidden.detach(), teacher_hidden, head)
+        out = linear_distillation_loss(
+            hidden,
+            head.weight,
+            teacher_hidden,
+            self._teacher.head.weight,
             micro_batch.target_ids,
             micro_batch.owner,
             count,
             self._loss,
             self._weighting,
-            shard,
+            head.shard,
             weights=self._sample.weights[micro_batch.sequence_index],
             sequence_lengths=self._sample.lengths[micro_batch.sequence_index],
-            overwrite_logits=True,
+            chunk_size=self._head.chunk_size,
+            logits_dtype=logits_dtype_of(self._head, hidden.dtype),
+            sum_hidden_gradient=False,
+            main_grad=head.main_grad,
+            check_values=False,
         )
         tally.add("loss", float(out.loss.detach()) * count, share)
         tally.add("loss/kl", float(out.token_divergence.sum()), len(out.token_divergence))
         tally.add("loss/entry_clip_frac", int((out.clipped_entries > 0).sum()), len(out.clipped_entries))
+        tally.add_max("memory/teacher_payload_mb", self._scores.payload_bytes / 2**20)
         return out.loss * count, share, tally
 
+    @torch.no_grad()
     def _tally_pivots(
-        self,
-        tally: Tally,
-        micro_batch: MicroBatch,
-        logits: torch.Tensor,
-        teacher_logits: torch.Tensor,
-        shard: VocabShard,
+        self, tally: Tally, micro_batch: MicroBatch, hidden: torch.Tensor, teacher_hidden: torch.Tensor, head: LmHead
     ) -> None:
-        """Squared gradient at pivotal tokens with the entry clip over that without: what the clip leaves of it."""
+        """Squared gradient at some pivotal tokens with the entry clip over that without: what the clip leaves of it."""
         rows = self._sample.is_pivotal[micro_batch.token_index].nonzero()[:, 0]
+        rows = rows[:: -(-len(rows) // MOST_PIVOTS) or 1]
+        dtype = logits_dtype_of(self._head, hidden.dtype)
+        logits, teacher_logits = (
+            Logits(states[rows], weight, len(rows), dtype).project(slice(None))
+            for states, weight in ((hidden, head.weight), (teacher_hidden, self._teacher.head.weight))
+        )
         energies = []
         for loss in (self._loss, replace(self._loss, entry_clip=None)):
-            leaf = logits[rows].requires_grad_()
+            leaf = logits.clone().requires_grad_()
             with torch.enable_grad():
                 out = distillation_loss(
                     leaf,
-                    teacher_logits[rows],
+                    teacher_logits,
                     micro_batch.target_ids[rows],
                     torch.zeros_like(rows),
                     1,
                     loss,
                     self._weighting,
-                    shard,
+                    head.shard,
                     weights=torch.ones(1, device=logits.device),
                 )
                 out.loss.backward()
             assert leaf.grad is not None
             energies.append(leaf.grad.double().square().sum())
-        kept, whole = sum_pieces(torch.stack(energies), shard.group).tolist()
+        kept, whole = sum_pieces(torch.stack(energies), head.shard.group).tolist()
         if whole > 0:
             tally.add("renio/pivot_gradient_frac", kept, whole)
+
+
+MOST_PIVOTS = 64
+"""Tokens at which `renio/pivot_gradient_frac` is measured, so that their whole logits take little memory."""
 
 
 def weight_metrics(

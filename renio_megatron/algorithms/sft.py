@@ -11,8 +11,7 @@ import torch
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.batch import gather_batch
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.records import MicroBatch, Prompt, Rollout
+from renio_megatron.records import LmHead, MicroBatch, Prompt, Rollout
 from renio_megatron.roles import Learner
 from renio_megatron.token_logp import cross_entropy
 
@@ -45,10 +44,11 @@ class Sft:
 
 
 def token_cross_entropy(
-    index: int, micro_batch: MicroBatch, logits: torch.Tensor, shard: VocabShard
+    index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
 ) -> tuple[torch.Tensor, float, Tally]:
     """(sum of -log p over completion tokens, number of tokens, metrics) of a micro-batch."""
-    total = cross_entropy(logits, micro_batch.target_ids, shard, overwrite_logits=True)
+    logits = torch.nn.functional.linear(hidden, head.weight)
+    total = cross_entropy(logits, micro_batch.target_ids, head.shard, overwrite_logits=True)
     tokens = len(micro_batch.target_ids)
     tally = Tally()
     tally.add("loss", float(total.detach()), tokens)

@@ -24,8 +24,10 @@ from renio_megatron.metrics import Tally
 from renio_megatron.parallel.batch import reduce_tally, sum_pieces
 from renio_megatron.records import MicroBatch, Rollout
 from renio_megatron.roles import StepLoss
-from renio_megatron.settings import ParallelConfig, TrainConfig
-from renio_megatron.token_logp import token_logp
+from renio_megatron.settings import HeadConfig, ParallelConfig, TrainConfig
+from renio_megatron.token_logp import linear_token_logp
+
+_DEFAULT_HEAD = HeadConfig()
 
 
 class MegatronLearner:
@@ -41,10 +43,18 @@ class MegatronLearner:
     """
 
     def __init__(
-        self, part: ModelPart, train: TrainConfig, parallel: ParallelConfig, *, temperature: float, pad_id: int
+        self,
+        part: ModelPart,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        head: HeadConfig = _DEFAULT_HEAD,
+        *,
+        temperature: float,
+        pad_id: int,
     ) -> None:
-        """Wraps `part` for training; `temperature` is the loss's, for `score`."""
+        """Wraps `part` for training; `temperature` and `head` are the loss's, for `score`."""
         self.part = part
+        self._head = head
         self._train = train
         self._temperature = temperature
         self._arrangement = part.arrangement(pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch)
@@ -84,7 +94,7 @@ class MegatronLearner:
         part = self.part
 
         def logp_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> torch.Tensor:
-            return token_logp(part.head_logits(rows), micro_batch.target_ids, part.shard, temperature=self._temperature)
+            return linear_token_logp(rows, part.head(), micro_batch.target_ids, self._head, self._temperature)
 
         part.train(False)
         return share_tokens(run_forward(part, micro_batches, logp_of), micro_batches, part.layout)
@@ -105,7 +115,7 @@ class MegatronLearner:
         skip = self._train.skip_nonfinite_steps
 
         def loss_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[torch.Tensor, Tally]:
-            total, denominator, tally = loss(index, micro_batch, part.head_logits(rows), part.shard)
+            total, denominator, tally = loss(index, micro_batch, rows, part.head())
             if not skip and not math.isfinite(float(total.detach())):
                 raise NumericsError(
                     f"step {step}, rank {part.layout.rank}: the loss of micro-batch {index} is "

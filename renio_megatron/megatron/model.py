@@ -1,8 +1,8 @@
 """A rank's part of a model: GPTModel on the local spec, its final hidden states, and its LM-head shard.
 
 The model's output layer hands its input through, so a forward pass ends with final hidden states; logits are made from
-chosen rows afterwards (`ModelPart.head_logits`), because only completion rows are ever needed. The output layer stays a
-module that is called, with its weight an ordinary parameter: DDP waits for parameters in its forward hook.
+chosen rows afterwards, chunk by chunk in the loss, because only completion rows are ever needed. The output layer stays
+a module that is called, with its weight an ordinary parameter: DDP waits for parameters in its forward hook.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
+from renio_megatron import kernels
 from renio_megatron.data.collate import Arrangement
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.attention import SdpaCoreAttention
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.vocab import VocabShard
+from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
+from renio_megatron.records import LmHead
 from renio_megatron.settings import ParallelConfig, TrainConfig
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
@@ -88,13 +86,6 @@ class ModelPart:
         for chunk in self.chunks:
             chunk.train(mode)
 
-    def head_weight(self) -> torch.Tensor:
-        """This rank's rows of the LM head, [L, H]; the embedding's where they are tied. Last stage only."""
-        last = self.chunks[-1]
-        if last.share_embeddings_and_output_weights:
-            return last.shared_embedding_or_output_weight()
-        return last.output_layer.weight
-
     def completion_rows(self, output: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
         """Final hidden states of chosen positions, as the LM head reads them: [N, H].
 
@@ -109,13 +100,24 @@ class ModelPart:
         """
         group = self.layout.tensor.group
         if self.config.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(output.transpose(0, 1).contiguous(), group=group)
+            whole = gather_sequence(output.transpose(0, 1).contiguous(), group)
             return whole.transpose(0, 1).flatten(0, 1)[row_index]
-        return copy_to_tensor_model_parallel_region(output.flatten(0, 1)[row_index], group=group)
+        return sum_gradient_over_shards(output.flatten(0, 1)[row_index], group)
 
+    def head(self) -> LmHead:
+        """This rank's rows of the LM head, the embedding's where they are tied. Last stage only."""
+        last = self.chunks[-1]
+        tied = last.share_embeddings_and_output_weights
+        weight = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
+        return LmHead(weight, self.shard, getattr(weight, "main_grad", None))
+
+    @torch.no_grad()
     def head_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of the logits of some rows of `completion_rows`: [N, H] -> [N, L]."""
-        return torch.nn.functional.linear(hidden_rows, self.head_weight())
+        """This rank's columns of the logits of a few rows, at fp32 or better: [N, H] -> [N, L]. No gradient flows."""
+        weight = self.head().weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        out = hidden_rows.new_empty(len(hidden_rows), weight.shape[0], dtype=dtype)
+        return kernels.project_rows(hidden_rows, weight, out)
 
     def arrangement(self, pad_id: int, micro_batch_size: int, max_tokens: int | None) -> Arrangement:
         """How sequences must be arranged for this layout; `max_tokens` packs them."""

@@ -1,6 +1,6 @@
 """Typed settings of every component: values and their ranges, no behaviour."""
 
-from renio_megatron.settings.loss import LossConfig
+from renio_megatron.settings.loss import HeadConfig, LossConfig
 from renio_megatron.settings.run import (
     CheckpointConfig,
     DataConfig,
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvaluateConfig",
+    "HeadConfig",
     "LossConfig",
     "ParallelConfig",
     "RolloutConfig",

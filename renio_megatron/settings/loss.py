@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.settings.checks import require_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +49,25 @@ class LossConfig:
                 f"loss.entry_floor must be at most 0, or null for no lower bound; got {self.entry_floor}. "
                 "A positive floor would add to the divergence of equal distributions."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """How logits are made from hidden states and LM heads, a chunk of tokens at a time.
+
+    Attributes:
+        logits_dtype: `fp32`, or `bf16` for half the memory where the models are bf16. Rounded logits cost a loss with
+            `entry_clip` much of its gradient's precision.
+        chunk_size: tokens whose logits exist at a time; null: as many as 1 GiB holds, at least 2048.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    logits_dtype: str = "fp32"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("head.logits_dtype", self.logits_dtype, ("fp32", "bf16"))
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ConfigError(f"head.chunk_size must be at least 1, or null; got {self.chunk_size}.")

@@ -16,13 +16,18 @@ class TeacherConfig:
         kind: `separate`, a frozen model of its own; `self`, the student's initial weights, frozen, reading the
             teacher's view of the prompt (`data.teacher_template`).
         model: Hugging Face directory of a separate teacher.
+        payload_device: where its final hidden states at completion tokens wait for the loss: `device`, all of the
+            step's; `host`, in pinned memory, one micro-batch's at a time on the device; `recompute`, nowhere: the
+            teacher reads each micro-batch a second time.
     """
 
     kind: str = "separate"
     model: str | None = None
+    payload_device: str = "device"
 
     def __post_init__(self) -> None:
         require_choice("teacher.kind", self.kind, ("separate", "self"))
+        require_choice("teacher.payload_device", self.payload_device, ("device", "host", "recompute"))
         if self.kind == "separate" and self.model is None:
             raise ConfigError("teacher.kind=separate needs teacher.model, the teacher's Hugging Face directory.")
 

@@ -1,0 +1,127 @@
+"""The teacher's final hidden states on their way to the loss: put in the student's order, kept or computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import overload
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron.parallel.batch import sum_pieces
+from renio_megatron.records import MicroBatch, Rollout
+
+
+class Kept(Sequence[torch.Tensor]):
+    """Hidden states that wait somewhere, [N of the micro-batch, H] each, fetched to the device one at a time."""
+
+    def __init__(self, parts: Sequence[torch.Tensor], device: torch.device) -> None:
+        """`parts` follow the student's micro-batches; `device` is where the loss is computed."""
+        self._parts, self._device = parts, device
+
+    @property
+    def part_bytes(self) -> list[int]:
+        """What each takes on the device."""
+        return [part.numel() * part.element_size() for part in self._parts]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._parts[index].to(self._device, non_blocking=True)
+
+
+class Recomputed(Sequence[torch.Tensor]):
+    """Hidden states that the teacher computes again, a micro-batch at a time, where the loss asks for them."""
+
+    def __init__(
+        self,
+        rollouts: Sequence[Rollout],
+        student_batches: Sequence[MicroBatch],
+        hidden_states: Callable[[Sequence[Rollout], MicroBatch], torch.Tensor],
+    ) -> None:
+        """`hidden_states` computes those of one micro-batch, given its rollouts alone and itself among them."""
+        self._rollouts, self._batches, self._hidden_states = rollouts, student_batches, hidden_states
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        batch = self._batches[index]
+        rollouts = [self._rollouts[number] for number in batch.sequence_index.tolist()]
+        tokens = _tokens_of(batch, [len(rollout.completion_ids) for rollout in self._rollouts])
+        alone = replace(
+            batch,
+            token_index=_places(tokens, batch.token_index),
+            sequence_index=torch.arange(len(rollouts), device=batch.sequence_index.device),
+        )
+        return self._hidden_states(rollouts, alone)
+
+
+def align(
+    rows: list[torch.Tensor],
+    micro_batches: Sequence[MicroBatch],
+    student_batches: Sequence[MicroBatch],
+    group: dist.ProcessGroup | None,
+) -> list[torch.Tensor]:
+    """Hidden states of the teacher's micro-batches, as the student's micro-batches want them.
+
+    The teacher's prompt is of another length, so packing and context parallelism cut its sequences elsewhere: the rows
+    are put back in the rollouts' order, and each rank takes those whose tokens it trains.
+
+    Args:
+        rows: of each of the teacher's micro-batches [N, H], anywhere; the list is emptied.
+        micro_batches: the teacher's.
+        student_batches: the student's, of the same rollouts.
+        group: context-parallel group; the ranks' rows are exchanged one of the student's micro-batches at a time.
+    """
+    pieces = 1 if group is None else group.size()
+    if pieces == 1 and all(
+        torch.equal(mine.token_index, theirs.token_index)
+        for mine, theirs in zip(micro_batches, student_batches, strict=False)
+    ):
+        return rows
+    lengths = torch.cat([batch.lengths for batch in micro_batches])
+    lengths_of = torch.empty_like(lengths)
+    lengths_of[torch.cat([batch.sequence_index for batch in micro_batches])] = lengths
+    place, device = rows[0].device, micro_batches[0].token_ids.device
+    flat = torch.zeros(int(lengths.sum()), rows[0].shape[1], dtype=rows[0].dtype, device=place)
+    for values, batch in zip(rows, micro_batches, strict=True):
+        flat[batch.token_index.to(place)] = values
+    rows.clear()
+    if pieces == 1:
+        return [flat[batch.token_index.to(place)] for batch in student_batches]
+    wanted = []
+    for batch in student_batches:
+        tokens = _tokens_of(batch, lengths_of.tolist())
+        whole = sum_pieces(flat[tokens.to(place)].to(device), group)
+        wanted.append(whole[_places(tokens, batch.token_index)].to(place))
+    return wanted
+
+
+def _tokens_of(batch: MicroBatch, lengths: Sequence[int]) -> torch.Tensor:
+    """Places of all completion tokens of a micro-batch's sequences, on every context-parallel rank, int64."""
+    offsets = [0]
+    for length in lengths:
+        offsets.append(offsets[-1] + length)
+    ranges = [torch.arange(offsets[number], offsets[number + 1]) for number in batch.sequence_index.tolist()]
+    return torch.cat(ranges).to(batch.token_index.device)
+
+
+def _places(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Where in `tokens`, each there once, the `wanted` ones stand."""
+    ascending, order = tokens.sort()
+    return order[torch.searchsorted(ascending, wanted)]
