@@ -33,6 +33,7 @@ CHANGEABLE: dict[str, str] = {
     "train.micro_batch_size": "gradients are sums over the whole batch",
     "train.max_tokens_per_micro_batch": "gradients are sums over the whole batch",
     "train.recompute_*": "the same activations, kept or computed again",
+    "train.deterministic_mode": "the same sums, in an order that is always the same",
     "head.chunk_size": "gradients are sums over the tokens",
     "teacher.payload_device": "the same hidden states, kept elsewhere or computed again",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",

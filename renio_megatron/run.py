@@ -50,7 +50,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
-    layout = start(config.parallel, seed=config.train.seed)
+    layout = start(config.parallel, seed=config.train.seed, deterministic_mode=config.train.deterministic_mode)
     directory = RunDirectory(config.output_dir)
     if on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished":
         return "finished"

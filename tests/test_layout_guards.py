@@ -196,6 +196,22 @@ def _skipped_step(folder: Path) -> dict[str, Any]:
     return {"rows": rows, "unchanged": unchanged}
 
 
+def _same_bits(folder: Path) -> dict[str, Any]:
+    """Weights after a step, twice from the same start, where the user asked for the same bits."""
+    from renio_megatron.megatron.start import start
+
+    parallel, ends = ParallelConfig(tensor_model_parallel_size=2), []
+    start(parallel, seed=7, deterministic_mode=True)
+    for _ in range(2):
+        trainer = _trainer(folder, parallel, deterministic_mode=True)
+        trainer.run()
+        part = trainer.algorithm.learner.part
+        ends.append(torch.cat([parameter.detach().flatten() for _, parameter in part.named_parameters()]))
+    asked = torch.are_deterministic_algorithms_enabled() and part.config.deterministic_mode
+    torch.use_deterministic_algorithms(False)
+    return {"asked": asked, "same": torch.equal(*ends)}
+
+
 def _all(folder: Path) -> dict[str, Any]:
     return {
         "batched sends": _batched_sends(folder),
@@ -204,6 +220,7 @@ def _all(folder: Path) -> dict[str, Any]:
         "stale parameters": _stale_parameters(folder),
         "decoding": _decoding(folder),
         "skipped": _skipped_step(folder),
+        "same bits": _same_bits(folder),
     }
 
 
@@ -249,3 +266,7 @@ def test_a_step_that_is_not_finite_is_left_out_where_the_user_chose_so(found: An
         assert [row["train/skipped_frac"] for row in rows] == [1.0, 0.0]
         assert "grad_norm" not in rows[0] and rows[1]["grad_norm"] > 0
         assert unchanged == [True, False]
+
+
+def test_deterministic_mode_is_torchs_and_megatrons_and_gives_the_same_bits(found: Any) -> None:
+    assert [rank["same bits"] for rank in found] == [{"asked": True, "same": True}] * 2

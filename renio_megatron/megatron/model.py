@@ -205,6 +205,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=train.bf16,
+        deterministic_mode=train.deterministic_mode,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,

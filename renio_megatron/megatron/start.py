@@ -19,7 +19,7 @@ from renio_megatron.settings import ParallelConfig
 logger = logging.getLogger(__name__)
 
 
-def start(parallel: ParallelConfig, *, seed: int) -> Layout:
+def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = False) -> Layout:
     """Initialises torch.distributed and Megatron's process groups; returns this rank's layout.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. May be called again in the
@@ -28,6 +28,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Layout:
     Args:
         parallel: sizes of the model axes; the data-parallel size is what remains of the world.
         seed: of Megatron's random-number trackers.
+        deterministic_mode: let torch and the kernels of the loss choose nothing that differs from run to run.
 
     Raises:
         LayoutError: sizes that do not divide the world.
@@ -36,6 +37,9 @@ def start(parallel: ParallelConfig, *, seed: int) -> Layout:
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     check_transformer_engine()
     cpu.install()
+    if deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA is first used
+        torch.use_deterministic_algorithms(True)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

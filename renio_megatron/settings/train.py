@@ -65,6 +65,8 @@ class TrainConfig:
             recompute_num_layers: activations that are computed again in the backward pass, as in Megatron.
         skip_nonfinite_steps: leave out a step whose gradient holds NaN or infinity, and count it in
             `train/skipped_frac`, instead of stopping.
+        deterministic_mode: as in Megatron, and torch's: the same bits from run to run in one layout, at some cost in
+            speed on a GPU. On a CPU they are the same anyway.
         seed: of the sampler's draws and of random weights.
     """
 
@@ -86,6 +88,7 @@ class TrainConfig:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     skip_nonfinite_steps: bool = False
+    deterministic_mode: bool = False
     seed: int = 1234
 
     def __post_init__(self) -> None:
