@@ -124,18 +124,21 @@ def damage(directory: Path) -> str | None:
 
     Reads the index and the directory, not the tensors.
     """
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (directory / name).is_file():
             return f"{name} is missing"
+    common = directory / "common.pt"
     try:
-        intact = zipfile.is_zipfile(directory / "common.pt")
-        sizes = _sizes(directory)
+        intact = not common.is_file() or zipfile.is_zipfile(common)
+        sizes, names = _index(directory)
     except OSError as error:
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError) as error:
         return f".metadata cannot be parsed ({type(error).__name__}: {error})"
     if not intact:
         return "common.pt is truncated"
+    if not common.is_file() and not any(name.startswith("common_state") for name in names):
+        return "common.pt is missing"  # newer versions of Megatron keep what it holds with the tensors
     for name, size in sorted(sizes.items()):
         file = directory / name
         there = file.stat().st_size if file.is_file() else None
@@ -166,14 +169,15 @@ def advice(directory: Path) -> str:
     )
 
 
-def _sizes(directory: Path) -> dict[str, int]:
-    """Bytes that each data file must have at least, by name, from the checkpoint's index."""
+def _index(directory: Path) -> tuple[dict[str, int], set[str]]:
+    """Bytes that each data file must have at least, by name, and what the files hold, from the checkpoint's index."""
     from torch.distributed.checkpoint import FileSystemReader
 
     sizes: dict[str, int] = {}
-    for info in FileSystemReader(directory).read_metadata().storage_data.values():
+    stored = FileSystemReader(directory).read_metadata().storage_data
+    for info in stored.values():
         sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
-    return sizes
+    return sizes, {entry.fqn for entry in stored}
 
 
 def _listed(numbers: list[int]) -> str:

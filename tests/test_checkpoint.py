@@ -107,7 +107,7 @@ def _refused(folder: Path) -> dict[str, str]:
     damages = {
         "truncated": lambda newest: [path.write_bytes(path.read_bytes()[:100]) for path in newest.glob("__1_*.distcp")],
         "no index": lambda newest: (newest / ".metadata").unlink(),
-        "no common": lambda newest: os.truncate(newest / "common.pt", 50),
+        "no common": lambda newest: (newest / "common.pt").write_bytes(b"\0" * 50),
         "garbage": lambda newest: (newest / ".metadata").write_bytes(b"\0" * 99),
         "foreign": lambda newest: torch.save({"args": 1}, newest / "common.pt"),
         "none": lambda newest: shutil.rmtree(newest),

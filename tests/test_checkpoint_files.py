@@ -13,6 +13,7 @@ import pytest
 from renio_megatron import stop
 from renio_megatron.checkpoint_files import (
     TRACKER,
+    damage,
     find_checkpoint,
     latest_step,
     new_partial,
@@ -256,3 +257,14 @@ def test_after_sigterm_a_lost_peer_is_no_news_but_an_error_of_ours_is(monkeypatc
     with pytest.raises(RuntimeError), StopSignal():
         raise RuntimeError
     assert deaths == [1] * dies, "without a signal it is news"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_checkpoint_holds_once_may_stand_with_its_tensors(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    for name, complaint in (("common_state/shard_0_1", None), ("other/shard_0_1", "common.pt is missing")):
+        directory = tmp_path / name.partition("/")[0]
+        dcp.save({name: {"step": 1}}, checkpoint_id=directory, no_dist=True)
+        (directory / "metadata.json").write_text("{}")
+        assert damage(directory) == complaint

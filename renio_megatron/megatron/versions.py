@@ -6,6 +6,7 @@
 | `finalize_model_grads(num_tokens)` | divides by a float above 0 | clamps it at 1 first; never used here |
 | Adam's `step` in a distributed optimiser's checkpoint | see `make_adam_loadable`, `own_steps` | the same |
 | words on stderr about deprecation | few | more; `cli/launch.py` sets their loggers to errors |
+| what a checkpoint holds once, whatever its ranks | in `common.pt` | with the tensors, as `common_state` |
 | `AsyncCallsQueue(persistent=True)` | hangs without CUDA | not used |
 """
 
