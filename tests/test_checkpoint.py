@@ -51,9 +51,9 @@ def _asynchronous(config: RunConfig) -> dict[str, Any]:
 
     write = Writer.write_preloaded_data
 
-    def write_slowly(*args: Any, **kwargs: Any) -> None:
+    def write_slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(1.0)
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     Writer.write_preloaded_data = staticmethod(write_slowly)
     try:

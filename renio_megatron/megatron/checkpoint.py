@@ -36,6 +36,7 @@ from renio_megatron.files import remove_directory
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.sharded_state import restore_state, restore_weights, sharded_state, sharded_weights
+from renio_megatron.megatron.versions import own_writer
 from renio_megatron.settings import CheckpointConfig
 from renio_megatron.stop import sigterm_held
 
@@ -83,7 +84,9 @@ class MegatronKeeper:
         # At a process's first save Megatron starts a helper process, which must outlive a SIGTERM to the whole group.
         held = contextlib.nullcontext() if self._has_saved else sigterm_held()
         with self._disk_errors(step, partial), held:
-            request = dist_checkpointing.save(content, str(partial), async_sharded_save=self._settings.async_save)
+            request = dist_checkpointing.save(
+                content, str(partial), async_sharded_save=self._settings.async_save, **own_writer()
+            )
             if request is not None:
                 self._queue.schedule_async_request(request)
         self._has_saved = True

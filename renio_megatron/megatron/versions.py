@@ -7,16 +7,25 @@
 | Adam's `step` in a distributed optimiser's checkpoint | see `make_adam_loadable`, `own_steps` | the same |
 | words on stderr about deprecation | few | more; `cli/launch.py` sets their loggers to errors |
 | what a checkpoint holds once, whatever its ranks | in `common.pt` | with the tensors, as `common_state` |
+| who writes an asynchronous checkpoint | Megatron itself | nvidia-resiliency-ext, unless told: `own_writer` |
 | `AsyncCallsQueue(persistent=True)` | hangs without CUDA | not used |
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
+
+
+def own_writer() -> dict[str, str]:
+    """Arguments of `dist_checkpointing.save` that leave the writing to Megatron itself, where it has to be told."""
+    told = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if told else {}
 
 
 def make_adam_loadable(optimizer: Any) -> None:
