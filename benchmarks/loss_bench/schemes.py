@@ -40,7 +40,7 @@ class Scheme:
         overwrites: whether the student's logits are destroyed, so that each repetition needs new ones.
         missing: why it cannot run here, in two words; None where it can.
         prepare: what is to be done once for a cell, such as compiling; returns the forward to use.
-        is_narrow: whether it is another row that keeps log-probabilities in 16 bits where the logits have them.
+        is_narrow: whether it is the row of a scheme that keeps something in 16 bits where the inputs have 16.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Scheme:
         if cell.tp > 1 and not self.shards:
             return "no shards"
         if self.is_narrow and cell.dtype.itemsize > 2:
-            return "no difference"
+            return "fp32 inputs"
         return self.missing(device)
 
 
@@ -174,7 +174,7 @@ def declared_buffers(cell: Cell, dtype: torch.dtype, chunk_size: int) -> int:
     """Bytes that our fused form says it allocates beside its results."""
     from renio_megatron.linear_loss import buffer_bytes
 
-    return int(buffer_bytes(cell.tokens, cell.width, chunk_size=chunk_size, logits_dtype=dtype))
+    return buffer_bytes(cell.tokens, cell.width, cell.dtype, logits_dtype=dtype, chunk_size=chunk_size)
 
 
 def _without_linear_loss(device: torch.device) -> str | None:
@@ -219,6 +219,7 @@ FUSED = {
         "linear",
         weights="given",
         missing=_without_linear_loss,
+        is_narrow=dtype == torch.bfloat16,
     )
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"))
 }
