@@ -35,10 +35,10 @@ part() {
     echo "$name: $result, $((SECONDS - begin)) s" | tee -a "$summary"
 }
 
-part device 60 "$PYTHON" -c 'import sys, torch
+part device 40 "$PYTHON" -c 'import sys, torch
 print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "without CUDA")
 sys.exit(not torch.cuda.is_available())'
-part tests 240 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
+part tests 230 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
 lines=45 part benchmark 320 "$PYTHON" benchmarks/loss.py --quick --out "$out"
 
 echo

@@ -140,26 +140,34 @@ class Bench:
 
     def fused_memory(self, grid: Grid) -> list[Row]:
         """Memory of the fused form at two numbers of tokens and one size of chunk, apart from what it returns."""
+        hidden, teacher = grid.hidden[0]
+        shape = Cell(0, grid.shapes[0][1], 1, 0.0, 0.05, grid.dtype, hidden, teacher)
         rows = []
-        width = grid.shapes[0][1]
-        for tokens, (dtype, scheme), trained in itertools.product(grid.memory, FUSED.items(), (True, False)):
+        for tokens, trained in itertools.product(grid.memory, (True, False)):
+            cell = dataclasses.replace(shape, tokens=tokens, trained=trained)
+            found = {dtype: _row(cell, s, s.refusal(cell, self.device) or "ok") for dtype, s in FUSED.items()}
             measure.free(self.device)
-            hidden, teacher = grid.hidden[0]
-            cell = Cell(tokens, width, 1, 0.0, 0.05, grid.dtype, hidden, teacher, trained)
-            row = _row(cell, scheme, scheme.refusal(cell, self.device) or "ok") | {"kind": "memory"}
-            if row["status"] == "ok":
-                try:
-                    row |= _fused_memory(make_problem(cell, self.device), dtype, grid.memory_chunk)
-                except torch.cuda.OutOfMemoryError:
-                    row["status"] = "OOM"
-                except Exception as error:
-                    row |= {"status": "error", "message": f"{type(error).__name__}: {error}"}
-            rows.append(row)
+            problem = make_problem(cell, self.device) if any(row["status"] == "ok" for row in found.values()) else None
+            for dtype, row in found.items():
+                row["kind"] = "memory"
+                if row["status"] == "ok" and problem is not None:
+                    row |= self._fused_memory(problem, dtype, grid.memory_chunk)
+                rows.append(row)
         self.rows += rows
         return rows
 
+    def _fused_memory(self, problem: Problem, dtype: torch.dtype, chunk: int) -> Row:
+        """`_memory_beside_results`, or why there is none."""
+        measure.free(self.device)
+        try:
+            return _memory_beside_results(problem, dtype, chunk)
+        except torch.cuda.OutOfMemoryError:
+            return {"status": "OOM"}
+        except Exception as error:
+            return {"status": "error", "message": f"{type(error).__name__}: {error}"}
 
-def _fused_memory(problem: Problem, dtype: torch.dtype, chunk: int) -> Row:
+
+def _memory_beside_results(problem: Problem, dtype: torch.dtype, chunk: int) -> Row:
     """Peak bytes apart from gradients and the vectors of the output, and what was declared.
 
     The head's gradient counts in fp32, which is what it is summed in, whatever dtype it is handed over in.

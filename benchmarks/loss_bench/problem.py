@@ -81,7 +81,8 @@ class Cell:
 class Problem:
     """The inputs of a cell. Logits [N, L], or hidden states [N, H] and heads [L, H]; token_ids, owner int64 [N].
 
-    `weights` [B] are ReNIO's in fp64 accuracy, for schemes that take weights and do not compute them.
+    `weights` [B] are ReNIO's, from fp64, for schemes that take weights and do not compute them; `divergence` is exact,
+    fp64 [N].
     """
 
     cell: Cell
@@ -94,6 +95,7 @@ class Problem:
     teacher_hidden: torch.Tensor | None = None
     teacher_head: torch.Tensor | None = None
     weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    divergence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     shard: VocabShard | None = None
 
     @property
@@ -131,7 +133,9 @@ def make_problem(cell: Cell, device: torch.device, seed: int = 0) -> Problem:
     token_ids = torch.randint(0, cell.width, (cell.tokens,), generator=generator, device=device)
     problem = Problem(cell, token_ids, owner)
     (_draw_heads if cell.hidden else _draw_logits)(problem, generator)
-    ratio = torch.cat([tokens.log_ratio for tokens in exact_tokens(problem)])
+    exact = list(exact_tokens(problem))
+    problem.divergence = torch.cat([tokens.divergence for tokens in exact])
+    ratio = torch.cat([tokens.log_ratio for tokens in exact])
     problem.weights = renio_weights(ratio, owner, cell.num_sequences).float()
     for leaf in problem.leaves():
         leaf.requires_grad_()
@@ -182,9 +186,9 @@ def sharded(problem: Problem, rank: int, ranks: int, group: dist.ProcessGroup) -
     )
 
 
-def row_chunks(rows: int, width: int, entries: int = EXACT_ENTRIES) -> Iterator[slice]:
-    """Slices of rows that hold about `entries` entries each."""
-    step = max(1, entries // max(1, width))
+def row_chunks(rows: int, width: int, entries: int | None = None) -> Iterator[slice]:
+    """Slices of rows that hold about `entries` entries each; None: `EXACT_ENTRIES`."""
+    step = max(1, (entries or EXACT_ENTRIES) // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 
