@@ -80,20 +80,24 @@ def results(scheme: Scheme, problem):
 @pytest.mark.parametrize("scheme", INTERPRETED, ids=lambda scheme: scheme.name)
 def test_every_scheme_has_the_reference_s_loss_and_gradient(scheme, device):
     need(scheme, device)
-    dtype = torch.bfloat16 if scheme.is_narrow else torch.float32
-    loose = dtype == torch.bfloat16 or (device.type == "cuda" and scheme.kind == "linear")
-    for cell in cells(scheme, dtype=dtype):
+    for cell in cells(scheme, dtype=torch.bfloat16 if scheme.is_narrow else torch.float32):
         problem = make_problem(cell, device)
         expected, gradients = reference(problem, weighted=scheme.weights != "none")
         value, found = results(scheme, problem)
-        assert float(value) == pytest.approx(float(expected["loss"].detach()), rel=0.1 if loose else 1e-5), cell
+        tolerance = 0.1 if scheme.is_narrow else 1e-5
+        assert float(value) == pytest.approx(float(expected["loss"].detach()), rel=tolerance), cell
         bounds = next(exact_tokens(problem, with_gradient=True)).at_a_bound if cell.kind == "logits" else None
         for mine, theirs in zip(found, gradients, strict=True):
+            if scheme.is_narrow:
+                # Rounding moves entries over a bound; what can be seen is a wrong sign or a wrong factor.
+                alike = torch.cosine_similarity(mine.double().flatten(), theirs.flatten(), dim=0)
+                assert alike > (0.9 if cell.clip is None else 0.5), cell
+                assert 0.6 < float(mine.double().norm() / theirs.norm()) < 1.6, cell
+                continue
             difference = (mine.double() - theirs).abs()
             if bounds is not None:
                 difference = difference.masked_fill(bounds, 0.0)
-            # Rounded logits move entries over a bound; what is left to see is a wrong sign or a wrong factor.
-            assert difference.max() <= (0.5 if loose else 1e-4) * theirs.abs().max(), cell
+            assert difference.max() <= 1e-4 * theirs.abs().max(), cell
 
 
 WIDE = [scheme for scheme in INTERPRETED if scheme.kind == "logits" and not scheme.is_narrow]
