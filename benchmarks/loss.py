@@ -21,7 +21,7 @@ import torch
 from loss_bench import collectives, tables
 from loss_bench.bars import judge
 from loss_bench.grid import Bench, Grid, cpu_grid, full_grid, quick_grid
-from loss_bench.machine import describe
+from loss_bench.machine import clocks, describe
 
 REPEATS = {"cuda": 30, "cpu": 9}
 QUICK_SECONDS = 270.0
@@ -42,7 +42,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--budget", type=float, help="seconds after which no cell is begun")
     parser.add_argument("--no-collectives", action="store_true", help="leaves the two ranks out")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave the option out to measure the CPU.")
+    return options
 
 
 def grid_of(options: argparse.Namespace) -> Grid:
@@ -101,11 +104,13 @@ def main(arguments: list[str] | None = None) -> int:
         if rows:
             print(tables.cell_table(cell, rows, is_cuda=is_cuda), flush=True)
             write()
+    machine["clocks_at_end"] = clocks() if is_cuda else {}
     write()
     tables.draw(options.out / "loss.png", bench.rows, name)
     broken = [row for row in bench.rows if row["status"] == "error"]
     for row in broken:
         print(f"\nerror: {row['scheme']}, {row['title']}: {row['message']}")
+    print(f"\nBars of {'an H100 or H200' if is_cuda else 'a CPU'}")
     print(tables.bars_table(judge(bench.rows, is_cuda=is_cuda)))
     left = f"; {bench.left_out} cells left out, their time was up" if bench.left_out else ""
     print(f"\n{time.monotonic() - begin:.0f} s; {options.out}/loss.json, loss.png{left}")

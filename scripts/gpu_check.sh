@@ -21,7 +21,7 @@ failed=0
 part() {
     local name="$1" seconds="$2" begin="$SECONDS" status
     shift 2
-    echo "== $name: $*"
+    echo "== $name"
     timeout --kill-after=10 "$seconds" "$@" >"$out/$name.txt" 2>&1
     status=$?
     tail -n "${lines:-15}" "$out/$name.txt"
@@ -39,10 +39,10 @@ part device 40 "$PYTHON" -c 'import sys, torch
 print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "without CUDA")
 sys.exit(not torch.cuda.is_available())'
 part tests 230 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider
-lines=45 part benchmark 320 "$PYTHON" benchmarks/loss.py --quick --out "$out"
+lines=45 part benchmark 320 "$PYTHON" benchmarks/loss.py --quick --device cuda --out "$out"
 
 echo
 echo "== summary ($out)"
 cat "$summary"
-sed -n '/^Bars$/,$p' "$out/benchmark.txt"
+sed -n '/^Bars of/,$p' "$out/benchmark.txt"
 exit "$failed"

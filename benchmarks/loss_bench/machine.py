@@ -38,7 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "gpu_bytes": properties.total_memory,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "cuda": torch.version.cuda,
-            **_nvidia_smi(),
+            **clocks(),
         }
     return found
 
@@ -58,7 +58,7 @@ def _cpu() -> str:
     return names[0] if names else platform.processor()
 
 
-def _nvidia_smi() -> dict[str, str]:
+def clocks() -> dict[str, str]:
     """Driver, clocks and power limit as the driver tells them; nothing where it does not."""
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
     if shutil.which("nvidia-smi") is None:

@@ -199,7 +199,7 @@ def bare_gemms(problem: Problem, clock: Clock, repeats: int) -> tuple[float, flo
 
 
 def floor_bytes(cell: Cell) -> int:
-    """Bytes a vocabulary entry that three passes must move: both models' logits in each, and the gradient once.
+    """Bytes a vocabulary entry that our passes must move: both models' logits in each, and the gradient once.
 
     Without bounds a KL needs no second pass.
     """
