@@ -239,6 +239,11 @@ def test_bars_take_the_worst_row_and_say_what_is_missing():
     assert found["torch.compile / ours"].measured == "1.4 (worst of 2)"
     assert found["torch.compile / ours"].verdict == "FAIL"
     assert found["Liger jsd / ours"].verdict == "not measured"
+    names = [f"ours, bfloat16 logits, error of the {what}" for what in ("loss", "gradient")]
+    assert [found[name].verdict for name in names] == ["not measured", "not measured"]
+    wrong = row("ours, overwriting", clip=0.05, loss_error=1e-6, gradient_error=0.77)
+    found = {bar.name: bar for bar in bars.judge([*rows, wrong], is_cuda=True)}
+    assert [found[name].verdict for name in names] == ["pass", "FAIL"], "a fast loss with a wrong gradient"
     nan = bars.judge([row("ours, overwriting", clip=0.05, bytes_per_entry=float("nan"))], is_cuda=True)
     assert nan[0].verdict == "FAIL"
 

@@ -95,14 +95,20 @@ class Bench:
             return []
         try:
             problem = make_problem(cell, self.device)
-            gemm = measure.bare_gemms(problem, self.clock, self.repeats) if cell.hidden else None
         except torch.cuda.OutOfMemoryError:
             found = [_row(cell, scheme, "OOM") for scheme in schemes]
         else:
-            exact = Exact(problem)
+            exact, gemm = Exact(problem), self._bare_gemms(problem)
             found = [self.scheme(scheme, problem, exact, gemm) for scheme in schemes]
         self.rows += found
         return found
+
+    def _bare_gemms(self, problem: Problem) -> tuple[float, float] | None:
+        """`measure.bare_gemms`; None without heads, or where one buffer for all logits does not fit."""
+        try:
+            return measure.bare_gemms(problem, self.clock, self.repeats) if problem.cell.hidden else None
+        except torch.cuda.OutOfMemoryError:
+            return None
 
     def scheme(self, scheme: Scheme, problem: Problem, exact: Exact, gemm: tuple[float, float] | None) -> Row:
         """One row: everything that is measured, or why it is not."""
@@ -122,10 +128,10 @@ class Bench:
             return _row(cell, scheme, "error") | {"message": f"{type(error).__name__}: {error}"}
         row |= {f"{name}_s": getattr(timing, name) for name in ("forward", "backward", "both")}
         row |= {"repeats": timing.repeats, "peak_bytes": memory.peak, "result_bytes": memory.results}
-        if gemm is None:
+        if not cell.hidden:
             per_entry = timing.both * self.copy_rate / cell.entries
             row |= {"bytes_per_entry": per_entry, "copy_share": measure.floor_bytes(cell) / per_entry}
-        else:
+        elif gemm is not None:
             row |= {"gemm_s": gemm[0], "gemm_flops": gemm[1], "gemm_share": gemm[0] / timing.both}
         return row
 
