@@ -1,7 +1,7 @@
 # The same interpreter as the scripts': .venv, unless PYTHON names another.
 PYTHON ?= .venv/bin/python
 
-.PHONY: check test test-fast test-gpu
+.PHONY: check test test-fast test-gpu bench
 
 check:  ## lint, format, types, architecture
 	$(PYTHON) -m ruff check .
@@ -17,3 +17,6 @@ test-fast:
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+
+bench:  ## the loss beside other implementations, on this device
+	$(PYTHON) benchmarks/loss.py
