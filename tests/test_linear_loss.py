@@ -11,7 +11,6 @@ from renio_megatron.chunks import chunk_size_for
 from renio_megatron.errors import LayoutError
 from renio_megatron.linear_loss import buffer_bytes
 from renio_megatron.objective.reference import reference_objective
-from tests.memory import peak_bytes
 from tests.vectors import DTYPES, exempt_entries, limit, load_cases, worst
 
 LONG = torch.tensor([0, 1])
@@ -216,6 +215,7 @@ def test_inputs_are_never_changed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_follows_the_chunk_not_the_batch(dtype):
     """Beyond the results and inputs: the declared buffers, and what the passes work with at a time."""
+    measure = pytest.importorskip("loss_bench.measure", reason="needs the source tree")
     vocab, size, chunk = 8192, 16, 256
     extra = []
     for rows in (512, 1024):
@@ -230,7 +230,7 @@ def test_memory_follows_the_chunk_not_the_batch(dtype):
             )  # fmt: skip
 
         results = rows * size * dtype.itemsize + vocab * size * 4
-        extra.append(peak_bytes(forward) - results)
+        extra.append(measure.peak_bytes(forward, torch.device("cpu")) - results)
     declared = buffer_bytes(1024, vocab, dtype, None, chunk)
     assert declared == chunk * vocab * (8 if dtype == torch.float32 else 10)
     assert extra[0] > declared
