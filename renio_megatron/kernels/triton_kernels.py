@@ -78,10 +78,9 @@ def statistics_kernel(
     student_target = tl.load(student + column, here, other=float("-inf")).to(tl.float32)
     teacher_target = tl.load(teacher + column, here, other=float("-inf")).to(tl.float32)
     out += (row * tl.num_programs(1) + tl.program_id(1)) * 7
-    _write_statistics(
-        out, student_max, student_sum, teacher_max, teacher_sum, student_target, teacher_target, cross, scale, inverse,
-        WHOLE,
-    )  # fmt: skip
+    _write_model(out, out + 4, student_max, student_sum, student_target, scale, inverse, WHOLE)
+    _write_model(out + 2, out + 5, teacher_max, teacher_sum, teacher_target, scale, inverse, WHOLE)
+    tl.store(out + 6, cross * inverse if WHOLE else cross)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -107,10 +106,10 @@ def merge_parts_kernel(parts, out, num_parts, scale, inverse, CROSS: tl.constexp
         below = tl.where(teacher_sum > 0, teacher_max - teacher_top, 0.0)
         below -= tl.where(student_sum > 0, student_max - student_top, 0.0)
         total = tl.sum(tl.where(lift * weight > 0, lift * (cross + CROSS * below * weight), 0.0), 0)
-    _write_statistics(
-        out + row * 7, student_top, student_total, teacher_top, teacher_total, student_target, teacher_target, total,
-        scale, inverse, True,
-    )  # fmt: skip
+    out += row * 7
+    _write_model(out, out + 4, student_top, student_total, student_target, scale, inverse, True)
+    _write_model(out + 2, out + 5, teacher_top, teacher_total, teacher_target, scale, inverse, True)
+    tl.store(out + 6, total * inverse)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -118,7 +117,7 @@ def token_statistics_kernel(
     logits, columns, out, stride, num_valid, blocks, scale, inverse,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One model's maximum, sum and sampled logit, into columns 0, 1 and 4 of [N, parts, 7]."""
+    """One model's maximum, sum and sampled logit, into columns 0, 1 and 4 of [N, parts, 7]; the rest is left alone."""
     row, first, full, last = _place(num_valid, blocks, BLOCK)
     logits += row * stride
     lanes = tl.arange(0, BLOCK)
@@ -134,7 +133,7 @@ def token_statistics_kernel(
     column = tl.load(columns + row)
     target = tl.load(logits + column, (column >= first) & (column < last), other=float("-inf")).to(tl.float32)
     out += (row * tl.num_programs(1) + tl.program_id(1)) * 7
-    _write_statistics(out, top, total, LOWEST, 0.0, target, float("-inf"), 0.0, scale, inverse, WHOLE)
+    _write_model(out, out + 4, top, total, target, scale, inverse, WHOLE)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -284,24 +283,14 @@ def _reduce(maximum, total, scale):
 
 
 @triton.jit
-def _write_statistics(
-    out, student_max, student_sum, teacher_max, teacher_sum, student_target, teacher_target, cross, scale, inverse,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Stores the seven numbers of a row or a part, those of a WHOLE row in nats."""
+def _write_model(out, out_target, top, total, target, scale, inverse, WHOLE: tl.constexpr):
+    """Stores one model's maximum and sum, and its sampled logit; those of a WHOLE row in nats."""
     if WHOLE:
-        student_max, student_sum = _in_nats(student_max, student_sum, scale, inverse)
-        teacher_max, teacher_sum = _in_nats(teacher_max, teacher_sum, scale, inverse)
-        student_target *= inverse
-        teacher_target *= inverse
-        cross *= inverse
-    tl.store(out, student_max)
-    tl.store(out + 1, student_sum)
-    tl.store(out + 2, teacher_max)
-    tl.store(out + 3, teacher_sum)
-    tl.store(out + 4, student_target)
-    tl.store(out + 5, teacher_target)
-    tl.store(out + 6, cross)
+        top, total = _in_nats(top, total, scale, inverse)
+        target *= inverse
+    tl.store(out, top)
+    tl.store(out + 1, total)
+    tl.store(out_target, target)
 
 
 @triton.jit

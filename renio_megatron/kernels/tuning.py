@@ -35,7 +35,7 @@ OFFERED = (FIXED, Cut(1024, 4, 1), Cut(4096, 16, 1), Cut(4096, 8, 1), Cut(2048, 
 """What is timed. Larger blocks need more entries a thread and leave room for fewer warps: two models' sums at 32
 entries a thread fill a thread's registers."""
 
-INTERPRETED = Cut(16, 1, 1)
+INTERPRETED = Cut(32, 1, 1)
 """In the interpreter: blocks so small that a few columns fill several."""
 
 TRIAL_ENTRIES = 1 << 26
