@@ -10,6 +10,8 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+
 from renio_megatron.kernels import triton_kernels  # noqa: E402
 from renio_megatron.kernels.triton_terms import FORWARD_KL, JSD, REVERSE_KL  # noqa: E402
 from renio_megatron.kernels.tuning import FIXED, OFFERED  # noqa: E402
@@ -62,12 +64,12 @@ def compiled(name, constants, cut, dtype="bf16"):
     values = {**constants, "BLOCK": cut.block, "STAGES": cut.stages}
     source = triton.compiler.ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": cut.warps}).asm["ptx"]
+    return triton.compile(source, target=target, options={"num_warps": cut.warps, "enable_fp_fusion": True}).asm["ptx"]
 
 
 def registers_and_spills(ptx, folder):
     """(registers a thread, bytes spilled) as ptxas reports them."""
-    ptxas = Path(triton.knobs.nvidia.ptxas.path)
+    ptxas = Path(get_ptxas(90).path)
     if not ptxas.exists():
         pytest.skip("ptxas is not here")
     source = folder / "kernel.ptx"
