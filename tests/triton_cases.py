@@ -193,7 +193,7 @@ def views():
     """Rows inside something larger, not aligned to anything; what is around them stays as it was."""
     for dtype in (torch.float32, torch.bfloat16):
         plain = problem(90, rows=4, width=70, dtypes=(dtype, dtype))
-        buffers = [torch.full((9, 90), 5.0, dtype=dtype, device=DEVICE) for _ in range(3)]
+        buffers = [torch.full((9, width), 5.0, dtype=dtype, device=DEVICE) for width in (90, 96, 101)]
         inside = [buffer[1::2, 3:73] for buffer in buffers]
         for view, logits in zip(inside, plain[:2], strict=False):
             view.copy_(logits)
