@@ -6,15 +6,17 @@ shard and are never read; arithmetic on -inf is avoided by slicing them off, not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from renio_megatron.objective.divergences import Divergence
+from renio_megatron.objective.divergences.impossible import drop_impossible_
 from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalisers
 
-CHUNK_ENTRIES = 1 << 21
-"""Vocabulary entries that are worked on at once: 64 rows of 32,768 columns, 8 MB in fp32."""
+CHUNK_ENTRIES = 1 << 18
+"""Vocabulary entries that are worked on at once: 8 rows of 32,768 columns, 1 MB in fp32, near a CPU core's cache."""
 
 
 def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -46,15 +48,17 @@ def statistics(
     out[:, [0, 2, 4, 5]] = -torch.inf
     if num_valid == 0:
         return out
+    buffers = _buffers(student_logits, num_valid, dtype)
     for rows in _row_chunks(student_logits):
         part, columns, shifted = out[rows], local_columns[rows], []
-        for logits, into in ((student_logits, [0, 1, 4]), (teacher_logits, [2, 3, 5])):
-            found, below_maximum, exponentials = _one_model(logits[rows, :num_valid], columns, temperature, dtype)
+        models = (student_logits, [0, 1, 4], buffers[0]), (teacher_logits, [2, 3, 5], buffers[1])
+        for logits, into, buffer in models:
+            found, below_maximum, exponentials = _one_model(logits[rows, :num_valid], columns, temperature, buffer)
             part[:, into] = found
             shifted.append((below_maximum, exponentials))
         if cross_sign:
             (own, weight), (other, _) = shifted[::-1] if cross_sign > 0 else shifted
-            part[:, 6] = own.sub_(other).mul_(weight).masked_fill_(weight == 0, 0.0).sum(1)
+            part[:, 6] = drop_impossible_(own.sub_(other).mul_(weight), weight).sum(1)
     return out
 
 
@@ -78,15 +82,16 @@ def clamped_sums(
     out = student_logits.new_zeros(student_logits.shape[0], 3, dtype=dtype)
     if num_valid == 0:
         return out
+    buffers = _buffers(student_logits, num_valid, dtype)
     for rows in _row_chunks(student_logits):
         student_logp, teacher_logp = _log_probabilities(
-            student_logits, teacher_logits, normalisers, rows, num_valid, temperature, dtype
+            student_logits, teacher_logits, normalisers, rows, temperature, buffers
         )
         entry, slope = divergence.terms(student_logp, teacher_logp, beta)
         if entry_clip is not None:
-            out[rows, 2] = (entry > entry_clip).sum(1).to(dtype)
-            _drop_clamped_slopes_(slope, entry, entry_clip, entry_floor)
-            entry.clamp_(min=entry_floor, max=entry_clip)
+            clamped = _drop_clamped_slopes_(slope, entry, entry_clip, entry_floor)
+            out[rows, 2] = entry.gt_(entry_clip).sum(1)
+            entry = clamped
         out[rows, 0] = entry.sum(1)
         out[rows, 1] = slope.sum(1)
     return out
@@ -117,16 +122,17 @@ def weighted_gradient(
     """
     dtype = working_dtype(student_logits, teacher_logits)
     factor = scale_N.to(dtype) / temperature
+    buffers = _buffers(student_logits, num_valid, dtype)
     for rows in _row_chunks(student_logits):
         if num_valid:
             student_logp, teacher_logp = _log_probabilities(
-                student_logits, teacher_logits, normalisers, rows, num_valid, temperature, dtype
+                student_logits, teacher_logits, normalisers, rows, temperature, buffers
             )
             entry, slope = divergence.terms(student_logp, teacher_logp, beta)
             if entry_clip is not None:
                 _drop_clamped_slopes_(slope, entry, entry_clip, entry_floor)
-            gradient = slope.sub_(student_logp.exp_().mul_(total_slope_N[rows, None])).mul_(factor[rows, None])
-            out[rows, :num_valid] = gradient.to(out.dtype)
+            slope.sub_(student_logp.exp_().mul_(total_slope_N[rows, None]))
+            torch.mul(slope, factor[rows, None], out=out[rows, :num_valid])
         out[rows, num_valid:] = 0
     return out
 
@@ -140,17 +146,18 @@ def token_statistics(
     out[:, [0, 2]] = -torch.inf
     if num_valid == 0:
         return out
+    buffer = _buffers(logits, num_valid, dtype)[0]
     for rows in _row_chunks(logits):
-        out[rows], *_ = _one_model(logits[rows, :num_valid], local_columns[rows], temperature, dtype)
+        out[rows], *_ = _one_model(logits[rows, :num_valid], local_columns[rows], temperature, buffer)
     return out
 
 
 def _one_model(
-    logits: torch.Tensor, columns: torch.Tensor, temperature: float, dtype: torch.dtype
+    logits: torch.Tensor, columns: torch.Tensor, temperature: float, buffer: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Some rows' maximum, sum of exponentials and sampled logit (-inf: not here) [n, 3]; logits below the maximum, and
     their exponentials, [n, L] each."""
-    scaled = _scaled(logits, temperature, dtype)
+    scaled = _scaled(logits, temperature, buffer)
     maximum = scaled.amax(1)
     target = torch.where(columns >= 0, scaled.gather(1, columns.clamp(min=0)[:, None])[:, 0], -torch.inf)
     # A row of nothing but -inf keeps its maximum, but must not compute -inf - -inf.
@@ -171,15 +178,26 @@ def scale_rows_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def _row_chunks(logits: torch.Tensor) -> Iterator[slice]:
     """Slices of rows that hold about `CHUNK_ENTRIES` entries each."""
-    step = max(1, CHUNK_ENTRIES // max(1, logits.shape[1]))
+    step = _rows_at_once(logits)
     for start in range(0, logits.shape[0], step):
         yield slice(start, start + step)
 
 
-def _scaled(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
-    """A fresh copy of the logits in the working dtype, divided by the temperature."""
-    copy = logits.to(dtype, copy=True)
-    return copy if temperature == 1.0 else copy.div_(temperature)
+def _rows_at_once(logits: torch.Tensor) -> int:
+    return max(1, CHUNK_ENTRIES // max(1, logits.shape[1]))
+
+
+def _scaled(logits: torch.Tensor, temperature: float, buffer: torch.Tensor) -> torch.Tensor:
+    """The logits divided by the temperature, in the buffer's dtype and the first rows of its memory."""
+    copy = buffer[: len(logits)]
+    if logits.dtype == copy.dtype:
+        return torch.div(logits, temperature, out=copy)
+    return copy.copy_(logits).div_(temperature)
+
+
+def _buffers(logits: torch.Tensor, num_valid: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for two models' rows of one chunk: fresh memory for each would cost the CPU as much as the arithmetic."""
+    return logits.new_empty(2, min(_rows_at_once(logits), logits.shape[0]), num_valid, dtype=dtype)
 
 
 def _log_probabilities(
@@ -187,13 +205,13 @@ def _log_probabilities(
     teacher_logits: torch.Tensor,
     normalisers: Normalisers,
     rows: slice,
-    num_valid: int,
     temperature: float,
-    dtype: torch.dtype,
+    buffers: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p_S and log p_T of some rows' valid columns, fresh tensors."""
-    student = _scaled(student_logits[rows, :num_valid], temperature, dtype)
-    teacher = _scaled(teacher_logits[rows, :num_valid], temperature, dtype)
+    """log p_S and log p_T of some rows' valid columns, in the buffers."""
+    num_valid = buffers.shape[2]
+    student = _scaled(student_logits[rows, :num_valid], temperature, buffers[0])
+    teacher = _scaled(teacher_logits[rows, :num_valid], temperature, buffers[1])
     student.sub_(normalisers.student_max[rows, None]).sub_(normalisers.student_log_sum[rows, None])
     teacher.sub_(normalisers.teacher_max[rows, None]).sub_(normalisers.teacher_log_sum[rows, None])
     return student, teacher
@@ -201,9 +219,17 @@ def _log_probabilities(
 
 def _drop_clamped_slopes_(
     slope: torch.Tensor, entry: torch.Tensor, entry_clip: float, entry_floor: float | None
-) -> None:
-    """Zeroes the slopes of entries outside the bounds, in place; the bounds are inside, as in torch.clamp."""
+) -> torch.Tensor:
+    """Zeroes the slopes of entries outside the bounds, in place; the bounds are inside. Returns the clamped entries.
+
+    A product with 0 and 1 in the working dtype runs in vector registers on the CPU, a boolean mask does not.
+    """
+    clamped = entry.clamp(min=entry_floor, max=entry_clip)
+    if entry.device.type == "cpu" and math.isfinite(float(entry.sum() + slope.sum())):
+        slope.mul_(torch.eq(entry, clamped, out=torch.empty_like(entry)))
+        return clamped
     outside = entry > entry_clip
     if entry_floor is not None:
         outside |= entry < entry_floor
     slope.masked_fill_(outside, 0.0)
+    return clamped

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from renio_megatron.objective.divergences.impossible import drop_impossible_
+
 
 def terms(
     student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 0.0
@@ -15,7 +17,7 @@ def terms(
     (0.3466, -0.5)
     """
     teacher = teacher_logp.exp()
-    entry = (teacher_logp - student_logp).mul_(teacher).masked_fill_(teacher == 0, 0.0)
+    entry = drop_impossible_((teacher_logp - student_logp).mul_(teacher), teacher)
     return entry, teacher.neg_()
 
 

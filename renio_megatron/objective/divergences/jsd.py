@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+
+from renio_megatron.objective.divergences.impossible import drop_impossible_
 
 
 def terms(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,8 +17,8 @@ def terms(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float) -
     >>> abs(entry.item()) < 1e-7, abs(slope.item()) < 1e-7
     (True, True)
     """
-    mixture_logp = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
-    student, teacher = student_logp.exp(), teacher_logp.exp()
-    slope = (student_logp - mixture_logp).mul_(student).mul_(1.0 - beta).masked_fill_(student == 0, 0.0)
-    entry = (teacher_logp - mixture_logp).mul_(teacher).mul_(beta).masked_fill_(teacher == 0, 0.0).add_(slope)
+    student, teacher = student_logp.exp().mul_(1.0 - beta), teacher_logp.exp().mul_(beta)
+    mixture_logp = (student + teacher).log_()
+    slope = drop_impossible_((student_logp - mixture_logp).mul_(student), student)
+    entry = drop_impossible_((teacher_logp - mixture_logp).mul_(teacher), teacher).add_(slope)
     return entry, slope

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from renio_megatron.objective.divergences.impossible import drop_impossible_
+
 
 def terms(
     student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 1.0
@@ -15,7 +17,7 @@ def terms(
     (0.3466, 0.8466)
     """
     student = student_logp.exp()
-    entry = (student_logp - teacher_logp).mul_(student).masked_fill_(student == 0, 0.0)
+    entry = drop_impossible_((student_logp - teacher_logp).mul_(student), student)
     return entry, student.add_(entry)
 
 
