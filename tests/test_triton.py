@@ -208,8 +208,8 @@ def test_beyond_32_bits_of_entries_with_timed_cuts(beta, clip, monkeypatch):
     from renio_megatron.kernels import tuning
 
     vocab, rows = 151936, 14400
-    if torch.cuda.mem_get_info()[0] < 14 << 30:
-        pytest.skip("needs 14 GB of free device memory")
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GB of free device memory")
     monkeypatch.setenv("RENIO_KERNELS", "triton")
     monkeypatch.setattr(tuning, "_fastest", {})
     generator = torch.Generator("cuda").manual_seed(3)
@@ -218,7 +218,7 @@ def test_beyond_32_bits_of_entries_with_timed_cuts(beta, clip, monkeypatch):
     )
     looked_at = [0, rows // 2, rows - 1]
     kept = [x[looked_at].cpu().double() for x in (student, teacher)]
-    ids = torch.randint(0, vocab, (rows,), generator=generator, device="cuda")
+    ids = torch.randint(0, vocab - 100, (rows,), generator=generator, device="cuda")
     owner = torch.arange(rows, device="cuda") // (rows // 8)
     loss = LossConfig(beta=beta, entry_clip=clip)
     out = distillation_loss(
@@ -234,9 +234,10 @@ def test_beyond_32_bits_of_entries_with_timed_cuts(beta, clip, monkeypatch):
     valid = [x[:, : vocab - 100] for x in kept]
     three = torch.arange(3)
     expected, exempt = triton_problems.oracle(
-        *valid, ids.cpu()[looked_at] % (vocab - 100), three, 3, beta=beta, entry_clip=clip, uniform=True
+        *valid, ids.cpu()[looked_at], three, 3, beta=beta, entry_clip=clip, uniform=True
     )
-    assert worst(out.token_divergence[looked_at].cpu(), expected["token_divergence"]) <= 1e-5
+    expected_values = expected["token_divergence"]
+    assert worst(out.token_divergence[looked_at].cpu(), expected_values) <= 1e-5 * float(expected_values.max())
     wanted = expected["gradient"] * 3 / rows
     found = student.grad[looked_at].cpu().double()
     difference = (found[:, : vocab - 100] - wanted).abs() - triton_problems.rounding(wanted, torch.bfloat16)

@@ -217,7 +217,7 @@ def views():
 
 def equal_bits():
     """The same call twice, with a row in parts and without: under deterministic algorithms not a bit differs."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # not all that the loss does besides has such a form
     try:
         for rows in (1, 3, 9):
             for beta in BETAS:
