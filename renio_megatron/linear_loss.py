@@ -151,13 +151,14 @@ def linear_distillation_loss(
         for rows in slices(num_tokens, size):
             student_logits, teacher_logits = student.project(rows), teacher.project(rows)
             normalisers = passes.normalisers(student_logits, teacher_logits, token_ids[rows])
-            totals = passes.totals(student_logits, teacher_logits, normalisers)
+            gradient = None
+            if trains:
+                gradient = student_logits if narrow is None else narrow[: len(student_logits)]
+            totals = passes.totals_and_gradient(student_logits, teacher_logits, normalisers, scale_N[rows], gradient)
             student_logp[rows], teacher_logp[rows] = normalisers.student_logp, normalisers.teacher_logp
             value_N[rows], clipped_N[rows] = totals.value, totals.clipped
-            if not trains:
+            if gradient is None:
                 continue
-            out = student_logits if narrow is None else narrow[: len(student_logits)]
-            gradient = passes.gradient(student_logits, teacher_logits, normalisers, totals, scale_N[rows], out)
             if hidden_gradient is not None:
                 torch.mm(gradient, student_head, out=hidden_gradient[rows])
             if head_gradient is not None:

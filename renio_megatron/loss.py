@@ -129,14 +129,14 @@ def distillation_loss(
             sequence_lengths=sequence_lengths,
             state=state,
         )
-        totals = passes.totals(student_logits, teacher_logits, normalisers)
         scale_N = token_scale(
             sample.weights, sample.lengths, owner, denominator=mean_denominator(sample.batch_size, batch_group)
         )
-        value = (scale_N * totals.value).sum()
+        gradient = None
         if needs_gradient:
-            out = student_logits.detach() if overwrite_logits else torch.empty_like(student_logits)
-            gradient = passes.gradient(student_logits, teacher_logits, normalisers, totals, scale_N, out)
+            gradient = student_logits.detach() if overwrite_logits else torch.empty_like(student_logits)
+        totals = passes.totals_and_gradient(student_logits, teacher_logits, normalisers, scale_N, gradient)
+        value = (scale_N * totals.value).sum()
     if needs_gradient:
         value = FinishedGradient.apply(student_logits, value, gradient)
     return DistillationOutput(

@@ -50,7 +50,8 @@ class Passes:
         mean_under = self._divergence.mean_under if self._in_one_round else None
         self._cross_sign = {"teacher": 1, "student": -1, None: 0}[mean_under]
         self._columns: dict[str, Any] = {"num_valid": shard.num_valid, "temperature": loss.temperature}
-        self._bounds: dict[str, Any] = {
+        self._settings: dict[str, Any] = {
+            **self._columns,
             "beta": loss.beta,
             "entry_clip": loss.entry_clip,
             "entry_floor": loss.entry_floor,
@@ -70,35 +71,35 @@ class Passes:
         )
         return merge_statistics(gather_statistics(local, self._shard), self._cross_sign)
 
-    def totals(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, normalisers: Normalisers) -> Totals:
-        """Pass 2 and the second exchange, where pass 1 does not say it all."""
-        if self._in_one_round:
-            assert self._divergence.total_slope is not None
-            value = normalisers.cross
-            return Totals(value, self._divergence.total_slope(value), torch.zeros_like(value))
-        sums = kernels.clamped_sums(
-            student_logits, teacher_logits, normalisers, self._divergence, **self._columns, **self._bounds
-        )
-        return Totals(*sum_in_rank_order(sums, self._shard.group).unbind(1))
-
-    def gradient(
+    def totals_and_gradient(
         self,
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor,
         normalisers: Normalisers,
-        totals: Totals,
         scale_N: torch.Tensor,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
-        """Pass 3: the gradient of sum(scale x divergence) in the student's logits, written to `out` [N, L]."""
-        return kernels.weighted_gradient(
-            student_logits,
-            teacher_logits,
-            normalisers,
-            self._divergence,
-            totals.slope,
-            scale_N,
-            out,
-            **self._columns,
-            **self._bounds,
-        )
+        out: torch.Tensor | None,
+    ) -> Totals:
+        """Passes 2 and 3, and the second exchange, where pass 1 does not say it all.
+
+        Args:
+            student_logits, teacher_logits, normalisers: of pass 1.
+            scale_N: what each token's divergence is multiplied by in the loss.
+            out: [N, L] for the gradient of sum(scale x divergence) in the student's logits, may be `student_logits`
+                itself; None: no gradient is wanted.
+        """
+        divergence, group = self._divergence, self._shard.group
+        models = student_logits, teacher_logits, normalisers
+        is_whole = group is None or group.size() == 1
+        if self._in_one_round:
+            assert divergence.total_slope is not None
+            value = normalisers.cross
+            totals = Totals(value, divergence.total_slope(value), torch.zeros_like(value))
+        elif is_whole and out is not None:
+            sums = kernels.sums_and_gradient(*models, divergence, scale_N, out, **self._settings)
+            return Totals(*sums.unbind(1))
+        else:
+            sums = kernels.clamped_sums(*models, divergence, **self._settings)
+            totals = Totals(*sum_in_rank_order(sums, group).unbind(1))
+        if out is not None:
+            kernels.weighted_gradient(*models, divergence, totals.slope, scale_N, out, **self._settings)
+        return totals

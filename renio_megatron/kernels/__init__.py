@@ -27,6 +27,7 @@ __all__ = [
     "project_rows",
     "scale_rows_",
     "statistics",
+    "sums_and_gradient",
     "token_statistics",
     "weighted_gradient",
     "working_dtype",
@@ -83,5 +84,6 @@ def _triton_ops() -> ModuleType | None:
 clamped_sums = _dispatched(torch_ops.clamped_sums)
 scale_rows_ = _dispatched(torch_ops.scale_rows_)
 statistics = _dispatched(torch_ops.statistics)
+sums_and_gradient = _dispatched(torch_ops.sums_and_gradient)
 token_statistics = _dispatched(torch_ops.token_statistics)
 weighted_gradient = _dispatched(torch_ops.weighted_gradient)

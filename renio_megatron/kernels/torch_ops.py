@@ -79,22 +79,17 @@ def clamped_sums(
     Shapes and arguments as in `statistics`; `entry_clip` None bounds nothing.
     """
     dtype = working_dtype(student_logits, teacher_logits)
-    out = student_logits.new_zeros(student_logits.shape[0], 3, dtype=dtype)
+    sums = student_logits.new_zeros(student_logits.shape[0], 3, dtype=dtype)
     if num_valid == 0:
-        return out
+        return sums
     buffers = _buffers(student_logits, num_valid, dtype)
     for rows in _row_chunks(student_logits):
         student_logp, teacher_logp = _log_probabilities(
             student_logits, teacher_logits, normalisers, rows, temperature, buffers
         )
         entry, slope = divergence.terms(student_logp, teacher_logp, beta)
-        if entry_clip is not None:
-            clamped = _drop_clamped_slopes_(slope, entry, entry_clip, entry_floor)
-            out[rows, 2] = entry.gt_(entry_clip).sum(1)
-            entry = clamped
-        out[rows, 0] = entry.sum(1)
-        out[rows, 1] = slope.sum(1)
-    return out
+        _sum_terms(sums[rows], entry, slope, entry_clip, entry_floor)
+    return sums
 
 
 def weighted_gradient(
@@ -131,10 +126,42 @@ def weighted_gradient(
             entry, slope = divergence.terms(student_logp, teacher_logp, beta)
             if entry_clip is not None:
                 _drop_clamped_slopes_(slope, entry, entry_clip, entry_floor)
-            slope.sub_(student_logp.exp_().mul_(total_slope_N[rows, None]))
-            torch.mul(slope, factor[rows, None], out=out[rows, :num_valid])
+            _write_gradient(out[rows, :num_valid], student_logp, slope, total_slope_N[rows], factor[rows])
         out[rows, num_valid:] = 0
     return out
+
+
+def sums_and_gradient(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    normalisers: Normalisers,
+    divergence: Divergence,
+    scale_N: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    num_valid: int,
+    temperature: float,
+    beta: float,
+    entry_clip: float | None,
+    entry_floor: float | None,
+) -> torch.Tensor:
+    """Passes 2 and 3 at once, where this shard is the whole vocabulary and its own sum of slopes is G.
+
+    Arguments as in `weighted_gradient`, result as in `clamped_sums`; every entry is computed once instead of twice.
+    """
+    dtype = working_dtype(student_logits, teacher_logits)
+    sums = student_logits.new_zeros(student_logits.shape[0], 3, dtype=dtype)
+    factor = scale_N.to(dtype) / temperature
+    buffers = _buffers(student_logits, num_valid, dtype)
+    for rows in _row_chunks(student_logits):
+        student_logp, teacher_logp = _log_probabilities(
+            student_logits, teacher_logits, normalisers, rows, temperature, buffers
+        )
+        entry, slope = divergence.terms(student_logp, teacher_logp, beta)
+        _sum_terms(sums[rows], entry, slope, entry_clip, entry_floor)
+        _write_gradient(out[rows, :num_valid], student_logp, slope, sums[rows, 1], factor[rows])
+        out[rows, num_valid:] = 0
+    return sums
 
 
 def token_statistics(
@@ -215,6 +242,26 @@ def _log_probabilities(
     student.sub_(normalisers.student_max[rows, None]).sub_(normalisers.student_log_sum[rows, None])
     teacher.sub_(normalisers.teacher_max[rows, None]).sub_(normalisers.teacher_log_sum[rows, None])
     return student, teacher
+
+
+def _sum_terms(
+    sums: torch.Tensor, entry: torch.Tensor, slope: torch.Tensor, entry_clip: float | None, entry_floor: float | None
+) -> None:
+    """Some rows' sums [n, 3] of pass 2; the slopes of clamped entries are 0 afterwards, `entry` is used up."""
+    if entry_clip is not None:
+        clamped = _drop_clamped_slopes_(slope, entry, entry_clip, entry_floor)
+        sums[:, 2] = entry.gt_(entry_clip).sum(1)
+        entry = clamped
+    sums[:, 0] = entry.sum(1)
+    sums[:, 1] = slope.sum(1)
+
+
+def _write_gradient(
+    out: torch.Tensor, student_logp: torch.Tensor, slope: torch.Tensor, total_slope: torch.Tensor, factor: torch.Tensor
+) -> None:
+    """Some rows of pass 3; `slope` and `student_logp` are used up."""
+    slope.sub_(student_logp.exp_().mul_(total_slope[:, None]))
+    torch.mul(slope, factor[:, None], out=out)
 
 
 def _drop_clamped_slopes_(

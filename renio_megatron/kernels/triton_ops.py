@@ -182,6 +182,21 @@ def weighted_gradient(
     return run(choose_cut(key, rows, width, student_logits.device, trial), rows, out)
 
 
+def sums_and_gradient(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    normalisers: Normalisers,
+    divergence: Divergence,
+    scale_N: torch.Tensor,
+    out: torch.Tensor,
+    **settings: Any,
+) -> torch.Tensor:
+    """Pass 2, then pass 3; arguments as in `torch_ops.sums_and_gradient`."""
+    sums = clamped_sums(student_logits, teacher_logits, normalisers, divergence, **settings)
+    weighted_gradient(student_logits, teacher_logits, normalisers, divergence, sums[:, 1], scale_N, out, **settings)
+    return sums
+
+
 def scale_rows_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """`gradient` [N, L] times a scalar, in place, formed in fp32. A factor of 1 is seen on the device and costs
     nothing: neither a pass over the gradient nor a wait for the device."""
