@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import overload
@@ -13,11 +14,34 @@ from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.records import MicroBatch, Rollout
 
 
-class Kept(Sequence[torch.Tensor]):
-    """Hidden states that wait somewhere, [N of the micro-batch, H] each, fetched to the device one at a time."""
+class Payload(Sequence[torch.Tensor], abc.ABC):
+    """Hidden states for each of the student's micro-batches, [N of it, H], made where they are asked for."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
+        numbers = range(self._length)[index]
+        return self.fetch(numbers) if isinstance(numbers, int) else [self.fetch(number) for number in numbers]
+
+    @abc.abstractmethod
+    def fetch(self, number: int) -> torch.Tensor:
+        """Those of micro-batch `number`, on the device where the loss is computed."""
+
+
+class Kept(Payload):
+    """Hidden states that wait somewhere."""
 
     def __init__(self, parts: Sequence[torch.Tensor], device: torch.device) -> None:
         """`parts` follow the student's micro-batches; `device` is where the loss is computed."""
+        super().__init__(len(parts))
         self._parts, self._device = parts, device
 
     @property
@@ -25,21 +49,13 @@ class Kept(Sequence[torch.Tensor]):
         """What each takes on the device."""
         return [part.numel() * part.element_size() for part in self._parts]
 
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    @overload
-    def __getitem__(self, index: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
-    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return self._parts[index].to(self._device, non_blocking=True)
+    def fetch(self, number: int) -> torch.Tensor:
+        """A copy on the device, or the tensor itself where it waits there."""
+        return self._parts[number].to(self._device, non_blocking=True)
 
 
-class Recomputed(Sequence[torch.Tensor]):
-    """Hidden states that the teacher computes again, a micro-batch at a time, where the loss asks for them."""
+class Recomputed(Payload):
+    """Hidden states that the teacher computes again, a micro-batch at a time."""
 
     def __init__(
         self,
@@ -48,20 +64,13 @@ class Recomputed(Sequence[torch.Tensor]):
         hidden_states: Callable[[Sequence[Rollout], MicroBatch], torch.Tensor],
     ) -> None:
         """`hidden_states` computes those of one micro-batch, given its rollouts alone and itself among them."""
+        super().__init__(len(student_batches))
         self._rollouts, self._batches, self._hidden_states = rollouts, student_batches, hidden_states
 
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    @overload
-    def __getitem__(self, index: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
-    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        batch = self._batches[index]
-        rollouts = [self._rollouts[number] for number in batch.sequence_index.tolist()]
+    def fetch(self, number: int) -> torch.Tensor:
+        """The teacher's pass over the micro-batch's sequences."""
+        batch = self._batches[number]
+        rollouts = [self._rollouts[sequence] for sequence in batch.sequence_index.tolist()]
         tokens = _tokens_of(batch, [len(rollout.completion_ids) for rollout in self._rollouts])
         alone = replace(
             batch,

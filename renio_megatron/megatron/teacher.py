@@ -72,12 +72,10 @@ class MegatronTeacher:
                 "Check the teacher's weights and precision."
             )
         rows = [states for _, states in kept if states is not None]
-        payload: Kept | Recomputed
         if self._payload_device == "recompute":
-            payload = Recomputed(rollouts, student_batches, self._hidden_states)
             width, dtype = part.config.hidden_size, part.config.params_dtype
             bytes_of = [len(batch.token_index) * width * dtype.itemsize for batch in student_batches]
-            return TeacherScores(logp, payload, max(bytes_of))
+            return TeacherScores(logp, Recomputed(rollouts, student_batches, self._hidden_states), max(bytes_of))
         if not rows:
             return TeacherScores(logp, [])
         payload = Kept(align(rows, micro_batches, student_batches, layout.context.group), layout.device)
