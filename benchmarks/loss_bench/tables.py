@@ -81,7 +81,7 @@ def collectives_table(counts: Sequence[Row]) -> str:
     lines = [f"\nCollectives of one rank of two, counted over gloo, {tokens} tokens: calls (bytes a token)"]
     lines.append(f"{'':{WIDTH}}{'beta':>6}{'clip':>6}{'forward':>14}{'backward':>14}")
     for row in counts:
-        ways = [f"{row[f'{way}_calls']} ({row[f'{way}_bytes_per_token']:g})" for way in ("forward", "backward")]
+        ways = [f"{row[f'{way}_calls']} ({row[f'{way}_bytes_per_token']:.3g})" for way in ("forward", "backward")]
         clip = "none" if row["clip"] is None else f"{row['clip']:g}"
         lines.append(f"  {row['scheme']:{WIDTH - 2}}{row['beta']:6g}{clip:>6}" + "".join(f"{way:>14}" for way in ways))
     return "\n".join(lines)
