@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Tests what differs between versions of Megatron-core on a second interpreter: Python 3.12, for which constraints.txt
-# has the newer one. The imports, the shim and every layout's update; options go to pytest.
+# has the newer one. The imports, the shim, every layout's update and checkpoints; options go to pytest.
 #   ./scripts/second_lane.sh                                  finds python3.12 on PATH or under pyenv
 #   PYTHON=/path/to/python3.13 ./scripts/second_lane.sh       another one, 3.12 or newer
 # Without such an interpreter it says so and ends with status 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-files=(tests/test_doctests.py tests/test_shim.py tests/test_training.py tests/test_layout_matrix.py tests/test_resharding.py)
+files=(tests/test_doctests.py tests/test_shim.py tests/test_training.py tests/test_layout_matrix.py tests/test_resharding.py
+    tests/test_checkpoint.py)
 
 # find_python: the first interpreter that really is 3.12; a pyenv shim may be there and run nothing.
 find_python() {
