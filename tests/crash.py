@@ -244,7 +244,7 @@ def crash(folder: Path, *, kinds: list[str], num_steps: int, seed: int, async_sa
 def main() -> int:
     """The command line; 0 where the killed run equals the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="kills in all (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=24, help="kills in all (default: %(default)s)")
     parser.add_argument("--inside-saves", type=int, default=6, help="of them inside a save (default: %(default)s)")
     parser.add_argument("--terms", type=int, default=4, help="of them by SIGTERM (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="optimiser steps (default: %(default)s)")
@@ -264,7 +264,7 @@ def main() -> int:
         for problem in problems:
             print(f"DIFFERENT: {problem}")
         if not problems:
-            print("the same: parameters, optimiser state, metrics, checkpoints")
+            print("the same: parameters, optimiser state, metrics, rollouts, checkpoints")
     return bool(problems)
 
 
