@@ -1,6 +1,6 @@
 """Kills a run again and again and compares what it leaves with the same run uninterrupted.
 
-    python -m tests.crash [--kills 20] [--inside-saves 5] [--terms 4] [--steps 30] [--seed 1] [--keep DIRECTORY]
+    python -m tests.crash [--kills 24] [--inside-saves 6] [--terms 4] [--steps 30] [--seed 1] [--keep DIRECTORY]
 
 A kill is SIGKILL to the whole process tree or SIGTERM to the command, at a random moment or inside a save; after each
 one the same command is given again, until the run is finished. Then both runs must have the same parameters and
