@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
-from renio_megatron.layout_rules import check_cut, check_layout
+from renio_megatron.layout_rules import check_cut, check_layout, check_recomputation
 from renio_megatron.recipe_file import read_recipe
 from renio_megatron.recipe_rules import check_settings, is_changeable
 from renio_megatron.settings import (
@@ -129,7 +129,8 @@ def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
 
 def check_models(config: RunConfig | SftConfig) -> None:
     """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
-    _check_model("model", config.model, config.parallel, trained=True)
+    num_layers = _check_model("model", config.model, config.parallel, trained=True)
+    check_recomputation(num_layers, config.parallel, config.train)
     if isinstance(config, RunConfig) and config.teacher.kind == "separate":
         assert config.teacher.model is not None
         _check_model("teacher.model", config.teacher.model, config.parallel, trained=False)
@@ -220,7 +221,8 @@ def _check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
         )
 
 
-def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: bool) -> None:
+def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: bool) -> int:
+    """The model's number of layers."""
     file = model_directory(name, setting) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -239,6 +241,7 @@ def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: 
         else _count(content, "num_key_value_heads", setting, file)
     )
     check_cut(setting, str(file), counts, parallel, trained=trained)
+    return counts["num_hidden_layers"]
 
 
 def _count(content: Mapping[str, Any], key: str, setting: str, file: Path) -> int:

@@ -60,6 +60,22 @@ def check_cut(setting: str, file: str, counts: dict[str, int], parallel: Paralle
         )
 
 
+def check_recomputation(num_layers: int, parallel: ParallelConfig, train: TrainConfig) -> None:
+    """Raises `ConfigError` where a stage of the trained model does not hold whole groups of recomputed layers.
+
+    Megatron does not look, and asks for a layer that is not there in its first forward pass.
+    """
+    group = train.recompute_num_layers
+    if train.recompute_method != "uniform" or group is None or train.recompute_granularity != "full":
+        return
+    layers = num_layers // parallel.num_stages
+    if layers % group:
+        raise ConfigError(
+            f"train.recompute_num_layers={group} does not divide the {layers} layers of a pipeline stage, which "
+            "train.recompute_method=uniform needs. Choose a divisor, for example 1, or train.recompute_method=block."
+        )
+
+
 def _check_overlap(parallel: ParallelConfig) -> None:
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise ConfigError(

@@ -161,3 +161,21 @@ def test_settings_that_packing_or_plain_activations_ignore_are_refused(train):
         train("", "train.recompute_num_layers=1")
     with pytest.raises(ConfigError, match=r"recompute_granularity=full needs train.recompute_method"):
         train("", "train.recompute_granularity=full")
+
+
+@pytest.mark.parametrize("method", ["uniform", "block"])
+def test_recomputed_groups_must_divide_a_stage_where_they_are_uniform(train, model, method):
+    overrides = [
+        f"model={model('s', num_hidden_layers=12)}",
+        f"teacher.model={model('t', num_hidden_layers=10)}",
+        "train.recompute_granularity=full",
+        f"train.recompute_method={method}",
+        *INTERLEAVED,
+    ]
+    check_models(train("", *overrides, "train.recompute_num_layers=3").config)
+    config = train("", *overrides, "train.recompute_num_layers=2").config
+    if method == "block":
+        check_models(config)
+        return
+    with pytest.raises(ConfigError, match=r"recompute_num_layers=2 does not divide the 3 layers of a pipeline stage"):
+        check_models(config)
