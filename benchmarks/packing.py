@@ -24,7 +24,7 @@ from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.records import Prompt, Rollout
 from renio_megatron.scores import sample_weights
-from renio_megatron.settings import LossConfig, ParallelConfig, TrainConfig, WeightingConfig
+from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig, WeightingConfig
 
 COMPLETION = 24
 
@@ -52,7 +52,7 @@ def measure(train: TrainConfig, rollouts: list[Rollout], steps: int) -> tuple[in
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.teacher import MegatronTeacher
 
-    parallel, loss, weighting = ParallelConfig(), LossConfig(), WeightingConfig()
+    parallel, loss, head, weighting = ParallelConfig(), LossConfig(), HeadConfig(), WeightingConfig()
     layout = start(parallel, seed=1)
     parts = []
     for name in ("modchain/student", "modchain/teacher"):
@@ -62,7 +62,7 @@ def measure(train: TrainConfig, rollouts: list[Rollout], steps: int) -> tuple[in
         load_weights(part, directory)
         parts.append(part)
     learner = MegatronLearner(parts[0], train, parallel, temperature=1.0, pad_id=0)
-    teacher = MegatronTeacher(parts[1], train, temperature=1.0, pad_id=0)
+    teacher = MegatronTeacher(parts[1], train, head, temperature=1.0, pad_id=0)
     _, owner, _ = flat_completions(rollouts)
     times = []
     for step in range(steps + 1):
@@ -70,7 +70,8 @@ def measure(train: TrainConfig, rollouts: list[Rollout], steps: int) -> tuple[in
         batches = learner.arrange(rollouts)
         scores = teacher.score(rollouts, batches)
         sample = sample_weights(learner.score(batches), scores.logp, owner, len(rollouts), weighting)
-        learner.update(batches, WeightedDivergence(teacher, scores, sample, loss, weighting), step=step + 1, lr=1e-5)
+        divergence = WeightedDivergence(teacher, scores, sample, loss, weighting, head)
+        learner.update(batches, divergence, step=step + 1, lr=1e-5)
         times.append(time.perf_counter() - begin)
     return sum(batch.token_ids.numel() for batch in batches), statistics.median(times[1:])
 
