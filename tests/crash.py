@@ -29,6 +29,7 @@ import yaml
 
 import renio_megatron
 from renio_megatron.checkpoint_files import latest_step
+from tests.jobs import descendants
 from tests.resuming import TIMES, same, tensors
 from tests.training_cases import VOCAB_SIZE, save_models
 
@@ -106,22 +107,6 @@ class Job:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that were started by `pid`, directly or not."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found, waiting = [], [pid]
-    while waiting:
-        parent = waiting.pop()
-        children = [child for child, its_parent in parents.items() if its_parent == parent]
-        found += children
-        waiting += children
-    return found
 
 
 def write_recipe(folder: Path, name: str, num_steps: int, async_save: bool) -> Path:

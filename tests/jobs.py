@@ -149,6 +149,7 @@ def job_starter(folder: Path, models: Path) -> Iterator[Any]:
 
 
 def descendants(pid: int) -> list[int]:
+    """Processes that were started by `pid`, directly or not."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
