@@ -1,6 +1,6 @@
 """Packed rows against padded ones: tokens computed and seconds of a step, teacher's and student's passes and update.
 
-    python benchmarks/packing.py [--sequences 32] [--max-tokens 2048] [--steps 5]
+    python benchmarks/packing.py [--sequences 128] [--max-tokens 4096] [--steps 5]
 
 One process; prompts of uniformly drawn lengths (--skewed: log-uniform), completions of 24 tokens; the modular chain's
 student and teacher.
@@ -9,11 +9,13 @@ student and teacher.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from renio_megatron.algorithms.distillation import WeightedDivergence
@@ -21,7 +23,12 @@ from renio_megatron.assets import model_directory
 from renio_megatron.cli.launch import become_single_rank
 from renio_megatron.data.collate import flat_completions
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.hf import load_weights
+from renio_megatron.megatron.learner import MegatronLearner
+from renio_megatron.megatron.model import build_model
 from renio_megatron.megatron.start import start, stop
+from renio_megatron.megatron.teacher import MegatronTeacher
+from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import Prompt, Rollout
 from renio_megatron.scores import sample_weights
 from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig, WeightingConfig
@@ -45,15 +52,9 @@ def rollouts_of(count: int, shortest: int, longest: int, vocab_size: int, *, is_
     return made
 
 
-def measure(train: TrainConfig, rollouts: list[Rollout], steps: int) -> tuple[int, float]:
-    """(tokens that the student computes, median seconds of a step)."""
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.learner import MegatronLearner
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.teacher import MegatronTeacher
-
+def stepper(train: TrainConfig, layout: Layout, rollouts: list[Rollout]) -> Callable[[], int]:
+    """A function that does one training step and returns the tokens that the student computes in a pass."""
     parallel, loss, head, weighting = ParallelConfig(), LossConfig(), HeadConfig(), WeightingConfig()
-    layout = start(parallel, seed=1)
     parts = []
     for name in ("modchain/student", "modchain/teacher"):
         directory: Path = model_directory(name, "model")
@@ -64,26 +65,45 @@ def measure(train: TrainConfig, rollouts: list[Rollout], steps: int) -> tuple[in
     learner = MegatronLearner(parts[0], train, parallel, temperature=1.0, pad_id=0)
     teacher = MegatronTeacher(parts[1], train, head, temperature=1.0, pad_id=0)
     _, owner, _ = flat_completions(rollouts)
-    times = []
-    for step in range(steps + 1):
-        begin = time.perf_counter()
+    steps = itertools.count(1)
+
+    def step() -> int:
         batches = learner.arrange(rollouts)
         scores = teacher.score(rollouts, batches)
         sample = sample_weights(learner.score(batches), scores.logp, owner, len(rollouts), weighting)
         divergence = WeightedDivergence(teacher, scores, sample, loss, weighting, head)
-        learner.update(batches, divergence, step=step + 1, lr=1e-5)
-        times.append(time.perf_counter() - begin)
-    return sum(batch.token_ids.numel() for batch in batches), statistics.median(times[1:])
+        learner.update(batches, divergence, step=next(steps), lr=1e-5)
+        return sum(batch.token_ids.numel() for batch in batches)
+
+    return step
+
+
+def measure(ways: dict[str, TrainConfig], rollouts: list[Rollout], steps: int) -> dict[str, tuple[int, float]]:
+    """(tokens that the student computes, median seconds of a step) of each way.
+
+    The ways take turns step by step, so that a machine that grows slower is slower for all; the first round warms up.
+    """
+    layout = start(ParallelConfig(), seed=1)
+    steppers = {name: stepper(train, layout, rollouts) for name, train in ways.items()}
+    tokens: dict[str, int] = {}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(steps + 1):
+        for name, step in steppers.items():
+            begin = time.perf_counter()
+            tokens[name] = step()
+            times[name].append(time.perf_counter() - begin)
+    stop()
+    return {name: (tokens[name], statistics.median(times[name][1:])) for name in ways}
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--shortest", type=int, default=10)
     parser.add_argument("--longest", type=int, default=400)
     parser.add_argument("--skewed", action="store_true", help="log-uniform lengths: most prompts are short")
-    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
@@ -101,12 +121,10 @@ def main() -> None:
         f"packed, {options.max_tokens} tokens": TrainConfig(max_tokens_per_micro_batch=options.max_tokens, **shared),
     }
     print(f"{options.sequences} prompts of {options.shortest} to {options.longest} tokens: {exist} tokens exist")
-    first = None
-    for name, train in ways.items():
-        tokens, seconds = measure(train, rollouts, options.steps)
-        first = first or seconds
-        print(f"{name:28} {tokens:7} tokens (+{tokens / exist - 1:.1%})  {seconds:7.3f} s  {first / seconds:.2f}x")
-    stop()
+    measured = measure(ways, rollouts, options.steps)
+    padded = next(iter(measured.values()))[1]
+    for name, (tokens, seconds) in measured.items():
+        print(f"{name:28} {tokens:7} tokens (+{tokens / exist - 1:.1%})  {seconds:7.3f} s  {padded / seconds:.2f}x")
 
 
 if __name__ == "__main__":

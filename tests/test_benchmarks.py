@@ -303,6 +303,25 @@ def test_the_command_as_a_program(tmp_path):
     assert "Collectives of one rank of two" in done.stdout
 
 
+def test_the_packing_benchmark_counts_the_tokens_of_both_kinds_of_rows():
+    """2 prompts of 5 and 20 tokens, completions of 24 (the last is not computed): 28 + 43 tokens, padded 2 x 43."""
+    command = "packing.py --sequences 2 --shortest 5 --longest 20 --max-tokens 64 --steps 1"
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT / "benchmarks",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    title, padded, packed = done.stdout.splitlines()
+    assert title.endswith("71 tokens exist")
+    assert "86 tokens (+21.1%)" in padded
+    assert "71 tokens (+0.0%)" in packed
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_gpu_check_shows_each_part_and_goes_on_after_a_failure(tmp_path):
     """With an interpreter that fails at everything, both parts are tried and both failures are in the summary."""
