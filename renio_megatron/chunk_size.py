@@ -1,4 +1,4 @@
-"""How many tokens' logits exist at a time, and what their buffers take: arithmetic alone, so that plans need no torch."""
+"""How many tokens' logits exist at a time, and what their buffers take: arithmetic, for which plans need no torch."""
 
 from __future__ import annotations
 
