@@ -84,9 +84,10 @@ def chunk_bytes(model: PlannedModel, pieces: Pieces, train: TrainConfig, num_lay
         return num_layers * layer, 0
     assert train.recompute_num_layers is not None  # the settings see to it
     count, angles = min(train.recompute_num_layers, num_layers), 4 * pieces.row_length * model.architecture.kv_channels
+    checkpoint = checkpoint_bytes(model, pieces)  # the first computed layer's norm saves the same tensor again
     if train.recompute_method == "uniform":
-        return -(-num_layers // count) * checkpoint_bytes(model, pieces) + angles, count * layer
-    return count * checkpoint_bytes(model, pieces) + (num_layers - count) * layer + angles, layer
+        return -(-num_layers // count) * checkpoint + angles, count * layer - checkpoint
+    return count * checkpoint + (num_layers - count) * layer + angles, layer - checkpoint
 
 
 def final_norm_bytes(model: PlannedModel, pieces: Pieces) -> int:
@@ -160,7 +161,7 @@ def _attention_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool) ->
     kept = tokens * queries * element  # the output, as the input of the projection
     sums = 4 * tokens * model.architecture.num_attention_heads // pieces.tensor
     own_output = tokens * queries * element if pieces.rows_joined else 0
-    if pieces.context == 1:
+    if pieces.context == 1 or selective:
         inputs, masks = tokens * (queries + groups) * element, 0
     else:
         inputs = tokens * (queries + 2 * groups * pieces.context) * element

@@ -113,15 +113,16 @@ def workload(config: RunConfig, world_size: int, *, fused_norm: bool = True) -> 
         element=2 if train.bf16 else 4,
         fused_norm=fused_norm,
     )
-    step_tokens = sequences * completion
-    rows = min(pieces.tokens, step_tokens if is_packed else together * completion)
+    share_of_rows = _most_rows(config.data.max_prompt_length - 1, completion, context, row if not is_packed else None)
+    step_rows = sequences * share_of_rows
+    rows = min(pieces.tokens, step_rows) if is_packed else together * share_of_rows
     share = -(-sequences // context)
     return Workload(
         pieces=pieces,
         rows=rows,
         num_micro_batches=sequences // together,
-        step_tokens=step_tokens,
-        step_rows=-(-step_tokens // context),
+        step_tokens=sequences * completion,
+        step_rows=step_rows,
         sampled=min(rollout.micro_batch_size or share, share),
         sampled_length=config.data.max_prompt_length + completion,
         is_realigned=is_packed or context > 1,
@@ -171,7 +172,10 @@ class _Rank:
             phases["ordering"] = {"payload": self._payload(), "copy": ordered}
         if self._config.rollout.student_scores == "recompute":
             phases["scores"] = self._scoring(self._student)
-        phases["update"] = self._update(tensors)
+        kept, again = self._activations()
+        if self._is_last:
+            phases["loss"] = self._loss(kept)
+        phases["backward"] = self._backward(tensors, kept, again)
         # torch's AdamW makes the roots of all second moments at once.
         phases["step"] = {"payload": self._payload(), "temporaries": self._optimised(tensors) * 4}
         return RankMemory(self._rank, held, phases)
@@ -238,41 +242,53 @@ class _Rank:
             found["payload"] = self._payload()
         return found
 
-    def _update(self, tensors: Sequence[int]) -> dict[str, int]:
-        """Forward and backward passes in Megatron's schedule, and on the last stage the loss."""
+    def _activations(self) -> tuple[int, int]:
+        """What the layers keep in Megatron's schedule at the most, and what computing some again takes on top."""
         config, work, student = self._config, self._work, self._student
         flying = chunks_in_flight(config.parallel, self._rank, work.num_micro_batches)
         layers = student.architecture.num_layers // (self._stages * self._chunks)
         each, again = chunk_bytes(student, work.pieces, config.train, layers)
-        kept = flying * (each + self._sent(student))
+        kept = flying * (each + self._sent(student, self._chunks))
         if self._rank == 0:
             kept += min(flying, work.num_micro_batches) * work.pieces.tokens * 8  # token ids
-        found = {"activations": kept}
-        if again:
-            found["recomputed layers"] = again
-        weight = max(tensors) * self._element
-        if not self._is_last:
-            return {**found, "backward": backward_bytes(student, work.pieces) + weight}
+        return kept, again
+
+    def _loss(self, kept: int) -> dict[str, int]:
+        """The end of a micro-batch's forward pass on the last stage: `kept` of its layers, and the chunked loss."""
+        work, student = self._work, self._student
         hidden = student.architecture.hidden_size
-        found["activations"] += final_norm_bytes(student, work.pieces)
         rows = work.rows * hidden * self._element
         gathered = tokens_bytes(student, work.pieces) if work.pieces.sequence_parallel else 0
-        # A tied head's gradient meets the embedding's, where one rank has both.
-        both = 2 if student.architecture.tied and self._stages == 1 else 1
         return {
-            **found,
-            "backward": max(backward_bytes(student, work.pieces), rows + gathered) + both * weight,
+            "activations": kept + final_norm_bytes(student, work.pieces),
+            "rows for the head": rows + gathered,
             "payload": self._payload(in_use=True),
-            "loss buffers": loss_buffer_bytes(
-                work.rows, self._width, self._element, self._logit, config.head.chunk_size
+            "buffers": loss_buffer_bytes(
+                work.rows, self._width, self._element, self._logit, self._config.head.chunk_size
             ),
-            "loss results": rows + self._width * hidden * 4,
+            "results": rows + self._width * hidden * 4,
         }
 
-    def _sent(self, model: PlannedModel) -> int:
+    def _backward(self, tensors: Sequence[int], kept: int, again: int) -> dict[str, int]:
+        """The beginning of a micro-batch's backward pass, whose widest gradient of a weight is on its way."""
+        tied = self._student.architecture.tied and self._stages == 1  # the head's meets the embedding's on one rank
+        weight = max(tensors) * self._element * (2 if tied else 1)
+        if self._is_last:  # the loss has its own in fp32, and gives autograd zeros in its place
+            weight = max(weight, self._width * self._student.architecture.hidden_size * (4 + self._element))
+        found = {"activations": kept}
+        if again:
+            found["layers again"] = again
+        return {
+            **found,
+            "gradients": backward_bytes(self._student, self._work.pieces) + weight,
+            "payload": self._payload(),
+        }
+
+    def _sent(self, model: PlannedModel, num_chunks: int = 1) -> int:
         """A micro-batch's hidden states that go to the next stage, and are kept until their gradient comes back."""
         work = self._work.pieces
-        return tokens_bytes(model, work) // work.share if self._stages > 1 and not self._is_last else 0
+        is_sender = self._stages > 1 and (num_chunks > 1 or not self._is_last)
+        return tokens_bytes(model, work) // work.share if is_sender else 0
 
     def _payload(self, *, in_use: bool = False) -> int:
         """The teacher's hidden states on this device: the step's, or only those of the micro-batch `in_use` and what
@@ -281,12 +297,30 @@ class _Rank:
             return 0
         work, kind = self._work, self._config.teacher.payload_device
         row = self._teacher.architecture.hidden_size * self._element
-        if kind == "device":
+        if kind == "device":  # all of them, until the end of the step
             return work.step_rows * row
         if not in_use:
             return 0
         again = forward_bytes(self._teacher, work.pieces) if kind == "recompute" else 0
         return work.rows * row + again
+
+
+def _most_rows(first: int, count: int, context: int, row: int | None) -> int:
+    """The most of `count` positions from `first` on that one context rank has: chunks r and 2 x ranks - 1 - r.
+
+    Args:
+        first, count: the positions.
+        context: ranks.
+        row: positions of each rank; None: as few as hold the sequence.
+
+    >>> _most_rows(39, 24, 2, None)    # chunks of 16 positions: 9 of them in the third, 15 in the fourth
+    15
+    """
+    chunk = -(-(first + count) // (2 * context)) if row is None else row // 2
+    if context == 1:
+        return count
+    inside = [max(0, min(first + count, (i + 1) * chunk) - max(first, i * chunk)) for i in range(2 * context)]
+    return max(inside[rank] + inside[-1 - rank] for rank in range(context))
 
 
 def _ceil(value: int, multiple: int) -> int:
