@@ -286,11 +286,10 @@ def test_a_plan_does_without_torch():
 def test_the_documented_output_is_the_commands(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "80")
-    shown = re.findall(r"```\n\$ renio (plan .*?)\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    shown = re.findall(r"```\n\$ renio ((?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
     assert len(shown) == 2
     for command, output in shown:
-        first, *more = command.split("\\\n")
-        main(" ".join([first, *more]).split())
+        main(command.replace("\\\n", " ").split())
         assert _lines(capsys.readouterr().out) == _lines(output)
 
 
