@@ -7,13 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from renio_megatron import kernels
+from renio_megatron.chunk_size import token_bytes
 from renio_megatron.errors import LayoutError
 from renio_megatron.settings import HeadConfig
-
-LEAST_CHUNK = 2048
-"""Tokens below which a chunk's products no longer pay for reading the head, nor its exchanges for their latency."""
-CHUNK_BYTES = 1 << 30
-"""What the buffers of a chunk may take where that allows `LEAST_CHUNK` tokens."""
 
 
 def chosen_dtype(hidden: torch.Tensor, logits_dtype: torch.dtype | None) -> torch.dtype:
@@ -37,30 +33,8 @@ def logits_dtype_of(config: HeadConfig, hidden_dtype: torch.dtype) -> torch.dtyp
 
 
 def bytes_per_token(width: int, hidden_dtype: torch.dtype, logits_dtype: torch.dtype, num_models: int = 2) -> int:
-    """What the buffers take for each token of a chunk: both models' logits [L], and the gradient where it is narrower
-    than the logits and so cannot take their place."""
-    narrow = hidden_dtype.itemsize if num_models == 2 and hidden_dtype != logits_dtype else 0
-    return width * (num_models * logits_dtype.itemsize + narrow)
-
-
-def chunk_size_for(num_tokens: int, token_bytes: int, chunk_size: int | None = None) -> int:
-    """Tokens of a chunk: `chunk_size`, or as many as `CHUNK_BYTES` allow and at least `LEAST_CHUNK`; at most all, and
-    cut so that all chunks are about as long.
-
-    >>> chunk_size_for(5000, 400_000), chunk_size_for(5000, 4_000_000), chunk_size_for(100, 4_000_000)
-    (2500, 1667, 100)
-    >>> chunk_size_for(5000, 400_000, 300)
-    300
-
-    Raises:
-        LayoutError: a chunk without tokens.
-    """
-    if chunk_size is not None:
-        if chunk_size < 1:
-            raise LayoutError(f"chunk_size must be at least 1, or None; got {chunk_size}.")
-        return min(chunk_size, max(1, num_tokens))
-    most = max(LEAST_CHUNK, CHUNK_BYTES // max(1, token_bytes))
-    return -(-num_tokens // max(1, -(-num_tokens // most))) or 1
+    """`chunk_size.token_bytes` of two dtypes."""
+    return token_bytes(width, hidden_dtype.itemsize, logits_dtype.itemsize, num_models)
 
 
 class Logits:

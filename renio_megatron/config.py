@@ -127,13 +127,16 @@ def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
         _check_weighting(config.weighting, config.train.global_batch_size)
 
 
-def check_models(config: RunConfig | SftConfig) -> None:
-    """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
-    num_layers = _check_model("model", config.model, config.parallel, trained=True)
+def check_models(config: RunConfig | SftConfig, *, teacher_types: tuple[str, ...] = MODEL_TYPES) -> None:
+    """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files.
+
+    A plan may know more `teacher_types` than the trainer runs.
+    """
+    num_layers = _check_model("model", config.model, config.parallel, MODEL_TYPES, trained=True)
     check_recomputation(num_layers, config.parallel, config.train)
     if isinstance(config, RunConfig) and config.teacher.kind == "separate":
         assert config.teacher.model is not None
-        _check_model("teacher.model", config.teacher.model, config.parallel, trained=False)
+        _check_model("teacher.model", config.teacher.model, config.parallel, teacher_types, trained=False)
 
 
 def to_yaml(config: RunConfig | SftConfig) -> str:
@@ -221,7 +224,7 @@ def _check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
         )
 
 
-def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: bool) -> int:
+def _check_model(setting: str, name: str, parallel: ParallelConfig, types: tuple[str, ...], *, trained: bool) -> int:
     """The model's number of layers."""
     file = model_directory(name, setting) / "config.json"
     try:
@@ -229,9 +232,9 @@ def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: 
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {file} cannot be read as JSON: {error}.") from error
     model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type not in MODEL_TYPES:
+    if model_type not in types:
         raise ConfigError(
-            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}. "
+            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(types)}. "
             "Choose a model of one of these types."
         )
     counts = {key: _count(content, key, setting, file) for key in ("num_attention_heads", "num_hidden_layers")}

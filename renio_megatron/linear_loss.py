@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron import kernels
-from renio_megatron.chunks import Logits, bytes_per_token, chosen_dtype, chunk_size_for, slices
+from renio_megatron.chunk_size import chunk_size_for, loss_buffer_bytes
+from renio_megatron.chunks import Logits, bytes_per_token, chosen_dtype, slices
 from renio_megatron.errors import LayoutError
 from renio_megatron.loss import RAN_TWICE, DistillationOutput, mean_denominator
 from renio_megatron.loss_checks import check_heads, check_tokens
@@ -66,7 +67,7 @@ def linear_distillation_loss(
             anew whose edges differ.
         token_ids, owner, num_sequences, loss, weighting, shard, batch_group, sequence_group, weights, sequence_lengths,
             state: as in `distillation_loss`.
-        chunk_size: tokens whose logits exist at a time; None: `chunks.chunk_size_for` chooses.
+        chunk_size: tokens whose logits exist at a time; None: `chunk_size.chunk_size_for` chooses.
         logits_dtype: of the buffers of logits, fp32 or the dtype of the hidden states; None: fp32, and fp64 for fp64.
             bf16 logits take half the memory, and a loss by entries that is clipped feels their rounding.
         sum_hidden_gradient: sum the hidden states' gradient over `shard.group` in backward, as a column-parallel head
@@ -197,8 +198,7 @@ def buffer_bytes(
     2.9
     """
     dtype = logits_dtype or torch.promote_types(hidden_dtype, torch.float32)
-    token_bytes = bytes_per_token(width, hidden_dtype, dtype)
-    return min(num_tokens, chunk_size_for(num_tokens, token_bytes, chunk_size)) * token_bytes
+    return loss_buffer_bytes(num_tokens, width, hidden_dtype.itemsize, dtype.itemsize, chunk_size)
 
 
 class FinishedGradients(torch.autograd.Function):

@@ -16,6 +16,7 @@ FLOORS = (
     ("records", "settings", "assets", "files", "json_lines", "stop", "metrics", "objective", "parallel"),
     ("kernels",),
     (
+        "chunk_size",
         "roles",
         "scores",
         "passes",
@@ -31,7 +32,7 @@ FLOORS = (
     ),
     ("megatron", "evaluate", "diagnose"),
     ("algorithms", "trainer", "rollout_log"),
-    ("recipe_file", "recipe_rules", "layout_rules", "config", "rundir", "build", "run", "export"),
+    ("recipe_file", "recipe_rules", "layout_rules", "config", "plan", "rundir", "build", "run", "export"),
     ("cli", "report"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear
 
 from renio_megatron import LossConfig, VocabShard, WeightingConfig, linear_distillation_loss
-from renio_megatron.chunks import chunk_size_for
+from renio_megatron.chunk_size import chunk_size_for
 from renio_megatron.errors import LayoutError
 from renio_megatron.linear_loss import buffer_bytes
 from renio_megatron.objective.reference import reference_objective

@@ -20,12 +20,14 @@ commands:
   quickstart   the whole method on tiny models that ship with the package (CPU, minutes)
   train        distil a teacher into a student, as a recipe says
   sft          fine-tune on given completions, as a recipe says
+  plan         say what a recipe will hold in each GPU's memory, without running it
   export       write a checkpoint of a run as a Hugging Face model directory
 """
 _EPILOG = """\
 examples:
   renio quickstart
   renio train recipe.yaml train.lr=1e-5 weighting=uniform --nproc 4
+  renio plan recipe.yaml --gpus 8 --memory 80
   renio export runs/mine models/mine
 
 `renio COMMAND --help` tells more. Under torchrun, train and sft join its ranks.
@@ -37,10 +39,17 @@ finish its step and save first; the exit code is then 143.
 example:
   renio {kind} recipe.yaml train.lr=1e-5 output_dir=runs/mine --nproc 2
 """
+_PLAN_EPILOG = """\
+The exit code is 0 where the run fits or no --memory is given, 3 where it does not fit, and 2 for a mistake.
+
+example:
+  renio plan recipe.yaml train.micro_batch_size=2 --gpus 8 --memory 80
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of the command: 0, 2 for a mistake that can be named, or the failed rank's.
+    """The exit code of the command: 0, 2 for a mistake that can be named, 3 for a plan that does not fit, or the
+    failed rank's.
 
     130 for Ctrl-C, and 143 for SIGTERM, after which the same command goes on where it stopped.
 
@@ -48,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, extra = parser.parse_known_args(argv)
-    unknown = extra if arguments.command not in ("train", "sft") else [text for text in extra if text.startswith("-")]
+    unknown = (
+        extra if arguments.command not in ("train", "sft", "plan") else [text for text in extra if text.startswith("-")]
+    )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command is None:
@@ -79,13 +90,25 @@ def _parser() -> argparse.ArgumentParser:
         usage = f"renio {kind} RECIPE [key=value ...] [--nproc N] [--fresh]"
         epilog = _RECIPE_EPILOG.format(kind=kind)
         command = commands.add_parser(kind, description=what, epilog=epilog, formatter_class=raw, usage=usage)
-        command.add_argument("recipe", metavar="RECIPE", help="YAML file with the settings of the run")
-        command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+        _add_recipe(command)
         command.add_argument(
             "--nproc", type=_positive, metavar="N", help="ranks to start on this machine (default: one model copy)"
         )
         _add_fresh(command)
         command.set_defaults(run=_run_recipe)
+
+    command = commands.add_parser(
+        "plan",
+        description="Say what a distillation recipe will hold in the memory of each rank. Nothing is run or allocated; "
+        "of the models only config.json is read.",
+        epilog=_PLAN_EPILOG,
+        formatter_class=raw,
+        usage="renio plan RECIPE [key=value ...] [--gpus N] [--memory GIB]",
+    )
+    _add_recipe(command)
+    command.add_argument("--gpus", type=_positive, metavar="N", help="ranks of the job (default: one model copy)")
+    command.add_argument("--memory", type=_gib, metavar="GIB", help="memory of each GPU in GiB (default: no verdict)")
+    command.set_defaults(run=_run_plan)
 
     command = commands.add_parser("export", description="Write a checkpoint as a Hugging Face model directory.")
     command.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run (its output_dir)")
@@ -100,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="YAML file with the settings of the run")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+
+
 def _add_fresh(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fresh", action="store_true", help="move an existing run aside and start a new one")
 
@@ -108,6 +136,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
     return int(text)
+
+
+def _gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0; got {text!r}")
+    return value
 
 
 def _run_recipe(arguments: argparse.Namespace) -> int:
@@ -138,6 +176,13 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
         print(finished_message(config))
         return 0
     return launch.start_ranks(rank_arguments, num_ranks)
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    from renio_megatron.cli.plan import plan
+
+    overrides = [*arguments.overrides, *arguments.extra]
+    return plan(arguments.recipe, overrides, world_size=arguments.gpus, memory_gib=arguments.memory)
 
 
 def _run_quickstart(arguments: argparse.Namespace) -> int:

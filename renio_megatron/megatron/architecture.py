@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.settings import ParallelConfig
 
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -59,6 +60,11 @@ class Architecture:
             raise ConfigError(f"{path} cannot be read: {error}. Save the model again with save_pretrained.") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} should hold a JSON object; got {type(values).__name__}.")
+        return cls.from_values(path, values)
+
+    @classmethod
+    def from_values(cls, path: Path, values: dict[str, Any]) -> Architecture:
+        """The same, of what config.json holds; `path` is for the messages."""
         family = values.get("model_type")
         if family not in FAMILIES:
             raise ConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
@@ -86,6 +92,16 @@ class Architecture:
             rope_scaling_factor=scaling,
             max_sequence_length=values.get("max_position_embeddings", 2048),
         )
+
+
+def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
+    """Columns of all shards together: the smallest multiple of the divisor times the tensor-parallel size.
+
+    >>> padded_vocab_size(17, ParallelConfig(tensor_model_parallel_size=2, make_vocab_size_divisible_by=8))
+    32
+    """
+    multiple = parallel.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
 
 
 def _refuse_unsupported(path: Path, values: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from renio_megatron import kernels
 from renio_megatron.data.collate import Arrangement
-from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
 from renio_megatron.megatron.attention import SdpaCoreAttention
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
@@ -162,16 +162,6 @@ class ModelPart:
                 if was_parallel:
                     set_model_to_sequence_parallel(chunk, True)
             self.train(was_training)
-
-
-def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
-    """Columns of all shards together: the smallest multiple of the divisor times the tensor-parallel size.
-
-    >>> padded_vocab_size(17, ParallelConfig(tensor_model_parallel_size=2, make_vocab_size_divisible_by=8))
-    32
-    """
-    multiple = parallel.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(

@@ -1,0 +1,184 @@
+"""What layers keep of a forward pass until the backward pass, and what a pass holds for a moment: bytes of one rank.
+
+The formulas list, tensor by tensor, what autograd saves in this package's layer: Megatron's local spec with torch's
+norm and attention (`megatron/model.py`, `megatron/attention.py`), and Megatron's unfused gated MLP. They are compared
+with autograd's own list in tests/test_plan.py. The pipeline's formulas are Megatron's `get_pp_rank_microbatches`
+(`pipeline_parallel/schedules.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from renio_megatron.plan.models import PlannedModel
+from renio_megatron.settings import ParallelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The shape of a pass on one rank.
+
+    Attributes:
+        tokens: of a micro-batch on this rank, all rows together.
+        row_length: of them in one row.
+        rows_joined: whether attention runs sequence by sequence and joins the outputs: packing, context parallelism.
+        tensor, context: ranks of those axes.
+        sequence_parallel: whether tensor-parallel ranks share the positions between their layers.
+        element: bytes of a number of the model.
+        fused_norm: whether the norm saves its input alone, as torch's CUDA kernel (2.9 and later) does. Elsewhere it is
+            composed of operations in fp32, which save more.
+    """
+
+    tokens: int
+    row_length: int
+    rows_joined: bool
+    tensor: int
+    context: int
+    sequence_parallel: bool
+    element: int
+    fused_norm: bool = True
+
+    @property
+    def share(self) -> int:
+        """Ranks that share a tensor between the tensor-parallel layers."""
+        return self.tensor if self.sequence_parallel else 1
+
+
+def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False) -> int:
+    """What one layer keeps for its backward pass; `selective` computes the core attention again."""
+    it, tokens, element = model.architecture, pieces.tokens, pieces.element
+    queries, groups = _widths(model, pieces)
+    hidden = tokens * it.hidden_size // pieces.share
+    # Both norms' inputs, and their outputs as inputs of the two column-parallel layers.
+    kept = 2 * (_norm_bytes(hidden, it.hidden_size, pieces) + hidden * element)
+    # The values are a view of the joint projection, which they keep alive.
+    kept += tokens * (queries + 2 * groups) * element
+    if it.qk_layernorm:
+        copied = it.num_query_groups > pieces.tensor  # several groups' queries are not contiguous in the projection
+        kept += _norm_bytes(tokens * queries, it.kv_channels, pieces, is_copy=copied)
+        kept += _norm_bytes(tokens * groups, it.kv_channels, pieces, is_copy=False)
+    kept += 4 * pieces.row_length * it.kv_channels * element  # cosines and sines, for queries and for keys
+    kept += _attention_bytes(model, pieces, selective=selective)
+    return kept + _mlp_bytes(model, pieces)
+
+
+def checkpoint_bytes(model: PlannedModel, pieces: Pieces) -> int:
+    """A layer's input, all that full recomputation keeps of one or several layers."""
+    return tokens_bytes(model, pieces) // pieces.share
+
+
+def tokens_bytes(model: PlannedModel, pieces: Pieces) -> int:
+    """Hidden states of all of a micro-batch's tokens."""
+    return pieces.tokens * model.architecture.hidden_size * pieces.element
+
+
+def chunk_bytes(model: PlannedModel, pieces: Pieces, train: TrainConfig, num_layers: int) -> tuple[int, int]:
+    """What `num_layers` neighbouring layers keep of one micro-batch, and what recomputing them takes on top.
+
+    Full recomputation (Megatron's `TransformerBlock._checkpointed_forward`): `uniform` keeps the input of every
+    `recompute_num_layers` layers, and computes as many again at a time; `block` keeps that of each of the first
+    `recompute_num_layers` layers, and everything of the others.
+    """
+    layer = layer_bytes(model, pieces, selective=train.recompute_granularity == "selective")
+    if train.recompute_granularity != "full":
+        return num_layers * layer, 0
+    assert train.recompute_num_layers is not None  # the settings see to it
+    count, angles = min(train.recompute_num_layers, num_layers), 4 * pieces.row_length * model.architecture.kv_channels
+    checkpoint = checkpoint_bytes(model, pieces)  # the first computed layer's norm saves the same tensor again
+    if train.recompute_method == "uniform":
+        return -(-num_layers // count) * checkpoint + angles, count * layer - checkpoint
+    return count * checkpoint + (num_layers - count) * layer + angles, layer - checkpoint
+
+
+def final_norm_bytes(model: PlannedModel, pieces: Pieces) -> int:
+    """What the norm after the last layer keeps, and its output."""
+    hidden = tokens_bytes(model, pieces) // pieces.element // pieces.share
+    return _norm_bytes(hidden, model.architecture.hidden_size, pieces) + hidden * pieces.element
+
+
+def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, num_micro_batches: int) -> int:
+    """Forward passes of chunks of layers whose backward pass has not begun, at the most.
+
+    Source: Megatron's `get_pp_rank_microbatches`: the warm-up passes and one more. Without interleaving
+    min(stages - rank, micro-batches); with it 2 (stages - rank - 1) + (chunks - 1) x stages + 1, at most all.
+
+    >>> [chunks_in_flight(ParallelConfig(pipeline_model_parallel_size=4), rank, 8) for rank in range(4)]
+    [4, 3, 2, 1]
+    >>> interleaved = ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    >>> [chunks_in_flight(interleaved, rank, 8) for rank in range(4)]
+    [11, 9, 7, 5]
+    """
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return min(stages - pipeline_rank, num_micro_batches)
+    warm_up = 2 * (stages - pipeline_rank - 1) + (chunks - 1) * stages
+    return min(warm_up + 1, chunks * num_micro_batches)
+
+
+def forward_bytes(model: PlannedModel, pieces: Pieces) -> int:
+    """What the widest moment of a layer holds in a pass that keeps nothing: in its MLP or in its attention."""
+    it, tokens = model.architecture, pieces.tokens
+    queries, groups = _widths(model, pieces)
+    hidden = tokens * it.hidden_size
+    around = 2 * hidden // pieces.share
+    attention = tokens * (queries + 2 * groups + 4 * queries + 2 * groups)
+    return (around + max(attention, _mlp_entries(model, pieces) + hidden)) * pieces.element
+
+
+def backward_bytes(model: PlannedModel, pieces: Pieces) -> int:
+    """Gradients of a layer's tensors that are alive together in its backward pass: the MLP's and two hidden states'."""
+    width = model.architecture.ffn_hidden_size // pieces.tensor
+    return pieces.tokens * (3 * width + 2 * model.architecture.hidden_size) * pieces.element
+
+
+def _widths(model: PlannedModel, pieces: Pieces) -> tuple[int, int]:
+    """Of this rank's queries, and of its keys."""
+    it = model.architecture
+    return (
+        it.num_attention_heads * it.kv_channels // pieces.tensor,
+        it.num_query_groups * it.kv_channels // pieces.tensor,
+    )
+
+
+def _norm_bytes(entries: int, width: int, pieces: Pieces, *, is_copy: bool = True) -> int:
+    """What RMSNorm saves of `entries` numbers: its input, one scale a row, and where it is not fused the result before
+    the weight, both in fp32. An input that something else keeps alive anyway (`is_copy=False`) costs nothing."""
+    scales = 4 * (entries // width)
+    if pieces.fused_norm:
+        return scales + (entries * pieces.element if is_copy else 0)
+    is_widened = pieces.element < 4
+    return scales + 4 * entries + (4 * entries if is_copy or is_widened else 0)
+
+
+def _attention_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool) -> int:
+    """Rotated queries and keys, the output, and one fp32 sum a query and head; no matrix of scores (flash attention).
+
+    Under context parallelism keys and values of the whole row, and a mask for each of this rank's two chunks, which
+    torch turns into numbers of the model's.
+    """
+    tokens, element = pieces.tokens, pieces.element
+    queries, groups = _widths(model, pieces)
+    kept = tokens * queries * element  # the output, as the input of the projection
+    sums = 4 * tokens * model.architecture.num_attention_heads // pieces.tensor
+    own_output = tokens * queries * element if pieces.rows_joined else 0
+    if pieces.context == 1 or selective:
+        inputs, masks = tokens * (queries + groups) * element, 0
+    else:
+        inputs = tokens * (queries + 2 * groups * pieces.context) * element
+        chunk = pieces.row_length // 2
+        masks = (2 * pieces.context + 1) * chunk * chunk * (element + 1)
+    return kept + inputs + (0 if selective else sums + own_output + masks)
+
+
+def _mlp_entries(model: PlannedModel, pieces: Pieces) -> int:
+    """Gate and up in one tensor, the activated gate, a copy of up, and their product."""
+    experts = model.experts
+    if experts is None:
+        return pieces.tokens * 5 * model.architecture.ffn_hidden_size // pieces.tensor
+    # Each token goes to several experts, as a row of its own there and back.
+    entries = 5 * experts.ffn_hidden_size // pieces.tensor + 2 * model.architecture.hidden_size
+    return pieces.tokens * experts.chosen * entries
+
+
+def _mlp_bytes(model: PlannedModel, pieces: Pieces) -> int:
+    return _mlp_entries(model, pieces) * pieces.element

@@ -1,0 +1,127 @@
+"""A model as planning sees it: its architecture, its experts if it has some, and the tensors of a rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from renio_megatron.assets import model_directory
+from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
+from renio_megatron.settings import ParallelConfig
+
+MIXTURE_TYPES = {"qwen3_moe": "qwen3"}
+"""Models with experts that can be planned for, as frozen teachers: model_type, and the family of their attention."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The MLPs of a layer with a router.
+
+    Attributes:
+        count: experts of a layer.
+        chosen: of them a token goes through.
+        ffn_hidden_size: of each.
+    """
+
+    count: int
+    chosen: int
+    ffn_hidden_size: int
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What is known of a model from its config.json.
+
+    Attributes:
+        name: as the recipe gives it.
+        architecture: the model; with experts, all of it but the MLPs.
+        experts: None for a dense model.
+    """
+
+    name: str
+    architecture: Architecture
+    experts: Experts | None = None
+
+
+def read_model(name: str, setting: str) -> PlannedModel:
+    """The model of a Hugging Face directory, of which only config.json is read; `config.check_models` comes first.
+
+    Raises:
+        ConfigError: a model, or a feature of one, that neither the trainer nor the plan knows.
+    """
+    path = model_directory(name, setting) / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    family = MIXTURE_TYPES.get(values.get("model_type"))
+    architecture = Architecture.from_values(path, {**values, "model_type": family} if family else values)
+    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+        _require_count(path, values, key)
+    return PlannedModel(name, architecture, _experts(path, values) if family else None)
+
+
+def rank_tensors(
+    model: PlannedModel,
+    parallel: ParallelConfig,
+    *,
+    vocab_size: int,
+    pipeline_rank: int,
+    num_chunks: int = 1,
+) -> list[int]:
+    """Entries of each parameter of a rank, in no particular order; all tensor-parallel ranks are alike.
+
+    The embedding is on the first pipeline rank and the LM head on the last. A tied head is the embedding where both
+    are on one rank, and a copy of it otherwise. Experts are cut over the tensor-parallel ranks like an MLP.
+
+    Args:
+        model, parallel: the whole model and its layout.
+        vocab_size: V of the loss, before padding.
+        pipeline_rank: this one.
+        num_chunks: stages of each pipeline rank.
+    """
+    architecture, tensor = model.architecture, parallel.tensor_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size
+    is_first, is_last = pipeline_rank == 0, pipeline_rank == stages - 1
+    vocabulary = padded_vocab_size(vocab_size, parallel) // tensor * architecture.hidden_size
+    found = _layer_tensors(model, tensor) * (architecture.num_layers // (stages * num_chunks) * num_chunks)
+    if is_first:
+        found.append(vocabulary)
+    if is_last:
+        found.append(architecture.hidden_size)
+        if not (architecture.tied and is_first):
+            found.append(vocabulary)
+    return found
+
+
+def _layer_tensors(model: PlannedModel, tensor: int) -> list[int]:
+    """Entries of each parameter of one layer on a tensor-parallel rank; norms are whole everywhere."""
+    it = model.architecture
+    queries, groups = it.num_attention_heads * it.kv_channels, it.num_query_groups * it.kv_channels
+    found = [it.hidden_size, it.hidden_size]
+    found += [(queries + 2 * groups) // tensor * it.hidden_size, it.hidden_size * queries // tensor]
+    if it.add_qkv_bias:
+        found.append((queries + 2 * groups) // tensor)
+    if it.qk_layernorm:
+        found += [it.kv_channels, it.kv_channels]
+    if model.experts is None:
+        mlps, width = 1, it.ffn_hidden_size
+    else:
+        mlps, width = model.experts.count, model.experts.ffn_hidden_size
+        found.append(mlps * it.hidden_size)
+    return found + [2 * width // tensor * it.hidden_size, it.hidden_size * width // tensor] * mlps
+
+
+def _experts(path: Path, values: dict[str, Any]) -> Experts:
+    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    for key in keys:
+        _require_count(path, values, key)
+    if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
+        raise ConfigError(f"{path}: layers with and without experts in one model cannot be planned for.")
+    return Experts(*(values[key] for key in keys))
+
+
+def _require_count(path: Path, values: dict[str, Any], key: str) -> None:
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{path} needs {key}, a whole number above 0; got {value!r}.")

@@ -1,0 +1,297 @@
+"""`renio plan`: against counts by hand, against bytes that a real step allocates, and as a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import renio_megatron
+from renio_megatron.chunk_size import loss_buffer_bytes
+from renio_megatron.cli.main import main
+from renio_megatron.cli.plan import DOES_NOT_FIT
+from renio_megatron.config import RunConfig
+from renio_megatron.errors import ConfigError
+from renio_megatron.linear_loss import buffer_bytes
+from renio_megatron.plan.activations import Pieces, chunk_bytes, layer_bytes
+from renio_megatron.plan.memory import RankMemory, plan_memory, workload
+from renio_megatron.plan.models import rank_tensors, read_model
+from renio_megatron.settings import DataConfig, ParallelConfig, RolloutConfig, TeacherConfig, TrainConfig
+from tests.multiprocess import run_ranks
+from tests.plan_cases import cases, measure
+from tests.training_cases import save_models
+
+ROOT = Path(renio_megatron.__file__).parents[1]
+MODELS = ROOT / "tests" / "data" / "models"
+EXAMPLE = ROOT / "examples" / "qwen3_32b_to_1_7b.yaml"
+DOCUMENT = ROOT / "docs" / "how-to" / "plan.md"
+
+
+def _config(student: str = "Qwen3-32B", teacher: str = "Qwen3-32B", **changes: Any) -> RunConfig:
+    config = RunConfig(
+        model=str(MODELS / student),
+        teacher=TeacherConfig(model=str(MODELS / teacher)),
+        data=DataConfig(max_prompt_length=1024),
+        rollout=RolloutConfig(max_completion_length=1025),
+        parallel=ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True),
+        train=TrainConfig(global_batch_size=4, bf16=True),
+        output_dir="run",
+    )
+    return replace(config, **changes)
+
+
+def _plan(config: RunConfig, world_size: int, **how: Any) -> list[RankMemory]:
+    models = read_model(config.model, "model"), read_model(config.teacher.model or config.model, "teacher.model")
+    return plan_memory(config, *models, world_size, **how)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),  # as the models' cards give them
+    [("Qwen3-1.7B", 1.7), ("Qwen3-8B", 8.2), ("Qwen3-32B", 32.8), ("Qwen3-235B-A22B", 235.0)],
+)
+def test_parameters_are_those_of_the_models_cards(name, billions):
+    tensors = rank_tensors(
+        read_model(str(MODELS / name), "model"), ParallelConfig(), vocab_size=151_936, pipeline_rank=0
+    )
+    assert sum(tensors) / 1e9 == pytest.approx(billions, rel=0.013)
+
+
+# Qwen3-32B on one of 8 tensor-parallel ranks: 64 layers, H 5120, 64 query and 8 key-value heads of 128, MLP 25600.
+LAYER = (
+    5120 * (8192 + 1024 + 1024) // 8  # joint projection of queries, keys and values
+    + 8192 * 5120 // 8  # attention's output
+    + 5120 * 25600 // 8 * 3  # gate, up, down
+    + 5120 * 2  # two norms, whole on every rank
+    + 128 * 2  # norms of queries and keys
+)
+PARAMETERS = 64 * LAYER + 5120 + 2 * 151_936 * 5120 // 8
+TOKENS = 2048
+
+
+def test_a_hand_count_of_qwen3_32b_at_tp_8():
+    (rank,) = _plan(_config(), 8)
+    assert PARAMETERS == 4_095_857_664
+    assert rank.held == {
+        "parameters": 2 * PARAMETERS,
+        "gradients": 4 * PARAMETERS,
+        "optimiser": 12 * PARAMETERS,  # fp32 main parameters and two moments
+        "teacher's parameters": 2 * PARAMETERS,
+        "gathered sequence": TOKENS * 5120 * 2,
+    }
+    # Bytes a token and layer: norms' inputs and outputs (shared by 8), the joint projection, rotated queries and keys,
+    # the attention's output, cosines and sines, the MLP's five tensors, and a little of fp32: scales and sums.
+    little = 2 * 4 / 8 + 4 * (8 + 1) + 4 * 8
+    token = 2 * (4 * 5120 / 8 + 1280 + 1152 + 1024 + 4 * 128 + 5 * 3200) + little
+    assert rank.phases["loss"]["activations"] == pytest.approx(64 * TOKENS * token, rel=0.01)
+    assert rank.phases["loss"]["buffers"] == 1025 * (151_936 // 8) * (4 + 4 + 2)
+    assert rank.phases["loss"]["results"] == 1025 * 5120 * 2 + 151_936 // 8 * 5120 * 4
+    assert rank.phases["loss"]["payload"] == 4 * 1025 * 5120 * 2
+    assert rank.phases["sampling"]["key-value cache"] == 64 * 2 * 4 * 2049 * 128 * 2
+    assert rank.peak == sum(rank.held.values()) + max(sum(phase.values()) for phase in rank.phases.values())
+
+
+def test_the_distributed_optimiser_divides_over_data_and_context_ranks():
+    parallel = ParallelConfig(tensor_model_parallel_size=4, context_parallel_size=2, use_distributed_optimizer=True)
+    (rank,) = _plan(_config("Qwen3-1.7B", parallel=parallel), 16)
+    assert rank.held["optimiser"] == pytest.approx(6 * rank.held["parameters"] / 4, rel=1e-6)
+    assert rank.held["gradients"] == pytest.approx(2 * rank.held["parameters"], rel=1e-3)
+
+
+def test_a_tied_head_is_a_copy_on_the_last_stage():
+    config = _config("Qwen3-1.7B", parallel=ParallelConfig(pipeline_model_parallel_size=2))
+    first, last = _plan(config, 2)
+    assert last.held["parameters"] - first.held["parameters"] == 2 * 2048  # the norm after the last layer
+    (alone,) = _plan(_config("Qwen3-1.7B", parallel=ParallelConfig()), 1)
+    copy = 2 * 151_936 * 2048
+    assert first.held["parameters"] + last.held["parameters"] == alone.held["parameters"] + copy
+
+
+def test_a_pipeline_keeps_as_many_micro_batches_as_megatron_has_on_their_way():
+    config = _config("Qwen3-1.7B", parallel=ParallelConfig(pipeline_model_parallel_size=4))
+    kept = [rank.phases["backward"]["activations"] for rank in _plan(config, 4)]
+    assert [round(value / kept[3], 1) for value in kept] == [4.0, 3.0, 2.0, 1.0]
+    payload = [rank.phases["step"]["payload"] for rank in _plan(config, 4)]
+    assert payload == [0, 0, 0, 4 * 1025 * 5120 * 2]
+
+
+@pytest.mark.parametrize(("kind", "loss", "step"), [("device", 4, 4), ("host", 1, 0), ("recompute", 1, 0)])
+def test_the_payload_waits_where_the_recipe_says(kind, loss, step):
+    teacher = TeacherConfig(model=str(MODELS / "Qwen3-32B"), payload_device=kind)
+    (rank,) = _plan(replace(_config(), teacher=teacher), 8)
+    each = 1025 * 5120 * 2
+    assert rank.phases["step"]["payload"] == step * each
+    assert rank.phases["loss"]["payload"] >= loss * each
+    assert (rank.phases["loss"]["payload"] > loss * each) == (kind == "recompute")
+
+
+def test_recomputation_and_sequence_parallelism_take_away():
+    model = read_model(str(MODELS / "Qwen3-1.7B"), "model")
+    pieces = Pieces(2048, 2048, False, 8, 1, False, 2)
+    shared = replace(pieces, sequence_parallel=True)
+    assert layer_bytes(model, pieces) - layer_bytes(model, shared) == 7 * 2048 * (4 * 2048 * 2 + 2 * 4) // 8
+    full = TrainConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=4)
+    kept, again = chunk_bytes(model, pieces, full, 28)
+    assert kept == 7 * 2048 * 2048 * 2 + 4 * 2048 * 128
+    assert again == 4 * layer_bytes(model, pieces) - 2048 * 2048 * 2
+
+
+def test_packed_rows_and_evaluation_bound_the_passes():
+    train = TrainConfig(global_batch_size=64, bf16=True, max_tokens_per_micro_batch=10_000)
+    config = _config("Qwen3-1.7B", train=train, rollout=RolloutConfig(max_completion_length=512, micro_batch_size=3))
+    work = workload(config, 16)
+    assert (work.pieces.tokens, work.rows, work.sampled) == (10_000, 10_000, 3)
+    assert work.pieces.tokens % 8 == 0
+    evaluated = replace(config, evaluate=replace(config.evaluate, every=1, samples=2, max_completion_length=4096))
+    (before,), (after,) = _plan(config, 16), _plan(evaluated, 16)
+    assert before.phases["sampling"]["key-value cache"] == 28 * 2 * 3 * (1024 + 512) * 128 * 2
+    assert after.phases["sampling"]["key-value cache"] == 28 * 2 * 1 * (1024 + 4096) * 128 * 2
+
+
+def test_the_loss_counts_its_buffers_in_the_same_way():
+    for logits, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        for chunk in (None, 300):
+            assert buffer_bytes(9000, 151_936, torch.bfloat16, logits, chunk) == loss_buffer_bytes(
+                9000, 151_936, 2, size, chunk
+            )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def allocated(models: Path) -> list[dict[str, dict[str, int]]]:
+    """What each of two ranks allocated for each case."""
+    return run_ranks(measure, 2, models, timeout=280)
+
+
+@pytest.mark.parametrize("name", list(cases(Path())))
+@pytest.mark.timeout(400)
+def test_a_real_step_allocates_what_was_planned(name, models, allocated):
+    ranks = _plan(cases(models)[name], 2, fused_norm=False)
+    largest = {key: max(found[name][key] for found in allocated) for key in allocated[0][name]}
+    for rank, found in enumerate(allocated):
+        plan = ranks[rank if len(ranks) == 2 else 0]
+        backward = plan.phases["backward"]
+        planned = {
+            **plan.held,
+            "key-value cache": plan.phases["sampling"]["key-value cache"],
+            "activations": max(
+                backward["activations"] + backward.get("layers again", 0),
+                plan.phases.get("loss", backward)["activations"],
+            ),
+            "payload": plan.phases["step"]["payload"],
+        }
+        # Context ranks have unequal shares of the completions, and the plan is of the larger one.
+        real = {**found[name], **({"payload": largest["payload"]} if name.startswith("CP") else {})}
+        for key, value in real.items():
+            assert planned[key] == pytest.approx(value, rel=0.1), f"rank {rank}: {key}"
+        assert planned["parameters"] == real["parameters"]
+        assert planned["teacher's parameters"] == real["teacher's parameters"]
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line of the example, with directories that hold nothing but config.json where it looks for models."""
+    shutil.copytree(MODELS, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    return ["plan", str(EXAMPLE)]
+
+
+def test_the_command_fits_or_not_by_its_exit_code(example, capsys):
+    assert main([*example, "--gpus", "8", "--memory", "80"]) == 0
+    assert "It fits: the largest rank needs" in capsys.readouterr().out
+    assert main([*example, "--gpus", "8", "--memory", "24"]) == DOES_NOT_FIT
+    assert "It does not fit" in capsys.readouterr().out
+    assert main(example) == 0
+    out = capsys.readouterr().out
+    assert "fit" not in out
+    assert "8 ranks: TP 8; sequence parallelism, distributed optimiser, bf16, recompute full" in out
+
+
+def test_a_teacher_of_experts_is_counted_and_said_not_to_run(example, capsys):
+    changes = ["teacher.model=models/Qwen3-235B-A22B", "parallel.tensor_model_parallel_size=4"]
+    assert main([*example, *changes, "parallel.pipeline_model_parallel_size=2"]) == 0
+    out = capsys.readouterr().out
+    assert "mixture of 128 experts, which renio train does not run yet" in out
+    assert "stage 1" in out
+    assert main([*example, "model=models/Qwen3-235B-A22B"]) == 2
+    assert "supported are llama, qwen2, qwen3." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "12"], "does not divide the world of 12"),
+        (["model=models/nowhere"], "there is no directory 'models/nowhere'"),
+        (["parallel.tensor_model_parallel_size=3"], "does not divide num_attention_heads=16"),
+        (["teacher.model=models/Qwen3-235B-A22B"], "does not divide num_key_value_heads=4"),
+        (["train.no_such=1"], "unknown key 'train.no_such'"),
+    ],
+)
+def test_mistakes_are_told_as_by_the_other_commands(example, arguments, message, capsys):
+    assert main([*example, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["--memory", "0"], ["--memory", "much"], ["--gpus", "0"], ["--gpu-count", "8"]])
+def test_wrong_numbers_are_refused(example, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*example, *arguments])
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 0}, "needs num_experts, a whole number above 0; got 0"),
+        ({"mlp_only_layers": [3]}, "layers with and without experts"),
+        ({"hidden_size": "wide"}, "needs hidden_size, a whole number above 0; got 'wide'"),
+    ],
+)
+def test_a_description_that_cannot_be_counted_is_refused(tmp_path, change, message):
+    values = json.loads((MODELS / "Qwen3-235B-A22B" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(ConfigError, match=message):
+        read_model(str(tmp_path), "teacher.model")
+
+
+def test_a_plan_does_without_torch():
+    code = (
+        "import sys; from renio_megatron.cli.main import main\n"
+        f"main(['plan', {str(EXAMPLE)!r}, 'model={MODELS}/Qwen3-1.7B', 'teacher.model={MODELS}/Qwen3-32B'])\n"
+        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_documented_output_is_the_commands(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = re.findall(r"```\n\$ renio ((?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    assert len(shown) == 2
+    for command, output in shown:
+        main(command.replace("\\\n", " ").split())
+        assert _lines(capsys.readouterr().out) == _lines(output)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
