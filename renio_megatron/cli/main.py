@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from renio_megatron import __version__
+from renio_megatron.cli.slurm import rank_variables
 from renio_megatron.errors import CheckpointError, ConfigError, RenioError
 
 INTERRUPTED = 130
@@ -28,7 +29,7 @@ examples:
   renio train recipe.yaml train.lr=1e-5 weighting=uniform --nproc 4
   renio export runs/mine models/mine
 
-`renio COMMAND --help` tells more. Under torchrun, train and sft join its ranks.
+`renio COMMAND --help` tells more. Under torchrun or srun, train and sft join their ranks.
 """
 _RECIPE_EPILOG = """\
 A run that was cut off continues from its newest checkpoint when the same command is given again. SIGTERM lets it
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     arguments.extra = extra
     try:
+        if arguments.command != "export":
+            os.environ.update(rank_variables(os.environ))
         return arguments.run(arguments)
     except RenioError as error:
         if os.environ.get("RENIO_TRACEBACK") == "1":
@@ -111,7 +114,7 @@ def _positive(text: str) -> int:
 
 
 def _run_recipe(arguments: argparse.Namespace) -> int:
-    """Joins torchrun's ranks, or checks what can be checked cheaply and starts ranks of its own."""
+    """Joins torchrun's or srun's ranks, or checks what can be checked cheaply and starts ranks of its own."""
     from renio_megatron.cli import launch
 
     overrides = [*arguments.overrides, *arguments.extra]
@@ -119,7 +122,8 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
     if launch.is_rank():
         if arguments.nproc is not None:
             raise ConfigError(
-                "--nproc would be ignored: RANK and WORLD_SIZE are set, so these ranks are torchrun's. Leave it out."
+                "--nproc would be ignored: RANK and WORLD_SIZE are set, so torchrun or srun has started the ranks. "
+                "Leave it out."
             )
         from renio_megatron.cli.worker import run_rank
 
@@ -144,7 +148,9 @@ def _run_quickstart(arguments: argparse.Namespace) -> int:
     from renio_megatron.cli import launch
 
     if launch.is_rank():
-        raise ConfigError("quickstart starts its own 2 ranks; got RANK and WORLD_SIZE. Start it without torchrun.")
+        raise ConfigError(
+            "quickstart starts its own 2 ranks; got RANK and WORLD_SIZE. Start it alone, without torchrun or srun."
+        )
     return launch.start_ranks(["quickstart", arguments.output_dir, *_fresh(arguments)], num_ranks=2)
 
 

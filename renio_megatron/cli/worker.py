@@ -39,8 +39,10 @@ def main(argv: Sequence[str]) -> int:
 
 def run_rank(argv: Sequence[str]) -> NoReturn:
     """Runs `main` and ends the process; a failed rank ends at once, without waiting for communicators to close."""
-    from renio_megatron.cli.launch import quiet_environment
+    from renio_megatron.cli.launch import end_with_parent, quiet_environment
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot end its ranks, which would train on
+        end_with_parent()
     quiet_environment()
     show_warnings()
     code = main(argv)
@@ -152,6 +154,9 @@ def _rank() -> int:
 
 
 def _prefix() -> str:
+    """The rank, where it is not the first and a launcher does not put it before each line anyway."""
+    if "${rank}" in os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", ""):
+        return ""
     return f"[rank {rank}] " if (rank := _rank()) > 0 else ""
 
 
