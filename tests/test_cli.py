@@ -23,7 +23,7 @@ def say(text):
     sys.stdout.write(text + "\\n")  # one write, which another rank's cannot split
     sys.stdout.flush()
 
-def run_recipe(recipe, *, fresh, title, progress, say):
+def run_recipe(recipe, *, fresh, title, progress, **_):
     from renio_megatron.errors import ConfigError, DataError
     rank, behaviour = int(os.environ["RANK"]), os.environ.get("FAKE", "")
     say(f"rank {rank} of {os.environ['WORLD_SIZE']} seed {recipe.config.train.seed} fresh {fresh} "
