@@ -80,7 +80,7 @@ def test_two_launchers_give_the_losses_of_one(cluster, losses):
 @pytest.mark.timeout(280)
 def test_where_one_launcher_is_killed_the_other_ends_in_time(cluster):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    endless = (*SHORT, "train.train_iters=1000")
+    endless = [text.replace(f"train_iters={STEPS}", "train_iters=1000") for text in SHORT]
     first, second = start_nodes(cluster, STATIC, *endless, **place)
     cluster.wait_for("run", 1, START)
     os.kill(second.pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from renio_megatron import __version__
 from renio_megatron.cli.slurm import rank_variables
@@ -22,6 +23,7 @@ commands:
   train        distil a teacher into a student, as a recipe says
   sft          fine-tune on given completions, as a recipe says
   export       write a checkpoint of a run as a Hugging Face model directory
+  doctor       look at versions, devices, links and the loss in a layout before a run
 """
 _EPILOG = """\
 examples:
@@ -96,11 +98,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--step", type=_positive, metavar="K", help="checkpoint to write (default: the newest)")
     command.set_defaults(run=_run_export)
 
+    _add_doctor(commands)
     command = commands.add_parser("quickstart", description="The whole method on tiny models, with 2 ranks on the CPU.")
     command.add_argument("--output-dir", default="runs/quickstart", help="directory to write (default: %(default)s)")
     _add_fresh(command)
     command.set_defaults(run=_run_quickstart)
     return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    usage = "renio doctor [RECIPE] [key=value ...] [--nproc N]"
+    what = (
+        "A verdict a line about versions, devices, groups, the bandwidth of each group, and the loss against a dense "
+        "one in fp64. The exit code is 0 where all are good, else 1."
+    )
+    epilog = "keys without a recipe: parallel.*, bf16\nexample: renio doctor parallel.tensor_model_parallel_size=2"
+    raw = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser("doctor", description=what, epilog=epilog, formatter_class=raw, usage=usage)
+    command.add_argument("words", metavar="RECIPE, key=value", nargs="*", help="a recipe of `renio train`; settings")
+    command.add_argument("--nproc", type=_positive, metavar="N", help="ranks to start here (default: one model copy)")
+    command.set_defaults(run=_run_doctor)
 
 
 def _add_fresh(command: argparse.ArgumentParser) -> None:
@@ -120,11 +137,7 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.overrides, *arguments.extra]
     rank_arguments = [arguments.command, arguments.recipe, *overrides, *_fresh(arguments)]
     if launch.is_rank():
-        if arguments.nproc is not None:
-            raise ConfigError(
-                "--nproc would be ignored: RANK and WORLD_SIZE are set, so torchrun or srun has started the ranks. "
-                "Leave it out."
-            )
+        _refuse_nproc(arguments)
         from renio_megatron.cli.worker import run_rank
 
         run_rank(rank_arguments)
@@ -142,6 +155,23 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
         print(finished_message(config))
         return 0
     return launch.start_ranks(rank_arguments, num_ranks)
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    """Joins torchrun's or srun's ranks, or starts ranks of its own."""
+    from renio_megatron.cli import launch
+    from renio_megatron.cli.doctor import read_settings
+
+    words = arguments.words
+    recipe = words.pop(0) if words and "=" not in words[0] else ""
+    rank_arguments = ["doctor", recipe, *words]
+    if launch.is_rank():
+        _refuse_nproc(arguments)
+        from renio_megatron.cli.worker import run_rank
+
+        run_rank(rank_arguments)
+    settings = read_settings(recipe or None, words)
+    return launch.start_ranks(rank_arguments, arguments.nproc or settings.parallel.model_ranks)
 
 
 def _run_quickstart(arguments: argparse.Namespace) -> int:
@@ -172,6 +202,14 @@ def _run_export(arguments: argparse.Namespace) -> int:
     step = export_checkpoint(run_dir, Path(arguments.destination), arguments.step)
     print(f"{arguments.destination} holds the model of step {step}")
     return 0
+
+
+def _refuse_nproc(arguments: argparse.Namespace) -> None:
+    if arguments.nproc is not None:
+        raise ConfigError(
+            "--nproc would be ignored: RANK and WORLD_SIZE are set, so torchrun or srun has started the ranks. "
+            "Leave it out."
+        )
 
 
 def _fresh(arguments: argparse.Namespace) -> list[str]:

@@ -29,11 +29,12 @@ def main(argv: Sequence[str]) -> int:
     Errors are printed to stderr, the end by SIGTERM to stdout.
 
     Args:
-        argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, or `quickstart OUTPUT_DIR [--fresh]`.
+        argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, `quickstart OUTPUT_DIR [--fresh]`, or
+            `doctor RECIPE [key=value ...]` with an empty RECIPE where there is none.
     """
     fresh = "--fresh" in argv
     kind, target, *overrides = [text for text in argv if text != "--fresh"]
-    run = _run_quickstart if kind == "quickstart" else _run_recipe
+    run = {"quickstart": _run_quickstart, "doctor": _run_doctor}.get(kind, _run_recipe)
     return _guard(lambda: run(kind, target, overrides, fresh))
 
 
@@ -80,11 +81,18 @@ def _run_quickstart(kind: str, target: str, overrides: Sequence[str], fresh: boo
     quickstart(Path(target), fresh=fresh)
 
 
-def _guard(run: Callable[[], None]) -> int:
+def _run_doctor(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> int:
+    from renio_megatron.cli.doctor import doctor
+
+    return doctor(target or None, overrides)
+
+
+def _guard(run: Callable[[], int | None]) -> int:
     """Runs it; turns an error into a message on the rank whose error it is, and an exit code."""
+    code = None
     rank, prefix = _rank(), _prefix()
     try:
-        run()
+        code = run()
     except RunStopped as stopped:
         if rank == 0:
             print(stopped, flush=True)
@@ -107,7 +115,7 @@ def _guard(run: Callable[[], None]) -> int:
             report = peer_problem(error) or report
         _say(f"[rank {rank}] {report}")
         return 1
-    return 0
+    return code or 0
 
 
 def _turn(rank: int, error: RenioError) -> float | None:

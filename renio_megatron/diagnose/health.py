@@ -22,12 +22,17 @@ def health(layout: Layout) -> tuple[str, list[str]]:
     Args:
         layout: this rank's, in the world that was just joined.
     """
-    mine = (_node(), versions(), device_name(layout.device))
+    mine = rank_report(layout)
     reports = [mine]
     if layout.world_size > 1:
         reports = [mine] * layout.world_size
         dist.all_gather_object(reports, mine)
     return describe(layout, reports), differences(reports)
+
+
+def rank_report(layout: Layout) -> tuple[str, str, str]:
+    """This rank's node, versions and device, in words."""
+    return _node(), versions(), device_name(layout.device)
 
 
 def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:

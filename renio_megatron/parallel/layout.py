@@ -78,3 +78,12 @@ def device_name(device: torch.device) -> str:
     return (
         f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
     )
+
+
+def device_identity(device: torch.device) -> str:
+    """What tells a GPU from the others of its node; empty on a CPU, which ranks may share.
+
+    >>> device_identity(torch.device("cpu"))
+    ''
+    """
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
