@@ -17,7 +17,7 @@ STATIC, ELASTIC = (str(ROOT / "examples" / "multi_node" / f"{name}.sh") for name
 SBATCH = str(ROOT / "scripts" / "slurm" / "train.sbatch")
 STEPS = 4
 SHORT = (RECIPE, *SETTINGS, f"train.train_iters={STEPS}", "checkpoint.save_interval=1", "output_dir=run")
-START, FINISH = 100.0, 100.0  # seconds until the first steps, and until the end: many times what they take
+START, FINISH = 150.0, 150.0  # seconds until the first steps, and until the end: many times what they take
 
 pytestmark = [
     pytest.mark.skipif(not Path(STATIC).is_file(), reason="needs the source tree"),

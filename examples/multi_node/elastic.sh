@@ -14,6 +14,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ "${RDZV_ENDPOINT:-}" == ?*:?* ]] || fail "RDZV_ENDPOINT is HOST:PORT of a node; got '${RDZV_ENDPOINT:-}'."
 [ -n "${JOB_ID:-}" ] || fail "JOB_ID is not set. Choose a name for the run, alike on all nodes."
+# With its shared store, torch 2.13 never tells a node that joins later where rank 0 is; both then wait and give up.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${torchrun[@]}" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$JOB_ID" \
     --rdzv-conf "join_timeout=${JOIN_SECONDS:-600}" --max-restarts "${MAX_RESTARTS:-3}" \
     -m renio_megatron.cli.main train "$@"

@@ -113,7 +113,7 @@ def _guard(run: Callable[[], int | None]) -> int:
             time.sleep(_PATIENCE * (1.0 if rank == 0 else 1.5 + 0.5 * min(rank, 20)))
         if os.environ.get("RENIO_TRACEBACK") != "1":
             report = peer_problem(error) or report
-        _say(f"[rank {rank}] {report}")
+        _say(f"{'' if _is_tagged() else f'[rank {rank}] '}{report}")
         return 1
     return code or 0
 
@@ -163,9 +163,12 @@ def _rank() -> int:
 
 def _prefix() -> str:
     """The rank, where it is not the first and a launcher does not put it before each line anyway."""
-    if "${rank}" in os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", ""):
-        return ""
-    return f"[rank {rank}] " if (rank := _rank()) > 0 else ""
+    return f"[rank {rank}] " if (rank := _rank()) > 0 and not _is_tagged() else ""
+
+
+def _is_tagged() -> bool:
+    """Whether torchrun puts the rank before each line."""
+    return "${rank}" in os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "")
 
 
 def _world_size() -> int:
