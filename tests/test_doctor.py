@@ -147,7 +147,7 @@ def test_settings_come_from_a_recipe_or_alone(tmp_path):
 def test_the_command_starts_its_own_ranks_and_its_exit_code_is_the_verdict(capfd, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert main(["doctor", "parallel.tensor_model_parallel_size=2"]) == 0
+    assert main(["doctor", "bf16=false", "--nproc", "2", "parallel.tensor_model_parallel_size=2"]) == 0
     said = capfd.readouterr().out.splitlines()
     assert said[0].startswith("world of 2 ranks on 1 node, TP 2")
     assert all(line.startswith("ok ") for line in said[1:-1])
@@ -155,3 +155,13 @@ def test_the_command_starts_its_own_ranks_and_its_exit_code_is_the_verdict(capfd
     monkeypatch.setenv("RENIO_KERNELS", "other")
     assert main(["doctor"]) == 2, "an error that can be named"
     assert "RENIO_KERNELS must be torch or triton" in capfd.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("setting", ["bf16=false", "bf16=true"])
+def test_one_gpu_is_good(capfd, monkeypatch, setting):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["doctor", setting]) == 0, capfd.readouterr().out
+    assert "; nccl, " in capfd.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from renio_megatron.parallel import hardware
 from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -48,8 +49,49 @@ def test_what_the_user_has_set_stays_and_a_contradiction_is_said():
         assert mine == before
 
 
+class Nvml:
+    """Stands in for the driver's library; `failing` names the call that returns an error."""
+
+    def __init__(self, failing=None):
+        self.failing, self.is_open = failing, False
+
+    def nvmlInit_v2(self):
+        self.is_open = self.failing != "init"
+        return int(not self.is_open)
+
+    def nvmlShutdown(self):
+        self.is_open = False
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, device):
+        return int(self.failing == "handle")
+
+    def nvmlDeviceGetCudaComputeCapability(self, device, major, minor):
+        major._obj.value, minor._obj.value = 9, 0
+        return int(self.failing == "capability")
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"), [(None, (9, 0)), ("init", None), ("handle", None), ("capability", None)]
+)
+def test_the_driver_is_asked(monkeypatch, failing, expected):
+    library = Nvml(failing)
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    assert compute_capability() == expected
+    assert not library.is_open
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(hardware.ctypes, "CDLL", missing)
+    assert compute_capability() is None
+
+
+@pytest.mark.gpu
 def test_the_capability_agrees_with_torch():
     import torch
 
-    expected = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else None
-    assert compute_capability() == expected
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert compute_capability() == torch.cuda.get_device_capability(0)

@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, extra = parser.parse_known_args(argv)
-    unknown = extra if arguments.command not in ("train", "sft") else [text for text in extra if text.startswith("-")]
+    unknown = (
+        extra
+        if arguments.command not in ("train", "sft", "doctor")
+        else [text for text in extra if text.startswith("-")]
+    )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command is None:
@@ -162,7 +166,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     from renio_megatron.cli import launch
     from renio_megatron.cli.doctor import read_settings
 
-    words = arguments.words
+    words = [*arguments.words, *arguments.extra]
     recipe = words.pop(0) if words and "=" not in words[0] else ""
     rank_arguments = ["doctor", recipe, *words]
     if launch.is_rank():

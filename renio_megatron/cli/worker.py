@@ -96,6 +96,8 @@ def _guard(run: Callable[[], int | None]) -> int:
     except RunStopped as stopped:
         if rank == 0:
             print(stopped, flush=True)
+            if path := os.environ.get("RENIO_STOP_FILE"):  # for a script that queues the run again
+                Path(path).touch()
         return 128 + signal.SIGTERM
     except RenioError as error:
         if (seconds := _turn(rank, error)) is not None:
