@@ -28,7 +28,7 @@ _Flat = dict[str, tuple[Any, str]]
 
 
 def read_recipe(
-    schema: type[_Schema], path: str | Path, overrides: Sequence[str] = ()
+    schema: type[_Schema], path: str | Path | None, overrides: Sequence[str] = ()
 ) -> tuple[_Schema, frozenset[str]]:
     """The dataclass that a recipe and its overrides describe, and the keys they set.
 
@@ -37,7 +37,7 @@ def read_recipe(
 
     Args:
         schema: the dataclass to build.
-        path: the YAML file.
+        path: the YAML file; None: there is none, only overrides.
         overrides: settings that replace those of the file, in the order of the command line.
 
     Returns:
@@ -47,7 +47,7 @@ def read_recipe(
         ConfigError: the file cannot be read, or a key or a value is not one of the schema's.
     """
     types = leaf_types(schema)
-    flat = _flatten(_load(Path(path)), schema, str(path))
+    flat = {} if path is None else _flatten(_load(Path(path)), schema, str(path))
     _apply_overrides(flat, schema, overrides)
     explicit = frozenset(key for key, (value, _) in flat.items() if value is not None)
     flat = {key: entry for key, entry in flat.items() if entry[0] is not None or _may_be_null(types[key])}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
 from renio_megatron.config import Recipe, RunConfig
+from renio_megatron.diagnose.health import health
 from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.megatron.start import start
@@ -28,7 +29,14 @@ ProgressMaker = Callable[[str, int], AbstractContextManager[Any]]
 """(title, steps of the run) -> a context manager whose value has `update(step, metrics)`."""
 
 
-def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMaker | None = None) -> str:
+def run_recipe(
+    recipe: Recipe,
+    *,
+    fresh: bool,
+    title: str,
+    progress: ProgressMaker | None = None,
+    say: Callable[[str], None] = print,
+) -> str:
     """Carries a run to its end, from its start or its newest checkpoint.
 
     Args:
@@ -36,6 +44,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
         fresh: move an earlier run in the same directory aside first.
         title: for the progress line.
         progress: shows the run's progress, on the first rank.
+        say: takes the one line about the world, on the first rank.
 
     Returns:
         `finished` where the run was complete before this call, `resumed` or `new` where this call completed it.
@@ -51,6 +60,11 @@ def run_recipe(recipe: Recipe, *, fresh: bool, title: str, progress: ProgressMak
         error.shared = True  # type: ignore[attr-defined]
         raise
     layout = start(config.parallel, seed=config.train.seed, deterministic_mode=config.train.deterministic_mode)
+    line, warnings = health(layout)
+    if layout.is_main:
+        say(line)
+        for warning in warnings:
+            logger.warning(warning)
     directory = RunDirectory(config.output_dir)
     if on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished":
         return "finished"

@@ -23,7 +23,7 @@ def say(text):
     sys.stdout.write(text + "\\n")  # one write, which another rank's cannot split
     sys.stdout.flush()
 
-def run_recipe(recipe, *, fresh, title, progress):
+def run_recipe(recipe, *, fresh, title, progress, **_):
     from renio_megatron.errors import ConfigError, DataError
     rank, behaviour = int(os.environ["RANK"]), os.environ.get("FAKE", "")
     say(f"rank {rank} of {os.environ['WORLD_SIZE']} seed {recipe.config.train.seed} fresh {fresh} "
@@ -94,7 +94,7 @@ def test_help_is_quick_and_does_without_torch(environment):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert time.monotonic() - start < 1.5
     assert done.stdout.splitlines()[-1] == "False"
-    for command in ("quickstart", "train", "sft", "plan", "export"):
+    for command in ("quickstart", "train", "sft", "plan", "export", "doctor"):
         assert f"\n  {command} " in done.stdout
 
 

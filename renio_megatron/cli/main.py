@@ -6,8 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from renio_megatron import __version__
+from renio_megatron.cli.slurm import rank_variables
 from renio_megatron.errors import CheckpointError, ConfigError, RenioError
 
 INTERRUPTED = 130
@@ -22,6 +24,7 @@ commands:
   sft          fine-tune on given completions, as a recipe says
   plan         say what a recipe will hold in each GPU's memory, without running it
   export       write a checkpoint of a run as a Hugging Face model directory
+  doctor       look at versions, devices, links and the loss in a layout before a run
 """
 _EPILOG = """\
 examples:
@@ -30,7 +33,7 @@ examples:
   renio plan recipe.yaml --gpus 8 --memory 80
   renio export runs/mine models/mine
 
-`renio COMMAND --help` tells more. Under torchrun, train and sft join its ranks.
+`renio COMMAND --help` tells more. Under torchrun or srun, train and sft join their ranks.
 """
 _RECIPE_EPILOG = """\
 A run that was cut off continues from its newest checkpoint when the same command is given again. SIGTERM lets it
@@ -58,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, extra = parser.parse_known_args(argv)
     unknown = (
-        extra if arguments.command not in ("train", "sft", "plan") else [text for text in extra if text.startswith("-")]
+        extra
+        if arguments.command not in ("train", "sft", "plan", "doctor")
+        else [text for text in extra if text.startswith("-")]
     )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -67,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     arguments.extra = extra
     try:
+        if arguments.command != "export":
+            os.environ.update(rank_variables(os.environ))
         return arguments.run(arguments)
     except RenioError as error:
         if os.environ.get("RENIO_TRACEBACK") == "1":
@@ -116,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--step", type=_positive, metavar="K", help="checkpoint to write (default: the newest)")
     command.set_defaults(run=_run_export)
 
+    _add_doctor(commands)
     command = commands.add_parser("quickstart", description="The whole method on tiny models, with 2 ranks on the CPU.")
     command.add_argument("--output-dir", default="runs/quickstart", help="directory to write (default: %(default)s)")
     _add_fresh(command)
@@ -126,6 +134,20 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="YAML file with the settings of the run")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+
+
+def _add_doctor(commands: Any) -> None:
+    usage = "renio doctor [RECIPE] [key=value ...] [--nproc N]"
+    what = (
+        "A verdict a line about versions, devices, groups, the bandwidth of each group, and the loss against a dense "
+        "one in fp64. The exit code is 0 where all are good, else 1."
+    )
+    epilog = "keys without a recipe: parallel.*, bf16\nexample: renio doctor parallel.tensor_model_parallel_size=2"
+    raw = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser("doctor", description=what, epilog=epilog, formatter_class=raw, usage=usage)
+    command.add_argument("words", metavar="RECIPE, key=value", nargs="*", help="a recipe of `renio train`; settings")
+    command.add_argument("--nproc", type=_positive, metavar="N", help="ranks to start here (default: one model copy)")
+    command.set_defaults(run=_run_doctor)
 
 
 def _add_fresh(command: argparse.ArgumentParser) -> None:
@@ -149,16 +171,13 @@ def _gib(text: str) -> float:
 
 
 def _run_recipe(arguments: argparse.Namespace) -> int:
-    """Joins torchrun's ranks, or checks what can be checked cheaply and starts ranks of its own."""
+    """Joins torchrun's or srun's ranks, or checks what can be checked cheaply and starts ranks of its own."""
     from renio_megatron.cli import launch
 
     overrides = [*arguments.overrides, *arguments.extra]
     rank_arguments = [arguments.command, arguments.recipe, *overrides, *_fresh(arguments)]
     if launch.is_rank():
-        if arguments.nproc is not None:
-            raise ConfigError(
-                "--nproc would be ignored: RANK and WORLD_SIZE are set, so these ranks are torchrun's. Leave it out."
-            )
+        _refuse_nproc(arguments)
         from renio_megatron.cli.worker import run_rank
 
         run_rank(rank_arguments)
@@ -185,11 +204,30 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     return plan(arguments.recipe, overrides, world_size=arguments.gpus, memory_gib=arguments.memory)
 
 
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    """Joins torchrun's or srun's ranks, or starts ranks of its own."""
+    from renio_megatron.cli import launch
+    from renio_megatron.cli.doctor import read_settings
+
+    words = [*arguments.words, *arguments.extra]
+    recipe = words.pop(0) if words and "=" not in words[0] else ""
+    rank_arguments = ["doctor", recipe, *words]
+    if launch.is_rank():
+        _refuse_nproc(arguments)
+        from renio_megatron.cli.worker import run_rank
+
+        run_rank(rank_arguments)
+    settings = read_settings(recipe or None, words)
+    return launch.start_ranks(rank_arguments, arguments.nproc or settings.parallel.model_ranks)
+
+
 def _run_quickstart(arguments: argparse.Namespace) -> int:
     from renio_megatron.cli import launch
 
     if launch.is_rank():
-        raise ConfigError("quickstart starts its own 2 ranks; got RANK and WORLD_SIZE. Start it without torchrun.")
+        raise ConfigError(
+            "quickstart starts its own 2 ranks; got RANK and WORLD_SIZE. Start it alone, without torchrun or srun."
+        )
     return launch.start_ranks(["quickstart", arguments.output_dir, *_fresh(arguments)], num_ranks=2)
 
 
@@ -211,6 +249,14 @@ def _run_export(arguments: argparse.Namespace) -> int:
     step = export_checkpoint(run_dir, Path(arguments.destination), arguments.step)
     print(f"{arguments.destination} holds the model of step {step}")
     return 0
+
+
+def _refuse_nproc(arguments: argparse.Namespace) -> None:
+    if arguments.nproc is not None:
+        raise ConfigError(
+            "--nproc would be ignored: RANK and WORLD_SIZE are set, so torchrun or srun has started the ranks. "
+            "Leave it out."
+        )
 
 
 def _fresh(arguments: argparse.Namespace) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from renio_megatron.assets import QUICKSTART_RECIPE
 from renio_megatron.config import Recipe, RunConfig, SftConfig, check_models, check_world, load_recipe
 from renio_megatron.errors import CheckpointError, RenioError
+from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
+
+logger = logging.getLogger(__name__)
 
 QUICKSTART_VARIANTS: dict[str, tuple[str, ...]] = {"opd": ("weighting=uniform",), "renio": ()}
 """The quickstart's runs: name, and what it changes in the recipe."""
@@ -35,9 +39,10 @@ def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
 
     recipe = checked_recipe(kind, path, overrides)
     config = recipe.config
+    _set_hardware_variables(config)
     _say(f"{path}: {_describe(config)}")
     _say_weights(config)
-    outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress)
+    outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress, say=_say)
     if outcome == "finished":
         _say(finished_message(config))
     else:
@@ -63,10 +68,11 @@ def quickstart(output_dir: Path, *, fresh: bool) -> None:
         for name, changes in QUICKSTART_VARIANTS.items()
     }
     _make(output_dir)
+    _set_hardware_variables(recipes["renio"].config)
     for name, recipe in recipes.items():
         _say(f"{_TITLES[name]}: {_describe(recipe.config)}")
         _say_weights(recipe.config)
-        outcome = run_recipe(recipe, fresh=fresh, title=_TITLES[name], progress=Progress)
+        outcome = run_recipe(recipe, fresh=fresh, title=_TITLES[name], progress=Progress, say=_say)
         if outcome == "finished":
             _say(f"{directories[name]} is finished already; --fresh runs it again.")
     if int(os.environ.get("RANK", "0")) == 0:
@@ -103,6 +109,19 @@ def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> N
         f"curves in {output_dir}/curves.png; metrics, TensorBoard events and checkpoints in {output_dir}/opd and "
         f"{output_dir}/renio"
     )
+
+
+def _set_hardware_variables(config: RunConfig | SftConfig) -> None:
+    """Before CUDA is touched: CUDA's and NCCL's variables that the user has not set; a contradiction is a warning."""
+    variables = hardware_variables(
+        compute_capability(),
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        context_size=config.parallel.context_parallel_size,
+        is_deterministic=config.train.deterministic_mode,
+    )
+    for warning in set_variables(variables, os.environ):
+        if int(os.environ.get("RANK", "0")) == 0:
+            logger.warning(warning)
 
 
 def _describe(config: object) -> str:

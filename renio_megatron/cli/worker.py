@@ -29,18 +29,21 @@ def main(argv: Sequence[str]) -> int:
     Errors are printed to stderr, the end by SIGTERM to stdout.
 
     Args:
-        argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, or `quickstart OUTPUT_DIR [--fresh]`.
+        argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, `quickstart OUTPUT_DIR [--fresh]`, or
+            `doctor RECIPE [key=value ...]` with an empty RECIPE where there is none.
     """
     fresh = "--fresh" in argv
     kind, target, *overrides = [text for text in argv if text != "--fresh"]
-    run = _run_quickstart if kind == "quickstart" else _run_recipe
+    run = {"quickstart": _run_quickstart, "doctor": _run_doctor}.get(kind, _run_recipe)
     return _guard(lambda: run(kind, target, overrides, fresh))
 
 
 def run_rank(argv: Sequence[str]) -> NoReturn:
     """Runs `main` and ends the process; a failed rank ends at once, without waiting for communicators to close."""
-    from renio_megatron.cli.launch import quiet_environment
+    from renio_megatron.cli.launch import end_with_parent, quiet_environment
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot end its ranks, which would train on
+        end_with_parent()
     quiet_environment()
     show_warnings()
     code = main(argv)
@@ -78,14 +81,23 @@ def _run_quickstart(kind: str, target: str, overrides: Sequence[str], fresh: boo
     quickstart(Path(target), fresh=fresh)
 
 
-def _guard(run: Callable[[], None]) -> int:
+def _run_doctor(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> int:
+    from renio_megatron.cli.doctor import doctor
+
+    return doctor(target or None, overrides)
+
+
+def _guard(run: Callable[[], int | None]) -> int:
     """Runs it; turns an error into a message on the rank whose error it is, and an exit code."""
+    code = None
     rank, prefix = _rank(), _prefix()
     try:
-        run()
+        code = run()
     except RunStopped as stopped:
         if rank == 0:
             print(stopped, flush=True)
+            if path := os.environ.get("RENIO_STOP_FILE"):  # for a script that queues the run again
+                Path(path).touch()
         return 128 + signal.SIGTERM
     except RenioError as error:
         if (seconds := _turn(rank, error)) is not None:
@@ -103,9 +115,9 @@ def _guard(run: Callable[[], None]) -> int:
             time.sleep(_PATIENCE * (1.0 if rank == 0 else 1.5 + 0.5 * min(rank, 20)))
         if os.environ.get("RENIO_TRACEBACK") != "1":
             report = peer_problem(error) or report
-        _say(f"[rank {rank}] {report}")
+        _say(f"{'' if _is_tagged() else f'[rank {rank}] '}{report}")
         return 1
-    return 0
+    return code or 0
 
 
 def _turn(rank: int, error: RenioError) -> float | None:
@@ -152,7 +164,13 @@ def _rank() -> int:
 
 
 def _prefix() -> str:
-    return f"[rank {rank}] " if (rank := _rank()) > 0 else ""
+    """The rank, where it is not the first and a launcher does not put it before each line anyway."""
+    return f"[rank {rank}] " if (rank := _rank()) > 0 and not _is_tagged() else ""
+
+
+def _is_tagged() -> bool:
+    """Whether torchrun puts the rank before each line."""
+    return "${rank}" in os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "")
 
 
 def _world_size() -> int:

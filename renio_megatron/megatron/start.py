@@ -6,6 +6,7 @@ import datetime
 import importlib
 import logging
 import os
+import time
 import warnings
 
 import torch
@@ -32,7 +33,7 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
 
     Raises:
         LayoutError: sizes that do not divide the world.
-        ConfigError: a broken Transformer Engine.
+        ConfigError: a broken Transformer Engine, or no address of the others.
     """
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     check_transformer_engine()
@@ -46,9 +47,12 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
     backend, device = backend_and_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    begin = time.monotonic()
     if not dist.is_initialized():
+        _check_address()
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
         dist.init_process_group(backend, timeout=timeout)
+    rendezvous_seconds = time.monotonic() - begin
     world_size = dist.get_world_size()
     if world_size % parallel.model_ranks:
         raise LayoutError(
@@ -76,7 +80,19 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
         data=_axis(parallel_state.get_data_parallel_group()),
         context=_axis(parallel_state.get_context_parallel_group()),
         device=device,
+        rendezvous_seconds=rendezvous_seconds,
     )
+
+
+def _check_address() -> None:
+    """Raises `ConfigError` where torch could not know who and where the others are."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"a rank needs {', '.join(names)}; {', '.join(missing)} is not set. torchrun sets them all, and under srun "
+            "renio takes them from Slurm's variables; otherwise set them: the address and a free port of rank 0's node."
+        )
 
 
 def _present_sizes() -> dict[str, int]:

@@ -42,6 +42,7 @@ class Layout:
         rank, world_size: global.
         tensor, pipeline, data, context: the axes; `data` never holds context-parallel ranks.
         device: where this rank computes.
+        rendezvous_seconds: from this rank's call to join the world until all had come.
     """
 
     rank: int = 0
@@ -51,6 +52,7 @@ class Layout:
     data: Axis = Axis()
     context: Axis = Axis()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rendezvous_seconds: float = 0.0
 
     @property
     def is_main(self) -> bool:
@@ -63,3 +65,25 @@ def backend_and_device(local_rank: int) -> tuple[str, torch.device]:
     if torch.cuda.is_available():
         return "nccl", torch.device("cuda", local_rank % torch.cuda.device_count())
     return "gloo", torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called, with its memory in GiB where it is a GPU.
+
+    >>> device_name(torch.device("cpu"))
+    'cpu'
+    """
+    if device.type != "cuda":
+        return device.type
+    return (
+        f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+    )
+
+
+def device_identity(device: torch.device) -> str:
+    """What tells a GPU from the others of its node; empty on a CPU, which ranks may share.
+
+    >>> device_identity(torch.device("cpu"))
+    ''
+    """
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

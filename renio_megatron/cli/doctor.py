@@ -1,0 +1,79 @@
+"""What a rank does for `renio doctor`: joins the world, and prints a verdict a line on the first rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from renio_megatron.config import load_recipe
+from renio_megatron.errors import RenioError
+from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
+from renio_megatron.recipe_file import read_recipe
+from renio_megatron.settings import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What is examined.
+
+    Attributes:
+        parallel: the layout.
+        bf16: whether the loss's check has logits in bf16.
+    """
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    bf16: bool = False
+
+
+def read_settings(recipe: str | None, overrides: Sequence[str]) -> DoctorConfig:
+    """From a recipe of `renio train` and settings that replace the recipe's; without a recipe, from settings alone.
+
+    Raises:
+        ConfigError: as for `renio train`; without a recipe, a key other than `parallel.*` and `bf16`.
+    """
+    if recipe is None:
+        return read_recipe(DoctorConfig, None, overrides)[0]
+    config = load_recipe("train", recipe, overrides).config
+    return DoctorConfig(parallel=config.parallel, bf16=config.train.bf16)
+
+
+def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
+    """The exit code on this rank: 0 where all verdicts are good, else 1; the same on every rank.
+
+    Raises:
+        ConfigError, LayoutError: settings that do not fit, or not this world.
+    """
+    try:
+        settings = read_settings(recipe, overrides)
+    except RenioError as error:
+        error.shared = True  # type: ignore[attr-defined]
+        raise
+    parallel = settings.parallel
+    variables = hardware_variables(
+        compute_capability(),
+        tensor_size=parallel.tensor_model_parallel_size,
+        context_size=parallel.context_parallel_size,
+    )
+    warnings = set_variables(variables, os.environ)
+
+    import torch
+
+    from renio_megatron.diagnose.doctor import examine
+    from renio_megatron.diagnose.health import health
+    from renio_megatron.megatron.start import start, stop
+
+    layout = start(parallel, seed=1)
+    line, _ = health(layout)
+    if layout.is_main:
+        print(line, flush=True)
+    verdicts = []
+    for verdict in examine(layout, dtype=torch.bfloat16 if settings.bf16 else torch.float32, warnings=warnings):
+        verdicts.append(verdict)
+        if layout.is_main:
+            print(verdict, flush=True)
+    bad = sum(not verdict.is_good for verdict in verdicts)
+    if layout.is_main:
+        print("all good" if not bad else f"{bad} of {len(verdicts)} not good; see the lines that say FAIL", flush=True)
+    stop()
+    return int(bad > 0)

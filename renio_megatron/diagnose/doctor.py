@@ -1,0 +1,314 @@
+"""Is this machine, or this cluster, fit for a run? Each check gives verdicts, the same on every rank."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron.diagnose.health import differences, rank_report, versions
+from renio_megatron.loss import distillation_loss
+from renio_megatron.objective.reference import reference_objective
+from renio_megatron.parallel.layout import Axis, Layout, device_identity
+from renio_megatron.parallel.vocab import VocabShard
+from renio_megatron.settings import LossConfig, WeightingConfig
+
+SIZES = {"gloo": (1 << 16, 1 << 20, 1 << 23), "nccl": (1 << 20, 1 << 24, 1 << 28)}
+"""Bytes of the all-reduces that are timed, by backend."""
+
+REPEATS = 5
+SLOWEST_SHARE = 0.5
+"""Least share of the fastest group's bandwidth that every group of its axis must have over NCCL. Gloo's ranks share
+cores and memory, so nothing is said about theirs."""
+
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 2.0**-8)}
+"""Allowed errors of the loss and of its gradient, relative to the largest entry. A bf16 gradient is rounded to bf16."""
+
+BETAS = {"forward KL": 0.0, "JSD": 0.5, "reverse KL": 1.0}
+_VOCABULARY, _SEQUENCES, _TOKENS = 101, 3, 12
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the doctor's.
+
+    Attributes:
+        is_good: whether a run may rely on it.
+        what: the thing that was looked at.
+        found: what was seen, and what to do where it is not good.
+    """
+
+    is_good: bool
+    what: str
+    found: str
+
+    def __str__(self) -> str:
+        """The line.
+
+        >>> print(Verdict(True, "devices", "1 x cpu"))
+        ok    devices                1 x cpu
+        """
+        return f"{'ok' if self.is_good else 'FAIL':6}{self.what:23}{self.found}"
+
+
+def examine(layout: Layout, *, dtype: torch.dtype, warnings: Sequence[str] = ()) -> Iterator[Verdict]:
+    """All verdicts, one after the other; every rank must take them all, because the checks are collective.
+
+    Args:
+        layout: this rank's, in a world that was joined.
+        dtype: of the logits in the loss's check, fp32 or bf16.
+        warnings: what this rank has found about its environment variables.
+    """
+    said = [warning for found in _gathered(layout, list(warnings)) for warning in found]
+    yield Verdict(not said, "environment", said[0] if said else "no variable contradicts the layout")
+    yield from check_world(layout)
+    groups = list(check_groups(layout))
+    yield from groups
+    if all(verdict.is_good for verdict in groups):
+        yield from measure_groups(layout)
+        for name, beta in BETAS.items():
+            yield check_loss(layout, name, beta, dtype)
+
+
+def check_world(layout: Layout) -> Iterator[Verdict]:
+    """Versions and devices: alike on all ranks, and each GPU one rank's."""
+    mine = (*rank_report(layout), device_identity(layout.device))
+    reports = _gathered(layout, mine)
+    odd = differences([report[:3] for report in reports])
+    unlike = [line for line in odd if "install the same" in line]
+    yield Verdict(not unlike, "versions", " ".join(unlike) or versions())
+    found = f"{layout.world_size} x {mine[2]}, {len({report[0] for report in reports})} node(s)"
+    places = [(node, identity) for node, _, _, identity in reports if identity]
+    shared = [rank for rank, place in enumerate(places) if places.index(place) != rank]
+    if shared:
+        first = places.index(places[shared[0]])
+        found = (
+            f"ranks {first} and {shared[0]} share a GPU: there are more ranks on {reports[first][0]} than GPUs, or "
+            "LOCAL_RANK is wrong. Start one rank a GPU."
+        )
+    slow = [line for line in odd if line not in unlike]
+    yield Verdict(not (shared or slow), "devices", " ".join([found, *slow]))
+
+
+def check_groups(layout: Layout) -> Iterator[Verdict]:
+    """Each axis adds up exactly the ranks that it should hold."""
+    for name, axis in _axes(layout).items():
+        numbers = torch.tensor([1.0, layout.rank], device=layout.device)
+        if axis.size > 1:
+            dist.all_reduce(numbers, group=axis.group)
+        wrong = numbers.tolist() != [len(axis.ranks), sum(axis.ranks)]
+        is_good = not any(_gathered(layout, wrong))
+        ranks = f"{layout.world_size // axis.size} group(s) of {axis.size}"
+        hint = (
+            "" if is_good else "; the sum over the group is wrong. See NCCL_DEBUG=INFO for the transport that it took."
+        )
+        yield Verdict(is_good, f"{name} group", f"{ranks}{hint}")
+
+
+def measure_groups(layout: Layout) -> Iterator[Verdict]:
+    """Bandwidth of an all-reduce in each group with more than one rank: the slowest group's of each axis."""
+    backend = dist.get_backend() if dist.is_initialized() else "gloo"
+    for name, axis in _axes(layout).items():
+        if axis.size > 1:
+            shown = []
+            rates: list[float] = []
+            for size in SIZES[backend]:
+                seconds = _seconds_of_all_reduce(layout, axis, size)
+                rates = _gathered(layout, bus_bandwidth(size, axis.size, seconds))
+                shown.append(f"{_bytes(size)} {min(rates):.3g} GB/s")
+            yield bandwidth_verdict(name, ", ".join(shown), rates, backend)
+
+
+def bandwidth_verdict(name: str, shown: str, rates: list[float], backend: str) -> Verdict:
+    """Not good where one group is much slower than another of the same axis, over NCCL.
+
+    Args:
+        name: of the axis.
+        shown: what was measured, in words.
+        rates: of each rank in the largest all-reduce, GB/s.
+        backend: `nccl` or `gloo`.
+
+    >>> bandwidth_verdict("data", "256 MiB 40 GB/s", [200.0, 40.0], "nccl").is_good
+    False
+    """
+    slowest = min(rates)
+    if backend == "nccl" and slowest < SLOWEST_SHARE * max(rates):
+        rank = rates.index(slowest)
+        hint = f"the group of rank {rank} is slower than another ({max(rates):.3g} GB/s): look at that node's links"
+        return Verdict(False, f"{name} all-reduce", f"{shown}; {hint} (nvidia-smi nvlink -s, ibstat).")
+    return Verdict(True, f"{name} all-reduce", shown)
+
+
+def bus_bandwidth(size: int, ranks: int, seconds: float) -> float:
+    """GB/s that each link carries in a ring all-reduce of `size` bytes.
+
+    >>> bus_bandwidth(10**9, 2, 1.0), bus_bandwidth(10**9, 4, 1.0)
+    (1.0, 1.5)
+    """
+    return 2 * (ranks - 1) / ranks * size / seconds / 1e9
+
+
+def check_loss(layout: Layout, name: str, beta: float, dtype: torch.dtype) -> Verdict:
+    """The sharded loss of a small problem against the dense one in fp64: value, gradient and weights.
+
+    Args:
+        layout: its tensor ranks share the vocabulary, its context ranks each sequence, its data ranks the batch.
+        name, beta: of the divergence.
+        dtype: of the logits; both sides see the same rounded ones.
+    """
+    problem = _Problem.make(layout, dtype)
+    weighting = WeightingConfig(name="renio", threshold=0.3, ceiling=2.0)
+    whole = problem.student.double().requires_grad_()
+    expected = reference_objective(
+        whole,
+        problem.teacher.double(),
+        problem.token_ids,
+        problem.owner,
+        _SEQUENCES * layout.data.size,
+        beta=beta,
+        temperature=1.1,
+        threshold=weighting.threshold,
+        ceiling=weighting.ceiling,
+        cap=weighting.cap,
+    )
+    expected["loss"].backward()
+    assert whole.grad is not None
+
+    student = problem.local(problem.student).to(layout.device).requires_grad_()
+    out = distillation_loss(
+        student,
+        problem.local(problem.teacher).to(layout.device),
+        problem.token_ids[problem.rows].to(layout.device),
+        (problem.owner[problem.rows] - problem.first).to(layout.device),
+        _SEQUENCES,
+        LossConfig(beta=beta, temperature=1.1),
+        weighting,
+        problem.shard,
+        batch_group=layout.data.group,
+        sequence_group=layout.context.group,
+    )
+    out.loss.backward()
+    assert student.grad is not None
+    value = out.loss.detach().double()
+    for axis in (layout.context, layout.data):
+        if axis.size > 1:
+            dist.all_reduce(value, group=axis.group)
+    gradient = student.grad.double().cpu() / layout.data.size
+    weights = expected["weights"][problem.first : problem.first + _SEQUENCES]
+    errors = (
+        _error(value.cpu() / layout.data.size, expected["loss"].detach()),
+        _error(gradient, problem.local(whole.grad)),
+        _error(out.weights.double().cpu(), weights),
+    )
+    return loss_verdict(name, dtype, [max(column) for column in zip(*_gathered(layout, errors), strict=True)])
+
+
+def loss_verdict(name: str, dtype: torch.dtype, errors: list[float]) -> Verdict:
+    """The line of a loss.
+
+    Args:
+        name: of the divergence.
+        dtype: of the logits.
+        errors: of the value, the gradient and the weights, each relative to the largest expected entry.
+
+    >>> loss_verdict("JSD", torch.float32, [1e-7, 1e-3, 0.0]).is_good
+    False
+    """
+    value, gradient = TOLERANCES[dtype]
+    is_good = all(error <= bound for error, bound in zip(errors, (value, gradient, value), strict=True))  # NaN is not
+    found = (
+        f"{str(dtype).removeprefix('torch.')}, relative errors: value {errors[0]:.1e} (allowed {value:.0e}), gradient "
+        f"{errors[1]:.1e} ({gradient:.0e}), weights {errors[2]:.1e} ({value:.0e})"
+    )
+    hint = (
+        "" if is_good else ". Try RENIO_KERNELS=torch; if that is good, report the kernels' failure with these lines."
+    )
+    return Verdict(is_good, f"loss, {name}", found + hint)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A batch that every rank knows whole, on the CPU, and its share of it.
+
+    Attributes:
+        student, teacher: logits [N, V] in the dtype of the check.
+        token_ids, owner: int64 [N].
+        rows: indices of this rank's tokens: its data rank's sequences, every so many of their tokens.
+        first: the first of its sequences.
+        shard: its columns; the last rank's end in padding where the ranks do not divide V.
+    """
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    token_ids: torch.Tensor
+    owner: torch.Tensor
+    rows: torch.Tensor
+    first: int
+    shard: VocabShard
+
+    @classmethod
+    def make(cls, layout: Layout, dtype: torch.dtype) -> _Problem:
+        """The same batch on every rank, and this rank's share."""
+        generator = torch.Generator().manual_seed(1)
+        num_sequences = _SEQUENCES * layout.data.size
+        owner = torch.arange(num_sequences).repeat_interleave(_TOKENS)
+        shape = (len(owner), _VOCABULARY)
+        student = torch.randn(shape, generator=generator, dtype=torch.float64)
+        teacher = student + 0.7 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        token_ids = torch.randint(_VOCABULARY, owner.shape, generator=generator)
+        first, tensor = _SEQUENCES * layout.data.rank, layout.tensor
+        mine = (owner >= first) & (owner < first + _SEQUENCES)
+        rows = mine.nonzero()[:, 0][layout.context.rank :: layout.context.size]
+        width = -(-_VOCABULARY // tensor.size)
+        group = tensor.group if tensor.size > 1 else None
+        shard = VocabShard(width * tensor.rank, width * (tensor.rank + 1), _VOCABULARY, group)
+        return cls(student.to(dtype), teacher.to(dtype), token_ids, owner, rows, first, shard)
+
+    def local(self, whole_NV: torch.Tensor) -> torch.Tensor:
+        """This rank's rows and columns, padding filled with 0."""
+        valid = whole_NV[self.rows, self.shard.start : self.shard.start + self.shard.num_valid]
+        return torch.cat((valid, valid.new_zeros(len(valid), self.shard.width - self.shard.num_valid)), 1).detach()
+
+
+def _axes(layout: Layout) -> dict[str, Axis]:
+    return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
+
+
+def _seconds_of_all_reduce(layout: Layout, axis: Axis, size: int) -> float:
+    """The median of a few, after one that does not count; reading an element waits for a GPU."""
+    values = torch.ones(size // 4, device=layout.device)
+    times = []
+    for _ in range(REPEATS + 1):
+        values.fill_(1.0)
+        values[0].item()
+        dist.barrier(group=axis.group)
+        begin = time.perf_counter()
+        dist.all_reduce(values, group=axis.group)
+        values[0].item()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest expected entry; 0 where there is none."""
+    if not expected.numel():
+        return 0.0
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def _gathered(layout: Layout, mine: _Value) -> list[_Value]:
+    """Every rank's, in rank order."""
+    found = [mine] * layout.world_size
+    if layout.world_size > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def _bytes(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"

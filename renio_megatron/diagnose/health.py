@@ -1,0 +1,94 @@
+"""One line about the world that a run found at its start, and what is odd about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from importlib import metadata
+
+import torch
+import torch.distributed as dist
+
+import renio_megatron
+from renio_megatron.parallel.layout import Layout, device_name
+
+
+def health(layout: Layout) -> tuple[str, list[str]]:
+    """The line, and a warning for each thing in which nodes differ that should be alike; the same on every rank.
+
+    One collective, of a few words from each rank.
+
+    Args:
+        layout: this rank's, in the world that was just joined.
+    """
+    mine = rank_report(layout)
+    reports = [mine]
+    if layout.world_size > 1:
+        reports = [mine] * layout.world_size
+        dist.all_gather_object(reports, mine)
+    return describe(layout, reports), differences(reports)
+
+
+def rank_report(layout: Layout) -> tuple[str, str, str]:
+    """This rank's node, versions and device, in words."""
+    return _node(), versions(), device_name(layout.device)
+
+
+def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:
+    """The line.
+
+    Args:
+        layout: the first rank's.
+        reports: (node, versions, device) of each rank.
+
+    >>> describe(Layout(), [("a", "torch 2.13.0", "cpu")])
+    'world of 1 rank on 1 node, TP 1 x PP 1 x CP 1 x DP 1; no backend, cpu; torch 2.13.0; rendezvous 0.0 s'
+    """
+    nodes = len({node for node, _, _ in reports})
+    axes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "DP": layout.data}
+    sizes = " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
+    backend = dist.get_backend() if dist.is_initialized() else "no backend"
+    return (
+        f"world of {_count(layout.world_size, 'rank')} on {_count(nodes, 'node')}, {sizes}; {backend}, "
+        f"{reports[0][2]}; {reports[0][1]}; rendezvous {layout.rendezvous_seconds:.1f} s"
+    )
+
+
+def differences(reports: list[tuple[str, str, str]]) -> list[str]:
+    """A warning for versions, and one for devices, that are not the first rank's.
+
+    >>> differences([("a", "torch 1", "cpu"), ("b", "torch 2", "cpu")])
+    ['rank 1 on b has torch 2, rank 0 has torch 1: install the same on all nodes.']
+    """
+    found = []
+    for column, advice in ((1, "install the same on all nodes"), (2, "the slowest one sets the pace")):
+        for rank, report in enumerate(reports):
+            if report[column] != reports[0][column]:
+                what = f"rank {rank} on {report[0]} has {report[column]}, rank 0 has {reports[0][column]}"
+                found.append(f"{what}: {advice}.")
+                break
+    return found
+
+
+def versions() -> str:
+    """Of this package and of those that decide what it computes."""
+    found = {"renio": renio_megatron.__version__, "torch": torch.__version__}
+    for package in ("megatron-core", "transformer-engine", "triton"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["CUDA"] = torch.version.cuda
+    return ", ".join(f"{name} {version}" for name, version in {**found, "Python": platform.python_version()}.items())
+
+
+def _node() -> str:
+    """The host, and the launcher's number where several launchers share it."""
+    number = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or "0"
+    return f"{socket.gethostname()} (node {number})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,108 @@
+"""Environment variables of CUDA and NCCL that follow from the hardware and the layout, each with its reason.
+
+CUDA reads them when it is first used, so they are set before anything touches a GPU, and the GPU's generation is asked
+of the driver's management library, which creates no CUDA context.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+BLACKWELL = (10, 0)
+"""Compute capability from which on CUDA keeps the order of launches without help."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable.
+
+    Attributes:
+        name, value: what is set; value None: it must not be "1".
+        reason: why, in words for the user.
+    """
+
+    name: str
+    value: str | None
+    reason: str
+
+
+def hardware_variables(
+    capability: tuple[int, int] | None,
+    *,
+    tensor_size: int,
+    context_size: int,
+    uses_fsdp: bool = False,
+    is_deterministic: bool = False,
+) -> tuple[Variable, ...]:
+    """The variables that a rank needs; none without a GPU.
+
+    Args:
+        capability: compute capability of the GPUs, for example (9, 0) for an H100; None: there is no GPU.
+        tensor_size, context_size: ranks of the two axes.
+        uses_fsdp: whether parameters are sharded by FSDP, which gathers them while it computes.
+        is_deterministic: whether a run has to give the same bits again.
+    Source: the checks of Megatron-LM's arguments, and its comments on overlap in the tensor-parallel layers.
+
+    >>> [(v.name, v.value) for v in hardware_variables((9, 0), tensor_size=2, context_size=1)]
+    [('CUDA_DEVICE_MAX_CONNECTIONS', '1')]
+    >>> hardware_variables((10, 0), tensor_size=2, context_size=1)
+    ()
+    """
+    if capability is None:
+        return ()
+    found = []
+    if uses_fsdp:
+        reason = "FSDP gathers parameters beside the computation, which takes more than one hardware queue"
+        found.append(Variable("CUDA_DEVICE_MAX_CONNECTIONS", None, reason))
+    elif capability < BLACKWELL and (tensor_size > 1 or context_size > 1):
+        reason = (
+            "before Blackwell, only one hardware queue starts a tensor- or context-parallel collective before the "
+            "matrix product that it overlaps with"
+        )
+        found.append(Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", reason))
+    if is_deterministic:
+        reason = "sums inside NVLink switches do not give the same bits each time"
+        found.append(Variable("NCCL_ALGO", "^NVLS", reason))
+    return tuple(found)
+
+
+def set_variables(variables: tuple[Variable, ...], environment: MutableMapping[str, str]) -> list[str]:
+    """Sets what is not set yet; what the user has set otherwise stays, and is named in a returned warning each.
+
+    >>> wanted, mine = (Variable("NCCL_ALGO", "^NVLS", "the bits differ"),), {"NCCL_ALGO": "Ring"}
+    >>> set_variables(wanted, mine)
+    ['NCCL_ALGO=Ring is kept, where ^NVLS is advised: the bits differ. Unset it if that was not meant.']
+    """
+    warnings = []
+    for variable in variables:
+        present = environment.get(variable.name)
+        if present is None:
+            if variable.value is not None:
+                environment[variable.name] = variable.value
+        elif present == "1" if variable.value is None else present != variable.value:
+            advised = "another value, or none," if variable.value is None else variable.value
+            warnings.append(
+                f"{variable.name}={present} is kept, where {advised} is advised: {variable.reason}. "
+                "Unset it if that was not meant."
+            )
+    return warnings
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the machine's first GPU, without touching CUDA; None without a GPU or its driver. GPUs of a node are alike."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        if library.nvmlInit_v2() != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    try:
+        failed = library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) or (
+            library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+        )
+    finally:
+        library.nvmlShutdown()
+    return None if failed else (major.value, minor.value)
