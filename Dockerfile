@@ -1,8 +1,8 @@
 # renio on NVIDIA's PyTorch image, whose torch, triton and Transformer Engine belong together and stay as they are.
 #   docker build -t renio .
-#   docker build -t renio --build-arg NGC_TAG=25.09-py3 --build-arg RUN_AS=1000:1000 .
+#   docker build -t renio --build-arg NGC_TAG=26.06-py3 --build-arg RUN_AS=1000:1000 .
 #   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD:/work" renio train recipe.yaml
-ARG NGC_TAG=25.09-py3
+ARG NGC_TAG=26.06-py3
 FROM nvcr.io/nvidia/pytorch:${NGC_TAG}
 
 # The image's PIP_CONSTRAINT also holds packages that this project needs newer; its own list below takes its place.

@@ -155,7 +155,7 @@ def build_trainer(
     build = functools.partial(
         build_model, layout=layout, parallel=config.parallel, train=config.train, vocab_size=inputs.vocab_size
     )
-    part = build(inputs.architecture)
+    part = build(inputs.architecture, precision=config.precision)
     if isinstance(config, RunConfig) or config.init == "pretrained":
         load_weights(part, inputs.model)
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
@@ -199,7 +199,7 @@ def _distillation(
     from renio_megatron.megatron.teacher import MegatronTeacher
 
     assert inputs.teacher is not None  # a distillation's inputs name one
-    teacher_part = build(inputs.teacher_architecture, trained=False)
+    teacher_part = build(inputs.teacher_architecture, precision=config.teacher_precision, trained=False)
     load_weights(teacher_part, inputs.teacher)
     teacher = MegatronTeacher(
         teacher_part,

@@ -23,8 +23,10 @@ from renio_megatron.settings import (
     HeadConfig,
     LossConfig,
     ParallelConfig,
+    PrecisionConfig,
     RolloutConfig,
     TeacherConfig,
+    TeacherPrecisionConfig,
     TrainConfig,
     WeightingConfig,
 )
@@ -39,7 +41,8 @@ class RunConfig:
 
     Attributes:
         model: the student's Hugging Face directory, or a model that ships with the package.
-        teacher, data, rollout, loss, head, weighting, parallel, train, checkpoint, evaluate: sections, see `settings`.
+        teacher, data, rollout, loss, head, weighting, parallel, precision, teacher_precision, train, checkpoint,
+            evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
 
@@ -51,6 +54,8 @@ class RunConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    teacher_precision: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -64,7 +69,7 @@ class SftConfig:
     Attributes:
         model: Hugging Face directory, or a model that ships with the package.
         init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
-        data, parallel, train, checkpoint, evaluate: sections, see `settings`.
+        data, parallel, precision, train, checkpoint, evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
 
@@ -72,6 +77,7 @@ class SftConfig:
     init: str = "pretrained"
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -117,6 +123,7 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
         _check_self_teacher(config)
         _check_packing(config)
         _check_head(config)
+    _check_precision(config)
     return Recipe(config=config, explicit=explicit, kind=kind)
 
 
@@ -197,6 +204,16 @@ def _check_packing(config: RunConfig) -> None:
             f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_completion_length={completion} "
             f"make {longest} tokens. Raise it to {longest}, or lower one of the two."
         )
+
+
+def _check_precision(config: RunConfig | SftConfig) -> None:
+    sections = [config.precision, config.teacher_precision] if isinstance(config, RunConfig) else [config.precision]
+    for one in sections:
+        if one.fp8 is not None and not one.emulate_fp8 and not config.train.bf16:
+            raise ConfigError(
+                f"{one.section}.fp8={one.fp8} with train.bf16=false: what stays out of FP8 would be fp32, and the "
+                "products gain nothing. Set train.bf16=true."
+            )
 
 
 def _check_head(config: RunConfig) -> None:

@@ -119,7 +119,37 @@ _IGNORED_BY_ALL = (
         "train.lr_decay_style is constant and the rate does not decay",
     ),
 )
+
+
+def _without_fp8(section: str) -> tuple[_Ignored, ...]:
+    keys = ("fp8_recipe", "fp8_param_gather", "first_last_layers_bf16", "emulate_fp8")
+    counts = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+    return (
+        _Ignored(
+            tuple(f"{section}.{key}" for key in (*keys, *counts)),
+            lambda config: getattr(config, section).fp8 is None,
+            f"{section}.fp8 is null and no layer computes in FP8",
+        ),
+        _Ignored(
+            tuple(f"{section}.{key}" for key in counts),
+            lambda config: not getattr(config, section).first_last_layers_bf16,
+            f"{section}.first_last_layers_bf16 is false",
+        ),
+        _Ignored(
+            (f"{section}.fp8_param_gather",),
+            lambda config: getattr(config, section).emulate_fp8,
+            f"{section}.emulate_fp8 keeps parameters as they are",
+        ),
+    )
+
+
 _IGNORED_BY_TRAIN = (
+    *_without_fp8("teacher_precision"),
+    _Ignored(
+        ("teacher_precision.fp8_param_gather",),
+        lambda config: True,
+        "a teacher's parameters are never gathered; they are kept in FP8 in any case",
+    ),
     _Ignored(
         ("weighting.normalise", "weighting.group_size", "weighting.ema_decay", "weighting.cap"),
         lambda config: config.weighting.name == "uniform",
@@ -168,7 +198,10 @@ _IGNORED_BY_SFT = (
         "the weights come from checkpoint.load",
     ),
 )
-_IGNORED = {"train": (*_IGNORED_BY_TRAIN, *_IGNORED_BY_ALL), "sft": (*_IGNORED_BY_SFT, *_IGNORED_BY_ALL)}
+_IGNORED = {
+    "train": (*_IGNORED_BY_TRAIN, *_IGNORED_BY_ALL, *_without_fp8("precision")),
+    "sft": (*_IGNORED_BY_SFT, *_IGNORED_BY_ALL, *_without_fp8("precision")),
+}
 
 _NEEDED_BY_ALL = (
     _Needed("data.path", _reads_files, "the sources jsonl and datasets read records from it"),

@@ -134,6 +134,28 @@ def test_a_plain_word_for_the_teacher_drops_its_model(train):
             ["teacher.payload_device=recompute"],
             ["teacher.payload_device=recompute needs", "Choose host"],
         ),
+        ("", ["precision.backend=cuda"], ["precision.backend", "auto, te, local"]),
+        ("", ["teacher_precision.fp8=e5m2"], ["teacher_precision.fp8 must be one of hybrid, e4m3", "'e5m2'"]),
+        ("", ["precision.fp8=hybrid", "precision.fp8_recipe=rowwise"], ["precision.fp8_recipe", "blockwise, mxfp8"]),
+        ("", ["precision.fp8=hybrid"], ["precision.fp8=hybrid with train.bf16=false", "train.bf16=true"]),
+        ("", ["teacher_precision.fp8=e4m3"], ["teacher_precision.fp8=e4m3 with train.bf16=false"]),
+        ("", ["precision.fp8=e4m3", "precision.backend=local"], ["backend=local", "precision.emulate_fp8=true"]),
+        (
+            "",
+            ["precision.fp8=e4m3", "precision.backend=te", "precision.emulate_fp8=true"],
+            ["backend=te", "Remove one"],
+        ),
+        (
+            "precision: {fp8: e4m3, emulate_fp8: true, fp8_recipe: delayed}\n",
+            [],
+            ["fp8_recipe=delayed", "tensorwise, blockwise or mxfp8"],
+        ),
+        (
+            "precision: {fp8: e4m3, fp8_recipe: delayed, first_last_layers_bf16: true}\n",
+            [],
+            ["first_last_layers_bf16=true", "fp8_recipe=tensorwise"],
+        ),
+        ("", ["precision.num_layers_at_end_in_bf16=-1"], ["precision.num_layers_at_end_in_bf16 must be at least 0"]),
         ("weighting: {name: unifrom}\n", [], ["weighting.name", "renio, uniform", "'unifrom'"]),
         ("data: {source: json}\n", [], ["data.source", "modchain, jsonl, datasets, reasoning_gym"]),
         ("teacher: {}\nmodel: b\n", [], ["duplicate key"]),
@@ -198,6 +220,23 @@ FILES = "data: {source: jsonl, path: a, eval_path: b}\n"
         ("data: {enable_thinking: false}", "data.enable_thinking", "chat"),
         ("data: {teacher_enable_thinking: true}", "data.teacher_enable_thinking", "chat"),
         ("train: {min_lr: 1e-6}", "train.min_lr", "constant"),
+        ("precision: {fp8_recipe: tensorwise}", "precision.fp8_recipe", "fp8 is null"),
+        ("teacher_precision: {emulate_fp8: true}", "teacher_precision.emulate_fp8", "fp8 is null"),
+        (
+            "precision: {fp8: e4m3, emulate_fp8: true, num_layers_at_end_in_bf16: 2}",
+            "precision.num_layers_at_end_in_bf16",
+            "first_last_layers_bf16 is false",
+        ),
+        (
+            "precision: {fp8: e4m3, emulate_fp8: true, fp8_param_gather: true}",
+            "precision.fp8_param_gather",
+            "keeps parameters",
+        ),
+        (
+            "teacher_precision: {fp8: e4m3, fp8_param_gather: true}\ntrain: {bf16: true}",
+            "teacher_precision.fp8_param_gather",
+            "never gathered",
+        ),
     ],
 )
 def test_a_setting_without_effect_is_refused(train, more, key, reason):
@@ -234,6 +273,8 @@ def test_every_setting_without_effect_is_named_once(train):
         "data: {source: reasoning_gym, task: chess, size: 5}",
         "data: {chat: true, enable_thinking: false, teacher_enable_thinking: true}",
         "train: {lr_decay_style: cosine, min_lr: 1e-6}",
+        "precision: {fp8: e4m3, emulate_fp8: true, first_last_layers_bf16: true, num_layers_at_end_in_bf16: 2}",
+        "teacher_precision: {fp8: hybrid, fp8_recipe: delayed}\nprecision: {backend: local}\ntrain: {bf16: true}",
     ],
 )
 def test_a_setting_with_an_effect_is_accepted(train, more):

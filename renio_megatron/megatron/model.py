@@ -29,7 +29,7 @@ from renio_megatron.megatron.attention import SdpaCoreAttention
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
 from renio_megatron.records import LmHead
-from renio_megatron.settings import ParallelConfig, TrainConfig
+from renio_megatron.settings import ParallelConfig, PrecisionConfig, TrainConfig
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 
@@ -165,7 +165,12 @@ class ModelPart:
 
 
 def transformer_config(
-    architecture: Architecture, parallel: ParallelConfig, train: TrainConfig, *, trained: bool
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    precision: PrecisionConfig,
+    *,
+    trained: bool,
 ) -> TransformerConfig:
     """Megatron's configuration of a model in a layout; a frozen one is not interleaved and recomputes nothing."""
     dtype = torch.bfloat16 if train.bf16 else torch.float32
@@ -229,6 +234,7 @@ def build_model(
     layout: Layout,
     parallel: ParallelConfig,
     train: TrainConfig,
+    precision: PrecisionConfig | None = None,
     *,
     vocab_size: int,
     trained: bool = True,
@@ -238,11 +244,12 @@ def build_model(
     Args:
         architecture: the whole model.
         layout, parallel: where this rank is.
-        train: precision, packing, recomputation, and the seed of the weights.
+        train: dtype, packing, recomputation, and the seed of the weights.
+        precision: what the layers are built of and compute in; None: the defaults.
         vocab_size: V of the loss. A teacher gets the student's, so that both heads are cut at the same edges.
         trained: False for a model that only runs forward.
     """
-    config = transformer_config(architecture, parallel, train, trained=trained)
+    config = transformer_config(architecture, parallel, train, precision or PrecisionConfig(), trained=trained)
     padded = padded_vocab_size(vocab_size, parallel)
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()

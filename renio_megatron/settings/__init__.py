@@ -1,6 +1,7 @@
 """Typed settings of every component: values and their ranges, no behaviour."""
 
 from renio_megatron.settings.loss import HeadConfig, LossConfig
+from renio_megatron.settings.precision import PrecisionConfig, TeacherPrecisionConfig
 from renio_megatron.settings.run import (
     CheckpointConfig,
     DataConfig,
@@ -18,8 +19,10 @@ __all__ = [
     "HeadConfig",
     "LossConfig",
     "ParallelConfig",
+    "PrecisionConfig",
     "RolloutConfig",
     "TeacherConfig",
+    "TeacherPrecisionConfig",
     "TrainConfig",
     "WeightingConfig",
 ]

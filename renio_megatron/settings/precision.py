@@ -1,0 +1,79 @@
+"""Settings of what a model's layers are built of and compute in. Megatron's own names are kept where it has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.settings.checks import require_choice
+
+FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Layers of one model: the student's in the section `precision`, the teacher's in `teacher_precision`.
+
+    The dtype of the parameters is `train.bf16`. The LM head stays out of FP8: its logits decide the weights.
+
+    Attributes:
+        backend: `te`, Transformer Engine's modules; `local`, Megatron's own on plain torch; `auto`, te on a GPU where
+            Transformer Engine imports, else local.
+        fp8: `hybrid` (e4m3 forward, e5m2 gradients) or `e4m3` products of the decoder's linear layers, as Megatron's
+            `--fp8-format`; null: none.
+        fp8_recipe: how values are scaled into FP8's range, as Megatron's `--fp8-recipe`.
+        fp8_param_gather: as in Megatron; parameters are kept, and gathered by the distributed optimiser, in FP8. A
+            teacher's are kept so in any case: they are quantised once.
+        first_last_layers_bf16, num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: as in Megatron: that many of the
+            first and last layers stay out of FP8.
+        emulate_fp8: round what FP8 products would read to the values that FP8 has, and multiply in the parameters'
+            dtype. It needs neither Transformer Engine nor a GPU, saves nothing, and shows what FP8 does to a run.
+    """
+
+    backend: str = "auto"
+    fp8: str | None = None
+    fp8_recipe: str = "tensorwise"
+    fp8_param_gather: bool = False
+    first_last_layers_bf16: bool = False
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
+    emulate_fp8: bool = False
+
+    section: ClassVar[str] = "precision"
+
+    def __post_init__(self) -> None:
+        require_choice(f"{self.section}.backend", self.backend, ("auto", "te", "local"))
+        require_choice(f"{self.section}.fp8_recipe", self.fp8_recipe, FP8_RECIPES)
+        if self.fp8 is not None:
+            require_choice(f"{self.section}.fp8", self.fp8, ("hybrid", "e4m3"))
+        for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{self.section}.{key} must be at least 0; got {getattr(self, key)}.")
+        if self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
+            raise ConfigError(
+                f"{self.section}.first_last_layers_bf16=true with fp8_recipe=delayed: Megatron cannot leave layers out "
+                "of delayed scaling. Choose fp8_recipe=tensorwise."
+            )
+        if self.emulate_fp8 and self.backend == "te":
+            raise ConfigError(
+                f"{self.section}.emulate_fp8=true with backend=te: Transformer Engine has FP8 itself. Remove one "
+                "of them."
+            )
+        if self.emulate_fp8 and self.fp8_recipe == "delayed":
+            raise ConfigError(
+                f"{self.section}.emulate_fp8=true with fp8_recipe=delayed: its scales come from earlier steps, which "
+                "the emulation does not keep. Choose tensorwise, blockwise or mxfp8."
+            )
+        if self.fp8 is not None and self.backend == "local" and not self.emulate_fp8:
+            raise ConfigError(
+                f"{self.section}.fp8={self.fp8} with backend=local: FP8 products are Transformer Engine's. Set "
+                f"{self.section}.backend=te, or {self.section}.emulate_fp8=true to see what their rounding does."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherPrecisionConfig(PrecisionConfig):
+    """The same settings for the teacher."""
+
+    section: ClassVar[str] = "teacher_precision"
