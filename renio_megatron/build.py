@@ -155,8 +155,9 @@ def build_trainer(
     build = functools.partial(
         build_model, layout=layout, parallel=config.parallel, train=config.train, vocab_size=inputs.vocab_size
     )
-    part = build(inputs.architecture, precision=config.precision)
-    if isinstance(config, RunConfig) or config.init == "pretrained":
+    is_loaded = isinstance(config, RunConfig) or config.init == "pretrained"
+    part = build(inputs.architecture, precision=config.precision, initialise=not is_loaded)
+    if is_loaded:
         load_weights(part, inputs.model)
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
     head = config.head if isinstance(config, RunConfig) else HeadConfig()
@@ -199,7 +200,9 @@ def _distillation(
     from renio_megatron.megatron.teacher import MegatronTeacher
 
     assert inputs.teacher is not None  # a distillation's inputs name one
-    teacher_part = build(inputs.teacher_architecture, precision=config.teacher_precision, trained=False)
+    teacher_part = build(
+        inputs.teacher_architecture, precision=config.teacher_precision, trained=False, initialise=False
+    )
     load_weights(teacher_part, inputs.teacher)
     teacher = MegatronTeacher(
         teacher_part,

@@ -6,6 +6,7 @@ transformers runs in the test's own process, in fp32, one unpadded row at a time
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -127,9 +128,20 @@ def load(directory, layout, parallel, vocab_size):
     from renio_megatron.megatron.model import build_model
 
     architecture = Architecture.from_directory(directory)
-    part = build_model(architecture, layout, parallel, TrainConfig(seed=99), vocab_size=vocab_size)
+    build = functools.partial(build_model, architecture, layout, parallel, TrainConfig(seed=99), vocab_size=vocab_size)
+    part = build(initialise=False)
+    assert marks(part) == marks(build())
+    with torch.no_grad():
+        for _, parameter in part.named_parameters():
+            parameter.fill_(float("nan"))  # the memory may have held it
     load_weights(part, directory)
     return part
+
+
+def marks(part):
+    """What Megatron's gradient norm and reductions ask of each parameter."""
+    names = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel", "allreduce")
+    return {key: [getattr(parameter, name, None) for name in names] for key, parameter in part.named_parameters()}
 
 
 def logits_of(part, rows):

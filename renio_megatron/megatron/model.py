@@ -171,8 +171,12 @@ def transformer_config(
     precision: PrecisionConfig,
     *,
     trained: bool,
+    initialise: bool = True,
 ) -> TransformerConfig:
-    """Megatron's configuration of a model in a layout; a frozen one is not interleaved and recomputes nothing."""
+    """Megatron's configuration of a model in a layout; a frozen one is not interleaved and recomputes nothing.
+
+    `initialise` is explained at `build_model`.
+    """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     interleaved = parallel.virtual_pipeline_model_parallel_size if trained else None
     recompute: dict[str, Any] = {}
@@ -182,6 +186,9 @@ def transformer_config(
             "recompute_method": train.recompute_method,
             "recompute_num_layers": train.recompute_num_layers,
         }
+    # Not perform_initialization=False, which also leaves out the marks by which gradient norms count shards.
+    drawers = ("init_method", "output_layer_init_method", "embedding_init_method")
+    weights: dict[str, Any] = {} if initialise else dict.fromkeys(drawers, _leave)
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -204,7 +211,9 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
-        use_cpu_initialization=True,  # the same random weights for every tensor-parallel size
+        # On the host: the same random weights for every tensor-parallel size.
+        use_cpu_initialization=initialise,
+        **weights,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=interleaved,
@@ -238,8 +247,9 @@ def build_model(
     *,
     vocab_size: int,
     trained: bool = True,
+    initialise: bool = True,
 ) -> ModelPart:
-    """This rank's part of a model, with random weights: the same for every tensor-parallel size.
+    """This rank's part of a model.
 
     Args:
         architecture: the whole model.
@@ -248,8 +258,11 @@ def build_model(
         precision: what the layers are built of and compute in; None: the defaults.
         vocab_size: V of the loss. A teacher gets the student's, so that both heads are cut at the same edges.
         trained: False for a model that only runs forward.
+        initialise: draw random weights, the same for every tensor-parallel size; False where all weights are loaded
+            next: they are whatever the device's memory held, and nothing is made or drawn on the host.
     """
-    config = transformer_config(architecture, parallel, train, precision or PrecisionConfig(), trained=trained)
+    precision = precision or PrecisionConfig()
+    config = transformer_config(architecture, parallel, train, precision, trained=trained, initialise=initialise)
     padded = padded_vocab_size(vocab_size, parallel)
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()
@@ -281,6 +294,11 @@ def build_model(
     start = layout.tensor.rank * width
     shard = VocabShard(start, start + width, vocab_size, layout.tensor.group)
     return ModelPart(tuple(chunks), config, architecture, shard, layout)
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    """An initialiser that draws nothing."""
+    return weight
 
 
 def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
