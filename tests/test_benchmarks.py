@@ -322,6 +322,32 @@ def test_the_packing_benchmark_counts_the_tokens_of_both_kinds_of_rows():
     assert "71 tokens (+0.0%)" in packed
 
 
+def test_the_steps_of_random_models_are_steps_of_the_trainer(tmp_path):
+    """Tokens are counted by hand, and the loss falls."""
+    options = "--student tiny --teacher tiny --sequences 4 --prompt 8 --completion 8 --steps 3 --fp32"
+    command = ["step.py", *options.split(), "--out", str(tmp_path / "step.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT / "benchmarks",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "step.json").read_text())
+    assert {name: phase["tokens"] for name, phase in figures["phases"].items()} == {
+        "rollout": 4 * 8,
+        "teacher": 4 * 15,
+        "train": 4 * 15,
+    }
+    losses = figures["losses"]
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    assert losses[2] < losses[0]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_gpu_check_shows_each_part_and_goes_on_after_a_failure(tmp_path):
     """With an interpreter that fails at everything, both parts are tried and both failures are in the summary."""
@@ -339,5 +365,7 @@ def test_gpu_check_shows_each_part_and_goes_on_after_a_failure(tmp_path):
     lines = done.stdout.splitlines()
     summary = lines[lines.index(next(line for line in lines if line.startswith("== summary"))) :]
     names = [line.partition(":")[0] for line in summary if "FAILED (3)" in line]
-    assert names == ["device", "tests", "benchmark"], done.stdout
+    tried = ["device", "tests", "benchmark", "step", "profile"]
+    assert [name for name in names if name != "sanitizer"] == tried, done.stdout
+    assert "step_fp8: not run, Transformer Engine does not import" in done.stdout
     assert "benchmarks/loss.py --quick" in (tmp_path / "out" / "benchmark.txt").read_text()
