@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from renio_megatron.cli.doctor import read_settings
 from renio_megatron.cli.main import main
 from renio_megatron.diagnose import doctor
-from renio_megatron.diagnose.doctor import bandwidth_verdict, check_loss, check_world, examine, loss_verdict
+from renio_megatron.diagnose.doctor import (
+    bandwidth_verdict,
+    check_linear_loss,
+    check_loss,
+    check_world,
+    examine,
+    loss_verdict,
+)
 from renio_megatron.errors import ConfigError
 from renio_megatron.parallel.layout import Layout
 from tests.multiprocess import run_ranks
@@ -57,15 +66,22 @@ def _with_other_versions(layout):
 
 def _with_a_missing_sum(layout):
     """A loss whose context ranks forget to add up their pieces of a sequence, seen by the check."""
-    own = doctor.distillation_loss
-    doctor.distillation_loss = lambda *args, sequence_group, **kwargs: own(*args, sequence_group=None, **kwargs)
+    losses = {name: getattr(doctor, name) for name in ("distillation_loss", "linear_distillation_loss")}
+    for name, own in losses.items():
+        setattr(doctor, name, functools.partial(_without_the_sum, own))
     context = Layout(
         rank=layout.rank, world_size=4, context=layout.data, pipeline=layout.pipeline, device=torch.device("cpu")
     )
     try:
-        return str(check_loss(context, "JSD", 0.5, torch.float32))
+        checks = (check_loss, check_linear_loss)
+        return [str(check(context, "JSD", 0.5, torch.float32)) for check in checks]
     finally:
-        doctor.distillation_loss = own
+        for name, own in losses.items():
+            setattr(doctor, name, own)
+
+
+def _without_the_sum(loss, *args, sequence_group, **kwargs):
+    return loss(*args, sequence_group=None, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +96,29 @@ def found():
 def test_all_is_good_in_every_layout_and_precision(found):
     for case in ((name, dtype) for name in LAYOUTS for dtype in (torch.float32, torch.bfloat16)):
         assert [line for is_good, line in found[case] if not is_good] == [], case
-        assert sum("loss, " in line for _, line in found[case]) == 3
-    assert any("tensor all-reduce      64 KiB" in line for _, line in found["TP 4", torch.float32])
+        assert sum("  loss, " in line for _, line in found[case]) == 3
+        assert sum("  linear loss, " in line for _, line in found[case]) == 3
+    assert any("tensor all-reduce        64 KiB" in line for _, line in found["TP 4", torch.float32])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_what_is_wrong_on_one_rank_is_said(found):
-    assert found["environment"][0] == "FAIL  environment            NCCL_ALGO is odd"
+    assert found["environment"][0] == "FAIL  environment              NCCL_ALGO is odd"
     (line,) = found["versions"]
     assert line.startswith("FAIL  versions")
     assert "rank 2 on " in line
     assert "has torch 1, rank 0 has renio" in line
-    assert found["sum"].startswith("FAIL  loss, JSD")
+    assert [line[:18] for line in found["sum"]] == ["FAIL  loss, JSD   ", "FAIL  linear loss,"]
 
 
 def test_one_process_alone_is_examined(monkeypatch):
     verdicts = list(examine(Layout(), dtype=torch.float32))
     assert all(verdict.is_good for verdict in verdicts)
-    assert [verdict.what for verdict in verdicts[-3:]] == ["loss, forward KL", "loss, JSD", "loss, reverse KL"]
+    divergences = ("forward KL", "JSD", "reverse KL")
+    assert [verdict.what for verdict in verdicts[-6:]] == [
+        f"{loss}, {divergence}" for divergence in divergences for loss in ("loss", "linear loss")
+    ]
     monkeypatch.setattr(doctor, "device_identity", lambda device: "GPU-1")
     monkeypatch.setattr(doctor, "_gathered", lambda layout, mine: [mine, mine])
     shared = list(check_world(Layout()))[1]
@@ -106,15 +126,19 @@ def test_one_process_alone_is_examined(monkeypatch):
     assert "ranks 0 and 1 share a GPU" in shared.found
 
 
-def test_a_wrong_gradient_with_the_right_value_is_seen(monkeypatch):
-    own = doctor.distillation_loss
+@pytest.mark.parametrize("which", ["logits", "hidden states", "head"])
+def test_a_wrong_gradient_with_the_right_value_is_seen(monkeypatch, which):
+    name, check = (
+        ("distillation_loss", check_loss) if which == "logits" else ("linear_distillation_loss", check_linear_loss)
+    )
+    own = getattr(doctor, name)
 
-    def wrong(student, *args, **kwargs):
-        student.register_hook(lambda gradient: 1.01 * gradient)
-        return own(student, *args, **kwargs)
+    def wrong(*args, **kwargs):
+        args[which == "head"].register_hook(lambda gradient: 1.01 * gradient)
+        return own(*args, **kwargs)
 
-    monkeypatch.setattr(doctor, "distillation_loss", wrong)
-    verdict = check_loss(Layout(), "JSD", 0.5, torch.float32)
+    monkeypatch.setattr(doctor, name, wrong)
+    verdict = check(Layout(), "JSD", 0.5, torch.float32)
     assert not verdict.is_good
     assert "gradient 1.0e-02" in verdict.found
 

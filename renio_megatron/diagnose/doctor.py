@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.diagnose.health import differences, rank_report, versions
-from renio_megatron.loss import distillation_loss
+from renio_megatron.linear_loss import linear_distillation_loss
+from renio_megatron.loss import DistillationOutput, distillation_loss
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.parallel.layout import Axis, Layout, device_identity
 from renio_megatron.parallel.vocab import VocabShard
@@ -26,11 +27,15 @@ SLOWEST_SHARE = 0.5
 """Least share of the fastest group's bandwidth that every group of its axis must have over NCCL. Gloo's ranks share
 cores and memory, so nothing is said about theirs."""
 
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 2.0**-8)}
-"""Allowed errors of the loss and of its gradient, relative to the largest entry. A bf16 gradient is rounded to bf16."""
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 2.0**-7)}
+"""Allowed errors of the loss and of its gradients, relative to the largest entry. Gradients of bf16 tensors are rounded
+to bf16, the hidden states' on every tensor rank before they are added up."""
 
 BETAS = {"forward KL": 0.0, "JSD": 0.5, "reverse KL": 1.0}
 _VOCABULARY, _SEQUENCES, _TOKENS = 101, 3, 12
+_WIDTH, _TEACHER_WIDTH = 16, 24
+_TEMPERATURE = 1.1
+_WEIGHTING = WeightingConfig(name="renio", threshold=0.3, ceiling=2.0)
 _Value = TypeVar("_Value")
 
 
@@ -52,9 +57,9 @@ class Verdict:
         """The line.
 
         >>> print(Verdict(True, "devices", "1 x cpu"))
-        ok    devices                1 x cpu
+        ok    devices                  1 x cpu
         """
-        return f"{'ok' if self.is_good else 'FAIL':6}{self.what:23}{self.found}"
+        return f"{'ok' if self.is_good else 'FAIL':6}{self.what:25}{self.found}"
 
 
 def examine(layout: Layout, *, dtype: torch.dtype, warnings: Sequence[str] = ()) -> Iterator[Verdict]:
@@ -62,7 +67,7 @@ def examine(layout: Layout, *, dtype: torch.dtype, warnings: Sequence[str] = ())
 
     Args:
         layout: this rank's, in a world that was joined.
-        dtype: of the logits in the loss's check, fp32 or bf16.
+        dtype: of logits, hidden states and heads in the loss's check, fp32 or bf16.
         warnings: what this rank has found about its environment variables.
     """
     said = [warning for found in _gathered(layout, list(warnings)) for warning in found]
@@ -74,6 +79,7 @@ def examine(layout: Layout, *, dtype: torch.dtype, warnings: Sequence[str] = ())
         yield from measure_groups(layout)
         for name, beta in BETAS.items():
             yield check_loss(layout, name, beta, dtype)
+            yield check_linear_loss(layout, name, beta, dtype)
 
 
 def check_world(layout: Layout) -> Iterator[Verdict]:
@@ -163,61 +169,109 @@ def check_loss(layout: Layout, name: str, beta: float, dtype: torch.dtype) -> Ve
         dtype: of the logits; both sides see the same rounded ones.
     """
     problem = _Problem.make(layout, dtype)
-    weighting = WeightingConfig(name="renio", threshold=0.3, ceiling=2.0)
-    whole = problem.student.double().requires_grad_()
-    expected = reference_objective(
-        whole,
-        problem.teacher.double(),
-        problem.token_ids,
-        problem.owner,
-        _SEQUENCES * layout.data.size,
-        beta=beta,
-        temperature=1.1,
-        threshold=weighting.threshold,
-        ceiling=weighting.ceiling,
-        cap=weighting.cap,
-    )
-    expected["loss"].backward()
-    assert whole.grad is not None
-
-    student = problem.local(problem.student).to(layout.device).requires_grad_()
+    student, teacher = problem.logits()
+    whole = student.double().requires_grad_()
+    expected = _expected(problem, whole, teacher.double(), beta)
+    local = problem.columns(student[problem.rows]).requires_grad_()
     out = distillation_loss(
-        student,
-        problem.local(problem.teacher).to(layout.device),
-        problem.token_ids[problem.rows].to(layout.device),
-        (problem.owner[problem.rows] - problem.first).to(layout.device),
-        _SEQUENCES,
-        LossConfig(beta=beta, temperature=1.1),
-        weighting,
+        local,
+        problem.columns(teacher[problem.rows]),
+        *problem.tokens(),
+        LossConfig(beta=beta, temperature=_TEMPERATURE),
+        _WEIGHTING,
         problem.shard,
         batch_group=layout.data.group,
         sequence_group=layout.context.group,
     )
     out.loss.backward()
-    assert student.grad is not None
-    value = out.loss.detach().double()
-    for axis in (layout.context, layout.data):
-        if axis.size > 1:
-            dist.all_reduce(value, group=axis.group)
-    gradient = student.grad.double().cpu() / layout.data.size
+    assert whole.grad is not None and local.grad is not None
+    gradients = [(local.grad.cpu() / layout.data.size, problem.columns(whole.grad[problem.rows]).cpu())]
+    return loss_verdict(f"loss, {name}", dtype, _errors(problem, out, expected, gradients))
+
+
+def check_linear_loss(layout: Layout, name: str, beta: float, dtype: torch.dtype) -> Verdict:
+    """The same from hidden states and LM heads, as the trainer computes it: value, both gradients and weights."""
+    problem = _Problem.make(layout, dtype)
+    hidden, head = problem.hidden.double().requires_grad_(), problem.head.double().requires_grad_()
+    teacher = problem.teacher_hidden.double() @ problem.teacher_head.double().T
+    expected = _expected(problem, hidden @ head.T, teacher, beta)
+    states = problem.hidden[problem.rows].to(layout.device).requires_grad_()
+    shard = problem.columns(problem.head.T).T.contiguous().requires_grad_()
+    out = linear_distillation_loss(
+        states,
+        shard,
+        problem.teacher_hidden[problem.rows].to(layout.device),
+        problem.columns(problem.teacher_head.T).T.contiguous(),
+        *problem.tokens(),
+        LossConfig(beta=beta, temperature=_TEMPERATURE),
+        _WEIGHTING,
+        problem.shard,
+        batch_group=layout.data.group,
+        sequence_group=layout.context.group,
+    )
+    out.loss.backward()
+    assert hidden.grad is not None and head.grad is not None and states.grad is not None and shard.grad is not None
+    of_head = _summed(layout, shard.grad.double())
+    gradients = [
+        (states.grad.cpu() / layout.data.size, hidden.grad[problem.rows]),
+        (of_head.cpu() / layout.data.size, problem.columns(head.grad.T).T.cpu()),
+    ]
+    return loss_verdict(f"linear loss, {name}", dtype, _errors(problem, out, expected, gradients))
+
+
+def _expected(problem: _Problem, student: torch.Tensor, teacher: torch.Tensor, beta: float) -> dict[str, torch.Tensor]:
+    """The dense objective of the whole batch's logits; its gradient is left at the leaves."""
+    expected = reference_objective(
+        student,
+        teacher,
+        problem.token_ids,
+        problem.owner,
+        problem.num_sequences,
+        beta=beta,
+        temperature=_TEMPERATURE,
+        threshold=_WEIGHTING.threshold,
+        ceiling=_WEIGHTING.ceiling,
+        cap=_WEIGHTING.cap,
+    )
+    expected["loss"].backward()
+    return expected
+
+
+def _errors(
+    problem: _Problem,
+    out: DistillationOutput,
+    expected: dict[str, torch.Tensor],
+    gradients: list[tuple[torch.Tensor, torch.Tensor]],
+) -> list[float]:
+    """The largest errors over all ranks of the value, the gradients (found, expected) and the weights."""
+    layout = problem.layout
+    value = _summed(layout, out.loss.detach().double()).cpu() / layout.data.size
     weights = expected["weights"][problem.first : problem.first + _SEQUENCES]
     errors = (
-        _error(value.cpu() / layout.data.size, expected["loss"].detach()),
-        _error(gradient, problem.local(whole.grad)),
+        _error(value, expected["loss"].detach()),
+        max(_error(found.double(), wanted) for found, wanted in gradients),
         _error(out.weights.double().cpu(), weights),
     )
-    return loss_verdict(name, dtype, [max(column) for column in zip(*_gathered(layout, errors), strict=True)])
+    return [max(column) for column in zip(*_gathered(layout, errors), strict=True)]
+
+
+def _summed(layout: Layout, values: torch.Tensor) -> torch.Tensor:
+    """Over the pieces of sequences and over the batch's shares."""
+    for axis in (layout.context, layout.data):
+        if axis.size > 1:
+            dist.all_reduce(values, group=axis.group)
+    return values
 
 
 def loss_verdict(name: str, dtype: torch.dtype, errors: list[float]) -> Verdict:
     """The line of a loss.
 
     Args:
-        name: of the divergence.
+        name: of the loss and its divergence.
         dtype: of the logits.
         errors: of the value, the gradient and the weights, each relative to the largest expected entry.
 
-    >>> loss_verdict("JSD", torch.float32, [1e-7, 1e-3, 0.0]).is_good
+    >>> loss_verdict("loss, JSD", torch.float32, [1e-7, 1e-3, 0.0]).is_good
     False
     """
     value, gradient = TOLERANCES[dtype]
@@ -229,7 +283,7 @@ def loss_verdict(name: str, dtype: torch.dtype, errors: list[float]) -> Verdict:
     hint = (
         "" if is_good else ". Try RENIO_KERNELS=torch; if that is good, report the kernels' failure with these lines."
     )
-    return Verdict(is_good, f"loss, {name}", found + hint)
+    return Verdict(is_good, name, found + hint)
 
 
 @dataclass(frozen=True)
@@ -237,15 +291,20 @@ class _Problem:
     """A batch that every rank knows whole, on the CPU, and its share of it.
 
     Attributes:
-        student, teacher: logits [N, V] in the dtype of the check.
+        layout: this rank's.
+        hidden, head: the student's final hidden states [N, H] and LM head [V, H] in the dtype of the check.
+        teacher_hidden, teacher_head: the teacher's, of another H.
         token_ids, owner: int64 [N].
         rows: indices of this rank's tokens: its data rank's sequences, every so many of their tokens.
         first: the first of its sequences.
         shard: its columns; the last rank's end in padding where the ranks do not divide V.
     """
 
-    student: torch.Tensor
-    teacher: torch.Tensor
+    layout: Layout
+    hidden: torch.Tensor
+    head: torch.Tensor
+    teacher_hidden: torch.Tensor
+    teacher_head: torch.Tensor
     token_ids: torch.Tensor
     owner: torch.Tensor
     rows: torch.Tensor
@@ -256,11 +315,14 @@ class _Problem:
     def make(cls, layout: Layout, dtype: torch.dtype) -> _Problem:
         """The same batch on every rank, and this rank's share."""
         generator = torch.Generator().manual_seed(1)
-        num_sequences = _SEQUENCES * layout.data.size
-        owner = torch.arange(num_sequences).repeat_interleave(_TOKENS)
-        shape = (len(owner), _VOCABULARY)
-        student = torch.randn(shape, generator=generator, dtype=torch.float64)
-        teacher = student + 0.7 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        owner = torch.arange(_SEQUENCES * layout.data.size).repeat_interleave(_TOKENS)
+
+        def drawn(rows: int, width: int) -> torch.Tensor:
+            values = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+            return (values * width**-0.25).to(dtype)  # logits of deviation 1
+
+        student = drawn(len(owner), _WIDTH), drawn(_VOCABULARY, _WIDTH)
+        teacher = drawn(len(owner), _TEACHER_WIDTH), drawn(_VOCABULARY, _TEACHER_WIDTH)
         token_ids = torch.randint(_VOCABULARY, owner.shape, generator=generator)
         first, tensor = _SEQUENCES * layout.data.rank, layout.tensor
         mine = (owner >= first) & (owner < first + _SEQUENCES)
@@ -268,12 +330,27 @@ class _Problem:
         width = -(-_VOCABULARY // tensor.size)
         group = tensor.group if tensor.size > 1 else None
         shard = VocabShard(width * tensor.rank, width * (tensor.rank + 1), _VOCABULARY, group)
-        return cls(student.to(dtype), teacher.to(dtype), token_ids, owner, rows, first, shard)
+        return cls(layout, *student, *teacher, token_ids, owner, rows, first, shard)
 
-    def local(self, whole_NV: torch.Tensor) -> torch.Tensor:
-        """This rank's rows and columns, padding filled with 0."""
-        valid = whole_NV[self.rows, self.shard.start : self.shard.start + self.shard.num_valid]
-        return torch.cat((valid, valid.new_zeros(len(valid), self.shard.width - self.shard.num_valid)), 1).detach()
+    @property
+    def num_sequences(self) -> int:
+        """Of the whole batch."""
+        return _SEQUENCES * self.layout.data.size
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's and the teacher's of the whole batch, [N, V] in the dtype of the check."""
+        return self.hidden @ self.head.T, self.teacher_hidden @ self.teacher_head.T
+
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(token_ids, owner, number of sequences) of this rank's tokens, on its device."""
+        device = self.layout.device
+        return self.token_ids[self.rows].to(device), (self.owner[self.rows] - self.first).to(device), _SEQUENCES
+
+    def columns(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of [..., V] on its device, padding filled with 0."""
+        valid = whole.detach()[:, self.shard.start : self.shard.start + self.shard.num_valid]
+        padding = valid.new_zeros(len(valid), self.shard.width - self.shard.num_valid)
+        return torch.cat((valid, padding), 1).to(self.layout.device)
 
 
 def _axes(layout: Layout) -> dict[str, Axis]:
