@@ -55,6 +55,11 @@ class PrecisionConfig:
                 f"{self.section}.first_last_layers_bf16=true with fp8_recipe=delayed: Megatron cannot leave layers out "
                 "of delayed scaling. Choose fp8_recipe=tensorwise."
             )
+        if self.fp8_param_gather and self.fp8_recipe == "delayed":
+            raise ConfigError(
+                f"{self.section}.fp8_param_gather=true with fp8_recipe=delayed: the first step's weights would be "
+                "rounded by a scale that nothing has measured yet. Choose fp8_recipe=tensorwise or blockwise."
+            )
         if self.emulate_fp8 and self.backend == "te":
             raise ConfigError(
                 f"{self.section}.emulate_fp8=true with backend=te: Transformer Engine has FP8 itself. Remove one "
@@ -77,3 +82,11 @@ class TeacherPrecisionConfig(PrecisionConfig):
     """The same settings for the teacher."""
 
     section: ClassVar[str] = "teacher_precision"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp8 is not None and self.fp8_recipe == "delayed":
+            raise ConfigError(
+                "teacher_precision.fp8_recipe=delayed: its scales come from training steps, which a teacher never "
+                "takes; they would stay 1. Choose tensorwise, blockwise or mxfp8."
+            )
