@@ -274,7 +274,7 @@ def test_every_setting_without_effect_is_named_once(train):
         "data: {chat: true, enable_thinking: false, teacher_enable_thinking: true}",
         "train: {lr_decay_style: cosine, min_lr: 1e-6}",
         "precision: {fp8: e4m3, emulate_fp8: true, first_last_layers_bf16: true, num_layers_at_end_in_bf16: 2}",
-        "teacher_precision: {fp8: hybrid, fp8_recipe: delayed}\nprecision: {backend: local}\ntrain: {bf16: true}",
+        "teacher_precision: {fp8: hybrid, fp8_recipe: blockwise}\nprecision: {backend: local}\ntrain: {bf16: true}",
     ],
 )
 def test_a_setting_with_an_effect_is_accepted(train, more):
