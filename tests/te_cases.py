@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_te_spec.py do: models of Transformer Engine's modules, of the stand-in, and local ones."""
+"""What the ranks of tests/test_te_spec.py do: models of Transformer Engine's modules (a stand-in), and local ones."""
 
 from __future__ import annotations
 
