@@ -164,6 +164,21 @@ def check_model(
         )
 
 
+def can_fuse_weight_gradients(device: torch.device, *, bf16: bool) -> bool:
+    """Whether products may add weight gradients to the fp32 buffer themselves.
+
+    Megatron asks for apex's extension even where Transformer Engine's layers do it without, because the LM head is a
+    layer of its own.
+    """
+    if device.type != "cuda" or not bf16:
+        return False
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except Exception:  # built for another torch, it raises whatever its loader does
+        return False
+    return True
+
+
 def megatron_settings(precision: PrecisionConfig, backend: str, *, trained: bool) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig that follow from a model's precision.
 

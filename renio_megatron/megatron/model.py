@@ -23,7 +23,13 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from renio_megatron import kernels
 from renio_megatron.data.collate import Arrangement
 from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
-from renio_megatron.megatron.backend import check_model, fp8_multiple, megatron_settings, resolve_backend
+from renio_megatron.megatron.backend import (
+    can_fuse_weight_gradients,
+    check_model,
+    fp8_multiple,
+    megatron_settings,
+    resolve_backend,
+)
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
@@ -221,7 +227,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         # Losses are sums; the denominator is applied once, in finalize_model_grads_func.
         calculate_per_token_loss=True,
-        # Kernels of apex and Transformer Engine, which both specs do without.
+        # Kernels of apex and Transformer Engine, which both specs do without; `build_model` switches the first on.
+        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -257,6 +264,7 @@ def build_model(
     backend = resolve_backend(precision, layout.device, bf16=train.bf16)
     check_model(architecture, parallel, train, precision, backend, layout.device)
     config = transformer_config(architecture, parallel, train, precision, trained=trained, backend=backend)
+    config.gradient_accumulation_fusion = trained and can_fuse_weight_gradients(layout.device, bf16=train.bf16)
     padded = padded_vocab_size(vocab_size, parallel)
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()

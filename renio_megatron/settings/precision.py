@@ -55,10 +55,14 @@ class PrecisionConfig:
                 f"{self.section}.first_last_layers_bf16=true with fp8_recipe=delayed: Megatron cannot leave layers out "
                 "of delayed scaling. Choose fp8_recipe=tensorwise."
             )
-        if self.fp8_param_gather and self.fp8_recipe == "delayed":
+        if self.fp8_param_gather and self.fp8_recipe in ("delayed", "mxfp8"):
+            why = {
+                "delayed": "the first step's weights would be rounded by a scale that nothing has measured yet",
+                "mxfp8": "its weights are gathered in the gradients' buffer, which this trainer does not prepare",
+            }[self.fp8_recipe]
             raise ConfigError(
-                f"{self.section}.fp8_param_gather=true with fp8_recipe=delayed: the first step's weights would be "
-                "rounded by a scale that nothing has measured yet. Choose fp8_recipe=tensorwise or blockwise."
+                f"{self.section}.fp8_param_gather=true with fp8_recipe={self.fp8_recipe}: {why}. "
+                "Choose fp8_recipe=tensorwise or blockwise, or fp8_param_gather=false."
             )
         if self.emulate_fp8 and self.backend == "te":
             raise ConfigError(
