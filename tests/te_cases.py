@@ -287,6 +287,7 @@ def in_fp8(root):
     found["layers"] = [flags_of(part, train) for part in (make(FP8), make(MIXED), make(TE))]
     teacher = make(replace(MIXED, fp8_recipe="blockwise"), trained=False)
     found["teacher"] = flags_of(teacher, train), kept_in_fp8(teacher), rounding_of(teacher, make(TE))
+    found["teacher's initial values"] = initial_values_are_loaded(teacher, make(TE))[0]
     found["student's weights"] = kept_in_fp8(make(FP8))
     gathered = make(replace(FP8, fp8_param_gather=True))
     found["gathered"] = kept_in_fp8(gathered), initial_values_are_loaded(gathered, make(TE))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import itertools
 import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 
+from renio_megatron.data.collate import Arrangement
+from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
 from renio_megatron.megatron.architecture import Architecture
@@ -72,7 +75,7 @@ def test_fp8_runs_in_every_layout_and_is_near(fp8):
         assert len(cases) == 20
         for key, (difference, cosine) in cases.items():
             assert 1e-4 < difference < 0.3, (key, difference)  # rounding is there, and is rounding
-            assert cosine > 0.8, (key, cosine)
+            assert cosine > 0.75, (key, cosine)
 
 
 def test_layers_are_in_fp8_as_asked(fp8):
@@ -82,7 +85,7 @@ def test_layers_are_in_fp8_as_asked(fp8):
         assert found["layers"] == [fp8_layer * 4, mixed, bf16_layer * 4]
         flags, kept, rounding = found["teacher"]
         assert flags == mixed and kept == [1] and rounding == 0.0
-        assert found["student's weights"] == []
+        assert found["student's weights"] == [] and found["teacher's initial values"] == 0
 
 
 def test_weights_gathered_in_fp8_begin_from_the_loaded_values(fp8):
@@ -143,6 +146,28 @@ def test_auto_takes_transformer_engine_on_a_gpu(monkeypatch):
     assert backend.resolve_backend(PrecisionConfig(backend="local"), CUDA, bf16=True) == "local"
     with pytest.raises(ConfigError, match=r"precision\.fp8=e4m3 needs a GPU"):
         backend.resolve_backend(PrecisionConfig(fp8="e4m3"), CPU, bf16=True)
+
+
+def test_weight_gradients_are_fused_where_apex_is(monkeypatch):
+    assert not backend.can_fuse_weight_gradients(CUDA, bf16=True)
+    monkeypatch.setitem(sys.modules, "fused_weight_gradient_mlp_cuda", types.ModuleType("apex's"))
+    found = [backend.can_fuse_weight_gradients(device, bf16=bf16) for device in (CUDA, CPU) for bf16 in (True, False)]
+    assert found == [True, False, False, False]
+
+
+def test_a_run_says_what_it_computes_in(monkeypatch):
+    monkeypatch.setattr(backend, "te_problem", lambda: None)
+    teacher = TeacherPrecisionConfig(fp8="hybrid", fp8_recipe="blockwise", first_last_layers_bf16=True)
+    assert layers(PrecisionConfig(), teacher, CUDA, bf16=True) == (
+        "layers: student te bf16, teacher te bf16 with FP8 hybrid blockwise but 1 first and 1 last layers"
+    )
+    assert layers(PrecisionConfig(), None, CUDA, bf16=False) == "layers: student local fp32"
+
+
+def test_rows_are_padded_for_each_rank_that_computes_on_a_piece():
+    kinds = {(1, 1): 16, (2, 1): 32, (1, 2): 32, (2, 2): 64}  # (tensor pieces, context ranks): tokens
+    for (pieces, ranks), multiple in kinds.items():
+        assert Arrangement(0, tensor_pieces=pieces, context_size=ranks, piece_multiple=16).row_multiple == multiple
 
 
 @pytest.mark.parametrize(

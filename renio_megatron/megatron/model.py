@@ -287,7 +287,8 @@ def build_model(
                 rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
                 vp_stage=vp_stage,
             )
-        chunk.to(layout.device)
+        if config.use_cpu_initialization:  # else they were made where they belong
+            chunk.to(layout.device)
         if chunk.post_process:
             layer_class = type(chunk.output_layer)
             chunk.output_layer.__class__ = type(f"PassThrough{layer_class.__name__}", (_PassThrough, layer_class), {})

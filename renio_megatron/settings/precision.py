@@ -18,8 +18,8 @@ class PrecisionConfig:
     The dtype of the parameters is `train.bf16`. The LM head stays out of FP8: its logits decide the weights.
 
     Attributes:
-        backend: `te`, Transformer Engine's modules; `local`, Megatron's own on plain torch; `auto`, te on a GPU where
-            Transformer Engine imports, else local.
+        backend: `te`, Transformer Engine's modules; `local`, Megatron's own on plain torch; `auto`, te for bf16 models
+            on a GPU where Transformer Engine imports, else local.
         fp8: `hybrid` (e4m3 forward, e5m2 gradients) or `e4m3` products of the decoder's linear layers, as Megatron's
             `--fp8-format`; null: none.
         fp8_recipe: how values are scaled into FP8's range, as Megatron's `--fp8-recipe`.
