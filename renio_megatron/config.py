@@ -214,6 +214,17 @@ def _check_precision(config: RunConfig | SftConfig) -> None:
                 f"{one.section}.fp8={one.fp8} with train.bf16=false: what stays out of FP8 would be fp32, and the "
                 "products gain nothing. Set train.bf16=true."
             )
+    if config.precision.fp8_param_gather:
+        if not config.parallel.use_distributed_optimizer:
+            raise ConfigError(
+                "precision.fp8_param_gather=true needs parallel.use_distributed_optimizer=true: that optimiser gathers "
+                "the parameters. Set it, or precision.fp8_param_gather=false."
+            )
+        if isinstance(config, SftConfig) and config.init != "pretrained":
+            raise ConfigError(
+                "precision.fp8_param_gather=true needs init=pretrained: random FP8 weights would be the same on every "
+                "tensor-parallel rank. Set init=pretrained, or precision.fp8_param_gather=false."
+            )
 
 
 def _check_head(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
 from renio_megatron.config import Recipe, RunConfig
-from renio_megatron.diagnose.health import health
+from renio_megatron.diagnose.health import health, layers
 from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.megatron.start import start
@@ -61,6 +61,12 @@ def run_recipe(
         raise
     layout = start(config.parallel, seed=config.train.seed, deterministic_mode=config.train.deterministic_mode)
     line, warnings = health(layout)
+    teacher = config.teacher_precision if isinstance(config, RunConfig) else None
+    try:
+        line = f"{line}; {layers(config.precision, teacher, layout.device, bf16=config.train.bf16)}"
+    except RenioError as error:
+        error.shared = True  # type: ignore[attr-defined]
+        raise
     if layout.is_main:
         say(line)
         for warning in warnings:

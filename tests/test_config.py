@@ -155,6 +155,22 @@ def test_a_plain_word_for_the_teacher_drops_its_model(train):
             [],
             ["first_last_layers_bf16=true", "fp8_recipe=tensorwise"],
         ),
+        (
+            "precision: {fp8: e4m3, fp8_param_gather: true, fp8_recipe: mxfp8}\ntrain: {bf16: true}\n",
+            [],
+            ["fp8_recipe=mxfp8", "gradients' buffer", "tensorwise or blockwise"],
+        ),
+        (
+            "precision: {fp8: e4m3, fp8_param_gather: true, fp8_recipe: delayed}\ntrain: {bf16: true}\n",
+            [],
+            ["fp8_recipe=delayed", "a scale that nothing has measured"],
+        ),
+        (
+            "precision: {fp8: e4m3, fp8_param_gather: true}\ntrain: {bf16: true}\n",
+            [],
+            ["parallel.use_distributed_optimizer=true"],
+        ),
+        ("", ["teacher_precision.fp8=e4m3", "teacher_precision.fp8_recipe=delayed"], ["a teacher never takes"]),
         ("", ["precision.num_layers_at_end_in_bf16=-1"], ["precision.num_layers_at_end_in_bf16 must be at least 0"]),
         ("weighting: {name: unifrom}\n", [], ["weighting.name", "renio, uniform", "'unifrom'"]),
         ("data: {source: json}\n", [], ["data.source", "modchain, jsonl, datasets, reasoning_gym"]),
@@ -274,7 +290,7 @@ def test_every_setting_without_effect_is_named_once(train):
         "data: {chat: true, enable_thinking: false, teacher_enable_thinking: true}",
         "train: {lr_decay_style: cosine, min_lr: 1e-6}",
         "precision: {fp8: e4m3, emulate_fp8: true, first_last_layers_bf16: true, num_layers_at_end_in_bf16: 2}",
-        "teacher_precision: {fp8: hybrid, fp8_recipe: delayed}\nprecision: {backend: local}\ntrain: {bf16: true}",
+        "teacher_precision: {fp8: hybrid, fp8_recipe: blockwise}\nprecision: {backend: local}\ntrain: {bf16: true}",
     ],
 )
 def test_a_setting_with_an_effect_is_accepted(train, more):

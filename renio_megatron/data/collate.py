@@ -28,6 +28,7 @@ class Arrangement:
         tensor_pieces: ranks among which sequence parallelism cuts the rows; 1 without it.
         context_size, context_rank: the context axis.
         multiple_of: the number of micro-batches is a multiple of this (interleaved pipelines need it).
+        piece_multiple: positions of a row that one rank computes on are a multiple of this (FP8 products need it).
     """
 
     pad_id: int
@@ -37,6 +38,7 @@ class Arrangement:
     context_size: int = 1
     context_rank: int = 0
     multiple_of: int = 1
+    piece_multiple: int = 1
 
     @property
     def sequence_multiple(self) -> int:
@@ -46,9 +48,8 @@ class Arrangement:
     @property
     def row_multiple(self) -> int:
         """What the length of a row is a multiple of."""
-        if self.context_size == 1:
-            return self.tensor_pieces
-        return self.context_size * math.lcm(2, self.tensor_pieces)
+        here = self.tensor_pieces * self.piece_multiple  # of the positions of a context rank
+        return here if self.context_size == 1 else self.context_size * math.lcm(2, here)
 
 
 def collate(rollouts: Sequence[Rollout], *, view: View, arrangement: Arrangement) -> list[MicroBatch]:

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 import renio_megatron
+from renio_megatron.megatron.backend import words
 from renio_megatron.parallel.layout import Layout, device_name
+from renio_megatron.settings import PrecisionConfig
 
 
 def health(layout: Layout) -> tuple[str, list[str]]:
@@ -53,6 +55,19 @@ def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:
         f"world of {_count(layout.world_size, 'rank')} on {_count(nodes, 'node')}, {sizes}; {backend}, "
         f"{reports[0][2]}; {reports[0][1]}; rendezvous {layout.rendezvous_seconds:.1f} s"
     )
+
+
+def layers(student: PrecisionConfig, teacher: PrecisionConfig | None, device: torch.device, *, bf16: bool) -> str:
+    """What the models' layers are made of and compute in, sampling and scoring included.
+
+    >>> layers(PrecisionConfig(), PrecisionConfig(fp8="e4m3", emulate_fp8=True), torch.device("cpu"), bf16=False)
+    'layers: student local fp32, teacher local fp32 with emulated FP8 e4m3 tensorwise'
+
+    Raises:
+        ConfigError: layers that cannot be built here; see `megatron.backend.resolve_backend`.
+    """
+    text = f"layers: student {words(student, device, bf16=bf16)}"
+    return text if teacher is None else f"{text}, teacher {words(teacher, device, bf16=bf16)}"
 
 
 def differences(reports: list[tuple[str, str, str]]) -> list[str]:

@@ -16,12 +16,16 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.te_modules import fill, values_of
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 _IN_LAYER: dict[str, tuple[str, ...]] = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    # Where Transformer Engine computes a norm together with the product after it, its weight is that layer's.
+    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
     "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
     "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
@@ -65,7 +69,7 @@ def to_megatron(name: str, parts: list[torch.Tensor], architecture: Architecture
 
     Query, key and value rows are interleaved by query group: [queries of group g, key g, value g] for each g.
     """
-    if "linear_qkv" in name:
+    if _is_product(name, "linear_qkv"):
         groups, width = architecture.num_query_groups, architecture.kv_channels
         rows = [part.reshape(groups, -1, width, *part.shape[1:]) for part in parts]
         return torch.cat(rows, dim=1).reshape(-1, *parts[0].shape[1:])
@@ -74,12 +78,12 @@ def to_megatron(name: str, parts: list[torch.Tensor], architecture: Architecture
 
 def to_hf(name: str, tensor: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
     """The Hugging Face parts of a whole Megatron tensor; undoes `to_megatron`, bit for bit."""
-    if "linear_qkv" in name:
+    if _is_product(name, "linear_qkv"):
         groups, width = architecture.num_query_groups, architecture.kv_channels
         queries = architecture.num_attention_heads // groups
         rows = tensor.reshape(groups, queries + 2, width, *tensor.shape[1:])
         return [part.reshape(-1, *tensor.shape[1:]).contiguous() for part in rows.split([queries, 1, 1], dim=1)]
-    if "linear_fc1" in name:
+    if _is_product(name, "linear_fc1"):
         return [part.contiguous() for part in tensor.chunk(2, dim=0)]
     return [tensor]
 
@@ -118,13 +122,18 @@ def load_weights(part: ModelPart, directory: Path) -> None:
             names = hf_names(name, part.architecture)
             parts = [files.read(hf_name) for hf_name in names]
             shard = take_shard(name, to_megatron(name, parts, part.architecture), parameter, tensor.rank, tensor.size)
-            parameter.copy_(shard)
+            fill(parameter, shard)
 
 
 def hf_state(part: ModelPart) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face names and tensors of a model that is whole on this rank (one tensor rank, one stage)."""
     for name, parameter in part.named_parameters():
-        whole = parameter.detach()
+        whole = values_of(parameter)
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             whole = whole[: part.architecture.vocab_size]
         yield from zip(hf_names(name, part.architecture), to_hf(name, whole, part.architecture), strict=True)
+
+
+def _is_product(name: str, layer: str) -> bool:
+    """Whether a parameter is the weight or bias of a linear layer, not of the norm that came into it."""
+    return layer in name and "layer_norm" not in name

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
@@ -65,12 +66,13 @@ class MegatronLearner:
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
+            fp8_param_gather=config.fp8_param,
         )
         self.models = [
             DistributedDataParallel(config, wrapping, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(part.chunks)
         ]
-        self.optimizer = get_megatron_optimizer(_optimizer_config(train, parallel, config.params_dtype), self.models)
+        self.optimizer = get_megatron_optimizer(_optimizer_config(train, parallel, config), self.models)
         config.finalize_model_grads_func = self._finalize_gradients
         no_sync = [model.no_sync for model in self.models]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -191,7 +193,7 @@ class MegatronLearner:
             )
 
 
-def _optimizer_config(train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype) -> OptimizerConfig:
+def _optimizer_config(train: TrainConfig, parallel: ParallelConfig, model: TransformerConfig) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -202,7 +204,8 @@ def _optimizer_config(train: TrainConfig, parallel: ParallelConfig, dtype: torch
         adam_eps=train.adam_eps,
         clip_grad=train.clip_grad,
         bf16=train.bf16,
-        params_dtype=dtype,
+        params_dtype=model.params_dtype,
+        fp8_recipe=model.fp8_recipe if model.fp8_param else None,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )

@@ -1,4 +1,4 @@
-"""A rank's part of a model: GPTModel on the local spec, its final hidden states, and its LM-head shard.
+"""A rank's part of a model: Megatron's GPTModel, its final hidden states, and its LM-head shard.
 
 The model's output layer hands its input through, so a forward pass ends with final hidden states; logits are made from
 chosen rows afterwards, chunk by chunk in the loss, because only completion rows are ever needed. The output layer stays
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
@@ -25,21 +23,21 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from renio_megatron import kernels
 from renio_megatron.data.collate import Arrangement
 from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
-from renio_megatron.megatron.attention import SdpaCoreAttention
+from renio_megatron.megatron.backend import (
+    can_fuse_weight_gradients,
+    check_model,
+    fp8_multiple,
+    megatron_settings,
+    resolve_backend,
+)
+from renio_megatron.megatron.spec import block_spec
+from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
 from renio_megatron.records import LmHead
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TrainConfig
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor; marks its weight for sequence parallelism, as Megatron's do."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class _PassThrough:
@@ -63,6 +61,8 @@ class ModelPart:
         architecture: the whole model's.
         shard: this rank's columns of the LM head.
         layout: this rank's place.
+        backend: what its layers are made of, `te` or `local`.
+        fp8_multiple: what the tokens of a pass over this rank's layers must be a multiple of; 1 without FP8.
         settle: makes the weights current, where they lag behind the optimiser; called before every use but training's.
     """
 
@@ -71,6 +71,8 @@ class ModelPart:
     architecture: Architecture
     shard: VocabShard
     layout: Layout
+    backend: str = "local"
+    fp8_multiple: int = 1
     settle: Callable[[], None] = lambda: None
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -130,6 +132,7 @@ class ModelPart:
             context_size=layout.context.size,
             context_rank=layout.context.rank,
             multiple_of=layout.pipeline.size if len(self.chunks) > 1 else 1,
+            piece_multiple=self.fp8_multiple,
         )
 
     @contextlib.contextmanager
@@ -153,7 +156,13 @@ class ModelPart:
             chunk.rotary_pos_emb.cp_group = None
         config.context_parallel_size, config.virtual_pipeline_model_parallel_size = 1, None
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                for chunk in self.chunks:
+                    # Transformer Engine multiplies with the FP8 weights of before the last step, unless it is told.
+                    chunk.set_is_first_microbatch()
+                    stack.enter_context(padded_rows(chunk, self.fp8_multiple))
+                    stack.enter_context(whole_sequences(chunk))
+                yield
         finally:
             for name, value in before.items():
                 setattr(config, name, value)
@@ -172,6 +181,7 @@ def transformer_config(
     *,
     trained: bool,
     initialise: bool = True,
+    backend: str = "local",
 ) -> TransformerConfig:
     """Megatron's configuration of a model in a layout; a frozen one is not interleaved and recomputes nothing.
 
@@ -188,6 +198,7 @@ def transformer_config(
         }
     # Not perform_initialization=False, which also leaves out the marks by which gradient norms count shards.
     drawers = ("init_method", "output_layer_init_method", "embedding_init_method")
+    quantised = megatron_settings(precision, backend, trained=trained)
     weights: dict[str, Any] = {} if initialise else dict.fromkeys(drawers, _leave)
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -211,8 +222,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
-        # On the host: the same random weights for every tensor-parallel size.
-        use_cpu_initialization=initialise,
+        # On the host: the same random weights for every tensor-parallel size. FP8 weights cannot be made there.
+        use_cpu_initialization=initialise and not quantised.get("fp8_param", False),
         **weights,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -227,7 +238,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         # Losses are sums; the denominator is applied once, in finalize_model_grads_func.
         calculate_per_token_loss=True,
-        # Kernels of apex and Transformer Engine, which this spec does without.
+        # Kernels of apex and Transformer Engine, which both specs do without; `build_model` switches the first on.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -235,6 +246,7 @@ def transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **recompute,
+        **quantised,
     )
 
 
@@ -255,14 +267,20 @@ def build_model(
         architecture: the whole model.
         layout, parallel: where this rank is.
         train: dtype, packing, recomputation, and the seed of the weights.
-        precision: what the layers are built of and compute in; None: the defaults.
+        precision: what the layers are built of and compute in; None: the defaults. What a GPU or a shape does not
+            allow is a ConfigError.
         vocab_size: V of the loss. A teacher gets the student's, so that both heads are cut at the same edges.
         trained: False for a model that only runs forward.
         initialise: draw random weights, the same for every tensor-parallel size; False where all weights are loaded
             next: they are whatever the device's memory held, and nothing is made or drawn on the host.
     """
     precision = precision or PrecisionConfig()
-    config = transformer_config(architecture, parallel, train, precision, trained=trained, initialise=initialise)
+    backend = resolve_backend(precision, layout.device, bf16=train.bf16)
+    check_model(architecture, parallel, train, precision, backend, layout.device)
+    config = transformer_config(
+        architecture, parallel, train, precision, trained=trained, initialise=initialise, backend=backend
+    )
+    config.gradient_accumulation_fusion = trained and can_fuse_weight_gradients(layout.device, bf16=train.bf16)
     padded = padded_vocab_size(vocab_size, parallel)
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()
@@ -270,21 +288,23 @@ def build_model(
     for stage in range(num_chunks):
         vp_stage = stage if num_chunks > 1 else None
         torch.manual_seed(train.seed + get_transformer_layer_offset(config, vp_stage=vp_stage))
-        chunk = GPTModel(
-            config,
-            _block_spec(config, vp_stage),
-            vocab_size=padded,
-            max_sequence_length=architecture.max_sequence_length,
-            pre_process=layout.pipeline.is_first and stage == 0,
-            post_process=layout.pipeline.is_last and stage == num_chunks - 1,
-            share_embeddings_and_output_weights=architecture.tied,
-            position_embedding_type="rope",
-            rotary_base=architecture.rotary_base,
-            rope_scaling=architecture.rope_scaling_factor is not None,
-            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
-            vp_stage=vp_stage,
-        )
-        chunk.to(layout.device)
+        with torch.set_grad_enabled(trained):  # a frozen model's FP8 weights need no transposed copy
+            chunk = GPTModel(
+                config,
+                block_spec(config, vp_stage, backend),
+                vocab_size=padded,
+                max_sequence_length=architecture.max_sequence_length,
+                pre_process=layout.pipeline.is_first and stage == 0,
+                post_process=layout.pipeline.is_last and stage == num_chunks - 1,
+                share_embeddings_and_output_weights=architecture.tied,
+                position_embedding_type="rope",
+                rotary_base=architecture.rotary_base,
+                rope_scaling=architecture.rope_scaling_factor is not None,
+                rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
+                vp_stage=vp_stage,
+            )
+        if config.use_cpu_initialization:  # else they were made where they belong
+            chunk.to(layout.device)
         if chunk.post_process:
             layer_class = type(chunk.output_layer)
             chunk.output_layer.__class__ = type(f"PassThrough{layer_class.__name__}", (_PassThrough, layer_class), {})
@@ -293,23 +313,10 @@ def build_model(
     width = padded // layout.tensor.size
     start = layout.tensor.rank * width
     shard = VocabShard(start, start + width, vocab_size, layout.tensor.group)
-    return ModelPart(tuple(chunks), config, architecture, shard, layout)
+    multiple = fp8_multiple(precision)
+    return ModelPart(tuple(chunks), config, architecture, shard, layout, backend=backend, fp8_multiple=multiple)
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     """An initialiser that draws nothing."""
     return weight
-
-
-def _block_spec(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron's local spec with our norm and attention put in through its public fields."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = SdpaCoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = RMSNorm
-        attention.k_layernorm = RMSNorm
-    layers = [layer] * get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

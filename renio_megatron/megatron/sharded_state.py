@@ -19,9 +19,18 @@ _METADATA = {
 
 
 def sharded_weights(part: ModelPart) -> dict[str, Any]:
-    """The weights, a dictionary for each chunk: names are local in it, the tensors' own keys are the whole model's."""
+    """The weights, a dictionary for each chunk: names are local in it, the tensors' own keys are the whole model's.
+
+    Both backends write the same keys. What Transformer Engine's modules add to them holds something under delayed
+    scaling only, its scales; a model with delayed scaling reads no other checkpoint.
+    """
     part.settle()
-    return {str(number): chunk.sharded_state_dict(metadata=dict(_METADATA)) for number, chunk in enumerate(part.chunks)}
+    keeps_scales = part.config.fp8 is not None and part.config.fp8_recipe == "delayed"
+    states = [chunk.sharded_state_dict(metadata=dict(_METADATA)) for chunk in part.chunks]
+    return {
+        str(number): {key: value for key, value in state.items() if keeps_scales or not key.endswith("_extra_state")}
+        for number, state in enumerate(states)
+    }
 
 
 def restore_weights(part: ModelPart, loaded: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
     cpu.install()
     if deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA is first used
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # read by Transformer Engine's attention
         torch.use_deterministic_algorithms(True)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -18,8 +18,8 @@ class PrecisionConfig:
     The dtype of the parameters is `train.bf16`. The LM head stays out of FP8: its logits decide the weights.
 
     Attributes:
-        backend: `te`, Transformer Engine's modules; `local`, Megatron's own on plain torch; `auto`, te on a GPU where
-            Transformer Engine imports, else local.
+        backend: `te`, Transformer Engine's modules; `local`, Megatron's own on plain torch; `auto`, te for bf16 models
+            on a GPU where Transformer Engine imports, else local.
         fp8: `hybrid` (e4m3 forward, e5m2 gradients) or `e4m3` products of the decoder's linear layers, as Megatron's
             `--fp8-format`; null: none.
         fp8_recipe: how values are scaled into FP8's range, as Megatron's `--fp8-recipe`.
@@ -55,6 +55,15 @@ class PrecisionConfig:
                 f"{self.section}.first_last_layers_bf16=true with fp8_recipe=delayed: Megatron cannot leave layers out "
                 "of delayed scaling. Choose fp8_recipe=tensorwise."
             )
+        if self.fp8_param_gather and self.fp8_recipe in ("delayed", "mxfp8"):
+            why = {
+                "delayed": "the first step's weights would be rounded by a scale that nothing has measured yet",
+                "mxfp8": "its weights are gathered in the gradients' buffer, which this trainer does not prepare",
+            }[self.fp8_recipe]
+            raise ConfigError(
+                f"{self.section}.fp8_param_gather=true with fp8_recipe={self.fp8_recipe}: {why}. "
+                "Choose fp8_recipe=tensorwise or blockwise, or fp8_param_gather=false."
+            )
         if self.emulate_fp8 and self.backend == "te":
             raise ConfigError(
                 f"{self.section}.emulate_fp8=true with backend=te: Transformer Engine has FP8 itself. Remove one "
@@ -77,3 +86,11 @@ class TeacherPrecisionConfig(PrecisionConfig):
     """The same settings for the teacher."""
 
     section: ClassVar[str] = "teacher_precision"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp8 is not None and self.fp8_recipe == "delayed":
+            raise ConfigError(
+                "teacher_precision.fp8_recipe=delayed: its scales come from training steps, which a teacher never "
+                "takes; they would stay 1. Choose tensorwise, blockwise or mxfp8."
+            )

@@ -1,0 +1,60 @@
+"""What a transformer block is built of: one function for each backend, Megatron's own specs with few parts changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from renio_megatron.megatron.attention import SdpaCoreAttention
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with Megatron's constructor; marks its weight for sequence parallelism, as Megatron's do."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def block_spec(config: TransformerConfig, stage: int | None, backend: str) -> TransformerBlockSubmodules:
+    """The block of one pipeline stage.
+
+    Args:
+        config: of the model.
+        stage: number of the chunk in an interleaved pipeline, else None.
+        backend: a key of `BACKENDS`.
+    """
+    layer, norm = BACKENDS[backend](config)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _local(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """Megatron's local layer with our norm and attention put in through its public fields, and the final norm."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return layer, RMSNorm
+
+
+def _te(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """Megatron's Transformer Engine layer as it is, its attention included, and the final norm."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+
+
+BACKENDS = {"local": _local, "te": _te}

@@ -1,0 +1,75 @@
+"""What Transformer Engine's modules and parameters need beside the calls that Megatron makes; all of it in one place.
+
+None of these functions imports Transformer Engine: they read what its modules and parameters carry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from torch.nn.functional import pad
+
+
+@contextlib.contextmanager
+def padded_rows(chunk: torch.nn.Module, multiple: int) -> Iterator[None]:
+    """The rows of every linear layer's input padded with zeros to a multiple, and its output cut again.
+
+    A pass over single tokens has as many rows as sequences, and FP8 products refuse most numbers. Megatron's
+    `prepare_model_for_fp8_inference` pads each sequence instead, which multiplies the work of decoding by the multiple.
+
+    Args:
+        chunk: a model of Transformer Engine's modules, sequence parallelism off.
+        multiple: 1 changes nothing.
+    """
+    linears = [module for module in chunk.modules() if hasattr(module, "is_first_microbatch")] if multiple > 1 else []
+    for module in linears:
+        module.forward = functools.partial(_forward_padded, module.forward, multiple)
+    try:
+        yield
+    finally:
+        for module in linears:
+            del module.forward  # the class's own comes back
+
+
+def _forward_padded(forward: Any, multiple: int, hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    rows = hidden.flatten(0, -2)
+    output, bias = forward(pad(rows, (0, 0, 0, -len(rows) % multiple)))
+    return output[: len(rows)].view(*hidden.shape[:-1], -1), bias
+
+
+@contextlib.contextmanager
+def whole_sequences(chunk: torch.nn.Module) -> Iterator[None]:
+    """Transformer Engine's attention without its context-parallel group: every rank decodes whole sequences."""
+    attentions: list[Any] = [module for module in chunk.modules() if hasattr(module, "set_context_parallel_group")]
+    attentions = [module for module in attentions if module.cp_group is not None]
+    before = [(module.cp_group, module.cp_global_ranks, module.cp_stream, module.cp_comm_type) for module in attentions]
+    for module in attentions:
+        module.set_context_parallel_group(None, None, None, module.cp_comm_type)
+    try:
+        yield
+    finally:
+        for module, (group, ranks, stream, kind) in zip(attentions, before, strict=True):
+            module.set_context_parallel_group(group, ranks, stream, kind)
+
+
+def fill(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Copies values into a parameter, whatever it is kept in.
+
+    Transformer Engine keeps the random initial values of a parameter in FP8, for Megatron's optimiser to begin its
+    fp32 copy with; they become these.
+    """
+    values = values.to(parameter.device, parameter.dtype)
+    parameter.copy_(values)
+    if getattr(parameter, "_high_precision_init_val", None) is not None:
+        parameter._high_precision_init_val = values.cpu()  # type: ignore[attr-defined]
+
+
+def values_of(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's values without gradient, out of FP8 where it is kept in it."""
+    plain = parameter.detach()
+    return dequantize_fp8_tensor(plain) if is_float8tensor(plain) else plain
