@@ -26,6 +26,7 @@ from renio_megatron import kernels
 from renio_megatron.data.collate import Arrangement
 from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
 from renio_megatron.megatron.attention import SdpaCoreAttention
+from renio_megatron.megatron.fp8_emulation import emulate_fp8
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
 from renio_megatron.records import LmHead
@@ -271,6 +272,7 @@ def build_model(
             rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        emulate_fp8(chunk.decoder, precision or PrecisionConfig(), architecture.num_layers)
         chunk.to(layout.device)
         if chunk.post_process:
             layer_class = type(chunk.output_layer)
