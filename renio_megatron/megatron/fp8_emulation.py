@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
+from renio_megatron.errors import ConfigError
 from renio_megatron.settings import PrecisionConfig
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -79,12 +80,12 @@ def round_to_fp8(
 
 
 def _scale_of(amax: torch.Tensor, largest: float, power_of_two: bool) -> torch.Tensor:
-    """What each block is multiplied by; 1 where its largest magnitude is 0 or no finite number."""
+    """What each block is multiplied by; 1 where its largest magnitude is no finite number."""
     scale = (largest / amax).clamp(max=_LARGEST_SCALE)
     if power_of_two:
         _, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
         scale = torch.ldexp(torch.ones_like(scale), exponent - 1)
-    return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
+    return torch.where(amax.isfinite(), scale, 1.0)
 
 
 @dataclass(frozen=True)
@@ -186,22 +187,31 @@ class _InFp8:
         return output if bias is None else output + bias
 
 
-def emulate_fp8(decoder: Any, precision: PrecisionConfig, num_layers: int) -> None:
+def emulate_fp8(decoder: Any, precision: PrecisionConfig) -> None:
     """Turns the linear layers of a decoder's layers into ones that round to FP8, where the settings ask for it.
 
     Embedding, attention's own products, norms and the LM head stay as they are.
 
     Args:
-        decoder: Megatron's TransformerBlock, of the local spec.
+        decoder: Megatron's TransformerBlock; of the local spec where FP8 is emulated.
         precision: nothing happens unless both `fp8` and `emulate_fp8` are set.
-        num_layers: of the whole model, for `first_last_layers_bf16`.
+
+    Raises:
+        ConfigError: FP8 is wanted, is not to be emulated, and the decoder does not compute in it.
     """
-    if precision.fp8 is None or not precision.emulate_fp8:
+    if precision.fp8 is None:
+        return
+    if not precision.emulate_fp8:
+        if decoder.config.fp8 is None:
+            raise ConfigError(
+                f"{precision.section}.fp8={precision.fp8}: products in FP8 are Transformer Engine's, and these layers "
+                f"are not built of it. Set {precision.section}.emulate_fp8=true to see what FP8's rounding does."
+            )
         return
     operands = Fp8Operands.of(precision)
-    first, last = 0, num_layers
+    first, last = 0, decoder.config.num_layers
     if precision.first_last_layers_bf16:
-        first, last = precision.num_layers_at_start_in_bf16, num_layers - precision.num_layers_at_end_in_bf16
+        first, last = precision.num_layers_at_start_in_bf16, last - precision.num_layers_at_end_in_bf16
     for layer in decoder.layers:
         if first <= layer.layer_number - 1 < last:
             attention, mlp = layer.self_attention, layer.mlp

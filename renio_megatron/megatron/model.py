@@ -272,7 +272,7 @@ def build_model(
             rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
-        emulate_fp8(chunk.decoder, precision or PrecisionConfig(), architecture.num_layers)
+        emulate_fp8(chunk.decoder, precision or PrecisionConfig())
         chunk.to(layout.device)
         if chunk.post_process:
             layer_class = type(chunk.output_layer)
