@@ -174,7 +174,7 @@ class _Comparison:
         self._batches: list[MicroBatch] = []
 
     def run(self) -> dict[str, Any]:
-        """Numbers of sequences and tokens, and the figures of each variant; the same on every rank."""
+        """Facts about the baseline's step, and the figures of each variant; the same on every rank."""
         from renio_megatron.build import build_student, decoding_of
 
         at, layout = self._precisions, self._layout
@@ -197,11 +197,13 @@ class _Comparison:
         pair = (truth, gradients), (other, other_gradients)
         found, expected = pair if at.baseline.train.bf16 else pair[::-1]
         variants[NOISE] = self._figures(found[0], expected[0], self._sums(found[1], expected[1]))
+        norm = sum(sums[2] for sums in self._sums(gradients, gradients).values()) ** 0.5
         return {
             "sequences": len(truth.weights),
             "tokens": len(truth.student_logp),
             "pivotal_tokens": int(truth.is_pivotal.sum()),
             "weights_not_1": int((truth.raw_weights != 1).sum()),
+            "gradient_norm": norm,
             "variants": variants,
         }
 
