@@ -147,28 +147,12 @@ def build_trainer(
         rollout_observers: told of every step's rollouts of this rank and of their weights.
     """
     from renio_megatron.megatron.checkpoint import MegatronKeeper
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.learner import MegatronLearner
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.sampler import MegatronSampler
 
-    build = functools.partial(
-        build_model, layout=layout, parallel=config.parallel, train=config.train, vocab_size=inputs.vocab_size
-    )
-    is_loaded = isinstance(config, RunConfig) or config.init == "pretrained"
-    part = build(inputs.architecture, precision=config.precision, initialise=not is_loaded)
-    if is_loaded:
-        load_weights(part, inputs.model)
-    temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
-    head = config.head if isinstance(config, RunConfig) else HeadConfig()
-    learner = MegatronLearner(part, config.train, config.parallel, head, temperature=temperature, pad_id=inputs.pad_id)
-    sampler = MegatronSampler(
-        part, seed=config.train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
-    )
+    learner, sampler = build_student(config, inputs, layout)
     lr_at = functools.partial(learning_rate, config.train)
     algorithm: Algorithm
     if isinstance(config, RunConfig):
-        algorithm = _distillation(config, inputs, layout, sampler, learner, build, lr_at, rollout_observers)
+        algorithm = _distillation(config, inputs, layout, sampler, learner, lr_at, rollout_observers)
     else:
         algorithm = Sft(learner, layout=layout, lr_at=lr_at)
     return Trainer(
@@ -186,26 +170,56 @@ def build_trainer(
     )
 
 
-def _distillation(
-    config: RunConfig,
-    inputs: Inputs,
-    layout: Layout,
-    sampler: Sampler,
-    learner: Any,
-    build: Callable[..., Any],
-    lr_at: Callable[[int], float],
-    rollout_observers: Sequence[RolloutObserver],
-) -> Distillation:
+def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
+    """(learner, sampler) of one model with its initial weights: `MegatronLearner`, `MegatronSampler`."""
     from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.sampler import MegatronSampler
+
+    parallel, train = config.parallel, config.train
+    is_loaded = isinstance(config, RunConfig) or config.init == "pretrained"
+    part = build_model(
+        inputs.architecture,
+        layout,
+        parallel,
+        train,
+        config.precision,
+        vocab_size=inputs.vocab_size,
+        initialise=not is_loaded,
+    )
+    if is_loaded:
+        load_weights(part, inputs.model)
+    temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
+    head = config.head if isinstance(config, RunConfig) else HeadConfig()
+    learner = MegatronLearner(part, train, parallel, head, temperature=temperature, pad_id=inputs.pad_id)
+    sampler = MegatronSampler(
+        part, seed=train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
+    )
+    return learner, sampler
+
+
+def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout) -> Any:
+    """The frozen teacher: `MegatronTeacher`."""
+    from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.teacher import MegatronTeacher
 
     assert inputs.teacher is not None  # a distillation's inputs name one
-    teacher_part = build(
-        inputs.teacher_architecture, precision=config.teacher_precision, trained=False, initialise=False
+    assert inputs.teacher_architecture is not None
+    part = build_model(
+        inputs.teacher_architecture,
+        layout,
+        config.parallel,
+        config.train,
+        config.teacher_precision,
+        vocab_size=inputs.vocab_size,
+        trained=False,
+        initialise=False,
     )
-    load_weights(teacher_part, inputs.teacher)
-    teacher = MegatronTeacher(
-        teacher_part,
+    load_weights(part, inputs.teacher)
+    return MegatronTeacher(
+        part,
         config.train,
         config.head,
         temperature=config.loss.temperature,
@@ -213,23 +227,40 @@ def _distillation(
         payload_device=config.teacher.payload_device,
     )
 
+
+def decoding_of(config: RunConfig) -> Decoding:
+    """How a recipe's completions are drawn."""
+    rollout = config.rollout
+    return Decoding(
+        rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length, rollout.micro_batch_size
+    )
+
+
+def _distillation(
+    config: RunConfig,
+    inputs: Inputs,
+    layout: Layout,
+    sampler: Sampler,
+    learner: Any,
+    lr_at: Callable[[int], float],
+    rollout_observers: Sequence[RolloutObserver],
+) -> Distillation:
+    teacher = build_teacher(config, inputs, layout)
+
     def tell(step: int, rollouts: Sequence[Rollout], sample: SampleWeights) -> None:
         for observer in rollout_observers:
             observer(step, rollouts, sample.weights.tolist())
 
-    rollout = config.rollout
     return Distillation(
         sampler,
         teacher,
         learner,
         layout=layout,
-        decoding=Decoding(
-            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length, rollout.micro_batch_size
-        ),
+        decoding=decoding_of(config),
         loss=config.loss,
         head=config.head,
         weighting=config.weighting,
-        recompute_student_scores=rollout.student_scores == "recompute",
+        recompute_student_scores=config.rollout.student_scores == "recompute",
         lr_at=lr_at,
         grader=inputs.grader,
         on_rollouts=tell,

@@ -94,7 +94,7 @@ def test_help_is_quick_and_does_without_torch(environment):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert time.monotonic() - start < 1.5
     assert done.stdout.splitlines()[-1] == "False"
-    for command in ("quickstart", "train", "sft", "plan", "export", "doctor"):
+    for command in ("quickstart", "train", "sft", "plan", "export", "doctor", "compare-precision"):
         assert f"\n  {command} " in done.stdout
 
 

@@ -168,10 +168,15 @@ class WeightedDivergence:
         loss: LossConfig,
         weighting: WeightingConfig,
         head: HeadConfig,
+        on_divergence: Callable[[int, torch.Tensor], None] | None = None,
     ) -> None:
-        """`scores` and `sample` are those of all the rank's sequences, in order."""
+        """`scores` and `sample` are those of all the rank's sequences, in order.
+
+        `on_divergence` is shown each micro-batch's index and the divergence at each of its rows [N], nats.
+        """
         self._teacher, self._scores, self._sample = teacher, scores, sample
         self._loss, self._weighting, self._head = loss, weighting, head
+        self._on_divergence = on_divergence
 
     def __call__(
         self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
@@ -202,6 +207,8 @@ class WeightedDivergence:
             main_grad=head.main_grad,
             check_values=False,
         )
+        if self._on_divergence is not None:
+            self._on_divergence(index, out.token_divergence.detach())
         tally.add("loss", float(out.loss.detach()) * count, share)
         tally.add("loss/kl", float(out.token_divergence.sum()), len(out.token_divergence))
         tally.add("loss/entry_clip_frac", int((out.clipped_entries > 0).sum()), len(out.clipped_entries))

@@ -19,12 +19,13 @@ On-policy distillation on Megatron-core: a student writes, a teacher scores ever
 token, and ReNIO weighs each sequence by what the log ratios say about it.
 
 commands:
-  quickstart   the whole method on tiny models that ship with the package (CPU, minutes)
-  train        distil a teacher into a student, as a recipe says
-  sft          fine-tune on given completions, as a recipe says
-  plan         say what a recipe will hold in each GPU's memory, without running it
-  export       write a checkpoint of a run as a Hugging Face model directory
-  doctor       look at versions, devices, links and the loss in a layout before a run
+  quickstart         the whole method on tiny models that ship with the package (CPU, minutes)
+  train              distil a teacher into a student, as a recipe says
+  sft                fine-tune on given completions, as a recipe says
+  plan               say what a recipe will hold in each GPU's memory, without running it
+  export             write a checkpoint of a run as a Hugging Face model directory
+  doctor             look at versions, devices, links and the loss in a layout before a run
+  compare-precision  say what FP8 does to a recipe's weights and gradient, on the same rollouts
 """
 _EPILOG = """\
 examples:
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, extra = parser.parse_known_args(argv)
     unknown = (
         extra
-        if arguments.command not in ("train", "sft", "plan", "doctor")
+        if arguments.command not in ("train", "sft", "plan", "doctor", "compare-precision")
         else [text for text in extra if text.startswith("-")]
     )
     if unknown:
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_run_export)
 
     _add_doctor(commands)
+    _add_compare_precision(commands)
     command = commands.add_parser("quickstart", description="The whole method on tiny models, with 2 ranks on the CPU.")
     command.add_argument("--output-dir", default="runs/quickstart", help="directory to write (default: %(default)s)")
     _add_fresh(command)
@@ -148,6 +150,21 @@ def _add_doctor(commands: Any) -> None:
     command.add_argument("words", metavar="RECIPE, key=value", nargs="*", help="a recipe of `renio train`; settings")
     command.add_argument("--nproc", type=_positive, metavar="N", help="ranks to start here (default: one model copy)")
     command.set_defaults(run=_run_doctor)
+
+
+def _add_compare_precision(commands: Any) -> None:
+    what = (
+        "Draw rollouts once, without FP8, and compute log-probabilities, weights and gradient with the teacher, the "
+        "student and both in FP8, as the recipe's precision sections say (else hybrid, tensorwise); beside it what "
+        "bf16 does. FP8 is emulated where Transformer Engine or a GPU is missing. No step is taken."
+    )
+    usage = "renio compare-precision RECIPE [key=value ...] [--nproc N] [--prompts K] [--output DIR]"
+    command = commands.add_parser("compare-precision", description=what, usage=usage)
+    _add_recipe(command)
+    command.add_argument("--nproc", type=_positive, metavar="N", help="ranks to start here (default: one model copy)")
+    command.add_argument("--prompts", type=_positive, metavar="K", help="prompts (default: train.global_batch_size)")
+    command.add_argument("--output", metavar="DIR", help="directory for precision.json (default: only the table)")
+    command.set_defaults(run=_run_compare_precision)
 
 
 def _add_fresh(command: argparse.ArgumentParser) -> None:
@@ -219,6 +236,31 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
         run_rank(rank_arguments)
     settings = read_settings(recipe or None, words)
     return launch.start_ranks(rank_arguments, arguments.nproc or settings.parallel.model_ranks)
+
+
+def _run_compare_precision(arguments: argparse.Namespace) -> int:
+    """Joins torchrun's or srun's ranks, or checks what can be checked cheaply and starts ranks of its own."""
+    from renio_megatron.cli import launch
+
+    overrides = [*arguments.overrides, *arguments.extra]
+    if arguments.prompts is not None:
+        overrides.append(f"train.global_batch_size={arguments.prompts}")
+    rank_arguments = ["compare-precision", arguments.recipe, *overrides]
+    if arguments.output is not None:
+        rank_arguments.append(f"--output={arguments.output}")
+    if launch.is_rank():
+        _refuse_nproc(arguments)
+        from renio_megatron.cli.worker import run_rank
+
+        run_rank(rank_arguments)
+
+    from renio_megatron.config import check_models, check_world, load_recipe
+
+    config = load_recipe("train", arguments.recipe, overrides).config
+    num_ranks = arguments.nproc or config.parallel.model_ranks
+    check_world(config, num_ranks)
+    check_models(config)
+    return launch.start_ranks(rank_arguments, num_ranks)
 
 
 def _run_quickstart(arguments: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
 
     recipe = checked_recipe(kind, path, overrides)
     config = recipe.config
-    _set_hardware_variables(config)
+    set_hardware_variables_of(config)
     _say(f"{path}: {_describe(config)}")
     _say_weights(config)
     outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress, say=_say)
@@ -68,7 +68,7 @@ def quickstart(output_dir: Path, *, fresh: bool) -> None:
         for name, changes in QUICKSTART_VARIANTS.items()
     }
     _make(output_dir)
-    _set_hardware_variables(recipes["renio"].config)
+    set_hardware_variables_of(recipes["renio"].config)
     for name, recipe in recipes.items():
         _say(f"{_TITLES[name]}: {_describe(recipe.config)}")
         _say_weights(recipe.config)
@@ -111,7 +111,7 @@ def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> N
     )
 
 
-def _set_hardware_variables(config: RunConfig | SftConfig) -> None:
+def set_hardware_variables_of(config: RunConfig | SftConfig) -> None:
     """Before CUDA is touched: CUDA's and NCCL's variables that the user has not set; a contradiction is a warning."""
     variables = hardware_variables(
         compute_capability(),

@@ -29,12 +29,14 @@ def main(argv: Sequence[str]) -> int:
     Errors are printed to stderr, the end by SIGTERM to stdout.
 
     Args:
-        argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, `quickstart OUTPUT_DIR [--fresh]`, or
-            `doctor RECIPE [key=value ...]` with an empty RECIPE where there is none.
+        argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, `quickstart OUTPUT_DIR [--fresh]`,
+            `doctor RECIPE [key=value ...]` with an empty RECIPE where there is none, or
+            `compare-precision RECIPE [key=value ...] [--output=DIR]`.
     """
     fresh = "--fresh" in argv
     kind, target, *overrides = [text for text in argv if text != "--fresh"]
-    run = {"quickstart": _run_quickstart, "doctor": _run_doctor}.get(kind, _run_recipe)
+    others = {"quickstart": _run_quickstart, "doctor": _run_doctor, "compare-precision": _run_compare_precision}
+    run = others.get(kind, _run_recipe)
     return _guard(lambda: run(kind, target, overrides, fresh))
 
 
@@ -85,6 +87,14 @@ def _run_doctor(kind: str, target: str, overrides: Sequence[str], fresh: bool) -
     from renio_megatron.cli.doctor import doctor
 
     return doctor(target or None, overrides)
+
+
+def _run_compare_precision(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> int:
+    from renio_megatron.cli.compare_precision import compare_precision
+
+    option = "--output="
+    output = next((text.removeprefix(option) for text in overrides if text.startswith(option)), None)
+    return compare_precision(target, [text for text in overrides if not text.startswith(option)], output)
 
 
 def _guard(run: Callable[[], int | None]) -> int:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from renio_megatron.data.collate import collate
@@ -107,6 +109,46 @@ class MegatronLearner:
         Raises:
             NumericsError: NaN or infinity in a loss or gradient; the weights are then left as they were.
         """
+        tallies = self._accumulate(micro_batches, loss, step)
+        skip = self._train.skip_nonfinite_steps
+        bad = self._bad_gradient()
+        if skip and bad[0]:
+            return {"train/skipped_frac": 1.0, "lr": lr}
+        self._require_finite(bad, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self.optimizer.step()
+        self._is_stale = True
+        total = Tally()
+        for tally in tallies:
+            total.merge(tally)
+        metrics = reduce_tally(total, self.part.layout)
+        skipped = {"train/skipped_frac": 0.0} if skip else {}
+        return {**metrics, **skipped, "grad_norm": float(grad_norm), "lr": lr}
+
+    def gradients(self, micro_batches: Sequence[MicroBatch], loss: StepLoss) -> dict[str, torch.Tensor]:
+        """The gradient that `update` would hand to the optimiser, unclipped; the weights stay as they are.
+
+        Every element of the whole model's is some rank's, once: a copy of each of this rank's parameters' gradients,
+        fp32 on the CPU, where this rank answers for it. Without the distributed optimiser only.
+
+        Raises:
+            NumericsError: NaN or infinity in a loss or gradient.
+        """
+        assert not self.optimizer.config.use_distributed_optimizer  # a rank would hold a shard of the sum
+        self._accumulate(micro_batches, loss, 0)
+        self._require_finite(self._bad_gradient(), 0)
+        layout = self.part.layout
+        if not (layout.data.is_first and layout.context.is_first):
+            return {}
+        return {
+            name: parameter.main_grad.detach().float().cpu().clone()  # type: ignore[attr-defined]
+            for name, parameter in self.part.named_parameters()
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+        }
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, step: int) -> list[Tally]:
+        """Leaves the step's gradient in each parameter's `main_grad`, reduced and divided; the tallies."""
         part = self.part
         part.train()
         for model in self.models:
@@ -126,21 +168,7 @@ class MegatronLearner:
             self._denominator += denominator
             return total, tally
 
-        tallies = run_forward_backward(part, self.models, micro_batches, loss_of)
-        bad = self._bad_gradient()
-        if skip and bad[0]:
-            return {"train/skipped_frac": 1.0, "lr": lr}
-        self._require_finite(bad, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        _, grad_norm, _ = self.optimizer.step()
-        self._is_stale = True
-        total = Tally()
-        for tally in tallies:
-            total.merge(tally)
-        metrics = reduce_tally(total, part.layout)
-        skipped = {"train/skipped_frac": 0.0} if skip else {}
-        return {**metrics, **skipped, "grad_norm": float(grad_norm), "lr": lr}
+        return run_forward_backward(part, self.models, micro_batches, loss_of)
 
     def _gather_parameters(self) -> None:
         """Every rank's share of the weights, everywhere: with overlap_param_gather they are stale after a step.

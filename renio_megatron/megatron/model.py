@@ -30,6 +30,7 @@ from renio_megatron.megatron.backend import (
     megatron_settings,
     resolve_backend,
 )
+from renio_megatron.megatron.fp8_emulation import emulate_fp8
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
@@ -303,6 +304,7 @@ def build_model(
                 rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
                 vp_stage=vp_stage,
             )
+        emulate_fp8(chunk.decoder, precision)
         if config.use_cpu_initialization:  # else they were made where they belong
             chunk.to(layout.device)
         if chunk.post_process:

@@ -1,0 +1,310 @@
+"""What a rank does for `renio compare-precision`: the same rollouts in several precisions, then a table.
+
+Models are built one after the other; beside a student and its gradient there are never more than a teacher's weights,
+the teachers' final hidden states, and one copy of the gradient on the host.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from renio_megatron.cli.run import checked_recipe, set_hardware_variables_of
+from renio_megatron.config import RunConfig
+from renio_megatron.errors import CheckpointError, RenioError
+from renio_megatron.settings import PrecisionConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from renio_megatron.build import Inputs
+    from renio_megatron.diagnose.precision import Scores
+    from renio_megatron.parallel.layout import Layout
+    from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
+
+NOISE = "bf16 against fp32"
+"""The column that is not FP8's: what the step from fp32 to bf16 costs on the same rollouts."""
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """The recipe in the precisions that are compared.
+
+    Attributes:
+        baseline: the recipe without FP8; its student draws the rollouts.
+        fp8: the same with student and teacher in FP8.
+        other: the baseline in fp32 where that is bf16, and in bf16 where it is fp32.
+    """
+
+    baseline: RunConfig
+    fp8: RunConfig
+    other: RunConfig
+
+
+def precisions_of(config: RunConfig, *, has_fp8: bool) -> Precisions:
+    """What is compared for a recipe: its own FP8 settings where it has them, else `hybrid` with `tensorwise`.
+
+    Args:
+        config: the recipe's settings.
+        has_fp8: whether products in FP8 can be had here; where not, they are emulated.
+
+    Raises:
+        ConfigError: delayed scaling has to be emulated.
+    """
+    plain: dict[str, Any] = {}
+    in_fp8: dict[str, Any] = {}
+    for name in ("precision", "teacher_precision"):
+        section: PrecisionConfig = getattr(config, name)
+        emulates = section.emulate_fp8 or section.backend == "local" or not has_fp8
+        backend = "local" if emulates else section.backend  # the baseline's, too: kernels are not to be compared
+        in_fp8[name] = replace(section, fp8=section.fp8 or "hybrid", emulate_fp8=emulates, backend=backend)
+        plain[name] = replace(section, fp8=None, emulate_fp8=False, backend=backend)
+    baseline = replace(
+        config,
+        **plain,
+        # Gradients are read whole, and no step is taken.
+        parallel=replace(
+            config.parallel, use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False
+        ),
+        teacher=replace(config.teacher, payload_device="host"),
+        evaluate=replace(config.evaluate, every=0),
+    )
+    is_bf16 = config.train.bf16
+    other = replace(baseline, train=replace(config.train, bf16=not is_bf16))
+    if is_bf16:
+        other = replace(other, head=replace(config.head, logits_dtype="fp32"))
+    return Precisions(baseline, replace(baseline, **in_fp8), other)
+
+
+def compare_precision(path: str, overrides: Sequence[str], output: str | None) -> int:
+    """Prints the table on the first rank, and writes precision.json into `output` where that is given; 0.
+
+    Raises:
+        ConfigError, DataError: as for `renio train`; or FP8 that can be neither computed nor emulated.
+        NumericsError: a precision in which a score or a gradient is not finite.
+        CheckpointError: `output` cannot be written.
+    """
+    recipe = checked_recipe("train", path, overrides)
+    assert isinstance(recipe.config, RunConfig)
+    set_hardware_variables_of(recipe.config)
+
+    from rich.console import Console
+
+    from renio_megatron.build import read_inputs
+    from renio_megatron.diagnose.health import versions
+    from renio_megatron.megatron.start import check_transformer_engine, start, stop
+    from renio_megatron.parallel.layout import backend_and_device, device_name
+    from renio_megatron.report.precision_table import precision_table
+
+    try:
+        _make(output)
+        has_fp8 = backend_and_device(0)[1].type == "cuda" and check_transformer_engine()
+        precisions = precisions_of(recipe.config, has_fp8=has_fp8)
+        inputs = read_inputs(precisions.baseline)
+    except RenioError as error:
+        error.shared = True  # type: ignore[attr-defined]
+        raise
+    train = recipe.config.train
+    layout = start(precisions.baseline.parallel, seed=train.seed, deterministic_mode=train.deterministic_mode)
+    found = _Comparison(precisions, inputs, layout).run()
+    if layout.is_main:
+        facts = {
+            "recipe": path,
+            "settings": list(overrides),
+            "date": datetime.date.today().isoformat(),
+            "versions": versions(),
+            "device": f"{layout.world_size} x {device_name(layout.device)}",
+            "baseline": "bf16" if train.bf16 else "fp32",
+            "student": describe(precisions.fp8.precision),
+            "teacher": describe(precisions.fp8.teacher_precision),
+        }
+        Console().print(precision_table({**facts, **found}))
+        if output is not None:
+            file = Path(output) / "precision.json"
+            file.write_text(json.dumps({**facts, **found}, indent=2) + "\n", encoding="utf-8")
+            print(f"{file} holds all figures", flush=True)
+    stop()
+    return 0
+
+
+def describe(precision: PrecisionConfig) -> str:
+    """An FP8 section in words.
+
+    >>> describe(PrecisionConfig(fp8="hybrid", emulate_fp8=True))
+    'hybrid, tensorwise, emulated'
+    """
+    words = [str(precision.fp8), precision.fp8_recipe]
+    if precision.first_last_layers_bf16:
+        start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+        words.append(f"but the first {start} and the last {end} layers")
+    return ", ".join([*words, "emulated" if precision.emulate_fp8 else "Transformer Engine"])
+
+
+def _make(output: str | None) -> None:
+    if output is None:
+        return
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"--output: {output!r} cannot be made: {error.strerror or error}. Choose another directory."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What is left of a teacher: its scores, and its LM head where the loss is computed."""
+
+    head: LmHead | None
+    scores: TeacherScores
+
+
+class _Comparison:
+    """One rank's share of it."""
+
+    def __init__(self, precisions: Precisions, inputs: Inputs, layout: Layout) -> None:
+        """`inputs` are the baseline's."""
+        self._precisions, self._inputs, self._layout = precisions, inputs, layout
+        self._rollouts: list[Rollout] = []
+        self._batches: list[MicroBatch] = []
+
+    def run(self) -> dict[str, Any]:
+        """Facts about the baseline's step, and the figures of each variant; the same on every rank."""
+        from renio_megatron.build import build_student, decoding_of
+
+        at, layout = self._precisions, self._layout
+        learner, sampler = build_student(at.baseline, self._inputs, layout)
+        share = at.baseline.train.global_batch_size // layout.data.size
+        prompts = self._inputs.stream.batch(layout.data.rank * share, share)
+        self._rollouts = sampler.sample(prompts, decoding_of(at.baseline), stream=(1,))
+        del sampler
+        self._batches = learner.arrange(self._rollouts)
+        teacher, fp8_teacher = self._teacher(at.baseline), self._teacher(at.fp8)
+        truth, gradients = self._step(learner, at.baseline, teacher, "baseline")
+        variants = {"teacher FP8": self._errors(learner, at.baseline, fp8_teacher, "teacher FP8", truth, gradients)}
+        del learner
+        learner = self._student(at.fp8)
+        for name, one in (("student FP8", teacher), ("both FP8", fp8_teacher)):
+            variants[name] = self._errors(learner, at.fp8, one, name, truth, gradients)
+        del learner, teacher, fp8_teacher
+        learner = self._student(at.other)
+        other, other_gradients = self._step(learner, at.other, self._teacher(at.other), NOISE)
+        pair = (truth, gradients), (other, other_gradients)
+        found, expected = pair if at.baseline.train.bf16 else pair[::-1]
+        variants[NOISE] = self._figures(found[0], expected[0], self._sums(found[1], expected[1]))
+        norm = sum(sums[2] for sums in self._sums(gradients, gradients).values()) ** 0.5
+        return {
+            "sequences": len(truth.weights),
+            "tokens": len(truth.student_logp),
+            "pivotal_tokens": int(truth.is_pivotal.sum()),
+            "weights_not_1": int((truth.raw_weights != 1).sum()),
+            "gradient_norm": norm,
+            "variants": variants,
+        }
+
+    def _student(self, config: RunConfig) -> Any:
+        from renio_megatron.build import build_student
+
+        gc.collect()  # the last one's modules and Megatron's hooks hold each other
+        return build_student(config, self._inputs, self._layout)[0]
+
+    def _teacher(self, config: RunConfig) -> _Scored:
+        from renio_megatron.build import build_teacher
+
+        teacher = build_teacher(config, self._inputs, self._layout)
+        scores = teacher.score(self._rollouts, self._batches)
+        return _Scored(teacher.head if self._layout.pipeline.is_last else None, scores)
+
+    def _step(
+        self, learner: Any, config: RunConfig, teacher: _Scored, name: str
+    ) -> tuple[Scores, dict[str, torch.Tensor]]:
+        """A step as the trainer computes it, up to the optimiser: the whole batch's scores, this rank's gradients."""
+        from renio_megatron.algorithms.distillation import WeightedDivergence
+        from renio_megatron.data.collate import flat_completions
+        from renio_megatron.diagnose.precision import Scores
+        from renio_megatron.megatron.pipeline import share_tokens
+        from renio_megatron.scores import sample_weights
+
+        device = self._layout.device
+        _, owner, _ = flat_completions(self._rollouts)
+        student_logp = learner.score(self._batches)
+        sample = sample_weights(
+            student_logp,
+            teacher.scores.logp,
+            owner.to(device),
+            len(self._rollouts),
+            config.weighting,
+            batch_group=self._layout.data.group,
+        )
+        seen: dict[int, torch.Tensor] = {}
+        loss = WeightedDivergence(
+            teacher,  # type: ignore[arg-type]
+            teacher.scores,
+            sample,
+            config.loss,
+            config.weighting,
+            config.head,
+            on_divergence=seen.__setitem__,
+        )
+        gradients = learner.gradients(self._batches, loss)
+        divergence = share_tokens([seen[index] for index in sorted(seen)], self._batches, self._layout)
+        mine = Scores(
+            student_logp, teacher.scores.logp, divergence, sample.is_pivotal, sample.raw_weights, sample.weights
+        )
+        whole = self._whole_batch(mine)
+        whole.check(name)
+        return whole, gradients
+
+    def _errors(
+        self,
+        learner: Any,
+        config: RunConfig,
+        teacher: _Scored,
+        name: str,
+        truth: Scores,
+        gradients: dict[str, torch.Tensor],
+    ) -> dict[str, Any]:
+        scores, mine = self._step(learner, config, teacher, name)
+        return self._figures(scores, truth, self._sums(mine, gradients))
+
+    def _figures(self, found: Scores, expected: Scores, sums: dict[str, list[float]]) -> dict[str, Any]:
+        from renio_megatron.diagnose.precision import gradient_errors, score_errors
+
+        figures, worst = gradient_errors(sums)
+        all_figures = {**score_errors(found, expected), **figures}
+        # JSON has no NaN: there is no rank correlation where all weights are equal.
+        return {key: value if value == value else None for key, value in all_figures.items()} | {"worst": worst}
+
+    def _sums(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+        """Of whole parameters: every rank adds those of its own."""
+        from renio_megatron.diagnose.precision import gradient_sums
+
+        whole: dict[str, list[float]] = {}
+        for one in self._gathered(gradient_sums(found, expected), None, self._layout.world_size):
+            for name, sums in one.items():
+                whole[name] = [a + b for a, b in zip(whole.get(name, [0.0] * 4), sums, strict=True)]
+        return whole
+
+    def _whole_batch(self, mine: Scores) -> Scores:
+        """Tokens and sequences of all data ranks, in the global order, on the CPU."""
+        import torch
+
+        names = [field.name for field in fields(mine)]
+        own = {name: getattr(mine, name).detach().cpu() for name in names}
+        data = self._layout.data
+        shares = self._gathered(own, data.group, data.size)
+        return type(mine)(**{name: torch.cat([share[name] for share in shares]) for name in names})
+
+    @staticmethod
+    def _gathered(mine: Any, group: Any, size: int) -> list[Any]:
+        import torch.distributed as dist
+
+        found = [mine] * size
+        if size > 1:
+            dist.all_gather_object(found, mine, group=group)
+        return found
