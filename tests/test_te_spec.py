@@ -58,8 +58,7 @@ def test_a_model_of_transformer_engine_computes_what_a_local_one_does(compared):
 def test_a_distillation_step_is_that_of_transformers(root):
     for found in run_ranks(te_cases.distil, 2, root, timeout=200.0):
         for key, one in found.items():
-            assert one["loss_error"] < 1e-4 and one["weight_error"] < 1e-4, (key, one)
-            assert one["gradient_error"] < 1e-3, (key, one)
+            assert max(one["loss_error"], one["weight_error"], one["gradient_error"]) < 1e-5, (key, one)
             assert one["raw_weights_not_1"] > 0
 
 
