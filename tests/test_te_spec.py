@@ -6,6 +6,7 @@ Transformer Engine is written in tests/te_standin.py; nothing here has met the r
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import types
@@ -19,7 +20,7 @@ from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
 from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig
+from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from tests import te_cases, training_cases
 from tests.multiprocess import run_ranks
 
@@ -226,3 +227,12 @@ def test_weights_that_fp8_refuses_are_named(changes, tensor, recipe, words):
     with pytest.raises(ConfigError) as caught:
         backend.check_weight_shapes(architecture, parallel, precision)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_more_layers_in_bf16_than_a_pipeline_rank_has_are_refused():
+    architecture = Architecture("qwen3", 4, 64, 128, 4, 4, 16, 1e-6, True, False, 0.1, 11, True, 1e4, None, 64)
+    parallel, train = ParallelConfig(pipeline_model_parallel_size=2), TrainConfig()
+    for count in (2, 3):
+        precision = PrecisionConfig(fp8="hybrid", first_last_layers_bf16=True, num_layers_at_end_in_bf16=count)
+        with pytest.raises(ConfigError, match="more than the 2 layers") if count > 2 else contextlib.nullcontext():
+            backend.check_model(architecture, parallel, train, precision, "te", CPU)
