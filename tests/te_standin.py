@@ -212,12 +212,10 @@ class Base(torch.nn.Module):
 
 
 class RMSNorm(Base):
-    def __init__(
-        self, hidden_size, eps, sequence_parallel, params_dtype, zero_centered_gamma=False, device=None, **unused
-    ):
+    def __init__(self, normalized_shape=None, eps=1e-5, *, sequence_parallel, params_dtype, hidden_size=None, **unused):
         super().__init__()
         self.sequence_parallel, self.eps = sequence_parallel, eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype))
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, hidden):

@@ -6,6 +6,7 @@ Transformer Engine is written in tests/te_standin.py; nothing here has met the r
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import types
@@ -19,7 +20,7 @@ from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
 from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig
+from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from tests import te_cases, training_cases
 from tests.multiprocess import run_ranks
 
@@ -58,8 +59,7 @@ def test_a_model_of_transformer_engine_computes_what_a_local_one_does(compared):
 def test_a_distillation_step_is_that_of_transformers(root):
     for found in run_ranks(te_cases.distil, 2, root, timeout=200.0):
         for key, one in found.items():
-            assert one["loss_error"] < 1e-4 and one["weight_error"] < 1e-4, (key, one)
-            assert one["gradient_error"] < 1e-3, (key, one)
+            assert max(one["loss_error"], one["weight_error"], one["gradient_error"]) < 1e-5, (key, one)
             assert one["raw_weights_not_1"] > 0
 
 
@@ -227,3 +227,12 @@ def test_weights_that_fp8_refuses_are_named(changes, tensor, recipe, words):
     with pytest.raises(ConfigError) as caught:
         backend.check_weight_shapes(architecture, parallel, precision)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_more_layers_in_bf16_than_a_pipeline_rank_has_are_refused():
+    architecture = Architecture("qwen3", 4, 64, 128, 4, 4, 16, 1e-6, True, False, 0.1, 11, True, 1e4, None, 64)
+    parallel, train = ParallelConfig(pipeline_model_parallel_size=2), TrainConfig()
+    for count in (2, 3):
+        precision = PrecisionConfig(fp8="hybrid", first_last_layers_bf16=True, num_layers_at_end_in_bf16=count)
+        with pytest.raises(ConfigError, match="more than the 2 layers") if count > 2 else contextlib.nullcontext():
+            backend.check_model(architecture, parallel, train, precision, "te", CPU)
