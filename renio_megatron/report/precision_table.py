@@ -54,12 +54,14 @@ def precision_table(found: Mapping[str, Any]) -> Table:
         f"{found['weights_not_1']} raw weights other than 1. FP8 against {found['baseline']}; "
         f"student: {found['student']}; teacher: {found['teacher']}. {found['versions']}; {found['device']}."
     )
-    title = "Errors on the same rollouts; student and teacher: log p of the sampled tokens"
+    title = "Errors on the same rollouts (student, teacher: of their log p)"
     table = Table(title=title, title_justify="left", caption=escape(caption), caption_justify="left")
     table.add_column("", no_wrap=True)
     variants: Mapping[str, Mapping[str, Any]] = found["variants"]
     for name in variants:
-        table.add_column(escape(name.replace(" against ", "\n/ ").replace(" ", "\n", 1)), justify="right", no_wrap=True)
+        words, _, other = name.rpartition(" ")  # two lines: the last word below the others
+        heading = escape(f"{words.replace(' against', ' /')}\n{other}")
+        table.add_column(heading, justify="right", min_width=8, no_wrap=True)
     for block in _BLOCKS:
         for key, label, form in block:
             cells = ["-" if one[key] is None else form.format(one[key]) for one in variants.values()]
