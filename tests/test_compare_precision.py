@@ -147,6 +147,8 @@ def test_what_is_compared_follows_from_the_recipe(tmp_path):
     assert type(found.fp8.teacher_precision) is TeacherPrecisionConfig
     assert (found.baseline.train.bf16, found.fp8.train.bf16, found.other.train.bf16) == (False, False, True)
 
+    assert precisions_of(plain, has_fp8=True) == found, "FP8 products are for bf16 models"
+
     own = recipe(
         tmp_path,
         precision=PrecisionConfig(fp8="e4m3", fp8_recipe="mxfp8", first_last_layers_bf16=True),

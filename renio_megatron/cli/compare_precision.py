@@ -60,7 +60,8 @@ def precisions_of(config: RunConfig, *, has_fp8: bool) -> Precisions:
     in_fp8: dict[str, Any] = {}
     for name in ("precision", "teacher_precision"):
         section: PrecisionConfig = getattr(config, name)
-        emulates = section.emulate_fp8 or section.backend == "local" or not has_fp8
+        # Transformer Engine's FP8 is for bf16 models; fp32 ones are emulated.
+        emulates = section.emulate_fp8 or section.backend == "local" or not (has_fp8 and config.train.bf16)
         backend = "local" if emulates else section.backend  # the baseline's, too: kernels are not to be compared
         in_fp8[name] = replace(section, fp8=section.fp8 or "hybrid", emulate_fp8=emulates, backend=backend)
         plain[name] = replace(section, fp8=None, emulate_fp8=False, backend=backend)
