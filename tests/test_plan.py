@@ -25,7 +25,15 @@ from renio_megatron.linear_loss import buffer_bytes
 from renio_megatron.plan.activations import Pieces, chunk_bytes, layer_bytes
 from renio_megatron.plan.memory import RankMemory, plan_memory, workload
 from renio_megatron.plan.models import rank_tensors, read_model
-from renio_megatron.settings import DataConfig, ParallelConfig, RolloutConfig, TeacherConfig, TrainConfig
+from renio_megatron.settings import (
+    DataConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RolloutConfig,
+    TeacherConfig,
+    TeacherPrecisionConfig,
+    TrainConfig,
+)
 from tests.multiprocess import run_ranks
 from tests.plan_cases import cases, measure
 from tests.training_cases import save_models
@@ -97,6 +105,45 @@ def test_a_hand_count_of_qwen3_32b_at_tp_8():
     assert rank.phases["loss"]["payload"] == 4 * 1025 * 5120 * 2
     assert rank.phases["sampling"]["key-value cache"] == 64 * 2 * 4 * 2049 * 128 * 2
     assert rank.peak == sum(rank.held.values()) + max(sum(phase.values()) for phase in rank.phases.values())
+
+
+LINEAR = 64 * (LAYER - 5120 * 2 - 128 * 2)  # what is multiplied in FP8
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "copies", "saved"),
+    [
+        ({}, {}, None, 0),
+        ({"emulate_fp8": True}, {"emulate_fp8": True}, None, 0),
+        ({}, {"fp8_recipe": "tensorwise"}, None, LINEAR),
+        ({"fp8_recipe": "blockwise"}, {}, 2 * LINEAR, 0),
+        ({"fp8_param_gather": True}, {"fp8_recipe": "mxfp8"}, None, LINEAR - LINEAR // 32),
+        (
+            {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 3},
+            {"first_last_layers_bf16": True},
+            2 * LINEAR // 64 * 60,
+            LINEAR // 64 * 62,
+        ),
+    ],
+)
+def test_fp8_of_qwen3_32b_at_tp_8(student, teacher, copies, saved):
+    """A student's weights are there in FP8, too, also transposed; a teacher's in FP8 alone."""
+    config = _config(
+        precision=PrecisionConfig(fp8="hybrid" if student else None, **student),
+        teacher_precision=TeacherPrecisionConfig(fp8="hybrid" if teacher else None, **teacher),
+    )
+    (rank,) = _plan(config, 8)
+    assert rank.held.get("parameters in FP8") == copies
+    assert rank.held["teacher's parameters"] == 2 * PARAMETERS - saved
+
+
+def test_the_first_and_last_layers_stay_out_of_fp8_where_they_are():
+    parallel = ParallelConfig(pipeline_model_parallel_size=4)
+    precision = PrecisionConfig(fp8="hybrid", first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
+    first, second, third, last = _plan(_config("Qwen3-1.7B", parallel=parallel, precision=precision), 4)
+    layer = 2 * 2048 * ((16 + 8 + 8) * 128 + 16 * 128 + 3 * 6144)
+    copies = [rank.held["parameters in FP8"] for rank in (first, second, third, last)]
+    assert copies == [6 * layer, 7 * layer, 7 * layer, 5 * layer]
 
 
 def test_the_distributed_optimiser_divides_over_data_and_context_ranks():

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
-from renio_megatron.errors import ConfigError
 from renio_megatron.settings import PrecisionConfig
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -195,18 +194,8 @@ def emulate_fp8(decoder: Any, precision: PrecisionConfig) -> None:
     Args:
         decoder: Megatron's TransformerBlock; of the local spec where FP8 is emulated.
         precision: nothing happens unless both `fp8` and `emulate_fp8` are set.
-
-    Raises:
-        ConfigError: FP8 is wanted, is not to be emulated, and the decoder does not compute in it.
     """
-    if precision.fp8 is None:
-        return
-    if not precision.emulate_fp8:
-        if decoder.config.fp8 is None:
-            raise ConfigError(
-                f"{precision.section}.fp8={precision.fp8}: products in FP8 are Transformer Engine's, and these layers "
-                f"are not built of it. Set {precision.section}.emulate_fp8=true to see what FP8's rounding does."
-            )
+    if precision.fp8 is None or not precision.emulate_fp8:
         return
     operands = Fp8Operands.of(precision)
     first, last = 0, decoder.config.num_layers

@@ -18,7 +18,8 @@ from renio_megatron.plan.activations import (
     forward_bytes,
     tokens_bytes,
 )
-from renio_megatron.plan.models import PlannedModel, rank_tensors
+from renio_megatron.plan.models import PlannedModel, fp8_entries, rank_tensors
+from renio_megatron.settings import PrecisionConfig
 
 RESERVE = 0.1
 """Share of a GPU's memory that is left for what is not counted: CUDA's context, NCCL's buffers, gaps."""
@@ -158,11 +159,13 @@ class _Rank:
         """Everything."""
         tensors = self._tensors(self._student, self._chunks)
         frozen = sum(self._tensors(self._teacher, 1))
+        copies, saved = self._fp8_copies(), self._fp8_savings()
         held = {
             "parameters": sum(tensors) * self._element,
+            **({"parameters in FP8": copies} if copies else {}),
             "gradients": self._buffer(tensors) * 4,
             "optimiser": self._optimised(tensors) * (12 if self._config.train.bf16 else 8),
-            "teacher's parameters": frozen * self._element,
+            "teacher's parameters": frozen * self._element - saved,
         }
         if self._work.pieces.sequence_parallel:  # Megatron gathers into one buffer and keeps it
             held["gathered sequence"] = max(tokens_bytes(model, self._work.pieces) for model in self._models)
@@ -179,6 +182,23 @@ class _Rank:
         # torch's AdamW makes the roots of all second moments at once.
         phases["step"] = {"payload": self._payload(), "temporaries": self._optimised(tensors) * 4}
         return RankMemory(self._rank, held, phases)
+
+    def _fp8_copies(self) -> int:
+        """What a student's weights take in FP8, as they are and transposed, beside those that the optimiser updates.
+
+        With fp8_param_gather there are no others; two bytes of FP8 are then in the place of two of bf16.
+        """
+        config = self._config
+        if config.precision.fp8_param_gather:
+            return 0
+        entries = fp8_entries(self._student, config.parallel, config.precision, self._rank)
+        return 2 * _with_scales(entries, config.precision)
+
+    def _fp8_savings(self) -> int:
+        """By how much a teacher's weights are smaller, which are kept in FP8 alone and never transposed."""
+        config = self._config
+        entries = fp8_entries(self._teacher, config.parallel, config.teacher_precision, self._rank)
+        return entries * self._element - _with_scales(entries, config.teacher_precision)
 
     def _tensors(self, model: PlannedModel, num_chunks: int) -> list[int]:
         return rank_tensors(
@@ -321,6 +341,11 @@ def _most_rows(first: int, count: int, context: int, row: int | None) -> int:
         return count
     inside = [max(0, min(first + count, (i + 1) * chunk) - max(first, i * chunk)) for i in range(2 * context)]
     return max(inside[rank] + inside[-1 - rank] for rank in range(context))
+
+
+def _with_scales(entries: int, precision: PrecisionConfig) -> int:
+    """Bytes of FP8 numbers; MXFP8 has a byte of scale for each 32, the others' scales do not matter."""
+    return entries + (entries // 32 if precision.fp8_recipe == "mxfp8" else 0)
 
 
 def _ceil(value: int, multiple: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
-from renio_megatron.settings import ParallelConfig
+from renio_megatron.settings import ParallelConfig, PrecisionConfig
 
 MIXTURE_TYPES = {"qwen3_moe": "qwen3"}
 """Models with experts that can be planned for, as frozen teachers: model_type, and the family of their attention."""
@@ -94,21 +94,46 @@ def rank_tensors(
     return found
 
 
+def fp8_entries(model: PlannedModel, parallel: ParallelConfig, precision: PrecisionConfig, pipeline_rank: int) -> int:
+    """Entries of a rank's weights that are multiplied in FP8: those of the decoder's linear layers.
+
+    Args:
+        model, parallel: the whole model and its layout.
+        precision: the model's; 0 where it has no FP8, or emulates it.
+        pipeline_rank: this one.
+    """
+    if precision.fp8 is None or precision.emulate_fp8:
+        return 0
+    stages = parallel.pipeline_model_parallel_size
+    layers = model.architecture.num_layers // stages
+    if precision.first_last_layers_bf16:
+        layers -= precision.num_layers_at_start_in_bf16 if pipeline_rank == 0 else 0
+        layers -= precision.num_layers_at_end_in_bf16 if pipeline_rank == stages - 1 else 0
+    return sum(_linear_tensors(model, parallel.tensor_model_parallel_size)) * max(layers, 0)
+
+
 def _layer_tensors(model: PlannedModel, tensor: int) -> list[int]:
     """Entries of each parameter of one layer on a tensor-parallel rank; norms are whole everywhere."""
     it = model.architecture
     queries, groups = it.num_attention_heads * it.kv_channels, it.num_query_groups * it.kv_channels
     found = [it.hidden_size, it.hidden_size]
-    found += [(queries + 2 * groups) // tensor * it.hidden_size, it.hidden_size * queries // tensor]
     if it.add_qkv_bias:
         found.append((queries + 2 * groups) // tensor)
     if it.qk_layernorm:
         found += [it.kv_channels, it.kv_channels]
-    if model.experts is None:
-        mlps, width = 1, it.ffn_hidden_size
-    else:
+    if model.experts is not None:
+        found.append(model.experts.count * it.hidden_size)
+    return found + _linear_tensors(model, tensor)
+
+
+def _linear_tensors(model: PlannedModel, tensor: int) -> list[int]:
+    """The same of the linear layers alone."""
+    it = model.architecture
+    queries, groups = it.num_attention_heads * it.kv_channels, it.num_query_groups * it.kv_channels
+    found = [(queries + 2 * groups) // tensor * it.hidden_size, it.hidden_size * queries // tensor]
+    mlps, width = 1, it.ffn_hidden_size
+    if model.experts is not None:
         mlps, width = model.experts.count, model.experts.ffn_hidden_size
-        found.append(mlps * it.hidden_size)
     return found + [2 * width // tensor * it.hidden_size, it.hidden_size * width // tensor] * mlps
 
 
