@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -169,13 +170,14 @@ def test_settings_come_from_a_recipe_or_alone(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_the_command_starts_its_own_ranks_and_its_exit_code_is_the_verdict(capfd, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     assert main(["doctor", "bf16=false", "--nproc", "2", "parallel.tensor_model_parallel_size=2"]) == 0
     said = capfd.readouterr().out.splitlines()
     assert said[0].startswith("world of 2 ranks on 1 node, TP 2")
     assert all(line.startswith("ok ") for line in said[1:-1])
     assert said[-1] == "all good"
+    assert "OMP_NUM_THREADS" not in os.environ, "two ranks' share of the cores is not that of whatever starts next"
     monkeypatch.setenv("RENIO_KERNELS", "other")
     assert main(["doctor"]) == 2, "an error that can be named"
     assert "RENIO_KERNELS must be torch or triton" in capfd.readouterr().err

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from renio_megatron.errors import ConfigError
 
@@ -81,7 +81,6 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
         KeyboardInterrupt: Ctrl-C.
     """
     quiet_environment()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // num_ranks)))
     logger = logging.getLogger("torch.distributed.elastic")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False  # its reports of failed ranks repeat what the rank has said
@@ -106,7 +105,8 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
             wanted = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
             config.shutdown_timeout = _SHUTDOWN_SECONDS if wanted is None else int(wanted)
         try:
-            elastic_launch(config, sys.executable)("-m", "renio_megatron.cli.worker", *arguments)
+            with _threads_shared_by(num_ranks):
+                elastic_launch(config, sys.executable)("-m", "renio_megatron.cli.worker", *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             return _report_signal(rank, -failure.exitcode) if failure.exitcode < 0 else failure.exitcode
@@ -115,6 +115,22 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
                 raise KeyboardInterrupt from error
             return 128 + int(error.sigval)
     return 0
+
+
+@contextlib.contextmanager
+def _threads_shared_by(num_ranks: int) -> Iterator[None]:
+    """The ranks' OMP_NUM_THREADS, where the user has not set it; only while they are started and run.
+
+    Whatever this process starts later shares the cores in another way, and too many threads wait for each other.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, _num_cores() // num_ranks))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def end_with_parent() -> None:
