@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 files=(tests/test_doctests.py tests/test_shim.py tests/test_training.py tests/test_layout_matrix.py tests/test_resharding.py
-    tests/test_checkpoint.py)
+    tests/test_checkpoint.py tests/test_te_spec.py)
 
 # find_python: the first interpreter that really is 3.12; a pyenv shim may be there and run nothing.
 find_python() {
