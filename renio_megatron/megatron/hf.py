@@ -115,7 +115,7 @@ class _Target:
         """Copies a slice's values to its place."""
         if self._values is None:
             like = self._parameter
-            self._values = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            self._values = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         self._values[one.to : one.to + one.num_rows].copy_(values)
 
     def count(self, num_slices: int) -> None:
