@@ -135,7 +135,10 @@ class WeightFiles:
         return one.num_rows * width * self._item_bytes[one.tensor]
 
     def read(self, handle: Any, one: Slice) -> torch.Tensor:
-        """A slice, as a view of the mapped file: the disk is read, and memory used, by who copies it.
+        """A slice, as a view of the mapped file: the copy reads the disk, and no memory is used before.
+
+        The disk is read in pages and ahead. Of rows that is little more than the slice; of columns, which have a piece
+        in most pages, it is nearly the whole tensor, once for all ranks of a host.
 
         Args:
             handle: the open file that the slice's tensor is in.
