@@ -6,6 +6,7 @@ The same through real ranks and models: test_hf.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import types
 from collections import Counter
@@ -188,6 +189,24 @@ def test_a_file_is_opened_once_and_only_where_it_is_needed(directories, monkeypa
     assert len(in_stage[0] & in_stage[1]) <= 1
 
 
+def test_a_file_is_read_from_begin_to_end_with_a_parameter_s_slices_together(directories, monkeypatch, tmp_path):
+    _, architecture, state = directories["qwen2"]
+    directory, read, read_slice = write(tmp_path / "one", state, 1), [], WeightFiles.read
+    monkeypatch.setattr(
+        WeightFiles, "read", lambda self, handle, one: read.append(one) or read_slice(self, handle, one)
+    )
+    part = rank_of(architecture, 2, 1, 1, 0)
+    hf.load_weights(part, directory)
+    with WeightFiles(directory).open("model-00001-of-00001.safetensors") as handle:
+        order = handle.offset_keys()
+    owner = {key: name for name in part.parameters for key in hf_names(name, architecture)}
+    places = [(order.index(one.tensor), one.start) for one in read]
+    runs = [list(run) for _, run in itertools.groupby(zip(read, places, strict=True), lambda x: owner[x[0].tensor])]
+    assert len(runs) == len(part.parameters)
+    assert all([place for _, place in run] == sorted(place for _, place in run) for run in runs)
+    assert [run[0][1] for run in runs] == sorted(run[0][1] for run in runs)
+
+
 class InLine:
     """Stands in for the threads, so that what they do can be watched."""
 
@@ -263,6 +282,12 @@ def test_surplus_tensors_are_named(directories, tmp_path):
     assert "'visual.proj.weight', which" in message
     message = refusal_of(write(tmp_path / "index", state, **{"a.weight": "elsewhere.safetensors"}), architecture)
     assert "'a.weight', which" in message
+    directory = write(tmp_path / "not in the index", state | {"b.weight": torch.zeros(1)})
+    index = directory / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["b.weight"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert "'b.weight', which" in refusal_of(directory, architecture)
 
 
 def test_harmless_surplus_is_passed_over(directories, tmp_path):
@@ -307,7 +332,7 @@ def test_the_progress_line_keeps_its_interval():
     assert lines[1:] == ["teacher: 13 of 64 files, 4.0 of 16.0 GB"]
 
 
-def test_shapes_are_known_for_every_dtype_that_is_read(directories, tmp_path):
+def test_every_dtype_that_is_allowed_is_counted_and_cast(directories, tmp_path):
     _, architecture, state = directories["llama"]
     for kind, dtype in (("F32", torch.float32), ("F16", torch.float16), ("F64", torch.float64)):
         wide = {key: tensor.to(dtype) for key, tensor in state.items()}
