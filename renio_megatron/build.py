@@ -135,6 +135,7 @@ def build_trainer(
     checkpoints: Path,
     observers: Sequence[Observer] = (),
     rollout_observers: Sequence[RolloutObserver] = (),
+    say: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Builds the models on this rank and casts the roles.
 
@@ -145,14 +146,16 @@ def build_trainer(
         checkpoints: where they go.
         observers: told of every step's metrics.
         rollout_observers: told of every step's rollouts of this rank and of their weights.
+        say: takes the progress lines of weights that take long to load.
     """
     from renio_megatron.megatron.checkpoint import MegatronKeeper
 
-    learner, sampler = build_student(config, inputs, layout)
+    learner, sampler = build_student(config, inputs, layout, say)
     lr_at = functools.partial(learning_rate, config.train)
     algorithm: Algorithm
     if isinstance(config, RunConfig):
-        algorithm = _distillation(config, inputs, layout, sampler, learner, lr_at, rollout_observers)
+        teacher = build_teacher(config, inputs, layout, say)
+        algorithm = _distillation(config, inputs, layout, sampler, teacher, learner, lr_at, rollout_observers)
     else:
         algorithm = Sft(learner, layout=layout, lr_at=lr_at)
     return Trainer(
@@ -170,7 +173,9 @@ def build_trainer(
     )
 
 
-def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
+def build_student(
+    config: RunConfig | SftConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
+) -> tuple[Any, Any]:
     """(learner, sampler) of one model with its initial weights: `MegatronLearner`, `MegatronSampler`."""
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.learner import MegatronLearner
@@ -189,7 +194,7 @@ def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout)
         initialise=not is_loaded,
     )
     if is_loaded:
-        load_weights(part, inputs.model)
+        load_weights(part, inputs.model, title="student", say=say)
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
     head = config.head if isinstance(config, RunConfig) else HeadConfig()
     learner = MegatronLearner(part, train, parallel, head, temperature=temperature, pad_id=inputs.pad_id)
@@ -199,7 +204,7 @@ def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout)
     return learner, sampler
 
 
-def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout) -> Any:
+def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None) -> Any:
     """The frozen teacher: `MegatronTeacher`."""
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
@@ -217,7 +222,7 @@ def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout) -> Any:
         trained=False,
         initialise=False,
     )
-    load_weights(part, inputs.teacher)
+    load_weights(part, inputs.teacher, title="teacher", say=say)
     return MegatronTeacher(
         part,
         config.train,
@@ -241,12 +246,11 @@ def _distillation(
     inputs: Inputs,
     layout: Layout,
     sampler: Sampler,
+    teacher: Any,
     learner: Any,
     lr_at: Callable[[int], float],
     rollout_observers: Sequence[RolloutObserver],
 ) -> Distillation:
-    teacher = build_teacher(config, inputs, layout)
-
     def tell(step: int, rollouts: Sequence[Rollout], sample: SampleWeights) -> None:
         for observer in rollout_observers:
             observer(step, rollouts, sample.weights.tolist())

@@ -44,7 +44,7 @@ def run_recipe(
         fresh: move an earlier run in the same directory aside first.
         title: for the progress line.
         progress: shows the run's progress, on the first rank.
-        say: takes the one line about the world, on the first rank.
+        say: takes the one line about the world, and progress lines of long loading, on the first rank.
 
     Returns:
         `finished` where the run was complete before this call, `resumed` or `new` where this call completed it.
@@ -76,7 +76,15 @@ def run_recipe(
         return "finished"
     observers: list[Observer] = []
     rollout_observers: list[RolloutObserver] = []
-    trainer = build_trainer(config, inputs, layout, directory.checkpoints, observers, rollout_observers)
+    trainer = build_trainer(
+        config,
+        inputs,
+        layout,
+        directory.checkpoints,
+        observers,
+        rollout_observers,
+        say=say if layout.is_main else None,
+    )
     # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
     on_main_rank(layout, lambda: directory.open(recipe, fresh))
     first = trainer.resume()
