@@ -185,6 +185,7 @@ def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout)
         parallel,
         train,
         config.precision,
+        config.lora,
         vocab_size=inputs.vocab_size,
         initialise=not is_loaded,
     )

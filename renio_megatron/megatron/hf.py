@@ -15,6 +15,7 @@ import torch
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
+from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.te_modules import fill, values_of
 
@@ -109,7 +110,7 @@ def take_shard(name: str, whole: torch.Tensor, parameter: torch.Tensor, rank: in
 
 
 def load_weights(part: ModelPart, directory: Path) -> None:
-    """Fills this rank's parameters from a Hugging Face directory.
+    """Fills this rank's parameters from a Hugging Face directory; adapters stay as they are.
 
     Raises:
         ConfigError: no safetensors, a tensor missing, or one of another shape.
@@ -119,6 +120,8 @@ def load_weights(part: ModelPart, directory: Path) -> None:
     tensor = part.layout.tensor
     with torch.no_grad():
         for name, parameter in part.named_parameters():
+            if is_adapter(name):
+                continue
             names = hf_names(name, part.architecture)
             parts = [files.read(hf_name) for hf_name in names]
             shard = take_shard(name, to_megatron(name, parts, part.architecture), parameter, tensor.rank, tensor.size)
@@ -126,8 +129,13 @@ def load_weights(part: ModelPart, directory: Path) -> None:
 
 
 def hf_state(part: ModelPart) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and tensors of a model that is whole on this rank (one tensor rank, one stage)."""
+    """Hugging Face names and tensors of a model that is whole on this rank (one tensor rank, one stage).
+
+    Adapters are left out.
+    """
     for name, parameter in part.named_parameters():
+        if is_adapter(name):
+            continue
         whole = values_of(parameter)
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             whole = whole[: part.architecture.vocab_size]
