@@ -93,6 +93,10 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         WeightFiles(model).check(architecture)
     if teacher is not None and teacher_architecture is not None:
         WeightFiles(teacher).check(teacher_architecture)
+    if config.lora.adapter is not None:
+        from renio_megatron.megatron.peft_files import check_adapter
+
+        check_adapter(Path(config.lora.adapter), config.lora)
     source = build_source(config.data, "train")
     stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
     first = stream.batch(0, _num_checked(source, config.train))
@@ -175,6 +179,7 @@ def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout)
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.learner import MegatronLearner
     from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.peft_files import load_adapter
     from renio_megatron.megatron.sampler import MegatronSampler
 
     parallel, train = config.parallel, config.train
@@ -191,6 +196,8 @@ def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout)
     )
     if is_loaded:
         load_weights(part, inputs.model)
+    if config.lora.adapter is not None:
+        load_adapter(part, Path(config.lora.adapter))
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
     head = config.head if isinstance(config, RunConfig) else HeadConfig()
     learner = MegatronLearner(part, train, parallel, head, temperature=temperature, pad_id=inputs.pad_id)
@@ -200,25 +207,32 @@ def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout)
     return learner, sampler
 
 
-def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout) -> Any:
-    """The frozen teacher: `MegatronTeacher`."""
+def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout, student: Any = None) -> Any:
+    """The frozen teacher: `MegatronTeacher`.
+
+    Where it is the initial student and the student has adapters, it is `student`, the `ModelPart`, without them.
+    """
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.teacher import MegatronTeacher
 
     assert inputs.teacher is not None  # a distillation's inputs name one
     assert inputs.teacher_architecture is not None
-    part = build_model(
-        inputs.teacher_architecture,
-        layout,
-        config.parallel,
-        config.train,
-        config.teacher_precision,
-        vocab_size=inputs.vocab_size,
-        trained=False,
-        initialise=False,
-    )
-    load_weights(part, inputs.teacher)
+    is_student = student is not None and config.lora.r is not None and config.teacher.kind == "self"
+    if is_student:
+        part = student
+    else:
+        part = build_model(
+            inputs.teacher_architecture,
+            layout,
+            config.parallel,
+            config.train,
+            config.teacher_precision,
+            vocab_size=inputs.vocab_size,
+            trained=False,
+            initialise=False,
+        )
+        load_weights(part, inputs.teacher)
     return MegatronTeacher(
         part,
         config.train,
@@ -226,6 +240,7 @@ def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout) -> Any:
         temperature=config.loss.temperature,
         pad_id=inputs.pad_id,
         payload_device=config.teacher.payload_device,
+        is_student=is_student,
     )
 
 
@@ -246,7 +261,7 @@ def _distillation(
     lr_at: Callable[[int], float],
     rollout_observers: Sequence[RolloutObserver],
 ) -> Distillation:
-    teacher = build_teacher(config, inputs, layout)
+    teacher = build_teacher(config, inputs, layout, learner.part)
 
     def tell(step: int, rollouts: Sequence[Rollout], sample: SampleWeights) -> None:
         for observer in rollout_observers:

@@ -145,6 +145,13 @@ def is_adapter(name: str) -> bool:
     return ".adapters." in name
 
 
+def lora_form(lora: LoraConfig) -> dict[str, Any] | None:
+    """What must be the same for adapters to be of use to a model; None where there are none."""
+    if lora.r is None:
+        return None
+    return {"r": lora.r, "alpha": lora.alpha, "use_rslora": lora.use_rslora, "targets": list(lora.names)}
+
+
 def check_backend(lora: LoraConfig, backend: str) -> None:
     """Raises `ConfigError` where the layers are none that can have adapters."""
     if lora.r is not None and backend != "local":
