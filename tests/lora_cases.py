@@ -7,6 +7,7 @@ objective of `objective/reference.py`, torch's AdamW. Which axis of an adapter i
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 import warnings
@@ -72,6 +73,7 @@ CASES = {
     "PP2 x VPP2": Case({**PP2, "virtual_pipeline_model_parallel_size": 2}, FULL),
     "CP2": Case({"context_parallel_size": 2}),
     "DP2, distributed optimiser, overlap": Case(OVERLAP),
+    "TP2 + SP, recompute full, bf16": Case(TP2_SP, {"bf16": True, **FULL}),
 }
 
 
@@ -155,8 +157,8 @@ def cut(whole: torch.Tensor, target: str, which: str, part: Any) -> torch.Tensor
     return whole if axis is None else whole.chunk(tensor.size, axis)[tensor.rank]
 
 
-def peft_student(directory: str, lora: LoraConfig) -> Any:
-    """PEFT's model of a directory; random B of one seed, and A too."""
+def peft_student(directory: str, lora: LoraConfig, *, bf16: bool = False) -> Any:
+    """PEFT's model of a directory, fp32; random B of one seed, and A too. With `bf16` all weights are rounded to it."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -175,7 +177,7 @@ def peft_student(directory: str, lora: LoraConfig) -> Any:
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    return adapted
+    return adapted.to(torch.bfloat16).float() if bf16 else adapted
 
 
 def whole_adapters(student: Any) -> dict[tuple[str, str], torch.nn.Parameter]:
@@ -192,6 +194,7 @@ def run_lora(folder: Path) -> dict[str, dict[str, float]]:
     found = {name: run_case(case, folder) for name, case in CASES.items()}
     for name, (case_name, mutate, _) in MUTANTS.items():
         found[name] = run_case(CASES[case_name], folder, mutate)
+    found["sft"] = run_sft(folder)
     return found
 
 
@@ -227,7 +230,7 @@ def run_case(case: Case, folder: Path, mutate: Callable[[Any], Any] | None = Non
     trainer.save_interval = 0
     algorithm, learner = trainer.algorithm, trainer.algorithm.learner
     part = learner.part
-    student = peft_student(config.model, case.lora)
+    student = peft_student(config.model, case.lora, bf16=config.train.bf16)
     whole = whole_adapters(student)
     set_adapters(learner, whole)
     frozen = {name: p.detach().clone() for name, p in part.named_parameters() if not p.requires_grad}
@@ -283,13 +286,16 @@ def _errors(
     train = config.train
     errors = {"gradient": 0.0, "weight": 0.0, "logits": _logits_error(seen, rollouts, reference["logits"])}
     expected_grad = {key: parameter.grad.clone() for key, parameter in whole.items()}
+    floor = _bf16_floor(config, rollouts, student, expected_grad) if train.bf16 else 0.0
     norm = torch.nn.utils.clip_grad_norm_(whole.values(), train.clip_grad)
     betas = (train.adam_beta1, train.adam_beta2)
     torch.optim.AdamW(whole.values(), lr=train.lr, betas=betas, eps=train.adam_eps, weight_decay=0.0).step()
+    squares: list[tuple[float, float]] = []
     for name, (parameter, gradient, where) in seen["gradients"].items():
         module, target, which = hf_name(name)
         expected = cut(expected_grad[module, which], target, which, part)
         difference = (gradient - expected).flatten()[where]
+        squares.append((float(difference.square().sum()), float(expected.square().sum())))
         errors["gradient"] = max(errors["gradient"], float(difference.norm() / expected.norm().clamp(min=1e-12)))
         expected = cut(whole[module, which].detach(), target, which, part)
         errors["weight"] = max(errors["weight"], float((parameter.detach() - expected).norm() / expected.norm()))
@@ -298,6 +304,8 @@ def _errors(
     logp = (reference["logits"] / config.loss.temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     return {
         **errors,
+        "all gradients": (sum(error for error, _ in squares) / sum(size for _, size in squares)) ** 0.5,
+        "floor": floor,
         "sampler": float((own_logp - logp).abs().max()),
         "loss": abs(metrics["loss"] - float(reference["loss"].detach())) / float(reference["loss"].detach()),
         "grad_norm": abs(metrics["grad_norm"] - float(norm)) / float(norm),
@@ -306,6 +314,52 @@ def _errors(
         ),
         "adapters": float(sum(p.numel() for _, p in part.trained_parameters())),
         "smallest_gradient": min(float(gradient.norm()) for gradient in expected_grad.values()),
+    }
+
+
+def _bf16_floor(config: Any, rollouts: list[Any], student: Any, expected: dict[tuple[str, str], torch.Tensor]) -> float:
+    """Relative error of all gradients that PEFT's own model makes of the same rollouts in bf16, in one process."""
+    narrow = copy.deepcopy(student).to(torch.bfloat16)
+    reference_step(config, rollouts, narrow)
+    pairs = [(parameter.grad.float(), expected[key]) for key, parameter in whole_adapters(narrow).items()]
+    error = sum(float((found - right).square().sum()) for found, right in pairs)
+    return (error / sum(float(right.square().sum()) for _, right in pairs)) ** 0.5
+
+
+def run_sft(folder: Path) -> dict[str, float]:
+    """A step of fine-tuning a tied student on two tensor ranks: its loss and gradients against PEFT's cross-entropy."""
+    from renio_megatron.build import build_trainer, read_inputs
+    from renio_megatron.config import SftConfig
+    from renio_megatron.megatron.start import start
+
+    given = config_of(Case(TP2_SP, FULL, tied=True), folder)
+    config = SftConfig(
+        model=given.model,
+        data=given.data,
+        parallel=given.parallel,
+        train=given.train,
+        lora=given.lora,
+        output_dir=given.output_dir,
+    )
+    layout, inputs = start(config.parallel, seed=7), read_inputs(config)
+    trainer = build_trainer(config, inputs, layout, folder / "unused")
+    learner, student = trainer.algorithm.learner, peft_student(config.model, config.lora)
+    whole = whole_adapters(student)
+    set_adapters(learner, whole)
+    prompts = inputs.stream.batch(0, 8)
+    trainer.save_interval = 0
+    metrics = trainer.run()
+    total, count = torch.zeros(()), 0
+    for prompt in prompts:
+        ids = torch.tensor([prompt.student_ids + prompt.completion_ids])
+        logits = student(ids).logits[0, len(prompt.student_ids) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, len(prompt.student_ids) :], reduction="sum")
+        count += len(prompt.completion_ids)
+    (total / count).backward()
+    norm = float(torch.stack([parameter.grad.norm() for parameter in whole.values()]).norm())
+    return {
+        "loss": abs(metrics["loss"] - float(total.detach()) / count),
+        "grad_norm": abs(metrics["grad_norm"] - norm) / norm,
     }
 
 

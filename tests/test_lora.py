@@ -24,11 +24,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, flo
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_equals_peft(name: str, results: dict[str, dict[str, float]]) -> None:
     found = results[name]
-    for figure in ("logits", "sampler", "loss", "gradient", "grad_norm", "weight"):
-        assert found[figure] < 1e-5, (figure, found)
-    assert found["smallest_gradient"] > 1e-4  # a gradient of 0 would prove nothing
     assert found["frozen"] == 0.0
     assert found["trained"] == found["adapters"]  # nothing else is in the gradients' buffers
+    assert found["smallest_gradient"] > 1e-4  # a gradient of 0 would prove nothing
+    if CASES[name].train.get("bf16"):  # PEFT's own model in bf16 is as far from fp32
+        assert found["all gradients"] < 2 * found["floor"]
+        assert found["grad_norm"] < 2e-2
+        return
+    for figure in ("logits", "sampler", "loss", "gradient", "grad_norm", "weight"):
+        assert found[figure] < 1e-5, (figure, found)
+
+
+def test_a_step_of_fine_tuning_equals_peft(results: dict[str, dict[str, float]]) -> None:
+    assert results["sft"]["loss"] < 1e-5
+    assert results["sft"]["grad_norm"] < 1e-5
 
 
 @pytest.mark.parametrize("name", MUTANTS)
