@@ -28,8 +28,8 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     assert isinstance(config, RunConfig)
     if config.lora.r is not None:
         raise ConfigError(
-            f"renio plan does not count adapters yet (lora.r={config.lora.r}). Plan with lora.r=null: a run with "
-            "adapters holds no more than that, and of gradients and optimiser only the adapters'."
+            f"renio plan does not count adapters yet (lora.r={config.lora.r}). Plan with lora.r=null: of gradients "
+            "and the optimiser's state a run with adapters holds only the adapters'."
         )
     ranks = world_size or config.parallel.model_ranks
     check_world(config, ranks)
