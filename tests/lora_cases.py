@@ -194,7 +194,6 @@ def run_lora(folder: Path) -> dict[str, dict[str, float]]:
     found = {name: run_case(case, folder) for name, case in CASES.items()}
     for name, (case_name, mutate, _) in MUTANTS.items():
         found[name] = run_case(CASES[case_name], folder, mutate)
-    found["sft"] = run_sft(folder)
     return found
 
 
@@ -324,43 +323,6 @@ def _bf16_floor(config: Any, rollouts: list[Any], student: Any, expected: dict[t
     pairs = [(parameter.grad.float(), expected[key]) for key, parameter in whole_adapters(narrow).items()]
     error = sum(float((found - right).square().sum()) for found, right in pairs)
     return (error / sum(float(right.square().sum()) for _, right in pairs)) ** 0.5
-
-
-def run_sft(folder: Path) -> dict[str, float]:
-    """A step of fine-tuning a tied student on two tensor ranks: its loss and gradients against PEFT's cross-entropy."""
-    from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.config import SftConfig
-    from renio_megatron.megatron.start import start
-
-    given = config_of(Case(TP2_SP, FULL, tied=True), folder)
-    config = SftConfig(
-        model=given.model,
-        data=given.data,
-        parallel=given.parallel,
-        train=given.train,
-        lora=given.lora,
-        output_dir=given.output_dir,
-    )
-    layout, inputs = start(config.parallel, seed=7), read_inputs(config)
-    trainer = build_trainer(config, inputs, layout, folder / "unused")
-    learner, student = trainer.algorithm.learner, peft_student(config.model, config.lora)
-    whole = whole_adapters(student)
-    set_adapters(learner, whole)
-    prompts = inputs.stream.batch(0, 8)
-    trainer.save_interval = 0
-    metrics = trainer.run()
-    total, count = torch.zeros(()), 0
-    for prompt in prompts:
-        ids = torch.tensor([prompt.student_ids + prompt.completion_ids])
-        logits = student(ids).logits[0, len(prompt.student_ids) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, ids[0, len(prompt.student_ids) :], reduction="sum")
-        count += len(prompt.completion_ids)
-    (total / count).backward()
-    norm = float(torch.stack([parameter.grad.norm() for parameter in whole.values()]).norm())
-    return {
-        "loss": abs(metrics["loss"] - float(total.detach()) / count),
-        "grad_norm": abs(metrics["grad_norm"] - norm) / norm,
-    }
 
 
 def _logits_error(seen: dict[str, Any], rollouts: list[Any], expected: torch.Tensor) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lora_cases import CASES, MUTANTS, run_lora
+from tests.lora_cases import CASES, MUTANTS
+from tests.lora_sft_cases import run_all
 from tests.multiprocess import run_ranks
 from tests.training_cases import save_models
 
@@ -17,7 +18,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, flo
     """Case -> largest figures over the ranks; one launch."""
     folder = tmp_path_factory.mktemp("lora")
     save_models(folder)
-    by_rank = run_ranks(run_lora, 2, folder, timeout=800)
+    by_rank = run_ranks(run_all, 2, folder, timeout=800)
     return {name: {key: max(found[name][key] for found in by_rank) for key in by_rank[0][name]} for name in by_rank[0]}
 
 
@@ -38,6 +39,11 @@ def test_a_step_equals_peft(name: str, results: dict[str, dict[str, float]]) -> 
 def test_a_step_of_fine_tuning_equals_peft(results: dict[str, dict[str, float]]) -> None:
     assert results["sft"]["loss"] < 1e-5
     assert results["sft"]["grad_norm"] < 1e-5
+
+
+def test_gathers_under_way_are_waited_for(results: dict[str, dict[str, float]]) -> None:
+    assert results["overlap"]["overlap"] < 1e-6
+    assert results["overlap"]["not called"] > 1e-3
 
 
 @pytest.mark.parametrize("name", MUTANTS)
