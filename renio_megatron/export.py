@@ -18,7 +18,7 @@ from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.checkpoint import load_model_weights
 from renio_megatron.megatron.hf import hf_state, load_weights
 from renio_megatron.megatron.model import build_model
-from renio_megatron.megatron.peft_files import merged, write_adapter
+from renio_megatron.megatron.peft_files import adapter_state, merged, write_adapter
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
@@ -72,20 +72,21 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
     if merge:
         load_weights(part, source)
     load_model_weights(checkpoint, part)
-    state = dict(hf_state(part))
+    is_whole = lora.r is None or merge
+    state = dict(hf_state(part)) if is_whole else adapter_state(part)
     if merge:
         state = merged(state, part)
-    stop()
+    stop()  # from here on nothing can be asked of the model
 
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if lora.r is None or merge:
+        if is_whole:
             _copy_description(source, partial)
             _write_weights(_lossless(state, partial / "config.json"), partial)
         else:
-            write_adapter(part, source.resolve(), partial)
+            write_adapter(state, lora, source.resolve(), partial)
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)

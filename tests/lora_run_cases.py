@@ -100,11 +100,13 @@ def _self_teacher(folder: Path) -> dict[str, Any]:
 def exported(folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
     """The run `whole` exported both ways, what the adapter generates in PEFT and the merged model in transformers."""
     import peft
+    from megatron.core import parallel_state
     from transformers import AutoModelForCausalLM
 
     from renio_megatron import export
 
-    export.stop = lambda: None  # type: ignore[assignment]  # this rank is still needed
+    # This rank's process group is still needed; Megatron's groups go, as they do in a process of its own.
+    export.stop = parallel_state.destroy_model_parallel  # type: ignore[assignment]
     export.export_checkpoint(folder / "whole", folder / "adapter", None)
     export.export_checkpoint(folder / "whole", folder / "merged", None, merge=True)
     base = AutoModelForCausalLM.from_pretrained(folder / "deep", dtype=torch.float32)

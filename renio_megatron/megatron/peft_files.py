@@ -65,9 +65,15 @@ def merged(state: dict[str, torch.Tensor], part: ModelPart) -> dict[str, torch.T
     return result
 
 
-def write_adapter(part: ModelPart, model: Path, directory: Path) -> None:
-    """Writes the adapters of a model that is whole on this rank; `model` is the directory they stand beside."""
-    lora = part.lora
+def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, model: Path, directory: Path) -> None:
+    """Writes adapters as PEFT does.
+
+    Args:
+        state: `adapter_state` of a model.
+        lora: what the adapters are.
+        model: the directory of the model that they stand beside.
+        directory: where to.
+    """
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -84,8 +90,8 @@ def write_adapter(part: ModelPart, model: Path, directory: Path) -> None:
         "modules_to_save": None,
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(part).items()}
-    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def check_adapter(directory: Path, lora: LoraConfig) -> None:
