@@ -93,6 +93,10 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         WeightFiles(model).check(architecture)
     if teacher is not None and teacher_architecture is not None:
         WeightFiles(teacher).check(teacher_architecture)
+    if config.lora.adapter is not None:
+        from renio_megatron.megatron.peft_files import check_adapter
+
+        check_adapter(Path(config.lora.adapter), config.lora)
     source = build_source(config.data, "train")
     stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
     first = stream.batch(0, _num_checked(source, config.train))
@@ -154,7 +158,7 @@ def build_trainer(
     lr_at = functools.partial(learning_rate, config.train)
     algorithm: Algorithm
     if isinstance(config, RunConfig):
-        teacher = build_teacher(config, inputs, layout, say)
+        teacher = build_teacher(config, inputs, layout, learner.part, say)
         algorithm = _distillation(config, inputs, layout, sampler, teacher, learner, lr_at, rollout_observers)
     else:
         algorithm = Sft(learner, layout=layout, lr_at=lr_at)
@@ -180,6 +184,7 @@ def build_student(
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.learner import MegatronLearner
     from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.peft_files import load_adapter
     from renio_megatron.megatron.sampler import MegatronSampler
 
     parallel, train = config.parallel, config.train
@@ -190,11 +195,14 @@ def build_student(
         parallel,
         train,
         config.precision,
+        config.lora,
         vocab_size=inputs.vocab_size,
         initialise=not is_loaded,
     )
     if is_loaded:
         load_weights(part, inputs.model, title="student", say=say)
+    if config.lora.adapter is not None:
+        load_adapter(part, Path(config.lora.adapter))
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
     head = config.head if isinstance(config, RunConfig) else HeadConfig()
     learner = MegatronLearner(part, train, parallel, head, temperature=temperature, pad_id=inputs.pad_id)
@@ -204,25 +212,38 @@ def build_student(
     return learner, sampler
 
 
-def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None) -> Any:
-    """The frozen teacher: `MegatronTeacher`."""
+def build_teacher(
+    config: RunConfig,
+    inputs: Inputs,
+    layout: Layout,
+    student: Any = None,
+    say: Callable[[str], None] | None = None,
+) -> Any:
+    """The frozen teacher: `MegatronTeacher`.
+
+    Where it is the initial student and the student has adapters, it is `student`, the `ModelPart`, without them.
+    """
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.teacher import MegatronTeacher
 
     assert inputs.teacher is not None  # a distillation's inputs name one
     assert inputs.teacher_architecture is not None
-    part = build_model(
-        inputs.teacher_architecture,
-        layout,
-        config.parallel,
-        config.train,
-        config.teacher_precision,
-        vocab_size=inputs.vocab_size,
-        trained=False,
-        initialise=False,
-    )
-    load_weights(part, inputs.teacher, title="teacher", say=say)
+    is_student = student is not None and config.lora.r is not None and config.teacher.kind == "self"
+    if is_student:
+        part = student
+    else:
+        part = build_model(
+            inputs.teacher_architecture,
+            layout,
+            config.parallel,
+            config.train,
+            config.teacher_precision,
+            vocab_size=inputs.vocab_size,
+            trained=False,
+            initialise=False,
+        )
+        load_weights(part, inputs.teacher, title="teacher", say=say)
     return MegatronTeacher(
         part,
         config.train,
@@ -230,6 +251,7 @@ def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout, say: Callab
         temperature=config.loss.temperature,
         pad_id=inputs.pad_id,
         payload_device=config.teacher.payload_device,
+        is_student=is_student,
     )
 
 

@@ -21,6 +21,7 @@ from renio_megatron.settings import (
     DataConfig,
     EvaluateConfig,
     HeadConfig,
+    LoraConfig,
     LossConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -41,7 +42,7 @@ class RunConfig:
 
     Attributes:
         model: the student's Hugging Face directory, or a model that ships with the package.
-        teacher, data, rollout, loss, head, weighting, parallel, precision, teacher_precision, train, checkpoint,
+        teacher, data, rollout, loss, head, weighting, parallel, precision, teacher_precision, lora, train, checkpoint,
             evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
@@ -56,6 +57,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     teacher_precision: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -69,7 +71,7 @@ class SftConfig:
     Attributes:
         model: Hugging Face directory, or a model that ships with the package.
         init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
-        data, parallel, precision, train, checkpoint, evaluate: sections, see `settings`.
+        data, parallel, precision, lora, train, checkpoint, evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
 
@@ -78,6 +80,7 @@ class SftConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -124,6 +127,8 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
         _check_packing(config)
         _check_head(config)
     _check_precision(config)
+    if config.lora.r is not None:
+        _check_lora(config)
     return Recipe(config=config, explicit=explicit, kind=kind)
 
 
@@ -225,6 +230,36 @@ def _check_precision(config: RunConfig | SftConfig) -> None:
                 "precision.fp8_param_gather=true needs init=pretrained: random FP8 weights would be the same on every "
                 "tensor-parallel rank. Set init=pretrained, or precision.fp8_param_gather=false."
             )
+
+
+def _check_lora(config: RunConfig | SftConfig) -> None:
+    r, precision = config.lora.r, config.precision
+    if isinstance(config, SftConfig) and config.init != "pretrained":
+        raise ConfigError(
+            f"lora.r={r} with init={config.init}: everything but the adapters would stay random. Set init=pretrained, "
+            "or lora.r=null."
+        )
+    if precision.backend == "te" or precision.fp8 is not None:
+        setting = f"backend={precision.backend}" if precision.fp8 is None else f"fp8={precision.fp8}"
+        raise ConfigError(
+            f"lora.r={r} with precision.{setting}: adapters stand beside Megatron's own linear layers in the "
+            "parameters' dtype; beside Transformer Engine's or FP8 products they are not built. Set "
+            "precision.backend=local and precision.fp8=null, or lora.r=null."
+        )
+    if not isinstance(config, RunConfig) or config.teacher.kind != "self":
+        return
+    if config.lora.adapter is not None:
+        raise ConfigError(
+            f"lora.adapter={config.lora.adapter!r} with teacher.kind=self: the teacher is the student with its "
+            "adapters switched off, so it would not be the student that the run starts from. Merge the adapter into "
+            "the model and give that as `model`, or name a separate teacher."
+        )
+    if config.teacher.payload_device == "recompute":
+        raise ConfigError(
+            f"lora.r={r} with teacher.kind=self and teacher.payload_device=recompute: student and teacher are one "
+            "model, which cannot read for one of them in the middle of a step of the other. Choose host, which keeps "
+            "as little on the device."
+        )
 
 
 def _check_head(config: RunConfig) -> None:

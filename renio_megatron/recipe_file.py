@@ -21,7 +21,13 @@ from renio_megatron.errors import ConfigError
 
 COMMAND_LINE = "command line"
 _SELECTORS = ("name", "kind")
-_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_WANTED = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list[str]: "a list of words",
+}
 
 _Schema = TypeVar("_Schema")
 _Flat = dict[str, tuple[Any, str]]

@@ -5,6 +5,7 @@ A setting that would be ignored is an error, because whoever wrote it believes t
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import reduce
 from typing import Any
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.settings import TeacherPrecisionConfig
 from renio_megatron.settings.checks import require_choice
 
 # Names that are looked up in tables of modules which import torch; repeated here so that a typo is found without it.
@@ -114,6 +116,11 @@ _IGNORED_BY_ALL = (
         "checkpoint.save_interval is not below train.train_iters: only the last step is saved, and waited for",
     ),
     _Ignored(
+        ("lora.alpha", "lora.dropout", "lora.use_rslora", "lora.targets", "lora.adapter"),
+        lambda config: config.lora.r is None,
+        "lora.r is null and the whole student is trained",
+    ),
+    _Ignored(
         ("train.min_lr",),
         lambda config: config.train.lr_decay_style == "constant",
         "train.lr_decay_style is constant and the rate does not decay",
@@ -143,7 +150,14 @@ def _without_fp8(section: str) -> tuple[_Ignored, ...]:
     )
 
 
+_TEACHER_PRECISION = tuple(f"teacher_precision.{field.name}" for field in dataclasses.fields(TeacherPrecisionConfig))
+
 _IGNORED_BY_TRAIN = (
+    _Ignored(
+        _TEACHER_PRECISION,
+        lambda config: config.lora.r is not None and config.teacher.kind == "self",
+        "with lora.r and teacher.kind=self the teacher is the student with its adapters switched off",
+    ),
     *_without_fp8("teacher_precision"),
     _Ignored(
         ("teacher_precision.fp8_param_gather",),

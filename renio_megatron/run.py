@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
 from renio_megatron.config import Recipe, RunConfig
-from renio_megatron.diagnose.health import health, layers
+from renio_megatron.diagnose.health import health, layers, trained
 from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.megatron.start import start
@@ -67,6 +67,8 @@ def run_recipe(
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
+    if config.lora.r is not None:
+        line = f"{line}; {trained(config.lora)}"
     if layout.is_main:
         say(line)
         for warning in warnings:

@@ -136,11 +136,15 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
     }
 
 
-def reference_step(config: RunConfig, rollouts: list[Rollout]) -> dict[str, Any]:
-    """Loss, weights and gradients of the whole batch in one process, by transformers and autograd."""
+def reference_step(config: RunConfig, rollouts: list[Rollout], student: Any = None) -> dict[str, Any]:
+    """Loss, weights and gradients of the whole batch in one process, by transformers and autograd.
+
+    `student` takes the place of the model of `config`.
+    """
     from transformers import AutoModelForCausalLM
 
-    student = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    if student is None:
+        student = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model or config.model, dtype=torch.float32)
     rows: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
     for rollout in rollouts:
@@ -167,9 +171,10 @@ def reference_step(config: RunConfig, rollouts: list[Rollout]) -> dict[str, Any]
         uniform=weighting.name == "uniform",
     )
     result["loss"].backward()
-    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
     norm = torch.sqrt(sum(gradient.double().square().sum() for gradient in gradients.values()))
-    return {**result, "gradients": gradients, "grad_norm": float(norm)}
+    logits = torch.cat(rows["student"]).detach()
+    return {**result, "logits": logits, "gradients": gradients, "grad_norm": float(norm)}
 
 
 def worst_gradient_error(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from renio_megatron.cli.run import checked_recipe, set_hardware_variables_of
 from renio_megatron.config import RunConfig
-from renio_megatron.errors import CheckpointError, RenioError
+from renio_megatron.errors import CheckpointError, ConfigError, RenioError
 from renio_megatron.settings import PrecisionConfig
 
 if TYPE_CHECKING:
@@ -92,6 +92,11 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
     """
     recipe = checked_recipe("train", path, overrides)
     assert isinstance(recipe.config, RunConfig)
+    if recipe.config.lora.r is not None:
+        raise ConfigError(
+            f"renio compare-precision: FP8 products beside adapters are not built (lora.r={recipe.config.lora.r}). "
+            "Compare with lora.r=null, or with the merged model."
+        )
     set_hardware_variables_of(recipe.config)
 
     from rich.console import Console

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from renio_megatron.config import MODEL_TYPES, RunConfig, check_models, check_world, load_recipe
+from renio_megatron.errors import ConfigError
 from renio_megatron.plan.memory import RESERVE, plan_memory, workload
 from renio_megatron.plan.models import MIXTURE_TYPES, PlannedModel, read_model
 from renio_megatron.report.plan_table import plan_table
@@ -25,6 +26,11 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     """
     config = load_recipe("train", path, overrides).config
     assert isinstance(config, RunConfig)
+    if config.lora.r is not None:
+        raise ConfigError(
+            f"renio plan does not count adapters yet (lora.r={config.lora.r}). Plan with lora.r=null: of gradients "
+            "and the optimiser's state a run with adapters holds only the adapters'."
+        )
     ranks = world_size or config.parallel.model_ranks
     check_world(config, ranks)
     check_models(config, teacher_types=(*MODEL_TYPES, *MIXTURE_TYPES))

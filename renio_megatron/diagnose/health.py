@@ -13,7 +13,7 @@ import torch.distributed as dist
 import renio_megatron
 from renio_megatron.megatron.backend import words
 from renio_megatron.parallel.layout import Layout, device_name
-from renio_megatron.settings import PrecisionConfig
+from renio_megatron.settings import LoraConfig, PrecisionConfig
 
 
 def health(layout: Layout) -> tuple[str, list[str]]:
@@ -68,6 +68,19 @@ def layers(student: PrecisionConfig, teacher: PrecisionConfig | None, device: to
     """
     text = f"layers: student {words(student, device, bf16=bf16)}"
     return text if teacher is None else f"{text}, teacher {words(teacher, device, bf16=bf16)}"
+
+
+def trained(lora: LoraConfig) -> str:
+    """What of the student is trained.
+
+    >>> trained(LoraConfig(r=8, targets=["v_proj", "q_proj"]))
+    'adapters alone are trained: r 8, scale 2, on q_proj, v_proj'
+    >>> trained(LoraConfig())
+    'the whole student is trained'
+    """
+    if lora.r is None:
+        return "the whole student is trained"
+    return f"adapters alone are trained: r {lora.r}, scale {lora.scale:g}, on {', '.join(lora.names)}"
 
 
 def differences(reports: list[tuple[str, str, str]]) -> list[str]:

@@ -34,6 +34,7 @@ from renio_megatron.checkpoint_files import (
 from renio_megatron.errors import CheckpointError
 from renio_megatron.files import remove_directory
 from renio_megatron.megatron.learner import MegatronLearner
+from renio_megatron.megatron.lora import lora_form
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.sharded_state import restore_state, restore_weights, sharded_state, sharded_weights
 from renio_megatron.megatron.versions import own_writer
@@ -147,6 +148,7 @@ class MegatronKeeper:
         return {
             "rng": ShardedObject("rng", state, (1,), (0,), replica_id=part.layout.rank),
             "architecture": dataclasses.asdict(part.architecture),
+            "lora": lora_form(part.lora),
             "optimizer_form": self._learner.optimizer_form(),
             "config": self._config,
         }
@@ -256,7 +258,7 @@ def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
     """What a checkpoint holds once, whatever its ranks.
 
     Raises:
-        CheckpointError: it is not one of ours, or of another architecture than `part`.
+        CheckpointError: it is not one of ours, of another architecture than `part`, or of other adapters.
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(directory))
@@ -277,7 +279,20 @@ def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
             f"the checkpoint {directory} is of another architecture ({'; '.join(differing)}). "
             "Point `model` back to the model that the run started from, or start again with --fresh."
         )
+    lora, own_lora = common.get("lora"), lora_form(part.lora)
+    if lora != own_lora:
+        _raise_shared(
+            f"the checkpoint {directory} holds {_what_is_trained(lora)}, and {_what_is_trained(own_lora)} would be "
+            "read from it. Set `lora` as in the run that wrote it; or write its model with `renio export` (--merge for "
+            "adapters), and give that directory as `model`."
+        )
     return common
+
+
+def _what_is_trained(lora: dict[str, Any] | None) -> str:
+    if lora is None:
+        return "a whole model (lora.r: null)"
+    return f"adapters ({', '.join(f'lora.{key}: {value}' for key, value in lora.items())})"
 
 
 def _refuse(directory: Path, error: BaseException) -> NoReturn:

@@ -19,6 +19,7 @@ import torch
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
 from renio_megatron.megatron.hf_slices import VOCABULARY, Slice, hf_names, is_gate_and_up, is_qkv, slices_of
+from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.te_modules import fill, is_quantised, values_of
 
@@ -34,7 +35,7 @@ LINE_INTERVAL_S = 2.0
 def load_weights(
     part: ModelPart, directory: Path, *, title: str = "model", say: Callable[[str], None] | None = None
 ) -> int:
-    """Fills this rank's parameters from a Hugging Face directory.
+    """Fills this rank's parameters from a Hugging Face directory; adapters stay as they are.
 
     Beside the parameters it holds `NUM_THREADS` chunks of `CHUNK_BYTES` at the most, and of parameters in FP8, which
     can only be filled at once, one or, where its parts are in two files, two local tensors.
@@ -89,8 +90,13 @@ def to_hf(name: str, tensor: torch.Tensor, architecture: Architecture) -> list[t
 
 
 def hf_state(part: ModelPart) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and tensors of a model that is whole on this rank (one tensor rank, one stage)."""
+    """Hugging Face names and tensors of a model that is whole on this rank (one tensor rank, one stage).
+
+    Adapters are left out.
+    """
     for name, parameter in part.named_parameters():
+        if is_adapter(name):
+            continue
         whole = values_of(parameter)
         if name in VOCABULARY:
             whole = whole[: part.architecture.vocab_size]
@@ -133,6 +139,8 @@ _Job = tuple[_Target, list[Slice]]
 def _targets(part: ModelPart) -> Iterator[_Target]:
     shapes, tensor = hf_shapes(part.architecture), part.layout.tensor
     for name, parameter in part.named_parameters():
+        if is_adapter(name):
+            continue
         num_rows = parameter.shape[0]
         slices = slices_of(name, part.architecture, shapes, rank=tensor.rank, size=tensor.size, num_rows=num_rows)
         num_read = sum(one.num_rows for one in slices)

@@ -143,7 +143,7 @@ class MegatronLearner:
             return {}
         return {
             name: parameter.main_grad.detach().float().cpu().clone()  # type: ignore[attr-defined]
-            for name, parameter in self.part.named_parameters()
+            for name, parameter in self.part.trained_parameters()
             if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
         }
 
@@ -201,7 +201,7 @@ class MegatronLearner:
         bad = torch.zeros((), device=self.part.layout.device)
         name = None
         if not finite:
-            named = self.part.named_parameters()
+            named = self.part.trained_parameters()
             name = next((n for n, p in named if not bool(torch.isfinite(p.main_grad).all())), None)  # type: ignore
             bad += name is not None
         dist.all_reduce(bad)

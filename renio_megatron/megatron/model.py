@@ -11,7 +11,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +31,13 @@ from renio_megatron.megatron.backend import (
     resolve_backend,
 )
 from renio_megatron.megatron.fp8_emulation import emulate_fp8
+from renio_megatron.megatron.lora import add_lora, check_backend, switched_off
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
 from renio_megatron.records import LmHead
-from renio_megatron.settings import ParallelConfig, PrecisionConfig, TrainConfig
+from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 
@@ -63,6 +64,7 @@ class ModelPart:
         shard: this rank's columns of the LM head.
         layout: this rank's place.
         backend: what its layers are made of, `te` or `local`.
+        lora: what its adapters are; there are none where `r` is None.
         fp8_multiple: what the tokens of a pass over this rank's layers must be a multiple of; 1 without FP8.
         settle: makes the weights current, where they lag behind the optimiser; called before every use but training's.
     """
@@ -73,6 +75,7 @@ class ModelPart:
     shard: VocabShard
     layout: Layout
     backend: str = "local"
+    lora: LoraConfig = field(default_factory=LoraConfig)
     fp8_multiple: int = 1
     settle: Callable[[], None] = lambda: None
 
@@ -83,6 +86,21 @@ class ModelPart:
             for name, parameter in chunk.named_parameters():
                 match = _LAYER.fullmatch(name)
                 yield f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name, parameter
+
+    def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Those of `named_parameters` that have a gradient: all of a student's, or its adapters'."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The frozen model that the adapters stand beside, in evaluation mode. No gradient may be wanted of it."""
+        was_training = self.chunks[0].training
+        self.train(False)
+        try:
+            with switched_off(self.chunks):
+                yield
+        finally:
+            self.train(was_training)
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode."""
@@ -257,6 +275,7 @@ def build_model(
     parallel: ParallelConfig,
     train: TrainConfig,
     precision: PrecisionConfig | None = None,
+    lora: LoraConfig | None = None,
     *,
     vocab_size: int,
     trained: bool = True,
@@ -270,14 +289,16 @@ def build_model(
         train: dtype, packing, recomputation, and the seed of the weights.
         precision: what the layers are built of and compute in; None: the defaults. What a GPU or a shape does not
             allow is a ConfigError.
+        lora: adapters, beside which everything is frozen; None: none.
         vocab_size: V of the loss. A teacher gets the student's, so that both heads are cut at the same edges.
         trained: False for a model that only runs forward.
         initialise: draw random weights, the same for every tensor-parallel size; False where all weights are loaded
             next: they are whatever the device's memory held, and nothing is made or drawn on the host.
     """
-    precision = precision or PrecisionConfig()
+    precision, lora = precision or PrecisionConfig(), lora or LoraConfig()
     backend = resolve_backend(precision, layout.device, bf16=train.bf16)
     check_model(architecture, parallel, train, precision, backend, layout.device)
+    check_backend(lora, backend)
     config = transformer_config(
         architecture, parallel, train, precision, trained=trained, initialise=initialise, backend=backend
     )
@@ -305,6 +326,7 @@ def build_model(
                 vp_stage=vp_stage,
             )
         emulate_fp8(chunk.decoder, precision)
+        add_lora(chunk, lora, seed=train.seed)
         if config.use_cpu_initialization:  # else they were made where they belong
             chunk.to(layout.device)
         if chunk.post_process:
@@ -316,7 +338,9 @@ def build_model(
     start = layout.tensor.rank * width
     shard = VocabShard(start, start + width, vocab_size, layout.tensor.group)
     multiple = fp8_multiple(precision)
-    return ModelPart(tuple(chunks), config, architecture, shard, layout, backend=backend, fp8_multiple=multiple)
+    return ModelPart(
+        tuple(chunks), config, architecture, shard, layout, backend=backend, lora=lora, fp8_multiple=multiple
+    )
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from renio_megatron.megatron.learner import MegatronLearner
+from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.versions import make_adam_loadable, own_steps
 
@@ -22,14 +23,19 @@ def sharded_weights(part: ModelPart) -> dict[str, Any]:
     """The weights, a dictionary for each chunk: names are local in it, the tensors' own keys are the whole model's.
 
     Both backends write the same keys. What Transformer Engine's modules add to them holds something under delayed
-    scaling only, its scales; a model with delayed scaling reads no other checkpoint.
+    scaling only, its scales; a model with delayed scaling reads no other checkpoint. Of a model with adapters they are
+    those alone: the rest is what it was loaded from.
     """
     part.settle()
     keeps_scales = part.config.fp8 is not None and part.config.fp8_recipe == "delayed"
     states = [chunk.sharded_state_dict(metadata=dict(_METADATA)) for chunk in part.chunks]
+    has_adapters = part.lora.r is not None
+
+    def is_kept(key: str) -> bool:
+        return is_adapter(key) if has_adapters else keeps_scales or not key.endswith("_extra_state")
+
     return {
-        str(number): {key: value for key, value in state.items() if keeps_scales or not key.endswith("_extra_state")}
-        for number, state in enumerate(states)
+        str(number): {key: value for key, value in state.items() if is_kept(key)} for number, state in enumerate(states)
     }
 
 

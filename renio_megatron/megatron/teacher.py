@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -32,12 +33,18 @@ class MegatronTeacher:
         temperature: float,
         pad_id: int,
         payload_device: str = "device",
+        is_student: bool = False,
     ) -> None:
-        """Freezes `part`; log-probabilities are at `temperature`, hidden states wait at `payload_device`."""
-        for chunk in part.chunks:
-            chunk.requires_grad_(False)
-        part.train(False)
-        self._part = part
+        """Freezes `part`; log-probabilities are at `temperature`, hidden states wait at `payload_device`.
+
+        Where `is_student`, `part` is the student's: it stays as it is, and a teacher's pass switches its adapters off.
+        """
+        assert not (is_student and payload_device == "recompute")  # no pass inside a step of the same model
+        if not is_student:
+            for chunk in part.chunks:
+                chunk.requires_grad_(False)
+            part.train(False)
+        self._part, self._is_student = part, is_student
         self._head_config = head
         self._temperature = temperature
         self._payload_device = payload_device
@@ -64,7 +71,8 @@ class MegatronTeacher:
             logp = linear_token_logp(rows, part.head(), micro_batch.target_ids, self._head_config, self._temperature)
             return logp, self._place(rows)
 
-        kept = run_forward(part, micro_batches, keep)
+        with part.without_adapters() if self._is_student else contextlib.nullcontext():
+            kept = run_forward(part, micro_batches, keep)
         logp = share_tokens([logp for logp, _ in kept], micro_batches, layout)
         if not bool(torch.isfinite(logp).all()):
             raise NumericsError(

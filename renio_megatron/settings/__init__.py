@@ -1,5 +1,6 @@
 """Typed settings of every component: values and their ranges, no behaviour."""
 
+from renio_megatron.settings.lora import LoraConfig
 from renio_megatron.settings.loss import HeadConfig, LossConfig
 from renio_megatron.settings.precision import PrecisionConfig, TeacherPrecisionConfig
 from renio_megatron.settings.run import (
@@ -17,6 +18,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "HeadConfig",
+    "LoraConfig",
     "LossConfig",
     "ParallelConfig",
     "PrecisionConfig",

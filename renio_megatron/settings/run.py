@@ -14,7 +14,8 @@ class TeacherConfig:
 
     Attributes:
         kind: `separate`, a frozen model of its own; `self`, the student's initial weights, frozen, reading the
-            teacher's view of the prompt (`data.teacher_template`).
+            teacher's view of the prompt (`data.teacher_template`). Beside a student with adapters (`lora.r`) these are
+            the student without them, not a second copy.
         model: Hugging Face directory of a separate teacher.
         payload_device: where its final hidden states at completion tokens wait for the loss: `device`, all of the
             step's; `host`, in pinned memory, one micro-batch's at a time on the device; `recompute`, nowhere: the
