@@ -92,6 +92,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def wait_for_listener(port: int, seconds: float) -> None:
+    """Until somebody on this machine accepts connections at a port."""
+    end = time.monotonic() + seconds
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end, f"nobody listens at port {port} after {seconds} s"
+        time.sleep(0.05)
+
+
 def slurm_commands(folder: Path) -> str:
     """A directory with stand-ins of sbatch, srun and scontrol, which note what they were given in `folder`."""
     (folder / "bin").mkdir()

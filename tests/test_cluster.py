@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clusters import RECIPE, ROOT, SETTINGS, Cluster, free_port, slurm_commands
+from tests.clusters import RECIPE, ROOT, SETTINGS, Cluster, free_port, slurm_commands, wait_for_listener
 
 STATIC, ELASTIC = (str(ROOT / "examples" / "multi_node" / f"{name}.sh") for name in ("static", "elastic"))
 SBATCH = str(ROOT / "scripts" / "slurm" / "train.sbatch")
@@ -91,8 +91,10 @@ def test_where_one_launcher_is_killed_the_other_ends_in_time(cluster):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_with_restarts_the_run_resumes_when_the_lost_node_is_back(cluster, losses):
-    place = {"RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "JOB_ID": "two"}
+    port = free_port()
+    place = {"RDZV_ENDPOINT": f"127.0.0.1:{port}", "JOB_ID": "two"}
     (first,) = start_nodes(cluster, ELASTIC, *SHORT, nodes=(0,), **place)
+    wait_for_listener(port, START)  # here both nodes have the endpoint's address, and the one that comes first hosts it
     (second,) = start_nodes(cluster, ELASTIC, *SHORT, nodes=(1,), **place)
     cluster.wait_for("run", 2, START)
     os.kill(second.pid, signal.SIGKILL)
