@@ -25,6 +25,7 @@ from renio_megatron.data.prompts import (
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
+from renio_megatron.layout_rules import has_own_layout, teacher_parallel
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
@@ -34,7 +35,7 @@ from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver
 from renio_megatron.scores import SampleWeights
-from renio_megatron.settings import HeadConfig, TrainConfig
+from renio_megatron.settings import HeadConfig, ParallelConfig, TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.trainer import Trainer
 
@@ -219,31 +220,19 @@ def build_teacher(
     student: Any = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """The frozen teacher: `MegatronTeacher`.
+    """The frozen teacher: `MegatronTeacher`, or `DetachedTeacher` where it has a layout of its own.
 
     Where it is the initial student and the student has adapters, it is `student`, the `ModelPart`, without them.
     """
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.teacher import MegatronTeacher
 
-    assert inputs.teacher is not None  # a distillation's inputs name one
-    assert inputs.teacher_architecture is not None
+    if has_own_layout(config.parallel, config.teacher):
+        return _detached_teacher(config, inputs, layout, student, say)
     is_student = student is not None and config.lora.r is not None and config.teacher.kind == "self"
     if is_student:
         part = student
     else:
-        part = build_model(
-            inputs.teacher_architecture,
-            layout,
-            config.parallel,
-            config.train,
-            config.teacher_precision,
-            vocab_size=inputs.vocab_size,
-            trained=False,
-            initialise=False,
-        )
-        load_weights(part, inputs.teacher, title="teacher", say=say)
+        part = _teacher_part(config, inputs, layout, config.parallel, say)
     return MegatronTeacher(
         part,
         config.train,
@@ -253,6 +242,78 @@ def build_teacher(
         payload_device=config.teacher.payload_device,
         is_student=is_student,
     )
+
+
+def build_scorer(config: RunConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None) -> Any:
+    """The `DetachedTeacher` of a rank that only scores."""
+    return _detached_teacher(config, inputs, layout, None, say)
+
+
+def _detached_teacher(
+    config: RunConfig, inputs: Inputs, layout: Layout, student: Any, say: Callable[[str], None] | None
+) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from renio_megatron.megatron.detached_teacher import DetachedTeacher, Reader
+    from renio_megatron.megatron.groups import place_beside
+    from renio_megatron.megatron.start import bridge
+    from renio_megatron.parallel.exchange import axis_of
+    from renio_megatron.parallel.seats import Seats
+
+    parallel = teacher_parallel(config.parallel, config.teacher)
+    is_dedicated = config.teacher.ranks == "dedicated"
+    reader = None
+    if layout.is_scorer:
+        reader = Reader(_teacher_part(config, inputs, layout, parallel, say), None)
+    elif not is_dedicated:
+        place = place_beside(parallel, layout.device)
+        with place.entered():
+            reader = Reader(_teacher_part(config, inputs, place.layout, parallel, say), place)
+    assert inputs.teacher_architecture is not None
+    return DetachedTeacher(
+        reader,
+        None if layout.is_scorer else layout,
+        Seats.of(
+            bridge().axis if is_dedicated else axis_of(dist.distributed_c10d._get_default_group()),
+            None if layout.is_scorer else layout,
+            None if reader is None else reader.part.layout,
+            layout.device,
+        ),
+        bridge() if is_dedicated else None,
+        architecture=inputs.teacher_architecture,
+        shard=None if layout.is_scorer else student.shard,
+        train=config.train,
+        head=config.head,
+        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        device=layout.device,
+        temperature=config.loss.temperature,
+        pad_id=inputs.pad_id,
+        payload_device=config.teacher.payload_device,
+    )
+
+
+def _teacher_part(
+    config: RunConfig, inputs: Inputs, layout: Layout, parallel: ParallelConfig, say: Callable[[str], None] | None
+) -> Any:
+    """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
+    from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.model import build_model
+
+    assert inputs.teacher is not None  # a distillation's inputs name one
+    assert inputs.teacher_architecture is not None
+    part = build_model(
+        inputs.teacher_architecture,
+        layout,
+        parallel,
+        config.train,
+        config.teacher_precision,
+        vocab_size=inputs.vocab_size,
+        trained=False,
+        initialise=False,
+    )
+    load_weights(part, inputs.teacher, title="teacher", say=say)
+    return part
 
 
 def decoding_of(config: RunConfig) -> Decoding:

@@ -13,7 +13,16 @@ from omegaconf import OmegaConf
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
-from renio_megatron.layout_rules import check_cut, check_layout, check_recomputation
+from renio_megatron.layout_rules import (
+    check_cut,
+    check_layout,
+    check_recomputation,
+    check_teacher_layout,
+    fewest_ranks,
+    has_own_layout,
+    num_scorers,
+    teacher_parallel,
+)
 from renio_megatron.recipe_file import read_recipe
 from renio_megatron.recipe_rules import check_settings, is_changeable
 from renio_megatron.settings import (
@@ -134,9 +143,17 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
 
 def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
     """Raises `ConfigError` where a run cannot be shared among `world_size` ranks, or its batch cannot be divided."""
+    if isinstance(config, RunConfig):
+        check_teacher_layout(config.parallel, config.teacher, world_size)
+        world_size -= num_scorers(config.parallel, config.teacher)
     check_layout(config.parallel, config.train, world_size)
     if isinstance(config, RunConfig) and config.weighting.name == "renio":
         _check_weighting(config.weighting, config.train.global_batch_size)
+
+
+def smallest_world(config: RunConfig | SftConfig) -> int:
+    """Ranks that hold one copy of each model."""
+    return fewest_ranks(config.parallel, config.teacher if isinstance(config, RunConfig) else None)
 
 
 def check_models(config: RunConfig | SftConfig, *, teacher_types: tuple[str, ...] = MODEL_TYPES) -> None:
@@ -148,7 +165,8 @@ def check_models(config: RunConfig | SftConfig, *, teacher_types: tuple[str, ...
     check_recomputation(num_layers, config.parallel, config.train)
     if isinstance(config, RunConfig) and config.teacher.kind == "separate":
         assert config.teacher.model is not None
-        _check_model("teacher.model", config.teacher.model, config.parallel, teacher_types, trained=False)
+        parallel = teacher_parallel(config.parallel, config.teacher)
+        _check_model("teacher.model", config.teacher.model, parallel, teacher_types, trained=False)
 
 
 def to_yaml(config: RunConfig | SftConfig) -> str:
@@ -266,6 +284,12 @@ def _check_head(config: RunConfig) -> None:
     if config.head.logits_dtype == "bf16" and not config.train.bf16:
         raise ConfigError(
             "head.logits_dtype=bf16 with train.bf16=false: the models are fp32, and so are their logits. Set fp32."
+        )
+    if config.teacher.payload_device == "recompute" and has_own_layout(config.parallel, config.teacher):
+        raise ConfigError(
+            "teacher.payload_device=recompute beside a layout of the teacher's own (teacher.parallel, teacher.ranks): "
+            "its ranks cannot read in the middle of the student's step. Choose host, which keeps as little on the "
+            "device."
         )
     if config.teacher.payload_device == "recompute" and config.parallel.pipeline_model_parallel_size > 1:
         raise ConfigError(

@@ -2,8 +2,90 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import ParallelConfig, TrainConfig
+from renio_megatron.settings import ParallelConfig, TeacherConfig, TrainConfig
+
+
+def teacher_parallel(parallel: ParallelConfig, teacher: TeacherConfig) -> ParallelConfig:
+    """How ranks share the teacher: the student's layout, or the teacher's own.
+
+    One of its own is neither interleaved nor context-parallel.
+    """
+    own = teacher.parallel
+    tensor = own.tensor_model_parallel_size or parallel.tensor_model_parallel_size
+    pipeline = own.pipeline_model_parallel_size or parallel.pipeline_model_parallel_size
+    wants_sequence = parallel.sequence_parallel if own.sequence_parallel is None else own.sequence_parallel
+    return replace(
+        parallel,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1 if _is_given(teacher) else parallel.context_parallel_size,
+        sequence_parallel=wants_sequence and tensor > 1,
+        use_distributed_optimizer=False,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+    )
+
+
+def has_own_layout(parallel: ParallelConfig, teacher: TeacherConfig) -> bool:
+    """Whether the teacher's ranks, or their places, are others than the student's."""
+    resolved = teacher_parallel(parallel, teacher)
+    return _is_given(teacher) and (
+        teacher.ranks == "dedicated"
+        or resolved.sequence_parallel != parallel.sequence_parallel
+        or any(
+            getattr(resolved, key) != getattr(parallel, key)
+            for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        )
+    )
+
+
+def num_scorers(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
+    """Ranks that only score, which are the last of the world."""
+    if teacher.ranks != "dedicated":
+        return 0
+    return teacher_parallel(parallel, teacher).model_ranks * teacher.data_parallel_size
+
+
+def fewest_ranks(parallel: ParallelConfig, teacher: TeacherConfig | None) -> int:
+    """Ranks of the smallest world that can run it: one copy of the student, and the teacher's."""
+    if teacher is None:
+        return parallel.model_ranks
+    if teacher.ranks == "dedicated":
+        return parallel.model_ranks + num_scorers(parallel, teacher)
+    return math.lcm(parallel.model_ranks, teacher_parallel(parallel, teacher).model_ranks)
+
+
+def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world_size: int) -> None:
+    """Raises `ConfigError` where `world_size` ranks cannot hold the teacher in this way."""
+    resolved, scorers = teacher_parallel(parallel, teacher), num_scorers(parallel, teacher)
+    if teacher.parallel.sequence_parallel and resolved.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            "teacher.parallel.sequence_parallel=true would be ignored: it shares the sequence among tensor-parallel "
+            "ranks, and the teacher has one. Raise teacher.parallel.tensor_model_parallel_size, or set it to null."
+        )
+    if scorers >= world_size:
+        raise ConfigError(
+            f"teacher.ranks=dedicated takes {scorers} ranks (tensor {resolved.tensor_model_parallel_size} x pipeline "
+            f"{resolved.pipeline_model_parallel_size} x data {teacher.data_parallel_size}) of a world of {world_size}, "
+            f"and none remains for the student. Start at least {fewest_ranks(parallel, teacher)} ranks (--nproc), or "
+            "set teacher.ranks=colocated."
+        )
+    if not scorers and world_size % resolved.model_ranks:
+        raise ConfigError(
+            f"one copy of the teacher takes {resolved.model_ranks} ranks (teacher.parallel: tensor "
+            f"{resolved.tensor_model_parallel_size} x pipeline {resolved.pipeline_model_parallel_size}), which does "
+            f"not divide the world of {world_size}. Start a multiple of {fewest_ranks(parallel, teacher)} ranks "
+            "(--nproc), or change the sizes in teacher.parallel."
+        )
+
+
+def _is_given(teacher: TeacherConfig) -> bool:
+    return teacher.ranks == "dedicated" or any(value is not None for value in vars(teacher.parallel).values())
 
 
 def check_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:

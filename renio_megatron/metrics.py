@@ -63,6 +63,7 @@ METRICS: dict[str, Metric] = {
     "time/rollout_s": Metric("s", "max", "sampling of the completions, on the first rank"),
     "time/teacher_s": Metric("s", "max", "scoring by the teacher, on the first rank"),
     "time/train_s": Metric("s", "max", "forward, backward and optimiser, on the first rank"),
+    "teacher/payload_sent_mb": Metric("MiB", "max", "teacher's hidden states that ranks sent each other in a step"),
     "memory/teacher_payload_mb": Metric("MiB", "max", "device memory that the teacher's hidden states took at a time"),
     "train/skipped_frac": Metric("1", "mean", "1 where the step was left out because its gradient was not finite"),
     "tokens_per_s": Metric("tokens/s", "mean", "completion tokens of all ranks over the time of the step"),

@@ -145,11 +145,14 @@ class TeacherScores:
             micro-batches: final hidden states at its completion rows, [N of the micro-batch, H of the teacher]; it may
             be fetched or computed where it is asked for. Empty on ranks that compute no loss.
         payload_bytes: what the payload takes of the device's memory at a time.
+        sent_bytes: hidden states that went from a rank to another for it, over all ranks; None where the teacher's
+            layout is the student's.
     """
 
     logp: torch.Tensor
     payload: Sequence[torch.Tensor]
     payload_bytes: int = 0
+    sent_bytes: int | None = None
 
 
 @dataclass(frozen=True)

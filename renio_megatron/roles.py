@@ -30,6 +30,10 @@ class Teacher(Protocol):
         """Log-probabilities of the sampled tokens and the payload of each of the student's micro-batches."""
         ...
 
+    def close(self) -> None:
+        """Lets go ranks that only score: nothing more will be asked."""
+        ...
+
     @property
     def head(self) -> LmHead:
         """What makes logits of the payload, cut at the student's columns; where the loss is computed."""

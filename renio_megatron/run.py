@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from renio_megatron.build import build_trainer, read_inputs
-from renio_megatron.config import Recipe, RunConfig
+from renio_megatron.build import Inputs, build_scorer, build_trainer, read_inputs
+from renio_megatron.config import Recipe, RunConfig, SftConfig
 from renio_megatron.diagnose.health import health, layers, trained
 from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError, RunStopped
-from renio_megatron.megatron.start import start
+from renio_megatron.layout_rules import num_scorers, teacher_parallel
+from renio_megatron.megatron.start import bridge, start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
+from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.rundir import RunDirectory
@@ -59,7 +61,19 @@ def run_recipe(
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
-    layout = start(config.parallel, seed=config.train.seed, deterministic_mode=config.train.deterministic_mode)
+    scorers, places = _scorers(config), None
+    if scorers:
+        assert isinstance(config, RunConfig)
+        places = teacher_parallel(config.parallel, config.teacher)
+    layout = start(
+        config.parallel,
+        seed=config.train.seed,
+        deterministic_mode=config.train.deterministic_mode,
+        scorers=places,
+        num_scorers=scorers,
+    )
+    if layout.is_scorer:
+        return _score(config, inputs, layout)
     line, warnings = health(layout)
     teacher = config.teacher_precision if isinstance(config, RunConfig) else None
     try:
@@ -74,7 +88,10 @@ def run_recipe(
         for warning in warnings:
             logger.warning(warning)
     directory = RunDirectory(config.output_dir)
-    if on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished":
+    is_finished = on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished"
+    if scorers:
+        tell_scorers(is_finished, layout)
+    if is_finished:
         return "finished"
     observers: list[Observer] = []
     rollout_observers: list[RolloutObserver] = []
@@ -110,10 +127,33 @@ def run_recipe(
         sigterm = stack.enter_context(StopSignal())
         trainer.stop_requested = lambda: _any_rank(layout, sigterm.received)
         metrics = trainer.run()
+    trainer.algorithm.close()
     if trainer.stopped:
         raise RunStopped(trainer.step)
     on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **(metrics or _last_row(directory))}))
     return "resumed" if first else "new"
+
+
+def _scorers(config: RunConfig | SftConfig) -> int:
+    return num_scorers(config.parallel, config.teacher) if isinstance(config, RunConfig) else 0
+
+
+def _score(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> str:
+    """A run on a rank that only scores: it serves until the others are done. They save, and answer SIGTERM."""
+    assert isinstance(config, RunConfig)
+    if tell_scorers(False, layout):
+        return "finished"
+    teacher = build_scorer(config, inputs, layout)
+    with StopSignal():
+        while teacher.serve():
+            pass
+    return "new"
+
+
+def tell_scorers(is_finished: bool, layout: Layout) -> bool:
+    """Whether there is nothing to do, as the ranks that train say; one collective with those that only score."""
+    flags = gather_rows(torch.tensor([[int(is_finished)]], device=layout.device), bridge().axis)
+    return any(int(flag) for flag in flags)
 
 
 def _last_row(directory: RunDirectory) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
     optimizer.step = step_after_looking
     trainer.save_interval = 0
     metrics = trainer.run()
+    algorithm.close()
 
     shares: list[Any] = [None] * layout.data.size
     dist.all_gather_object(shares, (seen["rollouts"], seen["sample"].weights.tolist()), group=layout.data.group)
@@ -128,6 +129,7 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
         "tokens": [rollout.completion_ids for rollout in rollouts],
         "weights": weights,
         "loss": metrics["loss"],
+        "sent_mb": metrics.get("teacher/payload_sent_mb"),
         "raw_weights_not_1": int((reference["raw_weights"] != 1).sum()),
         "gradient_error": worst_gradient_error(seen["gradients"], reference["gradients"], algorithm.learner.part),
         "grad_norm_error": abs(metrics["grad_norm"] - reference["grad_norm"]) / reference["grad_norm"],

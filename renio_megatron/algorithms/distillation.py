@@ -123,6 +123,10 @@ class Distillation:
         """Takes back what `state` gave."""
         self._weighting_state = state["weighting"]
 
+    def close(self) -> None:
+        """Lets go of the teacher."""
+        self.teacher.close()
+
     def _sample_metrics(self, rollouts: Sequence[Rollout], sample: SampleWeights) -> dict[str, float]:
         """Metrics of the whole batch's sequences, from each rank's share."""
         dtype, device = torch.float64, sample.weights.device
@@ -213,6 +217,8 @@ class WeightedDivergence:
         tally.add("loss/kl", float(out.token_divergence.sum()), len(out.token_divergence))
         tally.add("loss/entry_clip_frac", int((out.clipped_entries > 0).sum()), len(out.clipped_entries))
         tally.add_max("memory/teacher_payload_mb", self._scores.payload_bytes / 2**20)
+        if self._scores.sent_bytes is not None:
+            tally.add_max("teacher/payload_sent_mb", self._scores.sent_bytes / 2**20)
         return out.loss * count, share, tally
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from renio_megatron.cli.run import checked_recipe, set_hardware_variables_of
 from renio_megatron.config import RunConfig
 from renio_megatron.errors import CheckpointError, ConfigError, RenioError
+from renio_megatron.layout_rules import has_own_layout
 from renio_megatron.settings import PrecisionConfig
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
     """
     recipe = checked_recipe("train", path, overrides)
     assert isinstance(recipe.config, RunConfig)
+    if has_own_layout(recipe.config.parallel, recipe.config.teacher):
+        raise ConfigError(
+            "renio compare-precision holds the teacher in the student's layout; the recipe gives it one of its own. "
+            "Compare with teacher.ranks=colocated and the keys of teacher.parallel null."
+        )
     if recipe.config.lora.r is not None:
         raise ConfigError(
             f"renio compare-precision: FP8 products beside adapters are not built (lora.r={recipe.config.lora.r}). "

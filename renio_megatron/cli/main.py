@@ -204,12 +204,12 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
         run_rank(rank_arguments)
 
     from renio_megatron.cli.run import finished_message
-    from renio_megatron.config import check_models, check_world, load_recipe
+    from renio_megatron.config import check_models, check_world, load_recipe, smallest_world
     from renio_megatron.rundir import RunDirectory
 
     recipe = load_recipe(arguments.command, arguments.recipe, overrides)
     config = recipe.config
-    num_ranks = arguments.nproc or config.parallel.model_ranks
+    num_ranks = arguments.nproc or smallest_world(config)
     check_world(config, num_ranks)
     check_models(config)
     if RunDirectory(config.output_dir).state(recipe, arguments.fresh) == "finished":
@@ -258,10 +258,10 @@ def _run_compare_precision(arguments: argparse.Namespace) -> int:
 
         run_rank(rank_arguments)
 
-    from renio_megatron.config import check_models, check_world, load_recipe
+    from renio_megatron.config import check_models, check_world, load_recipe, smallest_world
 
     config = load_recipe("train", arguments.recipe, overrides).config
-    num_ranks = arguments.nproc or config.parallel.model_ranks
+    num_ranks = arguments.nproc or smallest_world(config)
     check_world(config, num_ranks)
     check_models(config)
     return launch.start_ranks(rank_arguments, num_ranks)

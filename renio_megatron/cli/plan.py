@@ -8,6 +8,7 @@ from rich.console import Console
 
 from renio_megatron.config import MODEL_TYPES, RunConfig, check_models, check_world, load_recipe
 from renio_megatron.errors import ConfigError
+from renio_megatron.layout_rules import has_own_layout
 from renio_megatron.plan.memory import RESERVE, plan_memory, workload
 from renio_megatron.plan.models import MIXTURE_TYPES, PlannedModel, read_model
 from renio_megatron.report.plan_table import plan_table
@@ -30,6 +31,11 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
         raise ConfigError(
             f"renio plan does not count adapters yet (lora.r={config.lora.r}). Plan with lora.r=null: of gradients "
             "and the optimiser's state a run with adapters holds only the adapters'."
+        )
+    if has_own_layout(config.parallel, config.teacher):
+        raise ConfigError(
+            "renio plan does not count a teacher in a layout of its own yet. Plan with teacher.ranks=colocated and the "
+            "keys of teacher.parallel null: that is the memory where both models are cut alike."
         )
     ranks = world_size or config.parallel.model_ranks
     check_world(config, ranks)

@@ -106,8 +106,9 @@ def slices_of(
     """The slices that one tensor rank's part of a Megatron parameter consists of; together they are all of its rows.
 
     Query, key and value rows are interleaved by query group: [queries of group g, key g, value g] for each g, and a
-    rank has consecutive groups. Gate and up are cut separately, so that a rank has matching rows of both. Rows of a
-    padded vocabulary that the model lacks are in no slice: they are the last `num_rows` less those of the slices.
+    rank has consecutive rows of that: whole groups, where there are enough. Gate and up are cut separately, so that a
+    rank has matching rows of both. Rows of a padded vocabulary that the model lacks are in no slice: they are the last
+    `num_rows` less those of the slices.
 
     Args:
         name: Megatron's name, with the layer's number in the whole model.
@@ -128,10 +129,15 @@ def slices_of(
         return [Slice(names[0], 0, shape[0])]
     num_blocks = architecture.num_query_groups if is_qkv(name) else size
     heights = [shapes[tensor][0] // num_blocks for tensor in names]
+    # Where there are fewer groups than ranks, a rank has a part of one: Megatron puts a group together in its forward.
+    first, last = rank * num_rows, (rank + 1) * num_rows
     slices, row = [], 0
-    for block in range(rank * num_blocks // size, (rank + 1) * num_blocks // size):
+    for block in range(num_blocks):
         for tensor, height in zip(names, heights, strict=True):
-            slices.append(Slice(tensor, block * height, (block + 1) * height, to=row))
+            start, stop = max(first, row), min(last, row + height)
+            if start < stop:
+                offset = block * height - row
+                slices.append(Slice(tensor, start + offset, stop + offset, to=start - first))
             row += height
     return slices
 

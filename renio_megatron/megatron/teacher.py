@@ -90,6 +90,9 @@ class MegatronTeacher:
         sizes = payload.part_bytes
         return TeacherScores(logp, payload, max(sizes) if self._payload_device == "host" else sum(sizes))
 
+    def close(self) -> None:
+        """Nothing to do: nobody waits for this teacher."""
+
     def _arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         micro_batches = collate(rollouts, view="teacher", arrangement=self._arrangement)
         return [micro_batch.to(self._part.layout.device) for micro_batch in micro_batches]

@@ -43,6 +43,7 @@ class Layout:
         tensor, pipeline, data, context: the axes; `data` never holds context-parallel ranks.
         device: where this rank computes.
         rendezvous_seconds: from this rank's call to join the world until all had come.
+        is_scorer: whether this rank is one that only scores, in a world of such ranks.
     """
 
     rank: int = 0
@@ -53,11 +54,12 @@ class Layout:
     context: Axis = Axis()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rendezvous_seconds: float = 0.0
+    is_scorer: bool = False
 
     @property
     def is_main(self) -> bool:
         """Whether this rank speaks for the job: logs, metrics, files."""
-        return self.rank == 0
+        return self.rank == 0 and not self.is_scorer
 
 
 def backend_and_device(local_rank: int) -> tuple[str, torch.device]:

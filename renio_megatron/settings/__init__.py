@@ -9,6 +9,7 @@ from renio_megatron.settings.run import (
     EvaluateConfig,
     RolloutConfig,
     TeacherConfig,
+    TeacherParallelConfig,
 )
 from renio_megatron.settings.train import ParallelConfig, TrainConfig
 from renio_megatron.settings.weighting import WeightingConfig
@@ -24,6 +25,7 @@ __all__ = [
     "PrecisionConfig",
     "RolloutConfig",
     "TeacherConfig",
+    "TeacherParallelConfig",
     "TeacherPrecisionConfig",
     "TrainConfig",
     "WeightingConfig",

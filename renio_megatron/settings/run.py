@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings.checks import require_choice, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherParallelConfig:
+    """How ranks share the teacher. Its data-parallel size is what remains of them; context parallelism is the student's
+    alone, where the teacher has a layout of its own.
+
+    Attributes:
+        tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel: as in `parallel`; null: the
+            student's, where that is possible.
+    """
+
+    tensor_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "teacher.parallel",
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +42,23 @@ class TeacherConfig:
         payload_device: where its final hidden states at completion tokens wait for the loss: `device`, all of the
             step's; `host`, in pinned memory, one micro-batch's at a time on the device; `recompute`, nowhere: the
             teacher reads each micro-batch a second time.
+        parallel: its layout, where it is not the student's.
+        ranks: `colocated`, the student's; `dedicated`, the last ranks of the world, which only score.
+        data_parallel_size: copies of the teacher on dedicated ranks.
     """
 
     kind: str = "separate"
     model: str | None = None
     payload_device: str = "device"
+    parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    ranks: str = "colocated"
+    data_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         require_choice("teacher.kind", self.kind, ("separate", "self"))
         require_choice("teacher.payload_device", self.payload_device, ("device", "host", "recompute"))
+        require_choice("teacher.ranks", self.ranks, ("colocated", "dedicated"))
+        require_positive("teacher", data_parallel_size=self.data_parallel_size)
         if self.kind == "separate" and self.model is None:
             raise ConfigError("teacher.kind=separate needs teacher.model, the teacher's Hugging Face directory.")
 
