@@ -51,6 +51,24 @@ def num_scorers(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
     return teacher_parallel(parallel, teacher).model_ranks * teacher.data_parallel_size
 
 
+def teacher_words(parallel: ParallelConfig, teacher: TeacherConfig, student_ranks: int) -> str:
+    """A teacher's own layout, in words.
+
+    >>> own = TeacherConfig(model="a", ranks="dedicated", data_parallel_size=2)
+    >>> teacher_words(ParallelConfig(), own, 4)
+    'TP 1 x PP 1 x DP 2 on 2 ranks of its own'
+    """
+    resolved, own = teacher_parallel(parallel, teacher), num_scorers(parallel, teacher)
+    sizes = {
+        f"TP {resolved.tensor_model_parallel_size}": True,
+        "SP": resolved.sequence_parallel,
+        f"PP {resolved.pipeline_model_parallel_size}": True,
+        f"DP {(own or student_ranks) // resolved.model_ranks}": True,
+    }
+    layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
+    return f"{layout} on {own} rank{'s' * (own > 1)} of its own" if own else f"{layout} on the same ranks"
+
+
 def fewest_ranks(parallel: ParallelConfig, teacher: TeacherConfig | None) -> int:
     """Ranks of the smallest world that can run it: one copy of the student, and the teacher's."""
     if teacher is None:
@@ -125,12 +143,17 @@ def check_cut(setting: str, file: str, counts: dict[str, int], parallel: Paralle
         trained: False for a model without interleaved stages.
     """
     tensor = parallel.tensor_model_parallel_size
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        if counts[key] % tensor:
-            raise ConfigError(
-                f"{setting}: parallel.tensor_model_parallel_size={tensor} does not divide {key}={counts[key]} of "
-                f"{file}. Megatron would accept some of these sizes and compute something else. Choose a divisor."
-            )
+    heads, groups = counts["num_attention_heads"], counts["num_key_value_heads"]
+    if heads % tensor:
+        raise ConfigError(
+            f"{setting}: parallel.tensor_model_parallel_size={tensor} does not divide num_attention_heads={heads} of "
+            f"{file}. Choose a divisor."
+        )
+    if groups % tensor and tensor % groups:
+        raise ConfigError(
+            f"{setting}: parallel.tensor_model_parallel_size={tensor} is neither a divisor nor a multiple of "
+            f"num_key_value_heads={groups} of {file}. Choose one that is."
+        )
     stages = parallel.num_stages if trained else parallel.pipeline_model_parallel_size
     if counts["num_hidden_layers"] % stages:
         what = f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"

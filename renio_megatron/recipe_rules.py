@@ -13,7 +13,7 @@ from functools import reduce
 from typing import Any
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import TeacherPrecisionConfig
+from renio_megatron.settings import TeacherParallelConfig, TeacherPrecisionConfig
 from renio_megatron.settings.checks import require_choice
 
 # Names that are looked up in tables of modules which import torch; repeated here so that a typo is found without it.
@@ -37,6 +37,9 @@ CHANGEABLE: dict[str, str] = {
     "train.recompute_*": "the same activations, kept or computed again",
     "train.deterministic_mode": "the same sums, in an order that is always the same",
     "head.chunk_size": "gradients are sums over the tokens",
+    "teacher.parallel.*": "the same hidden states, computed in another layout",
+    "teacher.ranks": "the same hidden states, computed on other ranks",
+    "teacher.data_parallel_size": "the same hidden states, computed on other ranks",
     "teacher.payload_device": "the same hidden states, kept elsewhere or computed again",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
     "rollout.log": "what is written of the completions",
@@ -151,12 +154,23 @@ def _without_fp8(section: str) -> tuple[_Ignored, ...]:
 
 
 _TEACHER_PRECISION = tuple(f"teacher_precision.{field.name}" for field in dataclasses.fields(TeacherPrecisionConfig))
+_TEACHER_LAYOUT = tuple(f"teacher.parallel.{field.name}" for field in dataclasses.fields(TeacherParallelConfig))
 
 _IGNORED_BY_TRAIN = (
     _Ignored(
         _TEACHER_PRECISION,
         lambda config: config.lora.r is not None and config.teacher.kind == "self",
         "with lora.r and teacher.kind=self the teacher is the student with its adapters switched off",
+    ),
+    _Ignored(
+        (*_TEACHER_LAYOUT, "teacher.ranks"),
+        lambda config: config.lora.r is not None and config.teacher.kind == "self",
+        "with lora.r and teacher.kind=self the teacher is the student with its adapters switched off",
+    ),
+    _Ignored(
+        ("teacher.data_parallel_size",),
+        lambda config: config.teacher.ranks == "colocated",
+        "teacher.ranks is colocated, and there are as many copies as the ranks allow",
     ),
     *_without_fp8("teacher_precision"),
     _Ignored(

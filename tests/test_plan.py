@@ -284,7 +284,6 @@ def test_a_teacher_of_experts_is_counted_and_said_not_to_run(example, capsys):
         (["--gpus", "12"], "does not divide the world of 12"),
         (["model=models/nowhere"], "there is no directory 'models/nowhere'"),
         (["parallel.tensor_model_parallel_size=3"], "does not divide num_attention_heads=16"),
-        (["teacher.model=models/Qwen3-235B-A22B"], "does not divide num_key_value_heads=4"),
         (["train.no_such=1"], "unknown key 'train.no_such'"),
     ],
 )

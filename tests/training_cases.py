@@ -113,7 +113,9 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
         }
         return real_step()
 
-    algorithm.sampler.sample = lambda *args, **kwargs: seen.setdefault("rollouts", sample(*args, **kwargs))
+    arrange = algorithm.learner.arrange
+    algorithm.sampler.sample = sample
+    algorithm.learner.arrange = lambda rollouts: arrange(seen.setdefault("rollouts", rollouts))  # after their exchange
     algorithm.weigh = lambda *args: seen.setdefault("sample", weigh(*args))
     optimizer.step = step_after_looking
     trainer.save_interval = 0

@@ -52,7 +52,7 @@ def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False)
     # Both norms' inputs, and their outputs as inputs of the two column-parallel layers.
     kept = 2 * (_norm_bytes(hidden, it.hidden_size, pieces) + hidden * element)
     # The values are a view of the joint projection, which they keep alive.
-    kept += tokens * (queries + 2 * groups) * element
+    kept += tokens * _projection_width(model, pieces) * element
     if it.qk_layernorm:
         copied = it.num_query_groups > pieces.tensor  # several groups' queries are not contiguous in the projection
         kept += _norm_bytes(tokens * queries, it.kv_channels, pieces, is_copy=copied)
@@ -121,7 +121,7 @@ def forward_bytes(model: PlannedModel, pieces: Pieces) -> int:
     queries, groups = _widths(model, pieces)
     hidden = tokens * it.hidden_size
     around = 2 * hidden // pieces.share
-    attention = tokens * (queries + 2 * groups + 4 * queries + 2 * groups)
+    attention = tokens * (_projection_width(model, pieces) + 4 * queries + 2 * groups)
     return (around + max(attention, _mlp_entries(model, pieces) + hidden)) * pieces.element
 
 
@@ -136,8 +136,17 @@ def _widths(model: PlannedModel, pieces: Pieces) -> tuple[int, int]:
     it = model.architecture
     return (
         it.num_attention_heads * it.kv_channels // pieces.tensor,
-        it.num_query_groups * it.kv_channels // pieces.tensor,
+        max(1, it.num_query_groups // pieces.tensor) * it.kv_channels,
     )
+
+
+def _projection_width(model: PlannedModel, pieces: Pieces) -> int:
+    """Of queries, keys and values together; with fewer groups than tensor ranks Megatron gathers those of all."""
+    it = model.architecture
+    queries, groups = _widths(model, pieces)
+    if it.num_query_groups < pieces.tensor:
+        return (it.num_attention_heads + 2 * it.num_query_groups) * it.kv_channels
+    return queries + 2 * groups
 
 
 def _norm_bytes(entries: int, width: int, pieces: Pieces, *, is_copy: bool = True) -> int:

@@ -233,7 +233,7 @@ class _Rank:
             count, length = max(
                 ((count, length), (decoded, config.data.max_prompt_length + answer)), key=lambda pair: math.prod(pair)
             )
-        groups = it.num_query_groups * it.kv_channels // work.pieces.tensor
+        groups = max(1, it.num_query_groups // work.pieces.tensor) * it.kv_channels
         prompts = count * config.data.max_prompt_length
         whole = replace(
             work.pieces, tokens=prompts, row_length=config.data.max_prompt_length, context=1, sequence_parallel=False
