@@ -279,7 +279,7 @@ def _refuse_unknown(key: str, schema: type, source: str) -> NoReturn:
             f"{source}: {key!r} is written in one piece. In a recipe write `{name}:`, and `{last}:` below it."
         )
     near = nearest_key(key, (*types, *nested))
-    if near is not None:
+    if near is not None and near != section:
         advice = f"Did you mean {near!r}?"
     elif section in nested:
         advice = f"The keys of {section} are {', '.join(field.name for field in dataclasses.fields(nested[section]))}."

@@ -6,8 +6,8 @@ spans both.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import time
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -15,7 +15,8 @@ import torch.distributed as dist
 from renio_megatron.parallel.exchange import axis_of
 from renio_megatron.parallel.layout import Axis
 
-_POLL = datetime.timedelta(seconds=30)
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+"""Seconds between two looks at the store."""
 
 
 @dataclass
@@ -40,12 +41,13 @@ class Bridge:
     def wait_for_call(self) -> None:
         """Until the others want something, however long that takes; whoever started the ranks ends this one with them.
 
-        The collective that follows has the world's timeout, because then everybody is on the way to it.
+        The collective that follows has the world's timeout, because then everybody is on the way to it. The store is
+        asked again and again: its own waiting prints a warning whenever its time is up.
         """
-        while True:
-            with contextlib.suppress(dist.DistStoreError):  # nothing yet
-                self.store.wait([f"call/{self._calls}"], _POLL)
-                break
+        pause = _SHORTEST_PAUSE
+        while not self.store.check([f"call/{self._calls}"]):
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
         self._calls += 1
 
 
