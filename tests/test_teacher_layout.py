@@ -229,7 +229,7 @@ def test_ranks_that_do_not_cover_both_layouts_are_refused(overrides, world, word
     ("overrides", "words"),
     [
         ([f"{TP}=0"], ["teacher.parallel.tensor_model_parallel_size"]),
-        (["teacher.parallel.tensor=2"], ["unknown key 'teacher.parallel.tensor'", TP]),
+        (["teacher.parallel.tensor=2"], ["unknown key 'teacher.parallel.tensor'", "tensor_model_parallel_size"]),
         (["teacher.ranks=own"], ["teacher.ranks", "colocated", "dedicated"]),
         (["teacher.data_parallel_size=2"], ["teacher.data_parallel_size", "would be ignored", "colocated"]),
         ([f"{TP}=2", "teacher.payload_device=recompute"], ["payload_device=recompute", "Choose host"]),
