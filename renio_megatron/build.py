@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,15 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         from renio_megatron.megatron.peft_files import check_adapter
 
         check_adapter(Path(config.lora.adapter), config.lora)
+    if isinstance(config, RunConfig) and config.teacher.adapter is not None and teacher_architecture is not None:
+        from renio_megatron.megatron.merging import Merger
+
+        Merger(Path(config.teacher.adapter), teacher_architecture)  # refuses what cannot be merged
     source = build_source(config.data, "train")
     stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
     first = stream.batch(0, _num_checked(source, config.train))
-    if isinstance(config, RunConfig) and config.teacher.kind == "self":
-        check_views_differ(first)
+    if isinstance(config, RunConfig) and config.teacher.kind != "separate":
+        check_views_differ(first, config.teacher.kind)
     if isinstance(config, SftConfig) and config.train.max_tokens_per_micro_batch is not None:
         arrangement = Arrangement(
             0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
@@ -160,12 +164,13 @@ def build_trainer(
     if isinstance(config, RunConfig):
         teacher = build_teacher(config, inputs, layout, learner.part, say)
         algorithm = _distillation(config, inputs, layout, sampler, teacher, learner, lr_at, rollout_observers)
+        averages = teacher.weights.averages
     else:
-        algorithm = Sft(learner, layout=layout, lr_at=lr_at)
+        algorithm, averages = Sft(learner, layout=layout, lr_at=lr_at), ()
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
-        keeper=MegatronKeeper(checkpoints, learner, config.checkpoint, config=to_yaml(config)),
+        keeper=MegatronKeeper(checkpoints, learner, config.checkpoint, config=to_yaml(config), averages=averages),
         train_iters=config.train.train_iters,
         global_batch_size=config.train.global_batch_size,
         data_rank=layout.data.rank,
@@ -219,39 +224,40 @@ def build_teacher(
     student: Any = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """The frozen teacher: `MegatronTeacher`.
-
-    Where it is the initial student and the student has adapters, it is `student`, the `ModelPart`, without them.
-    """
+    """The teacher: `MegatronTeacher`. Some kinds are `student`, the `ModelPart`, and have no weights of their own."""
     from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.merging import Merger
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.teacher import MegatronTeacher
+    from renio_megatron.megatron.teacher_weights import KINDS
 
-    assert inputs.teacher is not None  # a distillation's inputs name one
-    assert inputs.teacher_architecture is not None
-    is_student = student is not None and config.lora.r is not None and config.teacher.kind == "self"
-    if is_student:
-        part = student
-    else:
+    settings = config.teacher
+    train = config.train if settings.bf16 is None else replace(config.train, bf16=settings.bf16)
+
+    def build() -> Any:
+        assert inputs.teacher is not None
+        assert inputs.teacher_architecture is not None
         part = build_model(
             inputs.teacher_architecture,
             layout,
             config.parallel,
-            config.train,
+            train,
             config.teacher_precision,
             vocab_size=inputs.vocab_size,
             trained=False,
             initialise=False,
         )
-        load_weights(part, inputs.teacher, title="teacher", say=say)
+        change = None if settings.adapter is None else Merger(Path(settings.adapter), part.architecture)
+        load_weights(part, inputs.teacher, title="teacher", say=say, change=change)
+        return part
+
     return MegatronTeacher(
-        part,
+        KINDS[settings.kind](settings, student, build),
         config.train,
         config.head,
         temperature=config.loss.temperature,
         pad_id=inputs.pad_id,
-        payload_device=config.teacher.payload_device,
-        is_student=is_student,
+        payload_device=settings.payload_device,
     )
 
 

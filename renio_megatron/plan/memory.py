@@ -82,7 +82,7 @@ def plan_memory(
 
     Args:
         config: the recipe, checked against `world_size` and the models.
-        student, teacher: for teacher.kind=self the same one twice.
+        student, teacher: for teachers that are the student the same one twice.
         world_size: ranks of the job.
         fused_norm: as torch computes norms on CUDA; False on a CPU.
     """
