@@ -15,7 +15,7 @@ from renio_megatron.settings.lora import TARGETS
 
 TEXTS = {
     "train": "model: student\noutput_dir: runs/a\nteacher: {model: teacher}\n",
-    "initial": "model: student\noutput_dir: runs/a\nteacher: initial\ndata: {teacher_template: '{problem}{solution}'}\n",
+    "initial": "model: student\noutput_dir: a\nteacher: initial\ndata: {teacher_template: '{problem}{solution}'}\n",
     "sft": "model: student\noutput_dir: runs/a\n",
 }
 
