@@ -112,8 +112,8 @@ def test_the_students_rollouts_are_the_students(name: str, trained: str, by_hand
 
 def test_averages_load_in_another_layout_and_other_runs_are_told(folder: Path, ranks: Any) -> None:
     for found in run_ranks(moved, 2, folder, timeout=300):
-        for trained, count in (("full", 30), ("LoRA", 14)):
-            assert found[trained]["keys"] >= count
+        for trained, count in (("full", 11), ("LoRA", 14)):
+            assert found[trained]["keys"] == count  # of a layer's parameters one each
             assert found[trained]["same"]
             assert found[trained]["differs from the student"]
         assert found["no average"].startswith("CheckpointError")

@@ -31,6 +31,11 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
             f"renio plan does not count adapters yet (lora.r={config.lora.r}). Plan with lora.r=null: of gradients "
             "and the optimiser's state a run with adapters holds only the adapters'."
         )
+    if config.teacher.bf16 not in (None, config.train.bf16):
+        raise ConfigError(
+            f"renio plan does not count a teacher's pass in another dtype yet (teacher.bf16={config.teacher.bf16}). "
+            "Plan with teacher.bf16=null."
+        )
     ranks = world_size or config.parallel.model_ranks
     check_world(config, ranks)
     check_models(config, teacher_types=(*MODEL_TYPES, *MIXTURE_TYPES))
