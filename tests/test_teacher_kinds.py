@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ BY_HAND = {
     "TP2": {"parallel": LAYOUTS["TP2"]},
     "PP2 tied": {"parallel": LAYOUTS["PP2"], "model": "deep_tied"},
     "DP2, distributed optimiser": {"parallel": DISTRIBUTED},
+    "PP2 x VPP2": {"parallel": replace(LAYOUTS["PP2"], virtual_pipeline_model_parallel_size=2)},
 }
 
 

@@ -118,8 +118,8 @@ class MovingAverage(Present):
     After each optimiser step average = decay x average + (1 - decay) x parameter, elementwise in fp32: a rank's part of
     the average is that of its part of the model, in any layout, and data-parallel ranks have the same. With the
     distributed optimiser the parameters are the gathered ones. The published implementation begins lazily with the
-    weights after its first step; before that its teacher is the student. From step 2 on the two differ by what the
-    first step changed, with weight decay^(steps).
+    weights after its first step, and before that its teacher is the student: after k steps the two averages differ by
+    decay^k times what the first step changed.
     """
 
     def __init__(self, part: ModelPart, decay: float) -> None:
