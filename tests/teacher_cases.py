@@ -159,10 +159,7 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
         ]
         found["loss"].append(abs(values[0] - values[1]))
         found["student loss"].append(abs(values[0] - values[2]))
-        metrics = update(batches, loss, **kwargs)
-        for name, value in student().items():
-            expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
-        return metrics
+        return update(batches, loss, **kwargs)
 
     def sample_twice(prompts: Any, decoding: Any, *, stream: Any) -> Any:
         mine = sample(prompts, decoding, stream=stream)
@@ -185,7 +182,9 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
     after = algorithm.teacher.after_update
 
     def after_and_compare(*, skipped: bool) -> None:
-        after(skipped=skipped)
+        after(skipped=skipped)  # before anything here asks for gathered parameters
+        for name, value in student().items():
+            expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
         errors = [
             float((average - expected[name]).abs().max())
             for name, (_, average) in zip(names, weights.averages, strict=True)

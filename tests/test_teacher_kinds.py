@@ -121,5 +121,5 @@ def test_averages_load_in_another_layout_and_other_runs_are_told(folder: Path, r
         assert found["no average"].startswith("CheckpointError")
         assert "holds no moving average" in found["no average"]
         assert "teacher.kind" in found["no average"]
-        assert found["to current"] == "new"
+        assert found["to current"] == "resumed"  # its average is dropped
         assert "teacher.kind=ema with a student of which nothing is trained" in found["nothing trained"]
