@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,15 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         from renio_megatron.megatron.peft_files import check_adapter
 
         check_adapter(Path(config.lora.adapter), config.lora)
+    if isinstance(config, RunConfig) and config.teacher.adapter is not None and teacher_architecture is not None:
+        from renio_megatron.megatron.merging import Merger
+
+        Merger(Path(config.teacher.adapter), teacher_architecture)  # refuses what cannot be merged
     source = build_source(config.data, "train")
     stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
     first = stream.batch(0, _num_checked(source, config.train))
-    if isinstance(config, RunConfig) and config.teacher.kind == "self":
-        check_views_differ(first)
+    if isinstance(config, RunConfig) and config.teacher.kind != "separate":
+        check_views_differ(first, config.teacher.kind)
     if isinstance(config, SftConfig) and config.train.max_tokens_per_micro_batch is not None:
         arrangement = Arrangement(
             0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
@@ -161,12 +165,13 @@ def build_trainer(
     if isinstance(config, RunConfig):
         teacher = build_teacher(config, inputs, layout, learner.part, say)
         algorithm = _distillation(config, inputs, layout, sampler, teacher, learner, lr_at, rollout_observers)
+        averages = teacher.averages
     else:
-        algorithm = Sft(learner, layout=layout, lr_at=lr_at)
+        algorithm, averages = Sft(learner, layout=layout, lr_at=lr_at), ()
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
-        keeper=MegatronKeeper(checkpoints, learner, config.checkpoint, config=to_yaml(config)),
+        keeper=MegatronKeeper(checkpoints, learner, config.checkpoint, config=to_yaml(config), averages=averages),
         train_iters=config.train.train_iters,
         global_batch_size=config.train.global_batch_size,
         data_rank=layout.data.rank,
@@ -220,27 +225,26 @@ def build_teacher(
     student: Any = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """The frozen teacher: `MegatronTeacher`, or `DetachedTeacher` where it has a layout of its own.
+    """The teacher: `MegatronTeacher`, or `DetachedTeacher` where it has a layout of its own.
 
-    Where it is the initial student and the student has adapters, it is `student`, the `ModelPart`, without them.
+    Some kinds are `student`, the `ModelPart`, and have no weights of their own.
     """
     from renio_megatron.megatron.teacher import MegatronTeacher
+    from renio_megatron.megatron.teacher_weights import KINDS
 
     if has_own_layout(config.parallel, config.teacher):
         return _detached_teacher(config, inputs, layout, student, say)
-    is_student = student is not None and config.lora.r is not None and config.teacher.kind == "self"
-    if is_student:
-        part = student
-    else:
-        part = _teacher_part(config, inputs, layout, config.parallel, say)
+
+    def build() -> Any:
+        return _teacher_part(config, inputs, layout, config.parallel, say)
+
     return MegatronTeacher(
-        part,
+        KINDS[config.teacher.kind](config.teacher, student, build),
         config.train,
         config.head,
         temperature=config.loss.temperature,
         pad_id=inputs.pad_id,
         payload_device=config.teacher.payload_device,
-        is_student=is_student,
     )
 
 
@@ -258,6 +262,7 @@ def _detached_teacher(
     from renio_megatron.megatron.detached_teacher import DetachedTeacher, Reader
     from renio_megatron.megatron.groups import place_beside
     from renio_megatron.megatron.start import bridge
+    from renio_megatron.megatron.teacher_weights import KINDS
     from renio_megatron.parallel.exchange import axis_of
     from renio_megatron.parallel.seats import Seats
 
@@ -265,11 +270,13 @@ def _detached_teacher(
     is_dedicated = config.teacher.ranks == "dedicated"
     reader = None
     if layout.is_scorer:
-        reader = Reader(_teacher_part(config, inputs, layout, parallel, say), None)
+        part = _teacher_part(config, inputs, layout, parallel, say)
+        reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), None)
     elif not is_dedicated:
         place = place_beside(parallel, layout.device)
         with place.entered():
-            reader = Reader(_teacher_part(config, inputs, place.layout, parallel, say), place)
+            part = _teacher_part(config, inputs, place.layout, parallel, say)
+        reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), place)
     assert inputs.teacher_architecture is not None
     return DetachedTeacher(
         reader,
@@ -285,7 +292,7 @@ def _detached_teacher(
         shard=None if layout.is_scorer else student.shard,
         train=config.train,
         head=config.head,
-        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        dtype=torch.bfloat16 if _teacher_train(config).bf16 else torch.float32,
         device=layout.device,
         temperature=config.loss.temperature,
         pad_id=inputs.pad_id,
@@ -298,6 +305,7 @@ def _teacher_part(
 ) -> Any:
     """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
     from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.merging import Merger
     from renio_megatron.megatron.model import build_model
 
     assert inputs.teacher is not None  # a distillation's inputs name one
@@ -306,14 +314,22 @@ def _teacher_part(
         inputs.teacher_architecture,
         layout,
         parallel,
-        config.train,
+        _teacher_train(config),
         config.teacher_precision,
         vocab_size=inputs.vocab_size,
         trained=False,
         initialise=False,
     )
-    load_weights(part, inputs.teacher, title="teacher", say=say)
+    adapter = config.teacher.adapter
+    change = None if adapter is None else Merger(Path(adapter), part.architecture)
+    load_weights(part, inputs.teacher, title="teacher", say=say, change=change)
     return part
+
+
+def _teacher_train(config: RunConfig) -> TrainConfig:
+    """`train`, in the teacher's dtype."""
+    own = config.teacher.bf16
+    return config.train if own is None else replace(config.train, bf16=own)
 
 
 def decoding_of(config: RunConfig) -> Decoding:

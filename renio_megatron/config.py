@@ -24,7 +24,7 @@ from renio_megatron.layout_rules import (
     teacher_parallel,
 )
 from renio_megatron.recipe_file import read_recipe
-from renio_megatron.recipe_rules import check_settings, is_changeable
+from renio_megatron.recipe_rules import check_settings, is_changeable, shares_student
 from renio_megatron.settings import (
     CheckpointConfig,
     DataConfig,
@@ -204,14 +204,25 @@ def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
 
 
 def _check_self_teacher(config: RunConfig) -> None:
-    data = config.data
+    data, kind = config.data, config.teacher.kind
     same_text = data.teacher_template in (None, data.student_template)
     same_thinking = data.teacher_enable_thinking in (None, data.enable_thinking)
-    if config.teacher.kind == "self" and same_text and same_thinking:
+    if kind != "separate" and same_text and same_thinking:
         raise ConfigError(
-            "teacher.kind=self with the student's own view of the prompt: teacher and student are then the same model "
-            "on the same text, and their KL is exactly zero at the first step. Give data.teacher_template something "
-            "that the student does not see, for example {solution}, or set data.teacher_enable_thinking."
+            f"teacher.kind={kind} with the student's own view of the prompt: teacher and student are then the same "
+            "model on the same text, and their KL is exactly zero at the first step. Give data.teacher_template "
+            "something that the student does not see, for example {solution}, or set data.teacher_enable_thinking."
+        )
+    if shares_student(config) and config.teacher.payload_device == "recompute":
+        raise ConfigError(
+            f"teacher.kind={kind} with teacher.payload_device=recompute: student and teacher are one model, which "
+            "cannot read for one of them in the middle of a step of the other. Choose host, which keeps as little on "
+            "the device."
+        )
+    if kind == "ema" and config.precision.fp8_param_gather:
+        raise ConfigError(
+            "teacher.kind=ema with precision.fp8_param_gather=true: parameters that are kept in FP8 cannot be "
+            "exchanged for their average. Set precision.fp8_param_gather=false."
         )
 
 
@@ -230,12 +241,25 @@ def _check_packing(config: RunConfig) -> None:
 
 
 def _check_precision(config: RunConfig | SftConfig) -> None:
-    sections = [config.precision, config.teacher_precision] if isinstance(config, RunConfig) else [config.precision]
-    for one in sections:
-        if one.fp8 is not None and not one.emulate_fp8 and not config.train.bf16:
+    sections: list[tuple[PrecisionConfig, str, bool]] = [(config.precision, "train.bf16", config.train.bf16)]
+    if isinstance(config, RunConfig):
+        own = config.teacher.bf16
+        setting = "train.bf16" if own is None else "teacher.bf16"
+        sections.append((config.teacher_precision, setting, config.train.bf16 if own is None else own))
+        if (
+            config.teacher.offload is not None
+            and config.teacher_precision.fp8
+            and not config.teacher_precision.emulate_fp8
+        ):
             raise ConfigError(
-                f"{one.section}.fp8={one.fp8} with train.bf16=false: what stays out of FP8 would be fp32, and the "
-                "products gain nothing. Set train.bf16=true."
+                f"teacher.offload=host with teacher_precision.fp8={config.teacher_precision.fp8}: weights that are "
+                "kept in FP8 are not moved. Set teacher.offload=null, or teacher_precision.fp8=null."
+            )
+    for one, setting, bf16 in sections:
+        if one.fp8 is not None and not one.emulate_fp8 and not bf16:
+            raise ConfigError(
+                f"{one.section}.fp8={one.fp8} with {setting}=false: what stays out of FP8 would be fp32, and the "
+                f"products gain nothing. Set {setting}=true."
             )
     if config.precision.fp8_param_gather:
         if not config.parallel.use_distributed_optimizer:
@@ -264,19 +288,11 @@ def _check_lora(config: RunConfig | SftConfig) -> None:
             "parameters' dtype; beside Transformer Engine's or FP8 products they are not built. Set "
             "precision.backend=local and precision.fp8=null, or lora.r=null."
         )
-    if not isinstance(config, RunConfig) or config.teacher.kind != "self":
-        return
-    if config.lora.adapter is not None:
+    if isinstance(config, RunConfig) and config.teacher.kind == "initial" and config.lora.adapter is not None:
         raise ConfigError(
-            f"lora.adapter={config.lora.adapter!r} with teacher.kind=self: the teacher is the student with its "
+            f"lora.adapter={config.lora.adapter!r} with teacher.kind=initial: the teacher is the student with its "
             "adapters switched off, so it would not be the student that the run starts from. Merge the adapter into "
             "the model and give that as `model`, or name a separate teacher."
-        )
-    if config.teacher.payload_device == "recompute":
-        raise ConfigError(
-            f"lora.r={r} with teacher.kind=self and teacher.payload_device=recompute: student and teacher are one "
-            "model, which cannot read for one of them in the middle of a step of the other. Choose host, which keeps "
-            "as little on the device."
         )
 
 
@@ -290,6 +306,11 @@ def _check_head(config: RunConfig) -> None:
             "teacher.payload_device=recompute beside a layout of the teacher's own (teacher.parallel, teacher.ranks): "
             "its ranks cannot read in the middle of the student's step. Choose host, which keeps as little on the "
             "device."
+        )
+    if config.head.logits_dtype == "bf16" and config.teacher.bf16 is False:
+        raise ConfigError(
+            "head.logits_dtype=bf16 with teacher.bf16=false: the teacher's logits would be rounded to what its "
+            "weights were kept out of. Set head.logits_dtype=fp32, or teacher.bf16=null."
         )
     if config.teacher.payload_device == "recompute" and config.parallel.pipeline_model_parallel_size > 1:
         raise ConfigError(

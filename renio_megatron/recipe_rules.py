@@ -41,6 +41,7 @@ CHANGEABLE: dict[str, str] = {
     "teacher.ranks": "the same hidden states, computed on other ranks",
     "teacher.data_parallel_size": "the same hidden states, computed on other ranks",
     "teacher.payload_device": "the same hidden states, kept elsewhere or computed again",
+    "teacher.offload": "the same weights, kept elsewhere",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
     "rollout.log": "what is written of the completions",
     "checkpoint.save_interval": "when the state is written",
@@ -66,6 +67,12 @@ class _Needed:
     key: str
     when: Callable[[Any], bool]
     because: str
+
+
+def shares_student(config: Any) -> bool:
+    """Whether the teacher is the student's own modules, and so has no weights of its own."""
+    kind = config.teacher.kind
+    return kind in ("ema", "current") or (kind == "initial" and config.lora.r is not None)
 
 
 def _reads_files(config: Any) -> bool:
@@ -158,14 +165,19 @@ _TEACHER_LAYOUT = tuple(f"teacher.parallel.{field.name}" for field in dataclasse
 
 _IGNORED_BY_TRAIN = (
     _Ignored(
-        _TEACHER_PRECISION,
-        lambda config: config.lora.r is not None and config.teacher.kind == "self",
-        "with lora.r and teacher.kind=self the teacher is the student with its adapters switched off",
+        (*_TEACHER_PRECISION, *_TEACHER_LAYOUT, "teacher.ranks", "teacher.bf16", "teacher.offload"),
+        shares_student,
+        "the teacher is the student's own modules (teacher.kind=ema, current, or initial with lora.r)",
     ),
     _Ignored(
-        (*_TEACHER_LAYOUT, "teacher.ranks"),
-        lambda config: config.lora.r is not None and config.teacher.kind == "self",
-        "with lora.r and teacher.kind=self the teacher is the student with its adapters switched off",
+        ("teacher.model", "teacher.adapter"),
+        lambda config: config.teacher.kind != "separate",
+        "teacher.kind is not separate and the teacher is the student",
+    ),
+    _Ignored(
+        ("teacher.ema_decay",),
+        lambda config: config.teacher.kind != "ema",
+        "teacher.kind is not ema and nothing is averaged",
     ),
     _Ignored(
         ("teacher.data_parallel_size",),
@@ -207,11 +219,6 @@ _IGNORED_BY_TRAIN = (
         ("loss.entry_floor",),
         lambda config: config.loss.entry_clip is None,
         "loss.entry_clip is null, which switches both bounds off",
-    ),
-    _Ignored(
-        ("teacher.model",),
-        lambda config: config.teacher.kind == "self",
-        "teacher.kind is self and the teacher is the student's initial weights",
     ),
 )
 _IGNORED_BY_SFT = (

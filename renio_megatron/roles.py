@@ -39,6 +39,10 @@ class Teacher(Protocol):
         """What makes logits of the payload, cut at the student's columns; where the loss is computed."""
         ...
 
+    def after_update(self, *, skipped: bool) -> None:
+        """Told after each of the student's steps, which a teacher may follow; `skipped` where it was left out."""
+        ...
+
 
 class StepLoss(Protocol):
     """The loss of one micro-batch; called where the student's LM head is."""

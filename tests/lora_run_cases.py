@@ -66,7 +66,7 @@ def _self_teacher(folder: Path) -> dict[str, Any]:
     config = config_of(
         folder,
         "self",
-        teacher=TeacherConfig(kind="self"),
+        teacher=TeacherConfig(kind="initial"),
         data=DataConfig(seed=5, teacher_template="{problem}{solution}"),
         lora=replace(LORA, alpha=60.0),
     )

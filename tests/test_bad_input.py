@@ -131,8 +131,8 @@ BY_THE_PARENT: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("at least 2 sequences", "got 1", "Raise train.global_batch_size"),
     ),
     "a teacher that sees what the student sees": (
-        ["teacher=self"],
-        ("teacher.kind=self", "the student's own view", "Give data.teacher_template"),
+        ["teacher=initial"],
+        ("teacher.kind=initial", "the student's own view", "Give data.teacher_template"),
     ),
     "no model directory": (["model=MODELS/none"], ("model: there is no directory", "none'", "modchain/student")),
     "no teacher directory": (["teacher.model=MODELS/none"], ("teacher.model: there is no directory",)),
@@ -232,10 +232,10 @@ BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
     "views that do not differ": (
         lambda folder: [
             *_rows("path", NO_WORKING)(folder),
-            "teacher=self",
+            "teacher=initial",
             "data.teacher_template={problem}{solution}",
         ],
-        ("teacher.kind=self", "Give data.teacher_template the {solution}"),
+        ("teacher.kind=initial", "Give data.teacher_template the {solution}"),
     ),
     "a problem too long, far behind": (
         # Long enough to reach the last record: what a run never uses is not read.

@@ -15,7 +15,7 @@ from renio_megatron.settings.lora import TARGETS
 
 TEXTS = {
     "train": "model: student\noutput_dir: runs/a\nteacher: {model: teacher}\n",
-    "self": "model: student\noutput_dir: runs/a\nteacher: self\ndata: {teacher_template: '{problem}{solution}'}\n",
+    "initial": "model: student\noutput_dir: a\nteacher: initial\ndata: {teacher_template: '{problem}{solution}'}\n",
     "sft": "model: student\noutput_dir: runs/a\n",
 }
 
@@ -65,9 +65,9 @@ def test_targets_are_a_list_in_the_file_and_on_the_command_line(more, override, 
         ("sft", ["lora.r=4", "init=random"], ["init=random", "would stay random"]),
         ("train", ["lora.r=4", "precision.backend=te"], ["precision.backend=te", "precision.backend=local"]),
         ("train", ["lora.r=4", "precision={fp8: e4m3, emulate_fp8: true}"], ["precision.fp8=e4m3", "fp8=null"]),
-        ("self", ["lora.r=4", "lora.adapter=runs/a"], ["lora.adapter='runs/a' with teacher.kind=self", "Merge"]),
-        ("self", ["lora.r=4", "teacher.payload_device=recompute"], ["one model", "Choose host"]),
-        ("self", ["lora.r=4", "teacher_precision.backend=local"], ["teacher_precision.backend is set but would"]),
+        ("initial", ["lora.r=4", "lora.adapter=runs/a"], ["lora.adapter='runs/a' with teacher.kind=initial", "Merge"]),
+        ("initial", ["lora.r=4", "teacher.payload_device=recompute"], ["one model", "Choose host"]),
+        ("initial", ["lora.r=4", "teacher_precision.backend=local"], ["teacher_precision.backend is set but would"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(kind, overrides, words, tmp_path):

@@ -180,6 +180,29 @@ def test_the_payload_waits_where_the_recipe_says(kind, loss, step):
     assert (rank.phases["loss"]["payload"] > loss * each) == (kind == "recompute")
 
 
+def test_teachers_that_are_the_student_or_wait_on_the_host():
+    whole = {"kind": "separate", "model": str(MODELS / "Qwen3-32B")}
+    kinds = {
+        "separate": whole,
+        "host": {**whole, "offload": "host"},
+        "ema": {"kind": "ema"},
+        "current": {"kind": "current"},
+    }
+    plans = {name: _plan(replace(_config(), teacher=TeacherConfig(**more)), 8)[0] for name, more in kinds.items()}
+    entries, head = plans["separate"].held["parameters"] // 2, 151_936 // 8 * 5120
+    held = {name: {key: value for key, value in plan.held.items() if "teacher" in key} for name, plan in plans.items()}
+    assert held == {
+        "separate": {"teacher's parameters": 2 * entries},
+        "host": {"teacher's LM head": 2 * head},
+        "ema": {"teacher's average": 4 * entries + 2 * head},
+        "current": {},
+    }
+    moved = {name: sum(plan.phases["teacher"].values()) for name, plan in plans.items()}
+    least = moved["current"]
+    extra = {name: value - least for name, value in moved.items()}
+    assert extra == {"separate": 0, "host": 2 * (entries - head), "ema": 2 * entries, "current": 0}
+
+
 def test_recomputation_and_sequence_parallelism_take_away():
     model = read_model(str(MODELS / "Qwen3-1.7B"), "model")
     pieces = Pieces(2048, 2048, False, 8, 1, False, 2)
@@ -284,6 +307,7 @@ def test_a_teacher_of_experts_is_counted_and_said_not_to_run(example, capsys):
         (["--gpus", "12"], "does not divide the world of 12"),
         (["model=models/nowhere"], "there is no directory 'models/nowhere'"),
         (["parallel.tensor_model_parallel_size=3"], "does not divide num_attention_heads=16"),
+        (["teacher.bf16=false"], "does not count a teacher's pass in another dtype yet"),
         (["train.no_such=1"], "unknown key 'train.no_such'"),
     ],
 )

@@ -81,6 +81,7 @@ class Distillation:
         sample = self.weigh(rollouts, student_logp, teacher)
         loss = WeightedDivergence(self.teacher, teacher, sample, self._loss, self._weighting, self._head)
         metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))
+        self.teacher.after_update(skipped=metrics.get("train/skipped_frac", 0.0) > 0)
         if "renio/pivot_gradient_frac" in metrics:  # counted in squares, which add up
             metrics["renio/pivot_gradient_frac"] **= 0.5
         clock.append(time.perf_counter())

@@ -103,6 +103,11 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
             f"renio compare-precision: FP8 products beside adapters are not built (lora.r={recipe.config.lora.r}). "
             "Compare with lora.r=null, or with the merged model."
         )
+    if recipe.config.teacher.kind in ("ema", "current"):
+        raise ConfigError(
+            f"renio compare-precision: teacher.kind={recipe.config.teacher.kind} is the student in its own precision. "
+            "Compare with teacher.kind=initial, which it is at the first step."
+        )
     set_hardware_variables_of(recipe.config)
 
     from rich.console import Console

@@ -37,6 +37,11 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
             "renio plan does not count a teacher in a layout of its own yet. Plan with teacher.ranks=colocated and the "
             "keys of teacher.parallel null: that is the memory where both models are cut alike."
         )
+    if config.teacher.bf16 not in (None, config.train.bf16):
+        raise ConfigError(
+            f"renio plan does not count a teacher's pass in another dtype yet (teacher.bf16={config.teacher.bf16}). "
+            "Plan with teacher.bf16=null."
+        )
     ranks = world_size or config.parallel.model_ranks
     check_world(config, ranks)
     check_models(config, teacher_types=(*MODEL_TYPES, *MIXTURE_TYPES))

@@ -36,7 +36,15 @@ from renio_megatron.files import remove_directory
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.lora import lora_form
 from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.sharded_state import restore_state, restore_weights, sharded_state, sharded_weights
+from renio_megatron.megatron.sharded_state import (
+    Averages,
+    restore_averages,
+    restore_state,
+    restore_weights,
+    sharded_averages,
+    sharded_state,
+    sharded_weights,
+)
 from renio_megatron.megatron.versions import own_writer
 from renio_megatron.settings import CheckpointConfig
 from renio_megatron.stop import sigterm_held
@@ -55,9 +63,19 @@ class MegatronKeeper:
     """Saves and restores a learner and the run's own state. Every rank calls every method, in the same order."""
 
     def __init__(
-        self, root: Path, learner: MegatronLearner, settings: CheckpointConfig | None = None, *, config: str = ""
+        self,
+        root: Path,
+        learner: MegatronLearner,
+        settings: CheckpointConfig | None = None,
+        *,
+        config: str = "",
+        averages: Averages = (),
     ) -> None:
-        """Checkpoints go to `root`; each holds `config`, the run's settings as YAML, for whoever finds it alone."""
+        """Checkpoints go to `root`; each holds `config`, the run's settings as YAML, for whoever finds it alone.
+
+        `averages` are a teacher's, which are saved and restored beside the learner.
+        """
+        self._averages = averages
         self._root = root
         self._learner = learner
         self._settings = settings or CheckpointConfig()
@@ -81,7 +99,7 @@ class MegatronKeeper:
         partial = self._on_main(step, lambda: self._begin(step))
         if partial is None:
             return
-        content = sharded_state(self._learner, loading=False) | self._job_state() | {"run": state, "step": step}
+        content = self._sharded_state(loading=False) | self._job_state() | {"run": state, "step": step}
         # At a process's first save Megatron starts a helper process, which must outlive a SIGTERM to the whole group.
         held = contextlib.nullcontext() if self._has_saved else sigterm_held()
         with self._disk_errors(step, partial), held:
@@ -124,19 +142,31 @@ class MegatronKeeper:
             return None
         common = check_same_model(directory, self._learner.part)
         self._check_same_optimizer(directory, common.get("optimizer_form"))
+        if self._averages and not common.get("has_teacher_average"):
+            _raise_shared(
+                f"the checkpoint {directory} holds no moving average of the weights, which teacher.kind=ema goes on "
+                "with. Set teacher.kind as in the run that wrote it, or start a new run from its weights: write them "
+                "with `renio export`, and give that directory as `model`."
+            )
         groups = self._learner.optimizer.param_groups
         settings = [{key: group[key] for key in _OPTIMIZER_SETTINGS if key in group} for group in groups]
         try:
-            loaded = dist_checkpointing.load(
-                sharded_state(self._learner, loading=True) | self._job_state(), str(directory)
-            )
+            loaded = dist_checkpointing.load(self._sharded_state(loading=True) | self._job_state(), str(directory))
         except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is no Exception
             _refuse(directory, error)
         restore_state(self._learner, loaded)
+        if self._averages:
+            restore_averages(self._learner.part, self._averages, loaded["teacher_average"])
         for group, values in zip(self._learner.optimizer.param_groups, settings, strict=True):
             group.update(values)
         torch.set_rng_state(loaded["rng"]["torch"])
         return loaded["step"], loaded["run"]
+
+    def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        state = sharded_state(self._learner, loading=loading)
+        if self._averages:
+            state["teacher_average"] = sharded_averages(state["model"], self._learner.part, self._averages)
+        return state
 
     def _job_state(self) -> dict[str, Any]:
         """What the job has once, whatever its ranks: random numbers, the model's name and the settings.
@@ -150,6 +180,7 @@ class MegatronKeeper:
             "architecture": dataclasses.asdict(part.architecture),
             "lora": lora_form(part.lora),
             "optimizer_form": self._learner.optimizer_form(),
+            "has_teacher_average": bool(self._averages),
             "config": self._config,
         }
 

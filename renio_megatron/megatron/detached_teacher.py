@@ -8,7 +8,7 @@ sequence; and, once, the LM head, cut at the student's vocabulary edges. Logits 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from renio_megatron.megatron.groups import Place
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.payload import Scattered, gather_pieces
 from renio_megatron.megatron.pipeline import run_forward, share_tokens
+from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
 from renio_megatron.parallel.bridge import Bridge
 from renio_megatron.parallel.exchange import RowExchange, gather_rows, sum_over
 from renio_megatron.parallel.layout import Layout
@@ -35,14 +36,21 @@ HEAD_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Reader:
-    """The teacher's part on this rank, and the layout in which it runs."""
+    """The teacher's weights on this rank, and the layout in which they are used."""
 
-    part: ModelPart
+    weights: TeacherWeights
     place: Place | None  # None: its layout is the one in force
 
-    def entered(self) -> contextlib.AbstractContextManager[None]:
-        """The teacher's groups in force."""
-        return contextlib.nullcontext() if self.place is None else self.place.entered()
+    @property
+    def part(self) -> ModelPart:
+        """Its modules."""
+        return self.weights.part
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """The teacher's groups in force, and its weights where they are used."""
+        with contextlib.nullcontext() if self.place is None else self.place.entered(), self.weights.in_place():
+            yield
 
 
 class DetachedTeacher:
@@ -69,7 +77,7 @@ class DetachedTeacher:
         pad_id: int,
         payload_device: str = "device",
     ) -> None:
-        """Freezes the teacher and takes its LM head to where the student's is; several collectives.
+        """Takes the teacher's LM head to where the student's is; several collectives.
 
         Args:
             reader: this rank's part of the teacher.
@@ -90,13 +98,16 @@ class DetachedTeacher:
         self._head_config, self._temperature, self._payload_device = head, temperature, payload_device
         self._width, self._dtype, self._device = architecture.hidden_size, dtype, device
         if reader is not None:
-            for chunk in reader.part.chunks:
-                chunk.requires_grad_(False)
-            reader.part.train(False)
             self._arrangement = reader.part.arrangement(
                 pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch
             )
         self._head = self._fetch_head(shard)
+
+    averages: Averages = ()
+    """What a checkpoint must hold of it: nothing, its weights never change."""
+
+    def after_update(self, *, skipped: bool) -> None:
+        """Nothing to do: the teacher does not follow the student."""
 
     @property
     def head(self) -> LmHead:

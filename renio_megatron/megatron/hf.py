@@ -33,7 +33,12 @@ LINE_INTERVAL_S = 2.0
 
 
 def load_weights(
-    part: ModelPart, directory: Path, *, title: str = "model", say: Callable[[str], None] | None = None
+    part: ModelPart,
+    directory: Path,
+    *,
+    title: str = "model",
+    say: Callable[[str], None] | None = None,
+    change: Callable[[Slice, torch.Tensor], torch.Tensor] | None = None,
 ) -> int:
     """Fills this rank's parameters from a Hugging Face directory; adapters stay as they are.
 
@@ -45,6 +50,7 @@ def load_weights(
         directory: with config.json of the same architecture.
         title: of the progress line.
         say: takes the progress line, every `LINE_INTERVAL_S` seconds and at the end; nothing where it takes less.
+        change: (slice, its values) -> the values that are loaded in their place; called by several threads.
 
     Returns:
         Bytes that were read.
@@ -64,7 +70,7 @@ def load_weights(
             jobs[file].append((target, slices))
     num_bytes = sum(files.size_of(one) for target in targets for one in target.slices)
     line = _Line(title, files, len(jobs), num_bytes, say)
-    read = functools.partial(_read_file, files, line)
+    read = functools.partial(_read_file, files, line, change or _as_they_are)
     with torch.no_grad():
         if any(target.is_quantised for target in targets):  # one at a time, and by the thread that chose the device
             for file in sorted(jobs):
@@ -134,6 +140,7 @@ class _Target:
 
 
 _Job = tuple[_Target, list[Slice]]
+_Change = Callable[[Slice, torch.Tensor], torch.Tensor]
 
 
 def _targets(part: ModelPart) -> Iterator[_Target]:
@@ -150,7 +157,11 @@ def _targets(part: ModelPart) -> Iterator[_Target]:
         yield _Target(parameter, slices)
 
 
-def _read_file(files: WeightFiles, line: _Line, file: str, jobs: Iterable[_Job]) -> None:
+def _as_they_are(one: Slice, values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def _read_file(files: WeightFiles, line: _Line, change: _Change, file: str, jobs: Iterable[_Job]) -> None:
     """Reads a file's slices, from its begin to its end, except that one parameter's stay together."""
     with files.open(file) as handle:
         place = {tensor: number for number, tensor in enumerate(handle.offset_keys())}
@@ -158,7 +169,7 @@ def _read_file(files: WeightFiles, line: _Line, file: str, jobs: Iterable[_Job])
         for target, slices in sorted(in_order, key=lambda job: place[job[1][0].tensor]):
             for one in slices:
                 for chunk in one.in_chunks(max(1, CHUNK_BYTES * one.num_rows // files.size_of(one))):
-                    target.write(chunk, files.read(handle, chunk))
+                    target.write(chunk, change(chunk, files.read(handle, chunk)))
                     line.update()
             target.count(len(slices))
     line.update(num_files=1)

@@ -31,7 +31,7 @@ from renio_megatron.megatron.backend import (
     resolve_backend,
 )
 from renio_megatron.megatron.fp8_emulation import emulate_fp8
-from renio_megatron.megatron.lora import add_lora, check_backend, switched_off
+from renio_megatron.megatron.lora import add_lora, check_backend
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
@@ -90,17 +90,6 @@ class ModelPart:
     def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those of `named_parameters` that have a gradient: all of a student's, or its adapters'."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
-
-    @contextlib.contextmanager
-    def without_adapters(self) -> Iterator[None]:
-        """The frozen model that the adapters stand beside, in evaluation mode. No gradient may be wanted of it."""
-        was_training = self.chunks[0].training
-        self.train(False)
-        try:
-            with switched_off(self.chunks):
-                yield
-        finally:
-            self.train(was_training)
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +94,33 @@ def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, model: Path,
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def check_adapter(directory: Path, lora: LoraConfig) -> None:
-    """Raises `ConfigError` where a directory holds no adapter, or another than the settings describe."""
+def read_adapter_config(directory: Path, setting: str) -> dict[str, Any]:
+    """What a directory's adapter is, as PEFT describes it.
+
+    Raises:
+        ConfigError: it holds no adapter, or one that computes what these adapters do not know; named by `setting`.
+    """
     path = directory / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"lora.adapter: {path} cannot be read as JSON: {error}. Give a directory that PEFT or `renio export` wrote."
+            f"{setting}: {path} cannot be read as JSON: {error}. Give a directory that PEFT or `renio export` wrote."
         ) from error
     if not (directory / WEIGHTS).is_file():
-        raise ConfigError(f"lora.adapter: {directory} holds no {WEIGHTS}. Save the adapter again with save_pretrained.")
+        raise ConfigError(f"{setting}: {directory} holds no {WEIGHTS}. Save the adapter again with save_pretrained.")
     for key, allowed in _PLAIN.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ConfigError(
-                f"lora.adapter: {path} has {key}={values[key]!r}, which these adapters do not know (supported: "
-                f"{allowed[0]!r}). Merge the adapter with PEFT, and give the result as `model`."
+                f"{setting}: {path} has {key}={values[key]!r}, which these adapters do not know (supported: "
+                f"{allowed[0]!r}). Merge the adapter with PEFT, and give the result as the model."
             )
+    return values
+
+
+def check_adapter(directory: Path, lora: LoraConfig) -> None:
+    """Raises `ConfigError` where a directory holds no adapter, or another than the settings describe."""
+    path, values = directory / CONFIG, read_adapter_config(directory, "lora.adapter")
     targets = values.get("target_modules")
     there = {
         "lora.r": values.get("r"),
@@ -141,7 +151,7 @@ def load_adapter(part: ModelPart, directory: Path) -> None:
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
             names = set(file.keys())
-            _check_names(path, names, part)
+            check_names(path, names, part.architecture.num_layers, part.lora.names, "lora.adapter")
             for name, parameter in _adapters(part):
                 whole = file.get_tensor(_peft_name(name))
                 axis = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
@@ -156,19 +166,19 @@ def load_adapter(part: ModelPart, directory: Path) -> None:
         raise ConfigError(f"lora.adapter: {path} cannot be read: {error}.") from error
 
 
-def _check_names(path: Path, names: set[str], part: ModelPart) -> None:
-    """Raises `ConfigError` where the file's tensors are not those of every layer of the whole model."""
+def check_names(path: Path, names: set[str], num_layers: int, targets: Sequence[str], setting: str) -> None:
+    """Raises `ConfigError`, which names `setting`, where a file's tensors are not those of every layer of a model."""
     wanted = {
         f"base_model.model.model.layers.{layer}.{block}.{target}.lora_{which}.weight"
-        for layer in range(part.architecture.num_layers)
-        for target in part.lora.names
+        for layer in range(num_layers)
+        for target in targets
         for block in ["self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"]
         for which in "AB"
     }
     for what, which in (("lacks", wanted - names), ("has, without a counterpart,", names - wanted)):
         if which:
             raise ConfigError(
-                f"lora.adapter: {path} {what} {sorted(which)[0]!r} ({len(which)} such tensors). It was trained beside "
+                f"{setting}: {path} {what} {sorted(which)[0]!r} ({len(which)} such tensors). It was trained beside "
                 "another model, or with settings that these adapters do not know."
             )
 

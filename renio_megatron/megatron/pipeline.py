@@ -28,7 +28,10 @@ def run_forward(part: ModelPart, micro_batches: Sequence[MicroBatch], on_rows: O
 
     part.settle()
     with torch.no_grad():
-        return _run(part, part.chunks, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+        found = _run(part, part.chunks, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+    for chunk in part.chunks:  # which would keep what the stage before it sent last
+        chunk.set_input_tensor([None])
+    return found
 
 
 def run_forward_backward(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.lora import is_adapter
@@ -43,6 +47,42 @@ def restore_weights(part: ModelPart, loaded: dict[str, Any]) -> None:
     """Puts loaded weights back; `loaded` has the keys of `sharded_weights`."""
     for number, chunk in enumerate(part.chunks):
         chunk.load_state_dict(loaded[str(number)], strict=False)
+
+
+Averages = Sequence[tuple[torch.nn.Parameter, torch.Tensor]]
+"""Values beside some of a model's parameters, each of its parameter's shape."""
+
+_AVERAGE = "teacher_average"
+"""What the keys of averages begin with; the model's own key of the parameter follows."""
+
+
+def sharded_averages(weights: dict[str, Any], part: ModelPart, averages: Averages) -> dict[str, Any]:
+    """Averages as a checkpoint holds them: cut, and kept once, as the model's parameters are.
+
+    Args:
+        weights: `sharded_weights` of `part`.
+        part: the model.
+        averages: each with a parameter of `part`.
+    """
+    value_of = {id(parameter): value for parameter, value in averages}
+    return {
+        str(number): {
+            name: make_sharded_optimizer_tensor(weights[str(number)][name], value_of[id(parameter)], _AVERAGE)
+            for name, parameter in chunk.named_parameters()
+            if id(parameter) in value_of
+        }
+        for number, chunk in enumerate(part.chunks)
+    }
+
+
+@torch.no_grad()
+def restore_averages(part: ModelPart, averages: Averages, loaded: dict[str, Any]) -> None:
+    """Copies loaded averages to their places; `loaded` has the keys of `sharded_averages`."""
+    value_of = {id(parameter): value for parameter, value in averages}
+    for number, chunk in enumerate(part.chunks):
+        for name, parameter in chunk.named_parameters():
+            if id(parameter) in value_of:
+                value_of[id(parameter)].copy_(loaded[str(number)][name])
 
 
 def sharded_state(learner: MegatronLearner, *, loading: bool) -> dict[str, Any]:

@@ -1,17 +1,16 @@
-"""A frozen model that scores completions: no DDP buffers, no optimiser state, no gradient."""
+"""A model that scores completions: no gradient, and the final hidden states that the loss will want."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
-from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.payload import Kept, Recomputed, align
 from renio_megatron.megatron.pipeline import run_forward, share_tokens
+from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
 from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
@@ -20,40 +19,46 @@ from renio_megatron.token_logp import linear_token_logp
 class MegatronTeacher:
     """Reads the teacher's view of each prompt and the student's completion.
 
+    Attributes:
+        weights: what it is made of.
+
     Of its pass only the final hidden states at completion rows are kept; the loss applies the LM head to them chunk by
     chunk.
     """
 
     def __init__(
         self,
-        part: ModelPart,
+        weights: TeacherWeights,
         train: TrainConfig,
         head: HeadConfig,
         *,
         temperature: float,
         pad_id: int,
         payload_device: str = "device",
-        is_student: bool = False,
     ) -> None:
-        """Freezes `part`; log-probabilities are at `temperature`, hidden states wait at `payload_device`.
-
-        Where `is_student`, `part` is the student's: it stays as it is, and a teacher's pass switches its adapters off.
-        """
-        assert not (is_student and payload_device == "recompute")  # no pass inside a step of the same model
-        if not is_student:
-            for chunk in part.chunks:
-                chunk.requires_grad_(False)
-            part.train(False)
-        self._part, self._is_student = part, is_student
+        """What scores is `weights`; log-probabilities are at `temperature`, hidden states wait at `payload_device`."""
+        # With other weights than a frozen model's no pass is possible in the middle of the student's step.
+        assert type(weights) is TeacherWeights or payload_device != "recompute"
+        part = weights.part
+        self.weights, self._part = weights, part
         self._head_config = head
         self._temperature = temperature
         self._payload_device = payload_device
         self._arrangement = part.arrangement(pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch)
 
     @property
+    def averages(self) -> Averages:
+        """What a checkpoint must hold of it."""
+        return self.weights.averages
+
+    @property
     def head(self) -> LmHead:
         """The LM head, cut at the student's columns."""
-        return self._part.head()
+        return self.weights.head
+
+    def after_update(self, *, skipped: bool) -> None:
+        """Follows the student, where the teacher does; `skipped`: its step was left out."""
+        self.weights.after_update(skipped=skipped)
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
         """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
@@ -71,7 +76,7 @@ class MegatronTeacher:
             logp = linear_token_logp(rows, part.head(), micro_batch.target_ids, self._head_config, self._temperature)
             return logp, self._place(rows)
 
-        with part.without_adapters() if self._is_student else contextlib.nullcontext():
+        with self.weights.in_place():
             kept = run_forward(part, micro_batches, keep)
         logp = share_tokens([logp for logp, _ in kept], micro_batches, layout)
         if not bool(torch.isfinite(logp).all()):

@@ -82,7 +82,7 @@ def plan_memory(
 
     Args:
         config: the recipe, checked against `world_size` and the models.
-        student, teacher: for teacher.kind=self the same one twice.
+        student, teacher: for teachers that are the student the same one twice.
         world_size: ranks of the job.
         fused_norm: as torch computes norms on CUDA; False on a CPU.
     """
@@ -165,11 +165,11 @@ class _Rank:
             **({"parameters in FP8": copies} if copies else {}),
             "gradients": self._buffer(tensors) * 4,
             "optimiser": self._optimised(tensors) * (12 if self._config.train.bf16 else 8),
-            "teacher's parameters": frozen * self._element - saved,
+            **self._teachers(frozen * self._element - saved, tensors),
         }
         if self._work.pieces.sequence_parallel:  # Megatron gathers into one buffer and keeps it
             held["gathered sequence"] = max(tokens_bytes(model, self._work.pieces) for model in self._models)
-        phases = {"sampling": self._sampling(), "teacher": self._scoring(self._teacher)}
+        phases = {"sampling": self._sampling(), "teacher": self._scoring(self._teacher) | self._moved(frozen, tensors)}
         if self._is_last and self._work.is_realigned and self._config.teacher.payload_device == "device":
             ordered = self._work.step_tokens * self._teacher.architecture.hidden_size * self._element
             phases["ordering"] = {"payload": self._payload(), "copy": ordered}
@@ -199,6 +199,26 @@ class _Rank:
         config = self._config
         entries = fp8_entries(self._teacher, config.parallel, config.teacher_precision, self._rank)
         return entries * self._element - _with_scales(entries, config.teacher_precision)
+
+    def _teachers(self, own: int, tensors: Sequence[int]) -> dict[str, int]:
+        """What is there of the teacher all the time; `own` bytes where it has weights of its own."""
+        kind, head = self._config.teacher.kind, self._width * self._teacher.architecture.hidden_size * self._is_last
+        if kind == "current":
+            return {}
+        if kind == "ema":  # in fp32, and the head that the loss reads where that is narrower
+            return {"teacher's average": sum(tensors) * 4 + (head * self._element if self._element < 4 else 0)}
+        if self._config.teacher.offload is not None:
+            return {"teacher's LM head": head * self._element}
+        return {"teacher's parameters": own}
+
+    def _moved(self, frozen: int, tensors: Sequence[int]) -> dict[str, int]:
+        """What a teacher's pass puts into place."""
+        if self._config.teacher.kind == "ema" and self._element < 4:
+            return {"average in bf16": sum(tensors) * self._element}
+        if self._config.teacher.offload is None:
+            return {}
+        head = self._width * self._teacher.architecture.hidden_size * self._is_last
+        return {"teacher's parameters": (frozen - head) * self._element}
 
     def _tensors(self, model: PlannedModel, num_chunks: int) -> list[int]:
         return rank_tensors(

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings.checks import require_choice, require_positive
 
+TEACHER_KINDS = ("separate", "initial", "ema", "current")
+"""Who may teach; `megatron/teacher_weights.py` has the table of what each is made of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherParallelConfig:
@@ -34,11 +37,18 @@ class TeacherParallelConfig:
 class TeacherConfig:
     """Who scores the student's completions.
 
+    All kinds but `separate` are the student itself, reading the teacher's view of the prompt (`data.teacher_template`).
+
     Attributes:
-        kind: `separate`, a frozen model of its own; `self`, the student's initial weights, frozen, reading the
-            teacher's view of the prompt (`data.teacher_template`). Beside a student with adapters (`lora.r`) these are
-            the student without them, not a second copy.
+        kind: `separate`, a frozen model of its own; `initial`, the student as the run's `model` is: without its
+            adapters (`lora.r`), or a frozen copy where the whole student is trained; `ema`, the moving average of the
+            student's trained parameters, the others being the student's; `current`, the student of this step.
         model: Hugging Face directory of a separate teacher.
+        adapter: directory of a PEFT adapter that is merged into the separate teacher's weights as they are loaded.
+        ema_decay: of `ema`: after each step the average becomes this share of itself and the rest of the student.
+        bf16: dtype of the weights of a teacher that has its own; null: train.bf16.
+        offload: `host`, the weights of a teacher that has its own wait in (pinned) host memory between its passes,
+            except the LM head, which the loss reads; null: they stay on the device.
         payload_device: where its final hidden states at completion tokens wait for the loss: `device`, all of the
             step's; `host`, in pinned memory, one micro-batch's at a time on the device; `recompute`, nowhere: the
             teacher reads each micro-batch a second time.
@@ -49,18 +59,38 @@ class TeacherConfig:
 
     kind: str = "separate"
     model: str | None = None
+    adapter: str | None = None
+    ema_decay: float = 0.999
+    bf16: bool | None = None
+    offload: str | None = None
     payload_device: str = "device"
     parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     ranks: str = "colocated"
     data_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        require_choice("teacher.kind", self.kind, ("separate", "self"))
+        if self.kind == "self":
+            raise ConfigError(
+                "teacher.kind=self is called initial now: the student as it started. Set teacher.kind=initial."
+            )
+        require_choice("teacher.kind", self.kind, TEACHER_KINDS)
         require_choice("teacher.payload_device", self.payload_device, ("device", "host", "recompute"))
         require_choice("teacher.ranks", self.ranks, ("colocated", "dedicated"))
         require_positive("teacher", data_parallel_size=self.data_parallel_size)
         if self.kind == "separate" and self.model is None:
             raise ConfigError("teacher.kind=separate needs teacher.model, the teacher's Hugging Face directory.")
+        if not 0.0 < self.ema_decay < 1.0:
+            raise ConfigError(
+                f"teacher.ema_decay must lie in (0, 1); got {self.ema_decay}. With 0 the teacher is kind=current, with "
+                "1 it is kind=initial."
+            )
+        if self.offload is not None:
+            require_choice("teacher.offload", self.offload, ("host",))
+            if self.payload_device == "recompute":
+                raise ConfigError(
+                    "teacher.offload=host with teacher.payload_device=recompute: the teacher would be moved to the "
+                    "device for every micro-batch of the student. Choose payload_device=host, or offload=null."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
