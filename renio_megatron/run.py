@@ -61,14 +61,18 @@ def run_recipe(
         raise
     layout = start(config.parallel, seed=config.train.seed, deterministic_mode=config.train.deterministic_mode)
     line, warnings = health(layout)
-    teacher = config.teacher_precision if isinstance(config, RunConfig) else None
+    has_adapters = config.lora.r is not None
+    is_own_teacher = isinstance(config, RunConfig) and config.teacher.kind == "self" and has_adapters
+    teacher = config.teacher_precision if isinstance(config, RunConfig) and not is_own_teacher else None
+    bf16 = config.train.bf16
     try:
-        line = f"{line}; {layers(config.precision, teacher, layout.device, bf16=config.train.bf16)}"
+        line = f"{line}; {layers(config.precision, teacher, layout.device, bf16=bf16, has_adapters=has_adapters)}"
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
-    if config.lora.r is not None:
+    if has_adapters:
         line = f"{line}; {trained(config.lora)}"
+        line += ", and without them it is the teacher" if is_own_teacher else ""
     if layout.is_main:
         say(line)
         for warning in warnings:
