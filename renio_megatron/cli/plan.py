@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
 from renio_megatron.config import MODEL_TYPES, RunConfig, check_models, check_world, load_recipe
-from renio_megatron.errors import ConfigError
 from renio_megatron.plan.memory import RESERVE, plan_memory, workload
 from renio_megatron.plan.models import MIXTURE_TYPES, PlannedModel, read_model
 from renio_megatron.report.plan_table import plan_table
@@ -26,17 +26,12 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     """
     config = load_recipe("train", path, overrides).config
     assert isinstance(config, RunConfig)
-    if config.lora.r is not None:
-        raise ConfigError(
-            f"renio plan does not count adapters yet (lora.r={config.lora.r}). Plan with lora.r=null: of gradients "
-            "and the optimiser's state a run with adapters holds only the adapters'."
-        )
     ranks = world_size or config.parallel.model_ranks
     check_world(config, ranks)
     check_models(config, teacher_types=(*MODEL_TYPES, *MIXTURE_TYPES))
     student = read_model(config.model, "model")
     teacher = student if config.teacher.model is None else read_model(config.teacher.model, "teacher.model")
-    found = plan_memory(config, student, teacher, ranks)
+    found = plan_memory(config, replace(student, lora=config.lora), teacher, ranks)
     memory = None if memory_gib is None else memory_gib * 2**30
     reserve = RESERVE * (memory or 0)
 
@@ -74,6 +69,7 @@ def _layout(config: RunConfig, ranks: int) -> str:
             ("distributed optimiser", parallel.use_distributed_optimizer),
             ("bf16" if config.train.bf16 else "fp32", True),
             (f"recompute {config.train.recompute_granularity}", config.train.recompute_granularity is not None),
+            (f"adapters of rank {config.lora.r} on {', '.join(config.lora.names)}", config.lora.r is not None),
         )
         if is_so
     ]
@@ -92,6 +88,8 @@ def _work(config: RunConfig, ranks: int) -> str:
 def _notes(config: RunConfig, teacher: PlannedModel) -> list[str]:
     """What the reader must know of this plan."""
     notes = []
+    if config.lora.r is not None and config.teacher.kind == "self":
+        notes.append("note: the teacher is the student without its adapters; it has no parameters of its own.")
     if teacher.experts is not None:
         notes.append(
             f"note: {teacher.name} is a mixture of {teacher.experts.count} experts, which renio train does not run "
