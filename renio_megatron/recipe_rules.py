@@ -195,7 +195,7 @@ _IGNORED_BY_TRAIN = (
         "loss.entry_clip is null, which switches both bounds off",
     ),
     _Ignored(
-        ("teacher.model",),
+        ("teacher.model", "teacher.pretrained_checkpoint"),
         lambda config: config.teacher.kind == "self",
         "teacher.kind is self and the teacher is the student's initial weights",
     ),
@@ -209,6 +209,16 @@ _IGNORED_BY_SFT = (
     _Ignored(
         ("init",),
         lambda config: config.checkpoint.load is not None,
+        "the weights come from checkpoint.load",
+    ),
+    _Ignored(
+        ("pretrained_checkpoint",),
+        lambda config: config.init == "random",
+        "init is random and no weights are read",
+    ),
+    _Ignored(
+        ("pretrained_checkpoint",),
+        lambda config: config.checkpoint.load is not None and config.lora.r is None,
         "the weights come from checkpoint.load",
     ),
 )

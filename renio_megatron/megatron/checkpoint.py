@@ -55,10 +55,21 @@ class MegatronKeeper:
     """Saves and restores a learner and the run's own state. Every rank calls every method, in the same order."""
 
     def __init__(
-        self, root: Path, learner: MegatronLearner, settings: CheckpointConfig | None = None, *, config: str = ""
+        self,
+        root: Path,
+        learner: MegatronLearner,
+        settings: CheckpointConfig | None = None,
+        *,
+        config: str = "",
+        base: str | None = None,
     ) -> None:
-        """Checkpoints go to `root`; each holds `config`, the run's settings as YAML, for whoever finds it alone."""
+        """Checkpoints go to `root`.
+
+        Each holds `config`, the run's settings as YAML, for whoever finds it alone; and `base`, the fingerprint of the
+        weights that adapters stand beside, which it does not hold.
+        """
         self._root = root
+        self._base = base
         self._learner = learner
         self._settings = settings or CheckpointConfig()
         self._config = config
@@ -122,7 +133,7 @@ class MegatronKeeper:
         directory = self._on_main(None, self._find)
         if directory is None:
             return None
-        common = check_same_model(directory, self._learner.part)
+        common = check_same_model(directory, self._learner.part, self._base)
         self._check_same_optimizer(directory, common.get("optimizer_form"))
         groups = self._learner.optimizer.param_groups
         settings = [{key: group[key] for key in _OPTIMIZER_SETTINGS if key in group} for group in groups]
@@ -149,6 +160,7 @@ class MegatronKeeper:
             "rng": ShardedObject("rng", state, (1,), (0,), replica_id=part.layout.rank),
             "architecture": dataclasses.asdict(part.architecture),
             "lora": lora_form(part.lora),
+            "base": self._base,
             "optimizer_form": self._learner.optimizer_form(),
             "config": self._config,
         }
@@ -240,13 +252,13 @@ class MegatronKeeper:
         )
 
 
-def load_model_weights(directory: Path, part: ModelPart) -> None:
+def load_model_weights(directory: Path, part: ModelPart, base: str | None = None) -> None:
     """Fills a model, in any layout, from a checkpoint's weights alone.
 
     Raises:
         CheckpointError: a checkpoint of another model, or one that cannot be read.
     """
-    check_same_model(directory, part)
+    check_same_model(directory, part, base)
     try:
         loaded = dist_checkpointing.load({"model": sharded_weights(part)}, str(directory))
     except (Exception, CheckpointException) as error:
@@ -254,11 +266,17 @@ def load_model_weights(directory: Path, part: ModelPart) -> None:
     restore_weights(part, loaded["model"])
 
 
-def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
+def check_same_model(directory: Path, part: ModelPart, base: str | None = None) -> dict[str, Any]:
     """What a checkpoint holds once, whatever its ranks.
 
+    Args:
+        directory: the checkpoint.
+        part: the model that it is for.
+        base: fingerprint of the weights beside the adapters of `part`; None where it has none.
+
     Raises:
-        CheckpointError: it is not one of ours, of another architecture than `part`, or of other adapters.
+        CheckpointError: it is not one of ours, of another architecture than `part`, of other adapters, or its adapters
+            were trained beside other weights.
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(directory))
@@ -268,7 +286,7 @@ def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
     if not isinstance(saved, dict) or "run" not in common:
         _raise_shared(
             f"the checkpoint {directory} was written by another program: it holds no `architecture` and `run`. "
-            "Convert its model to a Hugging Face directory with that program, and give that as `model`."
+            "To start from its weights, give it as `pretrained_checkpoint`."
         )
     wanted = dataclasses.asdict(part.architecture)
     differing = [
@@ -285,6 +303,12 @@ def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
             f"the checkpoint {directory} holds {_what_is_trained(lora)}, and {_what_is_trained(own_lora)} would be "
             "read from it. Set `lora` as in the run that wrote it; or write its model with `renio export` (--merge for "
             "adapters), and give that directory as `model`."
+        )
+    if common.get("base") != base:
+        _raise_shared(
+            f"the checkpoint {directory} holds adapters, which were trained beside other weights than those of `model` "
+            "(or `pretrained_checkpoint`): these have changed, or are another model's. Point the setting to the "
+            "weights that the run started from, unchanged, or start again with --fresh."
         )
     return common
 

@@ -17,6 +17,7 @@ class TeacherConfig:
             teacher's view of the prompt (`data.teacher_template`). Beside a student with adapters (`lora.r`) these are
             the student without them, not a second copy.
         model: Hugging Face directory of a separate teacher.
+        pretrained_checkpoint: where its weights come from in place of `model`'s, see the student's.
         payload_device: where its final hidden states at completion tokens wait for the loss: `device`, all of the
             step's; `host`, in pinned memory, one micro-batch's at a time on the device; `recompute`, nowhere: the
             teacher reads each micro-batch a second time.
@@ -24,6 +25,7 @@ class TeacherConfig:
 
     kind: str = "separate"
     model: str | None = None
+    pretrained_checkpoint: str | None = None
     payload_device: str = "device"
 
     def __post_init__(self) -> None:
