@@ -21,7 +21,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
-from tests import te_cases, te_lora_cases, training_cases
+from tests import te_cases, te_start_cases, training_cases
 from tests.multiprocess import run_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -63,8 +63,19 @@ def test_a_distillation_step_is_that_of_transformers(root):
             assert one["raw_weights_not_1"] > 0
 
 
-def test_a_student_with_adapters_has_local_layers_beside_a_teacher_of_transformer_engine(root):
-    for found in run_ranks(te_lora_cases.beside_adapters, 2, root, timeout=200.0):
+@pytest.fixture(scope="module")
+def started(root):
+    return run_ranks(te_start_cases.run_all, 2, root, timeout=200.0)
+
+
+def test_weights_in_fp8_and_their_fp32_copies_begin_from_a_checkpoint(started):
+    for found in started:
+        assert found["checkpoint"]["same"] and found["checkpoint"]["number"] > 16
+        assert found["checkpoint"]["initial"] == (16, True)
+
+
+def test_a_student_with_adapters_has_local_layers_beside_a_teacher_of_transformer_engine(started):
+    for found in started:
         assert found["student"] == "local"
         assert found["adapters"] > 0
         assert found["kinds"].isdisjoint({"TELayerNormColumnParallelLinear", "TEDotProductAttention"})

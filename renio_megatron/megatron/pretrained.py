@@ -26,6 +26,7 @@ from renio_megatron.megatron.hf_slices import VOCABULARY
 from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.sharded_state import restore_weights, sharded_model
+from renio_megatron.megatron.te_modules import fill, is_quantised
 
 _OPTIMIZERS = ("optimizer.", "chained_")
 _MAX_NAMED = 3
@@ -64,6 +65,11 @@ def load_pretrained(
     except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is no Exception
         raise ConfigError(f"the checkpoint {source} cannot be read ({type(error).__name__}: {error}).") from error
     restore_weights(part, loaded["model"])
+    with torch.no_grad():
+        for number, chunk in enumerate(part.chunks):
+            for name, parameter in chunk.named_parameters():
+                if is_quantised(parameter):  # and remembers a value of before, which the optimiser would begin with
+                    fill(parameter, loaded["model"][str(number)][name].to(parameter.dtype))
     _clear_padding(part)
 
 
