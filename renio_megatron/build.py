@@ -13,6 +13,7 @@ from renio_megatron.algorithms import Algorithm
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
 from renio_megatron.assets import model_directory
+from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.data.prompts import (
@@ -46,6 +47,7 @@ class Inputs:
 
     Attributes:
         model, teacher: Hugging Face directories; the teacher's is None in fine-tuning.
+        weights, teacher_weights: where the weights are: these, or checkpoints that Megatron wrote.
         architecture, teacher_architecture: theirs.
         vocab_size: V of the loss: the columns that both models have.
         stream: the prompts.
@@ -57,6 +59,8 @@ class Inputs:
 
     model: Path
     teacher: Path | None
+    weights: Path
+    teacher_weights: Path | None
     architecture: Architecture
     teacher_architecture: Architecture | None
     vocab_size: int
@@ -90,10 +94,15 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
             f"the tokenizer of {model} has token ids up to {max(tokenizer.get_vocab().values())}, the models' "
             f"embeddings have {vocab_size} rows. Choose a tokenizer and models that belong together."
         )
-    if isinstance(config, RunConfig) or config.init == "pretrained":
+    weights = _weights_of(model, config.pretrained_checkpoint, "pretrained_checkpoint")
+    if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
         WeightFiles(model).check(architecture)
-    if teacher is not None and teacher_architecture is not None:
-        WeightFiles(teacher).check(teacher_architecture)
+    teacher_weights = teacher
+    if isinstance(config, RunConfig) and teacher is not None and teacher_architecture is not None:
+        named, setting = config.teacher.pretrained_checkpoint, "teacher.pretrained_checkpoint"
+        teacher_weights = weights if config.teacher.kind != "separate" else _weights_of(teacher, named, setting)
+        if teacher_weights == teacher:
+            WeightFiles(teacher).check(teacher_architecture)
     if config.lora.adapter is not None:
         from renio_megatron.megatron.peft_files import check_adapter
 
@@ -125,6 +134,8 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
     return Inputs(
         model=model,
         teacher=teacher,
+        weights=weights,
+        teacher_weights=teacher_weights,
         architecture=architecture,
         teacher_architecture=teacher_architecture,
         vocab_size=vocab_size,
@@ -158,9 +169,11 @@ def build_trainer(
         say: takes the progress lines of weights that take long to load.
     """
     from renio_megatron.megatron.checkpoint import MegatronKeeper
+    from renio_megatron.megatron.pretrained import fingerprint
 
     learner, sampler = build_student(config, inputs, layout, say)
     lr_at = functools.partial(learning_rate, config.train)
+    base = fingerprint(inputs.weights, inputs.architecture) if config.lora.r is not None else None
     algorithm: Algorithm
     if isinstance(config, RunConfig):
         teacher = build_teacher(config, inputs, layout, learner.part, say)
@@ -171,7 +184,9 @@ def build_trainer(
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
-        keeper=MegatronKeeper(checkpoints, learner, config.checkpoint, config=to_yaml(config), averages=averages),
+        keeper=MegatronKeeper(
+            checkpoints, learner, config.checkpoint, config=to_yaml(config), averages=averages, base=base
+        ),
         train_iters=config.train.train_iters,
         global_batch_size=config.train.global_batch_size,
         data_rank=layout.data.rank,
@@ -187,10 +202,10 @@ def build_student(
     config: RunConfig | SftConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
 ) -> tuple[Any, Any]:
     """(learner, sampler) of one model with its initial weights: `MegatronLearner`, `MegatronSampler`."""
-    from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.learner import MegatronLearner
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.peft_files import load_adapter
+    from renio_megatron.megatron.pretrained import load_pretrained
     from renio_megatron.megatron.sampler import MegatronSampler
 
     parallel, train = config.parallel, config.train
@@ -206,7 +221,7 @@ def build_student(
         initialise=not is_loaded,
     )
     if is_loaded:
-        load_weights(part, inputs.model, title="student", say=say)
+        load_pretrained(part, inputs.weights, title="student", say=say)
     if config.lora.adapter is not None:
         load_adapter(part, Path(config.lora.adapter))
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
@@ -304,11 +319,11 @@ def _teacher_part(
     config: RunConfig, inputs: Inputs, layout: Layout, parallel: ParallelConfig, say: Callable[[str], None] | None
 ) -> Any:
     """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
-    from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.merging import Merger
     from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.pretrained import load_pretrained
 
-    assert inputs.teacher is not None  # a distillation's inputs name one
+    assert inputs.teacher_weights is not None  # a distillation's inputs name one
     assert inputs.teacher_architecture is not None
     part = build_model(
         inputs.teacher_architecture,
@@ -322,7 +337,7 @@ def _teacher_part(
     )
     adapter = config.teacher.adapter
     change = None if adapter is None else Merger(Path(adapter), part.architecture)
-    load_weights(part, inputs.teacher, title="teacher", say=say, change=change)
+    load_pretrained(part, inputs.teacher_weights, title="teacher", say=say, change=change)
     return part
 
 
@@ -383,6 +398,11 @@ def _evaluator(
     assert limit is not None  # the recipe's rules see to it
     decoding = Decoding(config.evaluate.temperature, None, None, limit, together)
     return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, decoding, layout)
+
+
+def _weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
+    """Where a model's weights are: in its directory, unless the setting names a checkpoint."""
+    return model if checkpoint is None else find_pretrained(checkpoint, setting)
 
 
 def _num_checked(source: Source, train: TrainConfig) -> int:

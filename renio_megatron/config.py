@@ -51,12 +51,15 @@ class RunConfig:
 
     Attributes:
         model: the student's Hugging Face directory, or a model that ships with the package.
+        pretrained_checkpoint: a checkpoint that Megatron wrote (torch_dist, of any layout), whose weights are the
+            student's in place of those in `model`; null: `model`'s. config.json and the tokenizer are `model`'s.
         teacher, data, rollout, loss, head, weighting, parallel, precision, teacher_precision, lora, train, checkpoint,
             evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
 
     model: str
+    pretrained_checkpoint: str | None = None
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -79,12 +82,14 @@ class SftConfig:
 
     Attributes:
         model: Hugging Face directory, or a model that ships with the package.
+        pretrained_checkpoint: where the weights come from in place of `model`'s, as in `RunConfig`.
         init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
         data, parallel, precision, lora, train, checkpoint, evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
 
     model: str
+    pretrained_checkpoint: str | None = None
     init: str = "pretrained"
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

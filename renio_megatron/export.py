@@ -12,13 +12,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from renio_megatron.assets import model_directory
-from renio_megatron.checkpoint_files import latest_step, step_directory, steps
+from renio_megatron.checkpoint_files import find_pretrained, latest_step, step_directory, steps
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.checkpoint import load_model_weights
-from renio_megatron.megatron.hf import hf_state, load_weights
+from renio_megatron.megatron.hf import hf_state
 from renio_megatron.megatron.model import build_model
 from renio_megatron.megatron.peft_files import adapter_state, merged, write_adapter
+from renio_megatron.megatron.pretrained import fingerprint, load_pretrained
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
@@ -50,11 +51,18 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"the destination {str(destination)!r} exists already. Choose another, or remove it.")
     checkpoint = _checkpoint(run.checkpoints, step)
-    config = OmegaConf.load(run.config)
+    config: Any = OmegaConf.load(run.config)
     lora = _adapters_of(config)
     if merge and lora.r is None:
         raise ConfigError("--merge has nothing to merge: the run has no adapters (lora.r is null). Leave it out.")
     source = model_directory(config.model, "model")
+    given = config.get("pretrained_checkpoint")
+    weights = source if lora.r is None or given is None else find_pretrained(given, "pretrained_checkpoint")
+    if weights != source and not merge:
+        raise ConfigError(
+            f"an adapter directory names the Hugging Face model that it stands beside, and this run's is a checkpoint "
+            f"of Megatron (pretrained_checkpoint={given!r}). Export the whole model with --merge."
+        )
     architecture = Architecture.from_directory(source)
     layout = start(ParallelConfig(), seed=0)
     precision = TrainConfig(bf16=config.train.bf16)
@@ -63,15 +71,15 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
         layout,
         ParallelConfig(),
         precision,
-        # Layers that can have adapters, also where Transformer Engine is.
-        PrecisionConfig() if lora.r is None else PrecisionConfig(backend="local"),
+        PrecisionConfig(),
         lora,
         vocab_size=architecture.vocab_size,
         trained=False,
     )
+    base = fingerprint(weights, architecture) if lora.r is not None else None
     if merge:
-        load_weights(part, source)
-    load_model_weights(checkpoint, part)
+        load_pretrained(part, weights)
+    load_model_weights(checkpoint, part, base)
     is_whole = lora.r is None or merge
     state = dict(hf_state(part)) if is_whole else adapter_state(part)
     if merge:

@@ -170,7 +170,7 @@ _IGNORED_BY_TRAIN = (
         "the teacher is the student's own modules (teacher.kind=ema, current, or initial with lora.r)",
     ),
     _Ignored(
-        ("teacher.model", "teacher.adapter"),
+        ("teacher.model", "teacher.adapter", "teacher.pretrained_checkpoint"),
         lambda config: config.teacher.kind != "separate",
         "teacher.kind is not separate and the teacher is the student",
     ),
@@ -230,6 +230,16 @@ _IGNORED_BY_SFT = (
     _Ignored(
         ("init",),
         lambda config: config.checkpoint.load is not None,
+        "the weights come from checkpoint.load",
+    ),
+    _Ignored(
+        ("pretrained_checkpoint",),
+        lambda config: config.init == "random",
+        "init is random and no weights are read",
+    ),
+    _Ignored(
+        ("pretrained_checkpoint",),
+        lambda config: config.checkpoint.load is not None and config.lora.r is None,
         "the weights come from checkpoint.load",
     ),
 )

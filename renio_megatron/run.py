@@ -20,6 +20,7 @@ from renio_megatron.megatron.start import bridge, start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
 from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.recipe_rules import shares_student
 from renio_megatron.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.stop import StopSignal
@@ -75,14 +76,19 @@ def run_recipe(
     if layout.is_scorer:
         return _score(config, inputs, layout)
     line, warnings = health(layout)
-    teacher = config.teacher_precision if isinstance(config, RunConfig) else None
+    has_adapters = config.lora.r is not None
+    is_own_teacher = isinstance(config, RunConfig) and shares_student(config)
+    teacher = config.teacher_precision if isinstance(config, RunConfig) and not is_own_teacher else None
+    bf16 = config.train.bf16
     try:
-        line = f"{line}; {layers(config.precision, teacher, layout.device, bf16=config.train.bf16)}"
+        line = f"{line}; {layers(config.precision, teacher, layout.device, bf16=bf16, has_adapters=has_adapters)}"
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
-    if config.lora.r is not None:
+    if has_adapters:
         line = f"{line}; {trained(config.lora)}"
+        if isinstance(config, RunConfig) and config.teacher.kind == "initial":
+            line += ", and without them it is the teacher"
     if layout.is_main:
         say(line)
         for warning in warnings:

@@ -1,4 +1,4 @@
-"""Steps of a student with adapters through the trainer, in every layout of two ranks, and the same steps by PEFT.
+"""Steps of a student with adapters through the trainer, in layouts of two and four ranks, and the same steps by PEFT.
 
 The reference shares nothing with the code under test but the sampled tokens: PEFT's model on transformers', the
 objective of `objective/reference.py`, torch's AdamW. Which axis of an adapter is cut is written out here.
@@ -75,6 +75,16 @@ CASES = {
     "DP2, distributed optimiser, overlap": Case(OVERLAP),
     "TP2 + SP, recompute full, bf16": Case(TP2_SP, {"bf16": True, **FULL}),
 }
+FOUR_RANKS = {
+    "TP2 x PP2 + SP": Case({**TP2_SP, **PP2}),
+    "TP2 x PP2 + SP, tied, recompute full": Case({**TP2_SP, **PP2}, FULL, tied=True),
+    "DP2 x TP2, distributed optimiser, overlap": Case({**TP2, **OVERLAP}),
+    "DP2 x TP2 + SP, distributed optimiser, packed": Case(
+        {**TP2_SP, "use_distributed_optimizer": True}, {"max_tokens_per_micro_batch": 32}, SOME
+    ),
+    "DP2 x PP2, distributed optimiser": Case({**PP2, "use_distributed_optimizer": True}),
+    "CP2 x TP2 + SP": Case({**TP2_SP, "context_parallel_size": 2}, tied=True),
+}
 
 
 def _pass_on(low: torch.Tensor, group: Any) -> torch.Tensor:
@@ -141,6 +151,20 @@ MUTANTS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "row: not summed": ("TP2", _between(is_column=False, sequence_parallel=False, does=_pass_on), "logits"),
     "switched off": ("TP1 (DP2)", _each_module(is_on=False), "logits"),
 }
+MUTANTS_OF_FOUR: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "no mark for SP, PP2": ("TP2 x PP2 + SP", MUTANTS["no mark for SP"][1], "gradient"),
+    "no gradient at the embedding, PP2": ("TP2 x PP2 + SP, tied, recompute full", _no_hook, "gradient"),
+    "no mark for SP, distributed optimiser": (
+        "DP2 x TP2 + SP, distributed optimiser, packed",
+        MUTANTS["no mark for SP"][1],
+        "gradient",
+    ),
+    "column: not copied, DP2": (
+        "DP2 x TP2, distributed optimiser, overlap",
+        MUTANTS["column: not copied"][1],
+        "gradient",
+    ),
+}
 
 
 def hf_name(name: str) -> tuple[str, str, str]:
@@ -189,11 +213,12 @@ def whole_adapters(student: Any) -> dict[tuple[str, str], torch.nn.Parameter]:
     return found
 
 
-def run_lora(folder: Path) -> dict[str, dict[str, float]]:
-    """Case or mutant -> errors on this rank."""
-    found = {name: run_case(case, folder) for name, case in CASES.items()}
-    for name, (case_name, mutate, _) in MUTANTS.items():
-        found[name] = run_case(CASES[case_name], folder, mutate)
+def run_lora(folder: Path, world_size: int = 2) -> dict[str, dict[str, float]]:
+    """Case or mutant of so many ranks -> errors on this one."""
+    cases, mutants = (CASES, MUTANTS) if world_size == 2 else (FOUR_RANKS, MUTANTS_OF_FOUR)
+    found = {name: run_case(case, folder) for name, case in cases.items()}
+    for name, (case_name, mutate, _) in mutants.items():
+        found[name] = run_case(cases[case_name], folder, mutate)
     return found
 
 

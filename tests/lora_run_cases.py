@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from renio_megatron.checkpoint_files import step_directory
 from renio_megatron.settings import CheckpointConfig, DataConfig, LoraConfig, ParallelConfig, TeacherConfig
@@ -52,10 +54,28 @@ def _refused(folder: Path) -> dict[str, str]:
         "other rank": error_of(lambda: run(config_of(folder, "other rank", lora=other, checkpoint=adapters))),
         "no adapters": error_of(lambda: run(config_of(folder, "none", lora=LoraConfig(), checkpoint=adapters))),
     }
+    messages["other base"] = _other_base(folder)
     run(config_of(folder, "dense", lora=LoraConfig()), stop_before=4)
     dense = CheckpointConfig(load=str(step_directory(folder / "dense" / "checkpoints", 2)))
     messages["whole model"] = error_of(lambda: run(config_of(folder, "of dense", checkpoint=dense)))
     return messages
+
+
+def _other_base(folder: Path) -> str:
+    """What a run says that is gone on with, after one number of one norm of the frozen model has changed."""
+    model = folder / "base"
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "deep", model)
+    dist.barrier()
+    config = config_of(folder, "based", model=str(model))
+    run(config, stop_before=4)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        weights = load_file(model / "model.safetensors")
+        weights["model.layers.2.input_layernorm.weight"][5] += 0.25
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    dist.barrier()
+    return error_of(lambda: run(config))
 
 
 def _self_teacher(folder: Path) -> dict[str, Any]:
@@ -127,6 +147,12 @@ def exported(folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
             float((a - b).abs().max()) for a, b in zip(logits["adapter"], logits["merged"], strict=True)
         ),
         "change": max(float((a - b).abs().max()) for a, b in zip(logits["adapter"], logits["base"], strict=True)),
+        "other base": {
+            merge: error_of(
+                lambda merge=merge: export.export_checkpoint(folder / "based", folder / "y", None, merge=merge)
+            )
+            for merge in (False, True)
+        },
         "not merged": error_of(lambda: export.export_checkpoint(folder / "dense", folder / "x", None, merge=True)),
     }
 

@@ -77,7 +77,7 @@ def test_mistakes_are_named(kind, overrides, words, tmp_path):
         assert word in str(caught.value)
 
 
-def test_layers_of_transformer_engine_are_refused_where_auto_chose_them():
+def test_layers_of_transformer_engine_are_refused():
     with pytest.raises(ConfigError, match=r"precision\.backend=local"):
         check_backend(LoraConfig(r=2), "te")
     check_backend(LoraConfig(), "te")

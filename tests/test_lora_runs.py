@@ -65,6 +65,7 @@ def test_a_checkpoint_holds_adapters_and_their_moments_alone(ranks: list[dict[st
     [
         ("other rank", ["holds adapters (lora.r: 3", "adapters (lora.r: 2", "Set `lora`"]),
         ("no adapters", ["holds adapters (lora.r: 3", "a whole model (lora.r: null)", "--merge"]),
+        ("other base", ["trained beside other weights than those of `model`", "Point the setting to", "--fresh"]),
         ("whole model", ["holds a whole model", "adapters (lora.r: 3"]),
     ],
 )
@@ -90,6 +91,8 @@ def test_the_adapter_and_the_merged_model_generate_the_same(peft_side: dict[str,
     assert peft_side["merged logits"] < 1e-5
     assert peft_side["change"] > 1e-2
     assert "--merge has nothing to merge" in peft_side["not merged"]
+    for message in peft_side["other base"].values():
+        assert "trained beside other weights than those of `model`" in message
 
 
 def test_an_imported_adapter_generates_what_peft_generates(

@@ -27,6 +27,7 @@ from renio_megatron.plan.memory import RankMemory, plan_memory, workload
 from renio_megatron.plan.models import rank_tensors, read_model
 from renio_megatron.settings import (
     DataConfig,
+    LoraConfig,
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
@@ -58,8 +59,9 @@ def _config(student: str = "Qwen3-32B", teacher: str = "Qwen3-32B", **changes: A
 
 
 def _plan(config: RunConfig, world_size: int, **how: Any) -> list[RankMemory]:
-    models = read_model(config.model, "model"), read_model(config.teacher.model or config.model, "teacher.model")
-    return plan_memory(config, *models, world_size, **how)
+    student = replace(read_model(config.model, "model"), lora=config.lora)
+    teacher = read_model(config.teacher.model or config.model, "teacher.model")
+    return plan_memory(config, student, teacher, world_size, **how)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,45 @@ def test_the_first_and_last_layers_stay_out_of_fp8_where_they_are():
     layer = 2 * 2048 * ((16 + 8 + 8) * 128 + 16 * 128 + 3 * 6144)
     copies = [rank.held["parameters in FP8"] for rank in (first, second, third, last)]
     assert copies == [6 * layer, 7 * layer, 7 * layer, 5 * layer]
+
+
+# Of Qwen3-32B's layers on one of 8 ranks, with adapters of rank 16: A is cut beside o and down, B beside the others.
+ADAPTERS = 64 * 16 * ((5120 + 8192 // 8) + 2 * (5120 + 1024 // 8) + (8192 // 8 + 5120) + 3 * (5120 + 25600 // 8))
+
+
+@pytest.mark.parametrize("kind", ["separate", "initial"])
+def test_adapters_of_qwen3_32b_at_tp_8(kind):
+    """Gradients and the optimiser's state are the adapters'; a student that is its own teacher is there once."""
+    config = replace(_config(lora=LoraConfig(r=16)), teacher=TeacherConfig(model=str(MODELS / "Qwen3-32B"), kind=kind))
+    (rank,), (whole,) = _plan(config, 8), _plan(_config(), 8)
+    assert ADAPTERS == 48_889_856
+    assert rank.held == {
+        "parameters": 2 * (PARAMETERS + ADAPTERS),
+        "gradients": 4 * ADAPTERS,
+        "optimiser": 12 * ADAPTERS,
+        "teacher's parameters": 2 * PARAMETERS if kind == "separate" else 0,
+        "gathered sequence": TOKENS * 5120 * 2,
+    }
+    low = (
+        64 * TOKENS * 2 * 16 * (5 + 2 / 8)
+    )  # A x of q, k, v, gate, up at all positions, of o and down at a rank's share
+    joint = 64 * 2 * 16 * (5 * 5120 + (8192 + 25600) // 8)
+    first = TOKENS * (5120 // 8 * 2 + 4 // 8)  # the first norm's input, of which nothing is trained
+    kept = rank.phases["backward"]["activations"] - whole.phases["backward"]["activations"]
+    assert kept == pytest.approx(low + joint - first, rel=0.01)
+    assert rank.phases["loss"]["results"] == 1025 * 5120 * 2  # the head has no gradient
+    assert rank.phases["step"]["temporaries"] == 4 * ADAPTERS
+
+
+def test_products_keep_their_input_for_adapters_alone():
+    """Of Qwen3-1.7B's layer with an adapter beside v alone: no input of the MLP's products."""
+    model, pieces = read_model(str(MODELS / "Qwen3-1.7B"), "model"), Pieces(2048, 2048, False, 8, 1, False, 2)
+    some, every = (replace(model, lora=LoraConfig(r=8, targets=names)) for names in (["v_proj"], None))
+    low = 2 * 8 * ((2048 + 2048) * 5 + 2048 * 2 + (2048 + 6144) // 8)
+    assert layer_bytes(every, pieces) == layer_bytes(model, pieces) + low
+    missing = 2 * 2048 * (2048 + 6144 // 8)  # inputs of gate and up, and of down; o's is attention's own output
+    low = 2 * 8 * (2048 + 2048)
+    assert layer_bytes(some, pieces) == layer_bytes(model, pieces) - missing + low
 
 
 def test_the_distributed_optimiser_divides_over_data_and_context_ranks():
@@ -289,6 +330,16 @@ def test_the_command_fits_or_not_by_its_exit_code(example, capsys):
     out = capsys.readouterr().out
     assert "fit" not in out
     assert "8 ranks: TP 8; sequence parallelism, distributed optimiser, bf16, recompute full" in out
+
+
+def test_adapters_are_named_and_make_room(example, capsys):
+    own = ["model=models/Qwen3-32B", "teacher=self", "data.teacher_template='{problem}{solution}'"]
+    own += ["rollout.micro_batch_size=16"]
+    assert main([*example, *own, "--gpus", "8", "--memory", "80"]) == DOES_NOT_FIT
+    assert main([*example, *own, "lora.r=16", "--gpus", "8", "--memory", "80"]) == 0
+    out = capsys.readouterr().out
+    assert "adapters of rank 16 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in out
+    assert "the teacher is the student without its adapters" in out
 
 
 def test_a_teacher_of_experts_is_counted_and_said_not_to_run(example, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -27,11 +28,6 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     """
     config = load_recipe("train", path, overrides).config
     assert isinstance(config, RunConfig)
-    if config.lora.r is not None:
-        raise ConfigError(
-            f"renio plan does not count adapters yet (lora.r={config.lora.r}). Plan with lora.r=null: of gradients "
-            "and the optimiser's state a run with adapters holds only the adapters'."
-        )
     if has_own_layout(config.parallel, config.teacher):
         raise ConfigError(
             "renio plan does not count a teacher in a layout of its own yet. Plan with teacher.ranks=colocated and the "
@@ -47,7 +43,7 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     check_models(config, teacher_types=(*MODEL_TYPES, *MIXTURE_TYPES))
     student = read_model(config.model, "model")
     teacher = student if config.teacher.model is None else read_model(config.teacher.model, "teacher.model")
-    found = plan_memory(config, student, teacher, ranks)
+    found = plan_memory(config, replace(student, lora=config.lora), teacher, ranks)
     memory = None if memory_gib is None else memory_gib * 2**30
     reserve = RESERVE * (memory or 0)
 
@@ -85,6 +81,7 @@ def _layout(config: RunConfig, ranks: int) -> str:
             ("distributed optimiser", parallel.use_distributed_optimizer),
             ("bf16" if config.train.bf16 else "fp32", True),
             (f"recompute {config.train.recompute_granularity}", config.train.recompute_granularity is not None),
+            (f"adapters of rank {config.lora.r} on {', '.join(config.lora.names)}", config.lora.r is not None),
         )
         if is_so
     ]
@@ -103,6 +100,8 @@ def _work(config: RunConfig, ranks: int) -> str:
 def _notes(config: RunConfig, teacher: PlannedModel) -> list[str]:
     """What the reader must know of this plan."""
     notes = []
+    if config.lora.r is not None and config.teacher.kind == "initial":
+        notes.append("note: the teacher is the student without its adapters; it has no parameters of its own.")
     if teacher.experts is not None:
         notes.append(
             f"note: {teacher.name} is a mixture of {teacher.experts.count} experts, which renio train does not run "

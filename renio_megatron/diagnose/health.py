@@ -57,8 +57,22 @@ def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:
     )
 
 
-def layers(student: PrecisionConfig, teacher: PrecisionConfig | None, device: torch.device, *, bf16: bool) -> str:
+def layers(
+    student: PrecisionConfig,
+    teacher: PrecisionConfig | None,
+    device: torch.device,
+    *,
+    bf16: bool,
+    has_adapters: bool = False,
+) -> str:
     """What the models' layers are made of and compute in, sampling and scoring included.
+
+    Args:
+        student: its precision.
+        teacher: the teacher's; None where there is none, or where it is the student without its adapters.
+        device: where both compute.
+        bf16: whether their parameters are bf16.
+        has_adapters: whether the student has some.
 
     >>> layers(PrecisionConfig(), PrecisionConfig(fp8="e4m3", emulate_fp8=True), torch.device("cpu"), bf16=False)
     'layers: student local fp32, teacher local fp32 with emulated FP8 e4m3 tensorwise'
@@ -66,7 +80,7 @@ def layers(student: PrecisionConfig, teacher: PrecisionConfig | None, device: to
     Raises:
         ConfigError: layers that cannot be built here; see `megatron.backend.resolve_backend`.
     """
-    text = f"layers: student {words(student, device, bf16=bf16)}"
+    text = f"layers: student {words(student, device, bf16=bf16, has_adapters=has_adapters)}"
     return text if teacher is None else f"{text}, teacher {words(teacher, device, bf16=bf16)}"
 
 

@@ -70,13 +70,17 @@ class MegatronKeeper:
         *,
         config: str = "",
         averages: Averages = (),
+        base: str | None = None,
     ) -> None:
-        """Checkpoints go to `root`; each holds `config`, the run's settings as YAML, for whoever finds it alone.
+        """Checkpoints go to `root`.
 
-        `averages` are a teacher's, which are saved and restored beside the learner.
+        Each holds `config`, the run's settings as YAML, for whoever finds it alone; and `base`, the fingerprint of the
+        weights that adapters stand beside, which it does not hold. `averages` are a teacher's, which are saved and
+        restored beside the learner.
         """
         self._averages = averages
         self._root = root
+        self._base = base
         self._learner = learner
         self._settings = settings or CheckpointConfig()
         self._config = config
@@ -140,7 +144,7 @@ class MegatronKeeper:
         directory = self._on_main(None, self._find)
         if directory is None:
             return None
-        common = check_same_model(directory, self._learner.part)
+        common = check_same_model(directory, self._learner.part, self._base)
         self._check_same_optimizer(directory, common.get("optimizer_form"))
         if self._averages and not common.get("has_teacher_average"):
             _raise_shared(
@@ -179,6 +183,7 @@ class MegatronKeeper:
             "rng": ShardedObject("rng", state, (1,), (0,), replica_id=part.layout.rank),
             "architecture": dataclasses.asdict(part.architecture),
             "lora": lora_form(part.lora),
+            "base": self._base,
             "optimizer_form": self._learner.optimizer_form(),
             "has_teacher_average": bool(self._averages),
             "config": self._config,
@@ -271,13 +276,13 @@ class MegatronKeeper:
         )
 
 
-def load_model_weights(directory: Path, part: ModelPart) -> None:
+def load_model_weights(directory: Path, part: ModelPart, base: str | None = None) -> None:
     """Fills a model, in any layout, from a checkpoint's weights alone.
 
     Raises:
         CheckpointError: a checkpoint of another model, or one that cannot be read.
     """
-    check_same_model(directory, part)
+    check_same_model(directory, part, base)
     try:
         loaded = dist_checkpointing.load({"model": sharded_weights(part)}, str(directory))
     except (Exception, CheckpointException) as error:
@@ -285,11 +290,17 @@ def load_model_weights(directory: Path, part: ModelPart) -> None:
     restore_weights(part, loaded["model"])
 
 
-def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
+def check_same_model(directory: Path, part: ModelPart, base: str | None = None) -> dict[str, Any]:
     """What a checkpoint holds once, whatever its ranks.
 
+    Args:
+        directory: the checkpoint.
+        part: the model that it is for.
+        base: fingerprint of the weights beside the adapters of `part`; None where it has none.
+
     Raises:
-        CheckpointError: it is not one of ours, of another architecture than `part`, or of other adapters.
+        CheckpointError: it is not one of ours, of another architecture than `part`, of other adapters, or its adapters
+            were trained beside other weights.
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(directory))
@@ -299,7 +310,7 @@ def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
     if not isinstance(saved, dict) or "run" not in common:
         _raise_shared(
             f"the checkpoint {directory} was written by another program: it holds no `architecture` and `run`. "
-            "Convert its model to a Hugging Face directory with that program, and give that as `model`."
+            "To start from its weights, give it as `pretrained_checkpoint`."
         )
     wanted = dataclasses.asdict(part.architecture)
     differing = [
@@ -316,6 +327,12 @@ def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
             f"the checkpoint {directory} holds {_what_is_trained(lora)}, and {_what_is_trained(own_lora)} would be "
             "read from it. Set `lora` as in the run that wrote it; or write its model with `renio export` (--merge for "
             "adapters), and give that directory as `model`."
+        )
+    if common.get("base") != base:
+        _raise_shared(
+            f"the checkpoint {directory} holds adapters, which were trained beside other weights than those of `model` "
+            "(or `pretrained_checkpoint`): these have changed, or are another model's. Point the setting to the "
+            "weights that the run started from, unchanged, or start again with --fresh."
         )
     return common
 

@@ -140,7 +140,7 @@ class _Target:
 
 
 _Job = tuple[_Target, list[Slice]]
-_Change = Callable[[Slice, torch.Tensor], torch.Tensor]
+Change = Callable[[Slice, torch.Tensor], torch.Tensor]
 
 
 def _targets(part: ModelPart) -> Iterator[_Target]:
@@ -161,7 +161,7 @@ def _as_they_are(one: Slice, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _read_file(files: WeightFiles, line: _Line, change: _Change, file: str, jobs: Iterable[_Job]) -> None:
+def _read_file(files: WeightFiles, line: _Line, change: Change, file: str, jobs: Iterable[_Job]) -> None:
     """Reads a file's slices, from its begin to its end, except that one parameter's stay together."""
     with files.open(file) as handle:
         place = {tensor: number for number, tensor in enumerate(handle.offset_keys())}

@@ -285,7 +285,7 @@ def build_model(
             next: they are whatever the device's memory held, and nothing is made or drawn on the host.
     """
     precision, lora = precision or PrecisionConfig(), lora or LoraConfig()
-    backend = resolve_backend(precision, layout.device, bf16=train.bf16)
+    backend = resolve_backend(precision, layout.device, bf16=train.bf16, has_adapters=lora.r is not None)
     check_model(architecture, parallel, train, precision, backend, layout.device)
     check_backend(lora, backend)
     config = transformer_config(

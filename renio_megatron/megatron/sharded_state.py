@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +30,28 @@ def sharded_weights(part: ModelPart) -> dict[str, Any]:
     scaling only, its scales; a model with delayed scaling reads no other checkpoint. Of a model with adapters they are
     those alone: the rest is what it was loaded from.
     """
-    part.settle()
     keeps_scales = part.config.fp8 is not None and part.config.fp8_recipe == "delayed"
-    states = [chunk.sharded_state_dict(metadata=dict(_METADATA)) for chunk in part.chunks]
     has_adapters = part.lora.r is not None
 
     def is_kept(key: str) -> bool:
         return is_adapter(key) if has_adapters else keeps_scales or not key.endswith("_extra_state")
 
+    return _sharded(part, _METADATA, is_kept)
+
+
+def sharded_model(part: ModelPart, form: dict[str, Any]) -> dict[str, Any]:
+    """The same of the model alone: without adapters, and without what Transformer Engine's modules add.
+
+    Args:
+        part: the model.
+        form: entries of Megatron's `metadata` that say under which names a checkpoint keeps layers.
+    """
+    return _sharded(part, {**_METADATA, **form}, lambda key: not is_adapter(key) and not key.endswith("_extra_state"))
+
+
+def _sharded(part: ModelPart, metadata: dict[str, Any], is_kept: Callable[[str], bool]) -> dict[str, Any]:
+    part.settle()
+    states = [chunk.sharded_state_dict(metadata=dict(metadata)) for chunk in part.chunks]
     return {
         str(number): {key: value for key, value in state.items() if is_kept(key)} for number, state in enumerate(states)
     }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
-from renio_megatron.settings import ParallelConfig, PrecisionConfig
+from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig
 
 MIXTURE_TYPES = {"qwen3_moe": "qwen3"}
 """Models with experts that can be planned for, as frozen teachers: model_type, and the family of their attention."""
@@ -39,11 +39,18 @@ class PlannedModel:
         name: as the recipe gives it.
         architecture: the model; with experts, all of it but the MLPs.
         experts: None for a dense model.
+        lora: its adapters, beside which all of it is frozen; none where `r` is None.
     """
 
     name: str
     architecture: Architecture
     experts: Experts | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether only adapters are trained."""
+        return self.lora.r is not None
 
 
 def read_model(name: str, setting: str) -> PlannedModel:
@@ -69,7 +76,7 @@ def rank_tensors(
     pipeline_rank: int,
     num_chunks: int = 1,
 ) -> list[int]:
-    """Entries of each parameter of a rank, in no particular order; all tensor-parallel ranks are alike.
+    """Entries of each parameter of a rank but adapters, in no particular order; all tensor-parallel ranks are alike.
 
     The embedding is on the first pipeline rank and the LM head on the last. A tied head is the embedding where both
     are on one rank, and a copy of it otherwise. Experts are cut over the tensor-parallel ranks like an MLP.
@@ -92,6 +99,19 @@ def rank_tensors(
         if not (architecture.tied and is_first):
             found.append(vocabulary)
     return found
+
+
+def adapter_tensors(model: PlannedModel, parallel: ParallelConfig, *, num_chunks: int = 1) -> list[int]:
+    """Entries of each adapter's A [r, in] and B [out, r] on a rank; none without adapters. All ranks are alike.
+
+    Of a column-parallel layer B is cut over the tensor-parallel ranks, of a row-parallel one A.
+    """
+    stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
+    layer = []
+    for rows, columns, is_column in _target_shapes(model):
+        layer += [columns, rows // tensor] if is_column else [columns // tensor, rows]
+    rank = model.lora.r or 0
+    return [rank * width for width in layer] * (model.architecture.num_layers // (stages * num_chunks) * num_chunks)
 
 
 def fp8_entries(model: PlannedModel, parallel: ParallelConfig, precision: PrecisionConfig, pipeline_rank: int) -> int:
@@ -135,6 +155,22 @@ def _linear_tensors(model: PlannedModel, tensor: int) -> list[int]:
     if model.experts is not None:
         mlps, width = model.experts.count, model.experts.ffn_hidden_size
     return found + [2 * width // tensor * it.hidden_size, it.hidden_size * width // tensor] * mlps
+
+
+def _target_shapes(model: PlannedModel) -> list[tuple[int, int, bool]]:
+    """(rows, columns, whether the layer is column-parallel) of each linear layer that has an adapter."""
+    it = model.architecture
+    queries, groups = it.num_attention_heads * it.kv_channels, it.num_query_groups * it.kv_channels
+    shapes = {
+        "q_proj": (queries, it.hidden_size, True),
+        "k_proj": (groups, it.hidden_size, True),
+        "v_proj": (groups, it.hidden_size, True),
+        "o_proj": (it.hidden_size, queries, False),
+        "gate_proj": (it.ffn_hidden_size, it.hidden_size, True),
+        "up_proj": (it.ffn_hidden_size, it.hidden_size, True),
+        "down_proj": (it.hidden_size, it.ffn_hidden_size, False),
+    }
+    return [shapes[name] for name in model.lora.names]
 
 
 def _experts(path: Path, values: dict[str, Any]) -> Experts:

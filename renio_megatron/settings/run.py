@@ -44,6 +44,7 @@ class TeacherConfig:
             adapters (`lora.r`), or a frozen copy where the whole student is trained; `ema`, the moving average of the
             student's trained parameters, the others being the student's; `current`, the student of this step.
         model: Hugging Face directory of a separate teacher.
+        pretrained_checkpoint: where its weights come from in place of `model`'s, see the student's.
         adapter: directory of a PEFT adapter that is merged into the separate teacher's weights as they are loaded.
         ema_decay: of `ema`: after each step the average becomes this share of itself and the rest of the student.
         bf16: dtype of the weights of a teacher that has its own; null: train.bf16.
@@ -59,6 +60,7 @@ class TeacherConfig:
 
     kind: str = "separate"
     model: str | None = None
+    pretrained_checkpoint: str | None = None
     adapter: str | None = None
     ema_decay: float = 0.999
     bf16: bool | None = None
@@ -79,6 +81,11 @@ class TeacherConfig:
         require_positive("teacher", data_parallel_size=self.data_parallel_size)
         if self.kind == "separate" and self.model is None:
             raise ConfigError("teacher.kind=separate needs teacher.model, the teacher's Hugging Face directory.")
+        if self.adapter is not None and self.pretrained_checkpoint is not None:
+            raise ConfigError(
+                "teacher.adapter with teacher.pretrained_checkpoint: an adapter is merged into Hugging Face's files "
+                "alone. Merge it with PEFT and give the result as teacher.model, or leave one of the two out."
+            )
         if not 0.0 < self.ema_decay < 1.0:
             raise ConfigError(
                 f"teacher.ema_decay must lie in (0, 1); got {self.ema_decay}. With 0 the teacher is kind=current, with "
