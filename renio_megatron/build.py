@@ -205,7 +205,15 @@ def build_student(
         load_adapter(part, Path(config.lora.adapter))
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
     head = config.head if isinstance(config, RunConfig) else HeadConfig()
-    learner = MegatronLearner(part, train, parallel, head, temperature=temperature, pad_id=inputs.pad_id)
+    learner = MegatronLearner(
+        part,
+        train,
+        parallel,
+        head,
+        temperature=temperature,
+        pad_id=inputs.pad_id,
+        per_token=isinstance(config, SftConfig),
+    )
     sampler = MegatronSampler(
         part, seed=train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
     )

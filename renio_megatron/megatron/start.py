@@ -64,6 +64,8 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_ranks,
     }
     # Groups are never given back by torch, so a second run in the same layout keeps the first one's.
     if not (parallel_state.model_parallel_is_initialized() and sizes == _present_sizes()):
@@ -80,6 +82,10 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
         data=_axis(parallel_state.get_data_parallel_group()),
         context=_axis(parallel_state.get_context_parallel_group()),
+        expert=_axis(parallel_state.get_expert_model_parallel_group()),
+        expert_tensor=_axis(parallel_state.get_expert_tensor_parallel_group()),
+        expert_data=_axis(parallel_state.get_expert_data_parallel_group()),
+        experts=_axis(parallel_state.get_expert_tensor_and_model_parallel_group()),
         device=device,
         rendezvous_seconds=rendezvous_seconds,
     )
@@ -103,6 +109,8 @@ def _present_sizes() -> dict[str, int]:
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
     }
 
 

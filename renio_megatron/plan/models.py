@@ -9,26 +9,8 @@ from typing import Any
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
+from renio_megatron.megatron.architecture import Architecture, Experts, padded_vocab_size
 from renio_megatron.settings import ParallelConfig, PrecisionConfig
-
-MIXTURE_TYPES = {"qwen3_moe": "qwen3"}
-"""Models with experts that can be planned for, as frozen teachers: model_type, and the family of their attention."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The MLPs of a layer with a router.
-
-    Attributes:
-        count: experts of a layer.
-        chosen: of them a token goes through.
-        ffn_hidden_size: of each.
-    """
-
-    count: int
-    chosen: int
-    ffn_hidden_size: int
 
 
 @dataclass(frozen=True)
@@ -37,13 +19,16 @@ class PlannedModel:
 
     Attributes:
         name: as the recipe gives it.
-        architecture: the model; with experts, all of it but the MLPs.
-        experts: None for a dense model.
+        architecture: the model.
     """
 
     name: str
     architecture: Architecture
-    experts: Experts | None = None
+
+    @property
+    def experts(self) -> Experts | None:
+        """Of each layer; None for a dense model."""
+        return self.architecture.experts
 
 
 def read_model(name: str, setting: str) -> PlannedModel:
@@ -54,11 +39,12 @@ def read_model(name: str, setting: str) -> PlannedModel:
     """
     path = model_directory(name, setting) / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    family = MIXTURE_TYPES.get(values.get("model_type"))
-    architecture = Architecture.from_values(path, {**values, "model_type": family} if family else values)
     for key in ("hidden_size", "intermediate_size", "vocab_size"):
         _require_count(path, values, key)
-    return PlannedModel(name, architecture, _experts(path, values) if family else None)
+    if values["model_type"] == "qwen3_moe":
+        for key in ("num_experts_per_tok", "moe_intermediate_size"):
+            _require_count(path, values, key)
+    return PlannedModel(name, Architecture.from_values(path, values))
 
 
 def rank_tensors(
@@ -135,15 +121,6 @@ def _linear_tensors(model: PlannedModel, tensor: int) -> list[int]:
     if model.experts is not None:
         mlps, width = model.experts.count, model.experts.ffn_hidden_size
     return found + [2 * width // tensor * it.hidden_size, it.hidden_size * width // tensor] * mlps
-
-
-def _experts(path: Path, values: dict[str, Any]) -> Experts:
-    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    for key in keys:
-        _require_count(path, values, key)
-    if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
-        raise ConfigError(f"{path}: layers with and without experts in one model cannot be planned for.")
-    return Experts(*(values[key] for key in keys))
 
 
 def _require_count(path: Path, values: dict[str, Any], key: str) -> None:
