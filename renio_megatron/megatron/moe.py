@@ -197,19 +197,20 @@ class Routing:
 def watch_routers(chunk: torch.nn.Module, routing: Routing) -> None:
     """Has every router of a chunk tell `routing` what it does in training."""
     for router in [module for module in chunk.modules() if isinstance(module, TopKRouter)]:
-        router.__class__ = _watched(type(router))
+        router_class: Any = type(router)
+        router.__class__ = _watched(router_class)
         router.renio_routing = routing
 
 
 @functools.cache
-def _watched(router_class: type) -> type:
+def _watched(router_class: Any) -> Any:
     """A subclass of a router's class, whatever the Megatron version made it.
 
     Not a mix-in beside it, as elsewhere: routers are abstract classes, to whose objects Python gives no other bases.
     """
 
     def routing(self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        probs, is_chosen = router_class.routing(self, logits, *args, **kwargs)  # type: ignore[attr-defined]
+        probs, is_chosen = router_class.routing(self, logits, *args, **kwargs)
         if self.training:
             probs = self.renio_routing.observe(self.layer_number - 1, logits, probs, is_chosen)
         return probs, is_chosen
