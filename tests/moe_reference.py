@@ -96,9 +96,9 @@ def reference_step(
         losses = torch.stack([torch.stack([load_balancing(one, chosen) for one in layer]) for layer in layers])
         balance = (losses * shares).sum()
         (config.train.moe_aux_loss_coeff * balance).backward()
-        gate = next(name for name in without if name.endswith("gate.weight"))
-        after = hf_gradients(student)[gate]
-        found["aux_share"] = float((after - without[gate]).norm() / after.norm())
+        gates = [name for name in without if name.endswith("gate.weight")]  # frozen beside adapters
+        for before, after in ((without[name], hf_gradients(student)[name]) for name in gates):
+            found["aux_share"] = max(found["aux_share"], float((after - before).norm() / after.norm()))
         loads = [
             torch.cat(layer).topk(chosen).indices.flatten().bincount(minlength=layer[0].shape[1]).double()
             for layer in layers

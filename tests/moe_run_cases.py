@@ -1,4 +1,4 @@
-"""Models with experts: read from Hugging Face's files and written back, checkpoints, fine-tuning, adapters, sampling."""
+"""Models with experts: read from Hugging Face's files and written back, checkpoints, fine-tuning, adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ LAYOUTS = {
 }
 MOVES = {  # name: the layout that saves, the layout that goes on
     "EP2 -> EP1": (EP2, {}),
-    "EP1 -> EP2": ({}, EP2),
     "EP2 -> TP2 + SP": (EP2, TP2_SP),
     "PP2 -> TP2 + SP, EP2": (PP2, {**TP2_SP, **EP2, "expert_tensor_parallel_size": 1}),
     "distributed EP2 -> EP1": ({**EP2, **OVERLAP}, OVERLAP),

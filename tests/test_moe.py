@@ -15,6 +15,8 @@ from tests.multiprocess import run_ranks
 from tests.resuming import rows, same
 from tests.training_cases import VOCAB_SIZE
 
+pytestmark = pytest.mark.timeout(700)
+
 TOLERANCE = 1e-5
 FIGURES = ("experts", "router", "others", "loss", "weight", "sampler", "grad_norm")
 OF_ROUTERS = ("moe/aux_loss", "moe/load_max_over_mean", "moe/idle_frac", "moe/router_entropy")
@@ -29,12 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_2(folder: Path) -> list[dict[str, dict[str, float]]]:
-    return run_ranks(run_cases, 2, folder, CASES, list(MUTANTS), timeout=400)
+    return run_ranks(run_cases, 2, folder, CASES, list(MUTANTS), timeout=600)
 
 
 @pytest.fixture(scope="module")
 def on_4(folder: Path) -> list[dict[str, dict[str, float]]]:
-    return run_ranks(run_cases, 4, folder, CASES_ON_4, timeout=400)
+    return run_ranks(run_cases, 4, folder, CASES_ON_4, timeout=600)
 
 
 def _is_right(case: Any, found: dict[str, float]) -> None:
@@ -51,14 +53,12 @@ def _is_right(case: Any, found: dict[str, float]) -> None:
         assert found["aux_share"] > 0.3, "the load-balancing loss makes a good part of the router's gradient"
 
 
-@pytest.mark.timeout(500)
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_that_of_a_single_process(on_2: list[dict[str, dict[str, float]]], name: str) -> None:
     for rank in on_2:
         _is_right(CASES[name], rank[name])
 
 
-@pytest.mark.timeout(500)
 @pytest.mark.parametrize("name", CASES_ON_4)
 def test_a_step_on_four_ranks_is_that_of_a_single_process(on_4: list[dict[str, dict[str, float]]], name: str) -> None:
     for rank in on_4:
@@ -77,7 +77,7 @@ def test_a_mutant_is_seen(on_2: list[dict[str, dict[str, float]]], name: str) ->
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> list[dict[str, Any]]:
     _prepare_exports(folder)
-    return run_ranks(moe_run_cases.run_all, 2, folder, timeout=500)
+    return run_ranks(moe_run_cases.run_all, 2, folder, timeout=600)
 
 
 def _prepare_exports(folder: Path) -> None:
@@ -93,7 +93,6 @@ def _prepare_exports(folder: Path) -> None:
             (run / "config.yaml").write_text(to_yaml(load_recipe("sft", recipe, settings).config))
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", moe_run_cases.LAYOUTS)
 @pytest.mark.parametrize("model", MIXTURES)
 def test_logits_are_those_of_transformers(runs: list[dict[str, Any]], folder: Path, model: str, layout: str) -> None:
@@ -111,7 +110,6 @@ def test_logits_are_those_of_transformers(runs: list[dict[str, Any]], folder: Pa
         assert num_bytes <= own_bytes <= num_bytes + 2 * 4 * 32
 
 
-@pytest.mark.timeout(600)
 def test_exports_are_bit_for_bit_what_was_imported(runs: list[dict[str, Any]], folder: Path) -> None:
     [names] = run_ranks(moe_run_cases.export_all, 1, folder, timeout=200)
     assert len(names) == 2 * len(MIXTURES)
@@ -140,7 +138,6 @@ def test_ranks_that_share_experts_may_have_different_numbers_of_prompts(runs: li
         assert completions == {**sampled[0]["EP1", (3, 0)]}
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", moe_run_cases.MOVES)
 def test_a_run_goes_on_in_another_layout(runs: list[dict[str, Any]], folder: Path, name: str) -> None:
     assert [rank[name]["outcome"] for rank in [one["moves"] for one in runs]] == ["resumed"] * 2

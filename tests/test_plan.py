@@ -268,14 +268,21 @@ def test_the_command_fits_or_not_by_its_exit_code(example, capsys):
     assert "8 ranks: TP 8; sequence parallelism, distributed optimiser, bf16, recompute full" in out
 
 
-def test_a_teacher_of_experts_is_counted_and_said_not_to_run(example, capsys):
+def test_a_teacher_of_experts_is_counted_and_a_student_is_not(example, capsys):
     changes = ["teacher.model=models/Qwen3-235B-A22B", "parallel.tensor_model_parallel_size=4"]
     assert main([*example, *changes, "parallel.pipeline_model_parallel_size=2"]) == 0
     out = capsys.readouterr().out
-    assert "mixture of 128 experts, which renio train does not run yet" in out
+    assert "mixture of 128 experts. All are counted, cut over the tensor-parallel ranks." in out
     assert "stage 1" in out
-    assert main([*example, "model=models/Qwen3-235B-A22B"]) == 2
-    assert "supported are llama, qwen2, qwen3." in capsys.readouterr().err
+    student = [
+        "model=models/Qwen3-235B-A22B",
+        "parallel.tensor_model_parallel_size=4",
+        "teacher.model=models/Qwen3-32B",
+    ]
+    assert main([*example, *student]) == 2
+    assert "does not count a trained mixture of experts yet (model: qwen3_moe)" in capsys.readouterr().err
+    assert main([*example, *changes, "--gpus", "8", "parallel.expert_model_parallel_size=2"]) == 2
+    assert "does not count experts on different ranks yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -307,8 +314,8 @@ def test_wrong_numbers_are_refused(example, arguments, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_experts": 0}, "needs num_experts, a whole number above 0; got 0"),
-        ({"mlp_only_layers": [3]}, "layers with and without experts"),
+        ({"num_experts": 0}, "needs num_experts .*, a whole number above 0; got 0"),
+        ({"mlp_only_layers": [3]}, "mlp_only_layers=\\[3\\] is not supported"),
         ({"hidden_size": "wide"}, "needs hidden_size, a whole number above 0; got 'wide'"),
     ],
 )

@@ -160,9 +160,7 @@ def _experts(path: Path, values: dict[str, Any]) -> Experts:
     count = values.get("num_experts", values.get("num_local_experts"))
     chosen = values["num_experts_per_tok"]
     if not isinstance(count, int) or count < 1:
-        raise ConfigError(
-            f"{path} lacks num_experts (or num_local_experts). Save the model again with save_pretrained."
-        )
+        raise ConfigError(f"{path} needs num_experts (or num_local_experts), a whole number above 0; got {count!r}.")
     if not 1 <= chosen <= count:
         raise ConfigError(f"{path}: num_experts_per_tok={chosen} of {count} experts. Choose another model.")
     normalised = bool(values.get("norm_topk_prob", False)) if is_qwen else True
