@@ -144,8 +144,9 @@ def test_a_run_goes_on_in_another_layout(runs: list[dict[str, Any]], folder: Pat
     mine, whole = rows(folder, name), rows(folder, "whole")
     assert [row["step"] for row in mine] == list(range(moe_run_cases.STEPS + 1))
     for row, other in zip(mine, whole, strict=True):
-        for key in ("loss", "moe/aux_loss", "rollout/length", "eval/accuracy_greedy"):
-            assert row.get(key) == pytest.approx(other.get(key), rel=1e-4), (row["step"], key)
+        assert row.keys() == other.keys()
+        for key in {"loss", "moe/aux_loss", "rollout/length", "eval/accuracy_greedy"} & row.keys():
+            assert row[key] == pytest.approx(other[key], rel=1e-4), (row["step"], key)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(runs: list[dict[str, Any]]) -> None:
