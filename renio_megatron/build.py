@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from renio_megatron.algorithms import Algorithm
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
 from renio_megatron.assets import model_directory
+from renio_megatron.build_teacher import build_teacher
 from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
@@ -26,50 +26,19 @@ from renio_megatron.data.prompts import (
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
-from renio_megatron.layout_rules import has_own_layout, teacher_parallel
+from renio_megatron.inputs import Inputs
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.metrics import Observer
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, Prompt, Rollout
+from renio_megatron.records import Decoding, Rollout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver
 from renio_megatron.scores import SampleWeights
-from renio_megatron.settings import HeadConfig, ParallelConfig, TrainConfig
+from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads, checked, before any model is built. No collective is needed for it.
-
-    Attributes:
-        model, teacher: Hugging Face directories; the teacher's is None in fine-tuning.
-        weights, teacher_weights: where the weights are: these, or checkpoints that Megatron wrote.
-        architecture, teacher_architecture: theirs.
-        vocab_size: V of the loss: the columns that both models have.
-        stream: the prompts.
-        evaluation: the problems of the evaluation; none where there is none.
-        grader, eval_grader: of training and evaluation problems; None where nothing can be graded.
-        stop_ids: tokens that end a completion.
-        pad_id: fills rows on the right.
-    """
-
-    model: Path
-    teacher: Path | None
-    weights: Path
-    teacher_weights: Path | None
-    architecture: Architecture
-    teacher_architecture: Architecture | None
-    vocab_size: int
-    stream: PromptStream
-    evaluation: Sequence[Prompt]
-    grader: Callable[[Rollout], bool | None] | None
-    eval_grader: Callable[[Rollout], bool | None] | None
-    stop_ids: tuple[int, ...]
-    pad_id: int
 
 
 def read_inputs(config: RunConfig | SftConfig) -> Inputs:
@@ -226,125 +195,19 @@ def build_student(
         load_adapter(part, Path(config.lora.adapter))
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
     head = config.head if isinstance(config, RunConfig) else HeadConfig()
-    learner = MegatronLearner(part, train, parallel, head, temperature=temperature, pad_id=inputs.pad_id)
+    learner = MegatronLearner(
+        part,
+        train,
+        parallel,
+        head,
+        temperature=temperature,
+        pad_id=inputs.pad_id,
+        per_token=isinstance(config, SftConfig),
+    )
     sampler = MegatronSampler(
         part, seed=train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
     )
     return learner, sampler
-
-
-def build_teacher(
-    config: RunConfig,
-    inputs: Inputs,
-    layout: Layout,
-    student: Any = None,
-    say: Callable[[str], None] | None = None,
-) -> Any:
-    """The teacher: `MegatronTeacher`, or `DetachedTeacher` where it has a layout of its own.
-
-    Some kinds are `student`, the `ModelPart`, and have no weights of their own.
-    """
-    from renio_megatron.megatron.teacher import MegatronTeacher
-    from renio_megatron.megatron.teacher_weights import KINDS
-
-    if has_own_layout(config.parallel, config.teacher):
-        return _detached_teacher(config, inputs, layout, student, say)
-
-    def build() -> Any:
-        return _teacher_part(config, inputs, layout, config.parallel, say)
-
-    return MegatronTeacher(
-        KINDS[config.teacher.kind](config.teacher, student, build),
-        config.train,
-        config.head,
-        temperature=config.loss.temperature,
-        pad_id=inputs.pad_id,
-        payload_device=config.teacher.payload_device,
-    )
-
-
-def build_scorer(config: RunConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None) -> Any:
-    """The `DetachedTeacher` of a rank that only scores."""
-    return _detached_teacher(config, inputs, layout, None, say)
-
-
-def _detached_teacher(
-    config: RunConfig, inputs: Inputs, layout: Layout, student: Any, say: Callable[[str], None] | None
-) -> Any:
-    import torch
-    import torch.distributed as dist
-
-    from renio_megatron.megatron.detached_teacher import DetachedTeacher, Reader
-    from renio_megatron.megatron.groups import place_beside
-    from renio_megatron.megatron.start import bridge
-    from renio_megatron.megatron.teacher_weights import KINDS
-    from renio_megatron.parallel.exchange import axis_of
-    from renio_megatron.parallel.seats import Seats
-
-    parallel = teacher_parallel(config.parallel, config.teacher)
-    is_dedicated = config.teacher.ranks == "dedicated"
-    reader = None
-    if layout.is_scorer:
-        part = _teacher_part(config, inputs, layout, parallel, say)
-        reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), None)
-    elif not is_dedicated:
-        place = place_beside(parallel, layout.device)
-        with place.entered():
-            part = _teacher_part(config, inputs, place.layout, parallel, say)
-        reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), place)
-    assert inputs.teacher_architecture is not None
-    return DetachedTeacher(
-        reader,
-        None if layout.is_scorer else layout,
-        Seats.of(
-            bridge().axis if is_dedicated else axis_of(dist.distributed_c10d._get_default_group()),
-            None if layout.is_scorer else layout,
-            None if reader is None else reader.part.layout,
-            layout.device,
-        ),
-        bridge() if is_dedicated else None,
-        architecture=inputs.teacher_architecture,
-        shard=None if layout.is_scorer else student.shard,
-        train=config.train,
-        head=config.head,
-        dtype=torch.bfloat16 if _teacher_train(config).bf16 else torch.float32,
-        device=layout.device,
-        temperature=config.loss.temperature,
-        pad_id=inputs.pad_id,
-        payload_device=config.teacher.payload_device,
-    )
-
-
-def _teacher_part(
-    config: RunConfig, inputs: Inputs, layout: Layout, parallel: ParallelConfig, say: Callable[[str], None] | None
-) -> Any:
-    """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
-    from renio_megatron.megatron.merging import Merger
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.pretrained import load_pretrained
-
-    assert inputs.teacher_weights is not None  # a distillation's inputs name one
-    assert inputs.teacher_architecture is not None
-    part = build_model(
-        inputs.teacher_architecture,
-        layout,
-        parallel,
-        _teacher_train(config),
-        config.teacher_precision,
-        vocab_size=inputs.vocab_size,
-        trained=False,
-        initialise=False,
-    )
-    adapter = config.teacher.adapter
-    change = None if adapter is None else Merger(Path(adapter), part.architecture)
-    load_pretrained(part, inputs.teacher_weights, title="teacher", say=say, change=change)
-    return part
-
-
-def _teacher_train(config: RunConfig) -> TrainConfig:
-    """`train`, in the teacher's dtype."""
-    own = config.teacher.bf16
-    return config.train if own is None else replace(config.train, bf16=own)
 
 
 def decoding_of(config: RunConfig) -> Decoding:

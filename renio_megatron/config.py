@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
+from renio_megatron.expert_rules import MIXTURE_TYPES, check_expert_ranks, check_experts
 from renio_megatron.layout_rules import (
+    check_adapters_cut,
     check_cut,
     check_layout,
     check_recomputation,
@@ -42,7 +44,7 @@ from renio_megatron.settings import (
 )
 from renio_megatron.settings.checks import require_choice
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", *MIXTURE_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,7 @@ def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
         check_teacher_layout(config.parallel, config.teacher, world_size)
         world_size -= num_scorers(config.parallel, config.teacher)
     check_layout(config.parallel, config.train, world_size)
+    check_expert_ranks(config.parallel, config.train, world_size)
     if isinstance(config, RunConfig) and config.weighting.name == "renio":
         _check_weighting(config.weighting, config.train.global_batch_size)
 
@@ -161,17 +164,23 @@ def smallest_world(config: RunConfig | SftConfig) -> int:
     return fewest_ranks(config.parallel, config.teacher if isinstance(config, RunConfig) else None)
 
 
-def check_models(config: RunConfig | SftConfig, *, teacher_types: tuple[str, ...] = MODEL_TYPES) -> None:
-    """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files.
-
-    A plan may know more `teacher_types` than the trainer runs.
-    """
-    num_layers = _check_model("model", config.model, config.parallel, MODEL_TYPES, trained=True)
-    check_recomputation(num_layers, config.parallel, config.train)
-    if isinstance(config, RunConfig) and config.teacher.kind == "separate":
-        assert config.teacher.model is not None
-        parallel = teacher_parallel(config.parallel, config.teacher)
-        _check_model("teacher.model", config.teacher.model, parallel, teacher_types, trained=False)
+def check_models(config: RunConfig | SftConfig) -> None:
+    """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
+    models = {"model": _check_model("model", config.model, config.parallel, trained=True)}
+    check_recomputation(models["model"]["num_hidden_layers"], config.parallel, config.train)
+    if config.lora.r is not None:
+        check_adapters_cut(models["model"], config.parallel)
+    layouts = {"model": config.parallel}
+    if isinstance(config, RunConfig):
+        layouts["teacher.model"] = teacher_parallel(config.parallel, config.teacher)
+        if config.teacher.kind == "separate":
+            assert config.teacher.model is not None
+            models["teacher.model"] = _check_model(
+                "teacher.model", config.teacher.model, layouts["teacher.model"], trained=False
+            )
+        elif not shares_student(config):
+            models["teacher.model"] = models["model"]
+    check_experts(config, models, layouts)
 
 
 def to_yaml(config: RunConfig | SftConfig) -> str:
@@ -337,17 +346,17 @@ def _check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
         )
 
 
-def _check_model(setting: str, name: str, parallel: ParallelConfig, types: tuple[str, ...], *, trained: bool) -> int:
-    """The model's number of layers."""
+def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: bool) -> dict[str, Any]:
+    """What config.json of the model holds."""
     file = model_directory(name, setting) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {file} cannot be read as JSON: {error}.") from error
     model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type not in types:
+    if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(types)}. "
+            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}. "
             "Choose a model of one of these types."
         )
     counts = {key: _count(content, key, setting, file) for key in ("num_attention_heads", "num_hidden_layers")}
@@ -357,7 +366,7 @@ def _check_model(setting: str, name: str, parallel: ParallelConfig, types: tuple
         else _count(content, "num_key_value_heads", setting, file)
     )
     check_cut(setting, str(file), counts, parallel, trained=trained)
-    return counts["num_hidden_layers"]
+    return dict(content)
 
 
 def _count(content: Mapping[str, Any], key: str, setting: str, file: Path) -> int:

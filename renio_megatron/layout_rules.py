@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings import ParallelConfig, TeacherConfig, TrainConfig
@@ -12,7 +14,7 @@ from renio_megatron.settings import ParallelConfig, TeacherConfig, TrainConfig
 def teacher_parallel(parallel: ParallelConfig, teacher: TeacherConfig) -> ParallelConfig:
     """How ranks share the teacher: the student's layout, or the teacher's own.
 
-    One of its own is neither interleaved nor context-parallel.
+    One of its own is neither interleaved nor context-parallel, and shares experts among its tensor ranks alone.
     """
     own = teacher.parallel
     tensor = own.tensor_model_parallel_size or parallel.tensor_model_parallel_size
@@ -25,6 +27,8 @@ def teacher_parallel(parallel: ParallelConfig, teacher: TeacherConfig) -> Parall
         virtual_pipeline_model_parallel_size=None,
         context_parallel_size=1 if _is_given(teacher) else parallel.context_parallel_size,
         sequence_parallel=wants_sequence and tensor > 1,
+        expert_model_parallel_size=1 if _is_given(teacher) else parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=None if _is_given(teacher) else parallel.expert_tensor_parallel_size,
         use_distributed_optimizer=False,
         overlap_grad_reduce=False,
         overlap_param_gather=False,
@@ -162,6 +166,17 @@ def check_cut(setting: str, file: str, counts: dict[str, int], parallel: Paralle
         raise ConfigError(
             f"{setting}: {what} does not divide num_hidden_layers={counts['num_hidden_layers']} of {file}. "
             "Choose a divisor."
+        )
+
+
+def check_adapters_cut(values: Mapping[str, Any], parallel: ParallelConfig) -> None:
+    """Raises `ConfigError` where adapters cannot be cut as the student is; `values` are those of its config.json."""
+    tensor = parallel.tensor_model_parallel_size
+    groups = values.get("num_key_value_heads") or values["num_attention_heads"]
+    if tensor > groups:
+        raise ConfigError(
+            f"lora.r beside parallel.tensor_model_parallel_size={tensor}: the student has num_key_value_heads={groups}"
+            ", and adapters of a group that is cut are not built. Lower the size, or set lora.r=null."
         )
 
 

@@ -101,6 +101,7 @@ class MicroBatch:
         token_index: place of each completion token in the flat order of all of the rank's rollouts, int64 [N].
         sequence_index: which of the rank's rollouts the sequences are, int64 [B].
         lengths: completion tokens of each whole sequence, int64 [B].
+        sequence_of: sequence of each of `token_ids`, -1 for padding, int64 of their shape.
         boundaries: where the packed sequences begin and the last one ends, counted over all context-parallel ranks,
             B + 1 numbers; None where each sequence has its own row.
         pieces: context-parallel ranks that share the sequences.
@@ -114,6 +115,7 @@ class MicroBatch:
     token_index: torch.Tensor
     sequence_index: torch.Tensor
     lengths: torch.Tensor
+    sequence_of: torch.Tensor
     boundaries: tuple[int, ...] | None = None
     pieces: int = 1
 

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from renio_megatron.build import Inputs, build_scorer, build_trainer, read_inputs
+from renio_megatron.build import build_trainer, read_inputs
+from renio_megatron.build_teacher import build_scorer
 from renio_megatron.config import Recipe, RunConfig, SftConfig
 from renio_megatron.diagnose.health import health, layers, trained
 from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError, RunStopped
+from renio_megatron.inputs import Inputs
 from renio_megatron.layout_rules import num_scorers, teacher_parallel
 from renio_megatron.megatron.start import bridge, start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics

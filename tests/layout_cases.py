@@ -193,7 +193,7 @@ def own_part(parameter: torch.Tensor, learner: Any) -> tuple[torch.Tensor, torch
     for model in learner.models:
         if not model.ddp_config.use_distributed_optimizer:
             break
-        for buffer in model.buffers:
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
             if parameter in buffer.param_index_map:
                 start, stop, number = buffer.param_index_map[parameter][:3]
                 bucket = buffer.buckets[number]

@@ -80,7 +80,8 @@ def _other_base(folder: Path) -> str:
 
 def _self_teacher(folder: Path) -> dict[str, Any]:
     """Scores of the teacher that is the student without adapters, beside those of a second copy of the weights."""
-    from renio_megatron.build import build_teacher, build_trainer, read_inputs
+    from renio_megatron.build import build_trainer, read_inputs
+    from renio_megatron.build_teacher import build_teacher
     from renio_megatron.megatron.start import start
 
     config = config_of(

@@ -79,7 +79,8 @@ def run_colocated(folder: Path, names: list[str]) -> dict[str, Any]:
 
 def run_dedicated(folder: Path) -> dict[str, Any]:
     """Every case on this rank: half of the ranks train, half serve; None for those that serve."""
-    from renio_megatron.build import build_scorer, read_inputs
+    from renio_megatron.build import read_inputs
+    from renio_megatron.build_teacher import build_scorer
     from renio_megatron.megatron.start import start, stop
 
     found: dict[str, Any] = {}

@@ -50,7 +50,7 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def _one(config: Any, folder: Path) -> dict[str, Any]:
-    from renio_megatron.build import build_teacher
+    from renio_megatron.build_teacher import build_teacher
 
     trainer, inputs, layout = built(replace(config, teacher=TeacherConfig(kind="current")), folder)
     algorithm = trainer.algorithm
@@ -101,7 +101,8 @@ def own_dtype(folder: Path) -> dict[str, Any]:
 
 def merged(folder: Path) -> dict[str, Any]:
     """Weights of a teacher with an adapter beside those of the model into which PEFT merged it; refusals."""
-    from renio_megatron.build import build_teacher, read_inputs
+    from renio_megatron.build import read_inputs
+    from renio_megatron.build_teacher import build_teacher
     from renio_megatron.megatron.start import start
 
     found: dict[str, Any] = {}

@@ -333,7 +333,7 @@ def test_the_command_fits_or_not_by_its_exit_code(example, capsys):
 
 
 def test_adapters_are_named_and_make_room(example, capsys):
-    own = ["model=models/Qwen3-32B", "teacher=self", "data.teacher_template='{problem}{solution}'"]
+    own = ["model=models/Qwen3-32B", "teacher=initial", "data.teacher_template='{problem}{solution}'"]
     own += ["rollout.micro_batch_size=16"]
     assert main([*example, *own, "--gpus", "8", "--memory", "80"]) == DOES_NOT_FIT
     assert main([*example, *own, "lora.r=16", "--gpus", "8", "--memory", "80"]) == 0
@@ -342,14 +342,22 @@ def test_adapters_are_named_and_make_room(example, capsys):
     assert "the teacher is the student without its adapters" in out
 
 
-def test_a_teacher_of_experts_is_counted_and_said_not_to_run(example, capsys):
+def test_a_teacher_of_experts_is_counted_and_a_student_is_not(example, capsys):
     changes = ["teacher.model=models/Qwen3-235B-A22B", "parallel.tensor_model_parallel_size=4"]
     assert main([*example, *changes, "parallel.pipeline_model_parallel_size=2"]) == 0
     out = capsys.readouterr().out
-    assert "mixture of 128 experts, which renio train does not run yet" in out
+    assert "mixture of 128 experts. All are counted, cut over the tensor-parallel ranks." in out
     assert "stage 1" in out
-    assert main([*example, "model=models/Qwen3-235B-A22B"]) == 2
-    assert "supported are llama, qwen2, qwen3." in capsys.readouterr().err
+    student = [
+        "model=models/Qwen3-235B-A22B",
+        "parallel.tensor_model_parallel_size=4",
+        "teacher.model=models/Qwen3-32B",
+    ]
+    assert main([*example, *student]) == 2
+    assert "does not count a trained mixture of experts yet (model: qwen3_moe)" in capsys.readouterr().err
+    unpacked = ["train.max_tokens_per_micro_batch=null", "parallel.expert_model_parallel_size=2"]
+    assert main([*example, *changes, *unpacked, "--gpus", "8"]) == 2
+    assert "does not count experts on different ranks yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -381,8 +389,8 @@ def test_wrong_numbers_are_refused(example, arguments, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_experts": 0}, "needs num_experts, a whole number above 0; got 0"),
-        ({"mlp_only_layers": [3]}, "layers with and without experts"),
+        ({"num_experts": 0}, "needs num_experts .*, a whole number above 0; got 0"),
+        ({"mlp_only_layers": [3]}, "mlp_only_layers=\\[3\\] is not supported"),
         ({"hidden_size": "wide"}, "needs hidden_size, a whole number above 0; got 'wide'"),
     ],
 )

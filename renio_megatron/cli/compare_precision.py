@@ -23,8 +23,8 @@ from renio_megatron.settings import PrecisionConfig
 if TYPE_CHECKING:
     import torch
 
-    from renio_megatron.build import Inputs
     from renio_megatron.diagnose.precision import Scores
+    from renio_megatron.inputs import Inputs
     from renio_megatron.parallel.layout import Layout
     from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
 
@@ -231,7 +231,7 @@ class _Comparison:
         return build_student(config, self._inputs, self._layout)[0]
 
     def _teacher(self, config: RunConfig) -> _Scored:
-        from renio_megatron.build import build_teacher
+        from renio_megatron.build_teacher import build_teacher
 
         teacher = build_teacher(config, self._inputs, self._layout)
         scores = teacher.score(self._rollouts, self._batches)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from renio_megatron.config import MODEL_TYPES, RunConfig, check_models, check_world, load_recipe
+from renio_megatron.config import RunConfig, check_models, check_world, load_recipe
 from renio_megatron.errors import ConfigError
 from renio_megatron.layout_rules import has_own_layout
 from renio_megatron.plan.memory import RESERVE, plan_memory, workload
-from renio_megatron.plan.models import MIXTURE_TYPES, PlannedModel, read_model
+from renio_megatron.plan.models import PlannedModel, read_model
 from renio_megatron.report.plan_table import plan_table
 
 DOES_NOT_FIT = 3
@@ -40,9 +40,10 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
         )
     ranks = world_size or config.parallel.model_ranks
     check_world(config, ranks)
-    check_models(config, teacher_types=(*MODEL_TYPES, *MIXTURE_TYPES))
+    check_models(config)
     student = read_model(config.model, "model")
     teacher = student if config.teacher.model is None else read_model(config.teacher.model, "teacher.model")
+    _check_experts(config, student)
     found = plan_memory(config, replace(student, lora=config.lora), teacher, ranks)
     memory = None if memory_gib is None else memory_gib * 2**30
     reserve = RESERVE * (memory or 0)
@@ -62,6 +63,22 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
         soft_wrap=True,
     )
     return 0 if fits else DOES_NOT_FIT
+
+
+def _check_experts(config: RunConfig, student: PlannedModel) -> None:
+    """Raises `ConfigError` for layouts of experts that the plan does not count."""
+    parallel = config.parallel
+    if student.experts is not None:
+        raise ConfigError(
+            f"renio plan does not count a trained mixture of experts yet (model: {student.architecture.family}). Plan "
+            "for it as a teacher of a dense student: that counts its weights and a forward pass."
+        )
+    if (parallel.expert_model_parallel_size, parallel.expert_tensor_ranks) != (1, parallel.tensor_model_parallel_size):
+        raise ConfigError(
+            f"renio plan does not count experts on different ranks yet (parallel.expert_model_parallel_size="
+            f"{parallel.expert_model_parallel_size}, expert_tensor_parallel_size={parallel.expert_tensor_ranks}). Plan "
+            "with 1 and null: it counts all experts, cut over the tensor-parallel ranks."
+        )
 
 
 def _layout(config: RunConfig, ranks: int) -> str:
@@ -104,8 +121,8 @@ def _notes(config: RunConfig, teacher: PlannedModel) -> list[str]:
         notes.append("note: the teacher is the student without its adapters; it has no parameters of its own.")
     if teacher.experts is not None:
         notes.append(
-            f"note: {teacher.name} is a mixture of {teacher.experts.count} experts, which renio train does not run "
-            "yet. All its experts are counted, cut over the tensor-parallel ranks."
+            f"note: {teacher.name} is a mixture of {teacher.experts.count} experts. All are counted, cut over the "
+            "tensor-parallel ranks."
         )
     if config.parallel.context_parallel_size > 1:
         notes.append(

@@ -136,6 +136,7 @@ def _describe(config: Any) -> str:
         f"VPP {parallel.virtual_pipeline_model_parallel_size}": parallel.virtual_pipeline_model_parallel_size,
         f"CP {parallel.context_parallel_size}": parallel.context_parallel_size > 1,
         f"DP {_trainers(config) // parallel.model_ranks}": True,
+        f"EP {parallel.expert_model_parallel_size}": parallel.expert_model_parallel_size > 1,
     }
     layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
     what = f"{config.model} on its solutions"

@@ -49,6 +49,8 @@ def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:
     """
     nodes = len({node for node, _, _ in reports})
     axes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "DP": layout.data}
+    if layout.expert.size > 1:  # among the ranks of the others
+        axes["EP"] = layout.expert
     sizes = " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
     backend = dist.get_backend() if dist.is_initialized() else "no backend"
     return (

@@ -51,6 +51,10 @@ def present_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> Lay
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
         data=_axis(parallel_state.get_data_parallel_group()),
         context=_axis(parallel_state.get_context_parallel_group()),
+        expert=_axis(parallel_state.get_expert_model_parallel_group()),
+        expert_tensor=_axis(parallel_state.get_expert_tensor_parallel_group()),
+        expert_data=_axis(parallel_state.get_expert_data_parallel_group()),
+        experts=_axis(parallel_state.get_expert_tensor_and_model_parallel_group()),
         device=device,
         rendezvous_seconds=rendezvous_seconds,
     )
@@ -124,6 +128,8 @@ def _sizes(parallel: ParallelConfig) -> dict[str, int]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_ranks,
     }
 
 
@@ -134,6 +140,8 @@ def _present_sizes() -> dict[str, int]:
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
     }
 
 

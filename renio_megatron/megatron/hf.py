@@ -1,4 +1,4 @@
-"""Weights between Hugging Face directories and Megatron's shards, for dense Llama, Qwen2 and Qwen3.
+"""Weights between Hugging Face directories and Megatron's shards, for all of `FAMILIES`.
 
 A rank reads the slices that its parameters are made of (`hf_slices`) and writes each to its place; no whole tensor is
 made on the way. Export takes a model that is whole on one rank apart again.
@@ -18,7 +18,7 @@ import torch
 
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
-from renio_megatron.megatron.hf_slices import VOCABULARY, Slice, hf_names, is_gate_and_up, is_qkv, slices_of
+from renio_megatron.megatron.hf_slices import VOCABULARY, Slice, hf_names, is_expert, is_gate_and_up, is_qkv, slices_of
 from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.te_modules import fill, is_quantised, values_of
@@ -144,12 +144,12 @@ Change = Callable[[Slice, torch.Tensor], torch.Tensor]
 
 
 def _targets(part: ModelPart) -> Iterator[_Target]:
-    shapes, tensor = hf_shapes(part.architecture), part.layout.tensor
+    shapes = hf_shapes(part.architecture)
     for name, parameter in part.named_parameters():
         if is_adapter(name):
             continue
-        num_rows = parameter.shape[0]
-        slices = slices_of(name, part.architecture, shapes, rank=tensor.rank, size=tensor.size, num_rows=num_rows)
+        num_rows, axis = parameter.shape[0], part.layout.expert_tensor if is_expert(name) else part.layout.tensor
+        slices = slices_of(name, part.architecture, shapes, rank=axis.rank, size=axis.size, num_rows=num_rows)
         num_read = sum(one.num_rows for one in slices)
         assert num_read == num_rows or name in VOCABULARY, name
         if num_read < num_rows:

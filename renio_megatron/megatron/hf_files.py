@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.hf_slices import Slice
+from renio_megatron.megatron.hf_slices import Slice, hf_names
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BUFFERS = re.compile(r".*rotary_emb\.inv_freq")  # that old versions of transformers saved; config.json says the same
@@ -23,7 +23,7 @@ _MAX_NAMED = 3
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a model of this architecture has."""
-    hidden, ffn, width = architecture.hidden_size, architecture.ffn_hidden_size, architecture.kv_channels
+    hidden, width = architecture.hidden_size, architecture.kv_channels
     queries, keys = architecture.num_attention_heads * width, architecture.num_query_groups * width
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
@@ -32,9 +32,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (keys, hidden),
         "self_attn.v_proj.weight": (keys, hidden),
         "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
+        **_feed_forward_shapes(architecture),
     }
     if architecture.add_qkv_bias:
         layer |= {
@@ -53,6 +51,27 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for number in range(architecture.num_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     return shapes
+
+
+def _feed_forward_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The same of one layer's feed-forward network, or of its router and experts."""
+    hidden, ffn, experts = architecture.hidden_size, architecture.ffn_hidden_size, architecture.experts
+    parameters: dict[str, tuple[int, ...]] = {
+        "mlp.linear_fc1.weight": (ffn, hidden),
+        "mlp.linear_fc2.weight": (hidden, ffn),
+    }
+    if experts is not None:
+        parameters = {
+            f"mlp.experts.local_experts.{number}.{name.removeprefix('mlp.')}": shape
+            for number in range(experts.count)
+            for name, shape in parameters.items()
+        } | {"mlp.router.weight": (experts.count, hidden)}
+    layer = "decoder.layers.0."
+    return {
+        part.removeprefix("model.layers.0."): shape
+        for name, shape in parameters.items()
+        for part in hf_names(layer + name, architecture)
+    }
 
 
 class WeightFiles:

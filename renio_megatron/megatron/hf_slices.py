@@ -1,6 +1,6 @@
 """What a Megatron parameter of one tensor rank is made of: rows or columns of Hugging Face tensors.
 
-For dense Llama, Qwen2 and Qwen3, and for the parameters' names of both backends. Nothing here reads a file.
+For all of `FAMILIES`, and for the parameters' names of both backends. Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -29,13 +29,28 @@ _IN_LAYER: dict[str, tuple[str, ...]] = {
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
 
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
+_OF_EXPERTS: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
+    # family: (router, experts, parts of an expert)
+    "qwen3_moe": (
+        "mlp.gate.weight",
+        "mlp.experts",
+        {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)},
+    ),
+    "mixtral": (
+        "block_sparse_moe.gate.weight",
+        "block_sparse_moe.experts",
+        {"linear_fc1": ("w1", "w3"), "linear_fc2": ("w2",)},
+    ),
+}
+
 _OUTSIDE: dict[str, tuple[str, ...]] = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
     "decoder.final_layernorm.weight": ("model.norm.weight",),
     "output_layer.weight": ("lm_head.weight",),
 }
 
-_CUT_BY_COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_CUT_BY_COLUMNS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Parameters whose rows are tokens; they may have more rows than the vocabulary."""
 
@@ -76,13 +91,19 @@ def hf_names(name: str, architecture: Architecture) -> tuple[str, ...]:
     """Hugging Face tensors that a Megatron parameter is made of.
 
     Args:
-        name: Megatron's name, with the layer's number in the whole model.
+        name: Megatron's name, with the layer's and the expert's number in the whole model.
         architecture: the whole model.
 
     Raises:
         ConfigError: a parameter without a counterpart.
     """
     match = _LAYER.fullmatch(name)
+    if match and architecture.experts is not None:
+        router, experts, parts = _OF_EXPERTS[architecture.family]
+        if match[2] == "mlp.router.weight":
+            return (f"model.layers.{match[1]}.{router}",)
+        if expert := _EXPERT.fullmatch(match[2]):
+            return tuple(f"model.layers.{match[1]}.{experts}.{expert[1]}.{part}.weight" for part in parts[expert[2]])
     if match and match[2] in _IN_LAYER:
         return tuple(f"model.layers.{match[1]}.{part}" for part in _IN_LAYER[match[2]])
     if name == "output_layer.weight" and architecture.tied:
@@ -114,7 +135,7 @@ def slices_of(
         name: Megatron's name, with the layer's number in the whole model.
         architecture: the whole model.
         shapes: of every Hugging Face tensor, from `hf_shapes`.
-        rank, size: place on the tensor axis.
+        rank, size: place on the tensor axis, for an expert's parameter on that of the experts.
         num_rows: rows of this rank's part.
     """
     names = hf_names(name, architecture)
@@ -140,6 +161,11 @@ def slices_of(
                 slices.append(Slice(tensor, start + offset, stop + offset, to=start - first))
             row += height
     return slices
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is one expert's, which other ranks share than the rest of its layer."""
+    return ".mlp.experts." in name
 
 
 def is_qkv(name: str) -> bool:

@@ -32,6 +32,14 @@ from renio_megatron.megatron.backend import (
 )
 from renio_megatron.megatron.fp8_emulation import emulate_fp8
 from renio_megatron.megatron.lora import add_lora, check_backend
+from renio_megatron.megatron.moe import (
+    Routing,
+    check_mixture,
+    mark_experts,
+    mixture_settings,
+    watch_routers,
+    whole_model_name,
+)
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
@@ -66,6 +74,7 @@ class ModelPart:
         backend: what its layers are made of, `te` or `local`.
         lora: what its adapters are; there are none where `r` is None.
         fp8_multiple: what the tokens of a pass over this rank's layers must be a multiple of; 1 without FP8.
+        routing: of the routers of a trained model with experts; else None.
         settle: makes the weights current, where they lag behind the optimiser; called before every use but training's.
     """
 
@@ -77,15 +86,18 @@ class ModelPart:
     backend: str = "local"
     lora: LoraConfig = field(default_factory=LoraConfig)
     fp8_multiple: int = 1
+    routing: Routing | None = None
     settle: Callable[[], None] = lambda: None
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters of this rank; layers have the numbers that they have in the whole model."""
+        """Parameters of this rank; layers and experts have the numbers that they have in the whole model."""
+        first_expert = self.layout.expert.rank * ((self.config.num_moe_experts or 0) // self.layout.expert.size)
         for stage, chunk in enumerate(self.chunks):
             offset = get_transformer_layer_offset(self.config, vp_stage=stage if len(self.chunks) > 1 else None)
             for name, parameter in chunk.named_parameters():
                 match = _LAYER.fullmatch(name)
-                yield f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name, parameter
+                whole_name = f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name
+                yield whole_model_name(whole_name, first_expert), parameter
 
     def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those of `named_parameters` that have a gradient: all of a student's, or its adapters'."""
@@ -241,6 +253,7 @@ def transformer_config(
         # Interleaved stages with batched sends run, and their gradients are silently wrong.
         overlap_p2p_comm=interleaved is not None,
         batch_p2p_comm=interleaved is None,
+        **mixture_settings(architecture, parallel),
         # Packed rows differ in length. Megatron allows that to this dispatcher only, also where there are no experts.
         variable_seq_lengths=train.max_tokens_per_micro_batch is not None,
         moe_token_dispatcher_type="alltoall",
@@ -288,10 +301,16 @@ def build_model(
     backend = resolve_backend(precision, layout.device, bf16=train.bf16, has_adapters=lora.r is not None)
     check_model(architecture, parallel, train, precision, backend, layout.device)
     check_backend(lora, backend)
+    check_mixture(architecture, precision, backend)
     config = transformer_config(
         architecture, parallel, train, precision, trained=trained, initialise=initialise, backend=backend
     )
-    config.gradient_accumulation_fusion = trained and can_fuse_weight_gradients(layout.device, bf16=train.bf16)
+    # An expert may have no token at all, of which the fused product is not known to make anything.
+    can_fuse = architecture.experts is None and can_fuse_weight_gradients(layout.device, bf16=train.bf16)
+    config.gradient_accumulation_fusion = trained and can_fuse
+    routing = None
+    if trained and architecture.experts is not None:
+        routing = Routing(architecture, layout, train.moe_aux_loss_coeff, sequence_parallel=parallel.sequence_parallel)
     padded = padded_vocab_size(vocab_size, parallel)
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()
@@ -316,7 +335,10 @@ def build_model(
             )
         emulate_fp8(chunk.decoder, precision)
         add_lora(chunk, lora, seed=train.seed)
-        if config.use_cpu_initialization:  # else they were made where they belong
+        mark_experts(chunk)
+        if routing is not None:
+            watch_routers(chunk, routing)
+        if config.use_cpu_initialization or architecture.experts is not None:  # else they were made where they belong
             chunk.to(layout.device)
         if chunk.post_process:
             layer_class = type(chunk.output_layer)
@@ -328,7 +350,15 @@ def build_model(
     shard = VocabShard(start, start + width, vocab_size, layout.tensor.group)
     multiple = fp8_multiple(precision)
     return ModelPart(
-        tuple(chunks), config, architecture, shard, layout, backend=backend, lora=lora, fp8_multiple=multiple
+        tuple(chunks),
+        config,
+        architecture,
+        shard,
+        layout,
+        backend=backend,
+        lora=lora,
+        fp8_multiple=multiple,
+        routing=routing,
     )
 
 

@@ -9,26 +9,8 @@ from typing import Any
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
+from renio_megatron.megatron.architecture import Architecture, Experts, padded_vocab_size
 from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig
-
-MIXTURE_TYPES = {"qwen3_moe": "qwen3"}
-"""Models with experts that can be planned for, as frozen teachers: model_type, and the family of their attention."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The MLPs of a layer with a router.
-
-    Attributes:
-        count: experts of a layer.
-        chosen: of them a token goes through.
-        ffn_hidden_size: of each.
-    """
-
-    count: int
-    chosen: int
-    ffn_hidden_size: int
 
 
 @dataclass(frozen=True)
@@ -37,20 +19,23 @@ class PlannedModel:
 
     Attributes:
         name: as the recipe gives it.
-        architecture: the model; with experts, all of it but the MLPs.
-        experts: None for a dense model.
+        architecture: the model.
         lora: its adapters, beside which all of it is frozen; none where `r` is None.
     """
 
     name: str
     architecture: Architecture
-    experts: Experts | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def is_frozen(self) -> bool:
         """Whether only adapters are trained."""
         return self.lora.r is not None
+
+    @property
+    def experts(self) -> Experts | None:
+        """Of each layer; None for a dense model."""
+        return self.architecture.experts
 
 
 def read_model(name: str, setting: str) -> PlannedModel:
@@ -61,11 +46,12 @@ def read_model(name: str, setting: str) -> PlannedModel:
     """
     path = model_directory(name, setting) / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    family = MIXTURE_TYPES.get(values.get("model_type"))
-    architecture = Architecture.from_values(path, {**values, "model_type": family} if family else values)
     for key in ("hidden_size", "intermediate_size", "vocab_size"):
         _require_count(path, values, key)
-    return PlannedModel(name, architecture, _experts(path, values) if family else None)
+    if values["model_type"] == "qwen3_moe":
+        for key in ("num_experts_per_tok", "moe_intermediate_size"):
+            _require_count(path, values, key)
+    return PlannedModel(name, Architecture.from_values(path, values))
 
 
 def rank_tensors(
@@ -171,15 +157,6 @@ def _target_shapes(model: PlannedModel) -> list[tuple[int, int, bool]]:
         "down_proj": (it.hidden_size, it.ffn_hidden_size, False),
     }
     return [shapes[name] for name in model.lora.names]
-
-
-def _experts(path: Path, values: dict[str, Any]) -> Experts:
-    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    for key in keys:
-        _require_count(path, values, key)
-    if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
-        raise ConfigError(f"{path}: layers with and without experts in one model cannot be planned for.")
-    return Experts(*(values[key] for key in keys))
 
 
 def _require_count(path: Path, values: dict[str, Any], key: str) -> None:
