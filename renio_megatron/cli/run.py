@@ -139,7 +139,7 @@ def _describe(config: object) -> str:
     layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
     what = f"{config.model} on its solutions"  # type: ignore[attr-defined]
     if isinstance(config, RunConfig):
-        teacher = config.teacher.model or "itself, shown more"
+        teacher = config.teacher.model or f"itself ({config.teacher.kind}), shown more"
         what = f"{config.model} learns from {teacher}, weighting {config.weighting.name}"
     return f"{what}; {train.train_iters} steps of {train.global_batch_size} sequences; {layout}"
 
