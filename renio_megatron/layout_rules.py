@@ -97,7 +97,7 @@ def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world
             f"and none remains for the student. Start at least {fewest_ranks(parallel, teacher)} ranks (--nproc), or "
             "set teacher.ranks=colocated."
         )
-    if not scorers and world_size % resolved.model_ranks:
+    if has_own_layout(parallel, teacher) and not scorers and world_size % resolved.model_ranks:
         raise ConfigError(
             f"one copy of the teacher takes {resolved.model_ranks} ranks (teacher.parallel: tensor "
             f"{resolved.tensor_model_parallel_size} x pipeline {resolved.pipeline_model_parallel_size}), which does "

@@ -141,7 +141,7 @@ def _describe(config: Any) -> str:
     layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
     what = f"{config.model} on its solutions"
     if isinstance(config, RunConfig):
-        teacher = config.teacher.model or "itself, shown more"
+        teacher = config.teacher.model or f"itself ({config.teacher.kind}), shown more"
         what = f"{config.model} learns from {teacher}, weighting {config.weighting.name}"
         if has_own_layout(parallel, config.teacher):
             layout = f"{layout}; teacher {teacher_words(parallel, config.teacher, _trainers(config))}"
