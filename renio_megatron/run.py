@@ -81,9 +81,16 @@ def run_recipe(
     has_adapters = config.lora.r is not None
     is_own_teacher = isinstance(config, RunConfig) and shares_student(config)
     teacher = config.teacher_precision if isinstance(config, RunConfig) and not is_own_teacher else None
-    bf16 = config.train.bf16
     try:
-        line = f"{line}; {layers(config.precision, teacher, layout.device, bf16=bf16, has_adapters=has_adapters)}"
+        words = layers(
+            config.precision,
+            teacher,
+            layout.device,
+            bf16=config.train.bf16,
+            teacher_bf16=config.teacher.bf16 if isinstance(config, RunConfig) else None,
+            has_adapters=has_adapters,
+        )
+        line = f"{line}; {words}"
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise

@@ -32,8 +32,6 @@ from tests.training_cases import save_models
 
 ROOT = Path(renio_megatron.__file__).parents[1]
 MODELS = ROOT / "tests" / "data" / "models"
-EXAMPLE = ROOT / "examples" / "qwen3_32b_to_1_7b.yaml"
-DOCUMENT = ROOT / "docs" / "how-to" / "plan.md"
 
 
 def _config(student: str = "Qwen3-32B", teacher: str = "Qwen3-32B", **changes: Any) -> RunConfig:

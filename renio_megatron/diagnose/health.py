@@ -65,6 +65,7 @@ def layers(
     device: torch.device,
     *,
     bf16: bool,
+    teacher_bf16: bool | None = None,
     has_adapters: bool = False,
 ) -> str:
     """What the models' layers are made of and compute in, sampling and scoring included.
@@ -73,7 +74,8 @@ def layers(
         student: its precision.
         teacher: the teacher's; None where there is none, or where it is the student without its adapters.
         device: where both compute.
-        bf16: whether their parameters are bf16.
+        bf16: whether the student's parameters are bf16.
+        teacher_bf16: the same of the teacher; None: as the student's.
         has_adapters: whether the student has some.
 
     >>> layers(PrecisionConfig(), PrecisionConfig(fp8="e4m3", emulate_fp8=True), torch.device("cpu"), bf16=False)
@@ -83,7 +85,11 @@ def layers(
         ConfigError: layers that cannot be built here; see `megatron.backend.resolve_backend`.
     """
     text = f"layers: student {words(student, device, bf16=bf16, has_adapters=has_adapters)}"
-    return text if teacher is None else f"{text}, teacher {words(teacher, device, bf16=bf16)}"
+    return (
+        text
+        if teacher is None
+        else f"{text}, teacher {words(teacher, device, bf16=bf16 if teacher_bf16 is None else teacher_bf16)}"
+    )
 
 
 def trained(lora: LoraConfig) -> str:
