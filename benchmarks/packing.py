@@ -28,6 +28,7 @@ from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.model import build_model
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.megatron.teacher import MegatronTeacher
+from renio_megatron.megatron.teacher_weights import TeacherWeights
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import Prompt, Rollout
 from renio_megatron.scores import sample_weights
@@ -63,7 +64,7 @@ def stepper(train: TrainConfig, layout: Layout, rollouts: list[Rollout]) -> Call
         load_weights(part, directory)
         parts.append(part)
     learner = MegatronLearner(parts[0], train, parallel, temperature=1.0, pad_id=0)
-    teacher = MegatronTeacher(parts[1], train, head, temperature=1.0, pad_id=0)
+    teacher = MegatronTeacher(TeacherWeights(parts[1]), train, head, temperature=1.0, pad_id=0)
     _, owner, _ = flat_completions(rollouts)
     steps = itertools.count(1)
 

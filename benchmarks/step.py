@@ -29,6 +29,7 @@ from renio_megatron.megatron.model import ModelPart, build_model
 from renio_megatron.megatron.sampler import MegatronSampler
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.megatron.teacher import MegatronTeacher
+from renio_megatron.megatron.teacher_weights import TeacherWeights
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import Decoding, Prompt
 from renio_megatron.settings import (
@@ -141,7 +142,7 @@ def cast_roles(options: argparse.Namespace, layout: Layout, peaks: dict[str, flo
         teacher, layout, parallel, train, TeacherPrecisionConfig(**teacher_fp8), trained=False, **shared
     )
     learner = MegatronLearner(random_model(part, 1), train, parallel, head, temperature=1.0, pad_id=0)
-    scorer = MegatronTeacher(random_model(teacher_part, 2), train, head, temperature=1.0, pad_id=0)
+    scorer = MegatronTeacher(TeacherWeights(random_model(teacher_part, 2)), train, head, temperature=1.0, pad_id=0)
     sampler = MegatronSampler(part, seed=1, temperature=1.0, stop_ids=(), pad_id=0)
     return Distillation(
         Watched(sampler, layout, peaks, "rollout"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from renio_megatron.algorithms import Algorithm
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
 from renio_megatron.assets import model_directory
+from renio_megatron.build_teacher import build_teacher
+from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.data.prompts import (
@@ -25,46 +26,19 @@ from renio_megatron.data.prompts import (
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
+from renio_megatron.inputs import Inputs
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.metrics import Observer
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, Prompt, Rollout
+from renio_megatron.records import Decoding, Rollout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver
 from renio_megatron.scores import SampleWeights
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads, checked, before any model is built. No collective is needed for it.
-
-    Attributes:
-        model, teacher: Hugging Face directories; the teacher's is None in fine-tuning.
-        architecture, teacher_architecture: theirs.
-        vocab_size: V of the loss: the columns that both models have.
-        stream: the prompts.
-        evaluation: the problems of the evaluation; none where there is none.
-        grader, eval_grader: of training and evaluation problems; None where nothing can be graded.
-        stop_ids: tokens that end a completion.
-        pad_id: fills rows on the right.
-    """
-
-    model: Path
-    teacher: Path | None
-    architecture: Architecture
-    teacher_architecture: Architecture | None
-    vocab_size: int
-    stream: PromptStream
-    evaluation: Sequence[Prompt]
-    grader: Callable[[Rollout], bool | None] | None
-    eval_grader: Callable[[Rollout], bool | None] | None
-    stop_ids: tuple[int, ...]
-    pad_id: int
 
 
 def read_inputs(config: RunConfig | SftConfig) -> Inputs:
@@ -89,15 +63,28 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
             f"the tokenizer of {model} has token ids up to {max(tokenizer.get_vocab().values())}, the models' "
             f"embeddings have {vocab_size} rows. Choose a tokenizer and models that belong together."
         )
-    if isinstance(config, RunConfig) or config.init == "pretrained":
+    weights = _weights_of(model, config.pretrained_checkpoint, "pretrained_checkpoint")
+    if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
         WeightFiles(model).check(architecture)
-    if teacher is not None and teacher_architecture is not None:
-        WeightFiles(teacher).check(teacher_architecture)
+    teacher_weights = teacher
+    if isinstance(config, RunConfig) and teacher is not None and teacher_architecture is not None:
+        named, setting = config.teacher.pretrained_checkpoint, "teacher.pretrained_checkpoint"
+        teacher_weights = weights if config.teacher.kind != "separate" else _weights_of(teacher, named, setting)
+        if teacher_weights == teacher:
+            WeightFiles(teacher).check(teacher_architecture)
+    if config.lora.adapter is not None:
+        from renio_megatron.megatron.peft_files import check_adapter
+
+        check_adapter(Path(config.lora.adapter), config.lora)
+    if isinstance(config, RunConfig) and config.teacher.adapter is not None and teacher_architecture is not None:
+        from renio_megatron.megatron.merging import Merger
+
+        Merger(Path(config.teacher.adapter), teacher_architecture)  # refuses what cannot be merged
     source = build_source(config.data, "train")
     stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
     first = stream.batch(0, _num_checked(source, config.train))
-    if isinstance(config, RunConfig) and config.teacher.kind == "self":
-        check_views_differ(first)
+    if isinstance(config, RunConfig) and config.teacher.kind != "separate":
+        check_views_differ(first, config.teacher.kind)
     if isinstance(config, SftConfig) and config.train.max_tokens_per_micro_batch is not None:
         arrangement = Arrangement(
             0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
@@ -116,6 +103,8 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
     return Inputs(
         model=model,
         teacher=teacher,
+        weights=weights,
+        teacher_weights=teacher_weights,
         architecture=architecture,
         teacher_architecture=teacher_architecture,
         vocab_size=vocab_size,
@@ -135,6 +124,7 @@ def build_trainer(
     checkpoints: Path,
     observers: Sequence[Observer] = (),
     rollout_observers: Sequence[RolloutObserver] = (),
+    say: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Builds the models on this rank and casts the roles.
 
@@ -145,20 +135,27 @@ def build_trainer(
         checkpoints: where they go.
         observers: told of every step's metrics.
         rollout_observers: told of every step's rollouts of this rank and of their weights.
+        say: takes the progress lines of weights that take long to load.
     """
     from renio_megatron.megatron.checkpoint import MegatronKeeper
+    from renio_megatron.megatron.pretrained import fingerprint
 
-    learner, sampler = build_student(config, inputs, layout)
+    learner, sampler = build_student(config, inputs, layout, say)
     lr_at = functools.partial(learning_rate, config.train)
+    base = fingerprint(inputs.weights, inputs.architecture) if config.lora.r is not None else None
     algorithm: Algorithm
     if isinstance(config, RunConfig):
-        algorithm = _distillation(config, inputs, layout, sampler, learner, lr_at, rollout_observers)
+        teacher = build_teacher(config, inputs, layout, learner.part, say)
+        algorithm = _distillation(config, inputs, layout, sampler, teacher, learner, lr_at, rollout_observers)
+        averages = teacher.averages
     else:
-        algorithm = Sft(learner, layout=layout, lr_at=lr_at)
+        algorithm, averages = Sft(learner, layout=layout, lr_at=lr_at), ()
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
-        keeper=MegatronKeeper(checkpoints, learner, config.checkpoint, config=to_yaml(config)),
+        keeper=MegatronKeeper(
+            checkpoints, learner, config.checkpoint, config=to_yaml(config), averages=averages, base=base
+        ),
         train_iters=config.train.train_iters,
         global_batch_size=config.train.global_batch_size,
         data_rank=layout.data.rank,
@@ -170,11 +167,14 @@ def build_trainer(
     )
 
 
-def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
+def build_student(
+    config: RunConfig | SftConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
+) -> tuple[Any, Any]:
     """(learner, sampler) of one model with its initial weights: `MegatronLearner`, `MegatronSampler`."""
-    from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.learner import MegatronLearner
     from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.peft_files import load_adapter
+    from renio_megatron.megatron.pretrained import load_pretrained
     from renio_megatron.megatron.sampler import MegatronSampler
 
     parallel, train = config.parallel, config.train
@@ -185,47 +185,29 @@ def build_student(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout)
         parallel,
         train,
         config.precision,
+        config.lora,
         vocab_size=inputs.vocab_size,
         initialise=not is_loaded,
     )
     if is_loaded:
-        load_weights(part, inputs.model)
+        load_pretrained(part, inputs.weights, title="student", say=say)
+    if config.lora.adapter is not None:
+        load_adapter(part, Path(config.lora.adapter))
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
     head = config.head if isinstance(config, RunConfig) else HeadConfig()
-    learner = MegatronLearner(part, train, parallel, head, temperature=temperature, pad_id=inputs.pad_id)
+    learner = MegatronLearner(
+        part,
+        train,
+        parallel,
+        head,
+        temperature=temperature,
+        pad_id=inputs.pad_id,
+        per_token=isinstance(config, SftConfig),
+    )
     sampler = MegatronSampler(
         part, seed=train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
     )
     return learner, sampler
-
-
-def build_teacher(config: RunConfig, inputs: Inputs, layout: Layout) -> Any:
-    """The frozen teacher: `MegatronTeacher`."""
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.teacher import MegatronTeacher
-
-    assert inputs.teacher is not None  # a distillation's inputs name one
-    assert inputs.teacher_architecture is not None
-    part = build_model(
-        inputs.teacher_architecture,
-        layout,
-        config.parallel,
-        config.train,
-        config.teacher_precision,
-        vocab_size=inputs.vocab_size,
-        trained=False,
-        initialise=False,
-    )
-    load_weights(part, inputs.teacher)
-    return MegatronTeacher(
-        part,
-        config.train,
-        config.head,
-        temperature=config.loss.temperature,
-        pad_id=inputs.pad_id,
-        payload_device=config.teacher.payload_device,
-    )
 
 
 def decoding_of(config: RunConfig) -> Decoding:
@@ -241,12 +223,11 @@ def _distillation(
     inputs: Inputs,
     layout: Layout,
     sampler: Sampler,
+    teacher: Any,
     learner: Any,
     lr_at: Callable[[int], float],
     rollout_observers: Sequence[RolloutObserver],
 ) -> Distillation:
-    teacher = build_teacher(config, inputs, layout)
-
     def tell(step: int, rollouts: Sequence[Rollout], sample: SampleWeights) -> None:
         for observer in rollout_observers:
             observer(step, rollouts, sample.weights.tolist())
@@ -280,6 +261,11 @@ def _evaluator(
     assert limit is not None  # the recipe's rules see to it
     decoding = Decoding(config.evaluate.temperature, None, None, limit, together)
     return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, decoding, layout)
+
+
+def _weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
+    """Where a model's weights are: in its directory, unless the setting names a checkpoint."""
+    return model if checkpoint is None else find_pretrained(checkpoint, setting)
 
 
 def _num_checked(source: Source, train: TrainConfig) -> int:

@@ -10,6 +10,7 @@ Only the first rank changes anything here.
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import re
@@ -18,7 +19,7 @@ import uuid
 import zipfile
 from pathlib import Path
 
-from renio_megatron.errors import CheckpointError
+from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import remove_directory, sync_directory, sync_files, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,52 @@ def find_checkpoint(path: str | Path) -> Path:
         f"checkpoint.load={str(path)!r} holds no checkpoint: there is no {TRACKER} in it or in its `checkpoints`, and "
         "it is no iter_ directory. Give a run's output_dir, its checkpoints directory, or one iter_ directory."
     )
+
+
+def find_pretrained(path: str | Path, setting: str) -> Path:
+    """The directory that holds the tensors of a checkpoint that Megatron wrote.
+
+    Args:
+        path: what Megatron-LM's --load means (with its `latest_checkpointed_iteration.txt`), one iter_ directory in it,
+            or a run's output_dir.
+        setting: the recipe's key, for the error message.
+
+    Raises:
+        ConfigError: there is none, of another format, or with files missing.
+    """
+    given = Path(path).expanduser()
+    if not given.is_dir():
+        raise ConfigError(f"{setting}: there is no directory {str(path)!r}. Give a checkpoint that Megatron wrote.")
+    directory = given
+    for root in (given, given / "checkpoints"):
+        if (root / TRACKER).is_file():
+            text = (root / TRACKER).read_text(errors="replace").strip()
+            name = step_directory(root, int(text)).name if re.fullmatch("[0-9]+", text) else text
+            directory = root / name
+            if "/" in name or not directory.is_dir():
+                raise ConfigError(
+                    f"{setting}: {root / TRACKER} names {text[:40]!r}, which is not beside it. Correct it."
+                )
+            break
+    if any(directory.glob("mp_rank_*")):
+        raise ConfigError(
+            f"{setting}: {directory} is of Megatron's format `torch`, a file for each rank, which loads in one layout "
+            "only. Save it again with Megatron-LM's --ckpt-convert-format torch_dist, and give what that writes."
+        )
+    try:
+        kind = json.loads((directory / "metadata.json").read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{setting}: {directory} holds no checkpoint of Megatron's format torch_dist: no {TRACKER}, and no "
+            "metadata.json that names the format. Give the directory that Megatron's --save wrote to."
+        ) from error
+    if kind != "torch_dist":
+        raise ConfigError(
+            f"{setting}: {directory} is of the format {kind!r}; torch_dist is read. Save it again as that."
+        )
+    if problem := damage(directory):
+        raise ConfigError(f"{setting}: the checkpoint {directory} cannot be read: {problem}. Copy it again.")
+    return directory.resolve()
 
 
 def new_partial(root: Path, step: int) -> Path:

@@ -13,14 +13,26 @@ from omegaconf import OmegaConf
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
-from renio_megatron.layout_rules import check_cut, check_layout, check_recomputation
+from renio_megatron.expert_rules import MIXTURE_TYPES, check_expert_ranks, check_experts
+from renio_megatron.layout_rules import (
+    check_adapters_cut,
+    check_cut,
+    check_layout,
+    check_recomputation,
+    check_teacher_layout,
+    fewest_ranks,
+    has_own_layout,
+    num_scorers,
+    teacher_parallel,
+)
 from renio_megatron.recipe_file import read_recipe
-from renio_megatron.recipe_rules import check_settings, is_changeable
+from renio_megatron.recipe_rules import check_settings, is_changeable, shares_student
 from renio_megatron.settings import (
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
     HeadConfig,
+    LoraConfig,
     LossConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -32,7 +44,7 @@ from renio_megatron.settings import (
 )
 from renio_megatron.settings.checks import require_choice
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", *MIXTURE_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +53,15 @@ class RunConfig:
 
     Attributes:
         model: the student's Hugging Face directory, or a model that ships with the package.
-        teacher, data, rollout, loss, head, weighting, parallel, precision, teacher_precision, train, checkpoint,
+        pretrained_checkpoint: a checkpoint that Megatron wrote (torch_dist, of any layout), whose weights are the
+            student's in place of those in `model`; null: `model`'s. config.json and the tokenizer are `model`'s.
+        teacher, data, rollout, loss, head, weighting, parallel, precision, teacher_precision, lora, train, checkpoint,
             evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
 
     model: str
+    pretrained_checkpoint: str | None = None
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -56,6 +71,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     teacher_precision: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -68,16 +84,19 @@ class SftConfig:
 
     Attributes:
         model: Hugging Face directory, or a model that ships with the package.
+        pretrained_checkpoint: where the weights come from in place of `model`'s, as in `RunConfig`.
         init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
-        data, parallel, precision, train, checkpoint, evaluate: sections, see `settings`.
+        data, parallel, precision, lora, train, checkpoint, evaluate: sections, see `settings`.
         output_dir: the run directory.
     """
 
     model: str
+    pretrained_checkpoint: str | None = None
     init: str = "pretrained"
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -124,26 +143,44 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
         _check_packing(config)
         _check_head(config)
     _check_precision(config)
+    if config.lora.r is not None:
+        _check_lora(config)
     return Recipe(config=config, explicit=explicit, kind=kind)
 
 
 def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
     """Raises `ConfigError` where a run cannot be shared among `world_size` ranks, or its batch cannot be divided."""
+    if isinstance(config, RunConfig):
+        check_teacher_layout(config.parallel, config.teacher, world_size)
+        world_size -= num_scorers(config.parallel, config.teacher)
     check_layout(config.parallel, config.train, world_size)
+    check_expert_ranks(config.parallel, config.train, world_size)
     if isinstance(config, RunConfig) and config.weighting.name == "renio":
         _check_weighting(config.weighting, config.train.global_batch_size)
 
 
-def check_models(config: RunConfig | SftConfig, *, teacher_types: tuple[str, ...] = MODEL_TYPES) -> None:
-    """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files.
+def smallest_world(config: RunConfig | SftConfig) -> int:
+    """Ranks that hold one copy of each model."""
+    return fewest_ranks(config.parallel, config.teacher if isinstance(config, RunConfig) else None)
 
-    A plan may know more `teacher_types` than the trainer runs.
-    """
-    num_layers = _check_model("model", config.model, config.parallel, MODEL_TYPES, trained=True)
-    check_recomputation(num_layers, config.parallel, config.train)
-    if isinstance(config, RunConfig) and config.teacher.kind == "separate":
-        assert config.teacher.model is not None
-        _check_model("teacher.model", config.teacher.model, config.parallel, teacher_types, trained=False)
+
+def check_models(config: RunConfig | SftConfig) -> None:
+    """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
+    models = {"model": _check_model("model", config.model, config.parallel, trained=True)}
+    check_recomputation(models["model"]["num_hidden_layers"], config.parallel, config.train)
+    if config.lora.r is not None:
+        check_adapters_cut(models["model"], config.parallel)
+    layouts = {"model": config.parallel}
+    if isinstance(config, RunConfig):
+        layouts["teacher.model"] = teacher_parallel(config.parallel, config.teacher)
+        if config.teacher.kind == "separate":
+            assert config.teacher.model is not None
+            models["teacher.model"] = _check_model(
+                "teacher.model", config.teacher.model, layouts["teacher.model"], trained=False
+            )
+        elif not shares_student(config):
+            models["teacher.model"] = models["model"]
+    check_experts(config, models, layouts)
 
 
 def to_yaml(config: RunConfig | SftConfig) -> str:
@@ -181,14 +218,25 @@ def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
 
 
 def _check_self_teacher(config: RunConfig) -> None:
-    data = config.data
+    data, kind = config.data, config.teacher.kind
     same_text = data.teacher_template in (None, data.student_template)
     same_thinking = data.teacher_enable_thinking in (None, data.enable_thinking)
-    if config.teacher.kind == "self" and same_text and same_thinking:
+    if kind != "separate" and same_text and same_thinking:
         raise ConfigError(
-            "teacher.kind=self with the student's own view of the prompt: teacher and student are then the same model "
-            "on the same text, and their KL is exactly zero at the first step. Give data.teacher_template something "
-            "that the student does not see, for example {solution}, or set data.teacher_enable_thinking."
+            f"teacher.kind={kind} with the student's own view of the prompt: teacher and student are then the same "
+            "model on the same text, and their KL is exactly zero at the first step. Give data.teacher_template "
+            "something that the student does not see, for example {solution}, or set data.teacher_enable_thinking."
+        )
+    if shares_student(config) and config.teacher.payload_device == "recompute":
+        raise ConfigError(
+            f"teacher.kind={kind} with teacher.payload_device=recompute: student and teacher are one model, which "
+            "cannot read for one of them in the middle of a step of the other. Choose host, which keeps as little on "
+            "the device."
+        )
+    if kind == "ema" and config.precision.fp8_param_gather:
+        raise ConfigError(
+            "teacher.kind=ema with precision.fp8_param_gather=true: parameters that are kept in FP8 cannot be "
+            "exchanged for their average. Set precision.fp8_param_gather=false."
         )
 
 
@@ -207,12 +255,25 @@ def _check_packing(config: RunConfig) -> None:
 
 
 def _check_precision(config: RunConfig | SftConfig) -> None:
-    sections = [config.precision, config.teacher_precision] if isinstance(config, RunConfig) else [config.precision]
-    for one in sections:
-        if one.fp8 is not None and not one.emulate_fp8 and not config.train.bf16:
+    sections: list[tuple[PrecisionConfig, str, bool]] = [(config.precision, "train.bf16", config.train.bf16)]
+    if isinstance(config, RunConfig):
+        own = config.teacher.bf16
+        setting = "train.bf16" if own is None else "teacher.bf16"
+        sections.append((config.teacher_precision, setting, config.train.bf16 if own is None else own))
+        if (
+            config.teacher.offload is not None
+            and config.teacher_precision.fp8
+            and not config.teacher_precision.emulate_fp8
+        ):
             raise ConfigError(
-                f"{one.section}.fp8={one.fp8} with train.bf16=false: what stays out of FP8 would be fp32, and the "
-                "products gain nothing. Set train.bf16=true."
+                f"teacher.offload=host with teacher_precision.fp8={config.teacher_precision.fp8}: weights that are "
+                "kept in FP8 are not moved. Set teacher.offload=null, or teacher_precision.fp8=null."
+            )
+    for one, setting, bf16 in sections:
+        if one.fp8 is not None and not one.emulate_fp8 and not bf16:
+            raise ConfigError(
+                f"{one.section}.fp8={one.fp8} with {setting}=false: what stays out of FP8 would be fp32, and the "
+                f"products gain nothing. Set {setting}=true."
             )
     if config.precision.fp8_param_gather:
         if not config.parallel.use_distributed_optimizer:
@@ -227,10 +288,43 @@ def _check_precision(config: RunConfig | SftConfig) -> None:
             )
 
 
+def _check_lora(config: RunConfig | SftConfig) -> None:
+    r, precision = config.lora.r, config.precision
+    if isinstance(config, SftConfig) and config.init != "pretrained":
+        raise ConfigError(
+            f"lora.r={r} with init={config.init}: everything but the adapters would stay random. Set init=pretrained, "
+            "or lora.r=null."
+        )
+    if precision.backend == "te" or precision.fp8 is not None:
+        setting = f"backend={precision.backend}" if precision.fp8 is None else f"fp8={precision.fp8}"
+        raise ConfigError(
+            f"lora.r={r} with precision.{setting}: adapters stand beside Megatron's own linear layers in the "
+            "parameters' dtype; beside Transformer Engine's or FP8 products they are not built. Set "
+            "precision.backend=local and precision.fp8=null, or lora.r=null."
+        )
+    if isinstance(config, RunConfig) and config.teacher.kind == "initial" and config.lora.adapter is not None:
+        raise ConfigError(
+            f"lora.adapter={config.lora.adapter!r} with teacher.kind=initial: the teacher is the student with its "
+            "adapters switched off, so it would not be the student that the run starts from. Merge the adapter into "
+            "the model and give that as `model`, or name a separate teacher."
+        )
+
+
 def _check_head(config: RunConfig) -> None:
     if config.head.logits_dtype == "bf16" and not config.train.bf16:
         raise ConfigError(
             "head.logits_dtype=bf16 with train.bf16=false: the models are fp32, and so are their logits. Set fp32."
+        )
+    if config.teacher.payload_device == "recompute" and has_own_layout(config.parallel, config.teacher):
+        raise ConfigError(
+            "teacher.payload_device=recompute beside a layout of the teacher's own (teacher.parallel, teacher.ranks): "
+            "its ranks cannot read in the middle of the student's step. Choose host, which keeps as little on the "
+            "device."
+        )
+    if config.head.logits_dtype == "bf16" and config.teacher.bf16 is False:
+        raise ConfigError(
+            "head.logits_dtype=bf16 with teacher.bf16=false: the teacher's logits would be rounded to what its "
+            "weights were kept out of. Set head.logits_dtype=fp32, or teacher.bf16=null."
         )
     if config.teacher.payload_device == "recompute" and config.parallel.pipeline_model_parallel_size > 1:
         raise ConfigError(
@@ -252,17 +346,17 @@ def _check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
         )
 
 
-def _check_model(setting: str, name: str, parallel: ParallelConfig, types: tuple[str, ...], *, trained: bool) -> int:
-    """The model's number of layers."""
+def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: bool) -> dict[str, Any]:
+    """What config.json of the model holds."""
     file = model_directory(name, setting) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {file} cannot be read as JSON: {error}.") from error
     model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type not in types:
+    if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(types)}. "
+            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}. "
             "Choose a model of one of these types."
         )
     counts = {key: _count(content, key, setting, file) for key in ("num_attention_heads", "num_hidden_layers")}
@@ -272,7 +366,7 @@ def _check_model(setting: str, name: str, parallel: ParallelConfig, types: tuple
         else _count(content, "num_key_value_heads", setting, file)
     )
     check_cut(setting, str(file), counts, parallel, trained=trained)
-    return counts["num_hidden_layers"]
+    return dict(content)
 
 
 def _count(content: Mapping[str, Any], key: str, setting: str, file: Path) -> int:

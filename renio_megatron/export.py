@@ -5,35 +5,40 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from renio_megatron.assets import model_directory
-from renio_megatron.checkpoint_files import latest_step, step_directory, steps
+from renio_megatron.checkpoint_files import find_pretrained, latest_step, step_directory, steps
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.checkpoint import load_model_weights
 from renio_megatron.megatron.hf import hf_state
 from renio_megatron.megatron.model import build_model
+from renio_megatron.megatron.peft_files import adapter_state, merged, write_adapter
+from renio_megatron.megatron.pretrained import fingerprint, load_pretrained
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.rundir import RunDirectory
-from renio_megatron.settings import ParallelConfig, TrainConfig
+from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 
 MAX_SHARD_SIZE = "5GB"
 
 
-def export_checkpoint(run_directory: Path, destination: Path, step: int | None) -> int:
+def export_checkpoint(run_directory: Path, destination: Path, step: int | None, *, merge: bool = False) -> int:
     """Writes a checkpoint's weights, with the model's config and tokenizer, to `destination`; the step it is of.
 
     The weights keep the type of the model that the run started from where every one of them survives the cast, else
-    they are written in the type that they were trained in: nothing is rounded.
+    they are written in the type that they were trained in: nothing is rounded. Of a run with adapters only these are
+    written, as a PEFT directory; or with `merge` the whole model with the adapters in its weights.
 
     Args:
         run_directory: output_dir of a run.
         destination: a directory that does not exist yet, or is empty.
         step: which checkpoint; None: the newest.
+        merge: add the adapters to the weights that they stand beside, each sum rounded to the type of training.
 
     Raises:
         CheckpointError, ConfigError: no such run, no such checkpoint, or a destination in use.
@@ -46,24 +51,50 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None) 
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"the destination {str(destination)!r} exists already. Choose another, or remove it.")
     checkpoint = _checkpoint(run.checkpoints, step)
-    config = OmegaConf.load(run.config)
+    config: Any = OmegaConf.load(run.config)
+    lora = _adapters_of(config)
+    if merge and lora.r is None:
+        raise ConfigError("--merge has nothing to merge: the run has no adapters (lora.r is null). Leave it out.")
     source = model_directory(config.model, "model")
+    given = config.get("pretrained_checkpoint")
+    weights = source if lora.r is None or given is None else find_pretrained(given, "pretrained_checkpoint")
+    if weights != source and not merge:
+        raise ConfigError(
+            f"an adapter directory names the Hugging Face model that it stands beside, and this run's is a checkpoint "
+            f"of Megatron (pretrained_checkpoint={given!r}). Export the whole model with --merge."
+        )
     architecture = Architecture.from_directory(source)
     layout = start(ParallelConfig(), seed=0)
     precision = TrainConfig(bf16=config.train.bf16)
     part = build_model(
-        architecture, layout, ParallelConfig(), precision, vocab_size=architecture.vocab_size, trained=False
+        architecture,
+        layout,
+        ParallelConfig(),
+        precision,
+        PrecisionConfig(),
+        lora,
+        vocab_size=architecture.vocab_size,
+        trained=False,
     )
-    load_model_weights(checkpoint, part)
-    state = dict(hf_state(part))
-    stop()
+    base = fingerprint(weights, architecture) if lora.r is not None else None
+    if merge:
+        load_pretrained(part, weights)
+    load_model_weights(checkpoint, part, base)
+    is_whole = lora.r is None or merge
+    state = dict(hf_state(part)) if is_whole else adapter_state(part)
+    if merge:
+        state = merged(state, part)
+    stop()  # from here on nothing can be asked of the model
 
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _copy_description(source, partial)
-        _write_weights(_lossless(state, partial / "config.json"), partial)
+        if is_whole:
+            _copy_description(source, partial)
+            _write_weights(_lossless(state, partial / "config.json"), partial)
+        else:
+            write_adapter(state, lora, source.resolve(), partial)
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)
@@ -72,6 +103,12 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None) 
             f"{destination} cannot be written: {error.strerror or error}. Check disk and rights."
         ) from error
     return int(checkpoint.name.removeprefix("iter_"))
+
+
+def _adapters_of(config: Any) -> LoraConfig:
+    """The section `lora` of a run's settings; one that is older than the section has no adapters."""
+    section: Any = OmegaConf.to_container(config.lora) if "lora" in config else {}
+    return LoraConfig(**section)
 
 
 def _checkpoint(root: Path, step: int | None) -> Path:

@@ -2,8 +2,112 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import ParallelConfig, TrainConfig
+from renio_megatron.settings import ParallelConfig, TeacherConfig, TrainConfig
+
+
+def teacher_parallel(parallel: ParallelConfig, teacher: TeacherConfig) -> ParallelConfig:
+    """How ranks share the teacher: the student's layout, or the teacher's own.
+
+    One of its own is neither interleaved nor context-parallel, and shares experts among its tensor ranks alone.
+    """
+    own = teacher.parallel
+    tensor = own.tensor_model_parallel_size or parallel.tensor_model_parallel_size
+    pipeline = own.pipeline_model_parallel_size or parallel.pipeline_model_parallel_size
+    wants_sequence = parallel.sequence_parallel if own.sequence_parallel is None else own.sequence_parallel
+    return replace(
+        parallel,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1 if _is_given(teacher) else parallel.context_parallel_size,
+        sequence_parallel=wants_sequence and tensor > 1,
+        expert_model_parallel_size=1 if _is_given(teacher) else parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=None if _is_given(teacher) else parallel.expert_tensor_parallel_size,
+        use_distributed_optimizer=False,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+    )
+
+
+def has_own_layout(parallel: ParallelConfig, teacher: TeacherConfig) -> bool:
+    """Whether the teacher's ranks, or their places, are others than the student's."""
+    resolved = teacher_parallel(parallel, teacher)
+    return _is_given(teacher) and (
+        teacher.ranks == "dedicated"
+        or resolved.sequence_parallel != parallel.sequence_parallel
+        or any(
+            getattr(resolved, key) != getattr(parallel, key)
+            for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        )
+    )
+
+
+def num_scorers(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
+    """Ranks that only score, which are the last of the world."""
+    if teacher.ranks != "dedicated":
+        return 0
+    return teacher_parallel(parallel, teacher).model_ranks * teacher.data_parallel_size
+
+
+def teacher_words(parallel: ParallelConfig, teacher: TeacherConfig, student_ranks: int) -> str:
+    """A teacher's own layout, in words.
+
+    >>> own = TeacherConfig(model="a", ranks="dedicated", data_parallel_size=2)
+    >>> teacher_words(ParallelConfig(), own, 4)
+    'TP 1 x PP 1 x DP 2 on 2 ranks of its own'
+    """
+    resolved, own = teacher_parallel(parallel, teacher), num_scorers(parallel, teacher)
+    sizes = {
+        f"TP {resolved.tensor_model_parallel_size}": True,
+        "SP": resolved.sequence_parallel,
+        f"PP {resolved.pipeline_model_parallel_size}": True,
+        f"DP {(own or student_ranks) // resolved.model_ranks}": True,
+    }
+    layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
+    return f"{layout} on {own} rank{'s' * (own > 1)} of its own" if own else f"{layout} on the same ranks"
+
+
+def fewest_ranks(parallel: ParallelConfig, teacher: TeacherConfig | None) -> int:
+    """Ranks of the smallest world that can run it: one copy of the student, and the teacher's."""
+    if teacher is None:
+        return parallel.model_ranks
+    if teacher.ranks == "dedicated":
+        return parallel.model_ranks + num_scorers(parallel, teacher)
+    return math.lcm(parallel.model_ranks, teacher_parallel(parallel, teacher).model_ranks)
+
+
+def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world_size: int) -> None:
+    """Raises `ConfigError` where `world_size` ranks cannot hold the teacher in this way."""
+    resolved, scorers = teacher_parallel(parallel, teacher), num_scorers(parallel, teacher)
+    if teacher.parallel.sequence_parallel and resolved.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            "teacher.parallel.sequence_parallel=true would be ignored: it shares the sequence among tensor-parallel "
+            "ranks, and the teacher has one. Raise teacher.parallel.tensor_model_parallel_size, or set it to null."
+        )
+    if scorers >= world_size:
+        raise ConfigError(
+            f"teacher.ranks=dedicated takes {scorers} ranks (tensor {resolved.tensor_model_parallel_size} x pipeline "
+            f"{resolved.pipeline_model_parallel_size} x data {teacher.data_parallel_size}) of a world of {world_size}, "
+            f"and none remains for the student. Start at least {fewest_ranks(parallel, teacher)} ranks (--nproc), or "
+            "set teacher.ranks=colocated."
+        )
+    if has_own_layout(parallel, teacher) and not scorers and world_size % resolved.model_ranks:
+        raise ConfigError(
+            f"one copy of the teacher takes {resolved.model_ranks} ranks (teacher.parallel: tensor "
+            f"{resolved.tensor_model_parallel_size} x pipeline {resolved.pipeline_model_parallel_size}), which does "
+            f"not divide the world of {world_size}. Start a multiple of {fewest_ranks(parallel, teacher)} ranks "
+            "(--nproc), or change the sizes in teacher.parallel."
+        )
+
+
+def _is_given(teacher: TeacherConfig) -> bool:
+    return teacher.ranks == "dedicated" or any(value is not None for value in vars(teacher.parallel).values())
 
 
 def check_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:
@@ -43,12 +147,17 @@ def check_cut(setting: str, file: str, counts: dict[str, int], parallel: Paralle
         trained: False for a model without interleaved stages.
     """
     tensor = parallel.tensor_model_parallel_size
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        if counts[key] % tensor:
-            raise ConfigError(
-                f"{setting}: parallel.tensor_model_parallel_size={tensor} does not divide {key}={counts[key]} of "
-                f"{file}. Megatron would accept some of these sizes and compute something else. Choose a divisor."
-            )
+    heads, groups = counts["num_attention_heads"], counts["num_key_value_heads"]
+    if heads % tensor:
+        raise ConfigError(
+            f"{setting}: parallel.tensor_model_parallel_size={tensor} does not divide num_attention_heads={heads} of "
+            f"{file}. Choose a divisor."
+        )
+    if groups % tensor and tensor % groups:
+        raise ConfigError(
+            f"{setting}: parallel.tensor_model_parallel_size={tensor} is neither a divisor nor a multiple of "
+            f"num_key_value_heads={groups} of {file}. Choose one that is."
+        )
     stages = parallel.num_stages if trained else parallel.pipeline_model_parallel_size
     if counts["num_hidden_layers"] % stages:
         what = f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
@@ -57,6 +166,17 @@ def check_cut(setting: str, file: str, counts: dict[str, int], parallel: Paralle
         raise ConfigError(
             f"{setting}: {what} does not divide num_hidden_layers={counts['num_hidden_layers']} of {file}. "
             "Choose a divisor."
+        )
+
+
+def check_adapters_cut(values: Mapping[str, Any], parallel: ParallelConfig) -> None:
+    """Raises `ConfigError` where adapters cannot be cut as the student is; `values` are those of its config.json."""
+    tensor = parallel.tensor_model_parallel_size
+    groups = values.get("num_key_value_heads") or values["num_attention_heads"]
+    if tensor > groups:
+        raise ConfigError(
+            f"lora.r beside parallel.tensor_model_parallel_size={tensor}: the student has num_key_value_heads={groups}"
+            ", and adapters of a group that is cut are not built. Lower the size, or set lora.r=null."
         )
 
 

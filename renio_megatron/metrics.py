@@ -63,7 +63,16 @@ METRICS: dict[str, Metric] = {
     "time/rollout_s": Metric("s", "max", "sampling of the completions, on the first rank"),
     "time/teacher_s": Metric("s", "max", "scoring by the teacher, on the first rank"),
     "time/train_s": Metric("s", "max", "forward, backward and optimiser, on the first rank"),
+    "teacher/payload_sent_mb": Metric("MiB", "max", "teacher's hidden states that ranks sent each other in a step"),
     "memory/teacher_payload_mb": Metric("MiB", "max", "device memory that the teacher's hidden states took at a time"),
+    "moe/aux_loss": Metric(
+        "1", "mean", "load-balancing loss without its coefficient, mean over sequences and layers; 1 is an even load"
+    ),
+    "moe/load_max_over_mean": Metric(
+        "1", "max", "tokens of a layer's busiest expert over the mean of its experts, in the worst layer"
+    ),
+    "moe/idle_frac": Metric("1", "mean", "share of experts, over all layers, that no token of the step went to"),
+    "moe/router_entropy": Metric("nats", "mean", "entropy of a router's probabilities, mean over tokens and layers"),
     "train/skipped_frac": Metric("1", "mean", "1 where the step was left out because its gradient was not finite"),
     "tokens_per_s": Metric("tokens/s", "mean", "completion tokens of all ranks over the time of the step"),
     "eval/accuracy_greedy": Metric("1", "mean", "accuracy on held-out problems, most likely tokens"),

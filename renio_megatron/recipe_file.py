@@ -1,7 +1,7 @@
 """Reads a recipe (YAML) and the `key=value` settings of a command line into a dataclass; knows no key by name.
 
 A schema is a dataclass whose fields are plain values (str, int, float, bool, or one of them or None) or sections:
-dataclasses of plain values. Inside this file the settings are flat: dotted key -> (value, where it was given).
+dataclasses of the same kind. Inside this file the settings are flat: dotted key -> (value, where it was given).
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from renio_megatron.errors import ConfigError
 
 COMMAND_LINE = "command line"
 _SELECTORS = ("name", "kind")
-_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_WANTED = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list[str]: "a list of words",
+}
 
 _Schema = TypeVar("_Schema")
 _Flat = dict[str, tuple[Any, str]]
@@ -58,18 +64,23 @@ def read_recipe(
 
 
 def sections(schema: type) -> dict[str, type]:
-    """The fields of a schema that are dataclasses themselves, by name."""
-    hints = get_type_hints(schema).items()
-    return {name: hint for name, hint in hints if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+    """The fields of a schema that are dataclasses themselves, by dotted name; one before those inside it."""
+    found: dict[str, type] = {}
+    for name, hint in get_type_hints(schema).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found[name] = hint
+            found.update({f"{name}.{inner}": section for inner, section in sections(hint).items()})
+    return found
 
 
 def leaf_types(schema: type) -> dict[str, Any]:
     """The type of every plain value of a schema, by dotted key, in the order of the fields."""
-    nested = sections(schema)
     types: dict[str, Any] = {}
     for name, hint in get_type_hints(schema).items():
-        inside = get_type_hints(nested[name]) if name in nested else {}
-        types.update({f"{name}.{key}": value for key, value in inside.items()} if name in nested else {name: hint})
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            types.update({f"{name}.{key}": value for key, value in leaf_types(hint).items()})
+        else:
+            types[name] = hint
     return types
 
 
@@ -122,7 +133,7 @@ def _flatten(content: Mapping[Any, Any], schema: type, source: str) -> _Flat:
     """The file's settings by dotted key; a section that is given as null has none."""
     nested, flat = sections(schema), {}
     for key, value in content.items():
-        if key in nested:
+        if key in nested and "." not in key:
             flat.update(_flatten_section(key, value, schema, source))
         elif key in leaf_types(schema) and "." not in key:
             flat[key] = (value, source)
@@ -146,10 +157,15 @@ def _flatten_section(name: str, value: Any, schema: type, source: str) -> _Flat:
             f"{source}: {name} is a section with the keys {', '.join(keys)}{word}; got {value!r}. "
             f"Write its settings as `key: value` below it, or as {name}.KEY=VALUE on the command line."
         )
-    for key in value:
+    flat: _Flat = {}
+    for key, item in value.items():
         if key not in keys:
             _refuse_unknown(f"{name}.{key}", schema, source)
-    return {f"{name}.{key}": (item, source) for key, item in value.items()}
+        inside = f"{name}.{key}" in sections(schema)
+        flat.update(
+            _flatten_section(f"{name}.{key}", item, schema, source) if inside else {f"{name}.{key}": (item, source)}
+        )
+    return flat
 
 
 def _apply_overrides(flat: _Flat, schema: type, overrides: Sequence[str]) -> None:
@@ -216,13 +232,22 @@ def _build(schema: type[_Schema], flat: _Flat) -> _Schema:
 
 def _merge(schema: type, flat: _Flat) -> Any:
     """The typed OmegaConf node of the schema with the settings in it."""
-    tree: dict[str, Any] = {name: {} for name in sections(schema)}
+    tree: dict[str, Any] = {}
+    for key in sections(schema):
+        _inside(tree, key)
     for key, (value, _) in flat.items():
         section, _, last = key.rpartition(".")
-        (tree[section] if section else tree)[last] = value
+        _inside(tree, section)[last] = value
     node = OmegaConf.structured(schema)
     OmegaConf.set_readonly(node, False)  # frozen dataclasses arrive read-only
     return OmegaConf.merge(node, tree)
+
+
+def _inside(tree: dict[str, Any], section: str) -> dict[str, Any]:
+    """The dictionary of a section, made where it is not there; the tree itself for no section."""
+    for name in section.split(".") if section else ():
+        tree = tree.setdefault(name, {})
+    return tree
 
 
 def _merges(schema: type, flat: _Flat) -> bool:
@@ -249,12 +274,12 @@ def _refuse_unknown(key: str, schema: type, source: str) -> NoReturn:
     types, nested = leaf_types(schema), sections(schema)
     section = key.rpartition(".")[0]
     if key in types:
-        name, last = key.split(".")
+        name, _, last = key.rpartition(".")
         raise ConfigError(
             f"{source}: {key!r} is written in one piece. In a recipe write `{name}:`, and `{last}:` below it."
         )
     near = nearest_key(key, (*types, *nested))
-    if near is not None:
+    if near is not None and near != section:
         advice = f"Did you mean {near!r}?"
     elif section in nested:
         advice = f"The keys of {section} are {', '.join(field.name for field in dataclasses.fields(nested[section]))}."

@@ -5,6 +5,7 @@ A setting that would be ignored is an error, because whoever wrote it believes t
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import reduce
 from typing import Any
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.settings import TeacherParallelConfig, TeacherPrecisionConfig
 from renio_megatron.settings.checks import require_choice
 
 # Names that are looked up in tables of modules which import torch; repeated here so that a typo is found without it.
@@ -35,7 +37,11 @@ CHANGEABLE: dict[str, str] = {
     "train.recompute_*": "the same activations, kept or computed again",
     "train.deterministic_mode": "the same sums, in an order that is always the same",
     "head.chunk_size": "gradients are sums over the tokens",
+    "teacher.parallel.*": "the same hidden states, computed in another layout",
+    "teacher.ranks": "the same hidden states, computed on other ranks",
+    "teacher.data_parallel_size": "the same hidden states, computed on other ranks",
     "teacher.payload_device": "the same hidden states, kept elsewhere or computed again",
+    "teacher.offload": "the same weights, kept elsewhere",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
     "rollout.log": "what is written of the completions",
     "checkpoint.save_interval": "when the state is written",
@@ -61,6 +67,12 @@ class _Needed:
     key: str
     when: Callable[[Any], bool]
     because: str
+
+
+def shares_student(config: Any) -> bool:
+    """Whether the teacher is the student's own modules, and so has no weights of its own."""
+    kind = config.teacher.kind
+    return kind in ("ema", "current") or (kind == "initial" and config.lora.r is not None)
 
 
 def _reads_files(config: Any) -> bool:
@@ -114,6 +126,11 @@ _IGNORED_BY_ALL = (
         "checkpoint.save_interval is not below train.train_iters: only the last step is saved, and waited for",
     ),
     _Ignored(
+        ("lora.alpha", "lora.dropout", "lora.use_rslora", "lora.targets", "lora.adapter"),
+        lambda config: config.lora.r is None,
+        "lora.r is null and the whole student is trained",
+    ),
+    _Ignored(
         ("train.min_lr",),
         lambda config: config.train.lr_decay_style == "constant",
         "train.lr_decay_style is constant and the rate does not decay",
@@ -143,7 +160,30 @@ def _without_fp8(section: str) -> tuple[_Ignored, ...]:
     )
 
 
+_TEACHER_PRECISION = tuple(f"teacher_precision.{field.name}" for field in dataclasses.fields(TeacherPrecisionConfig))
+_TEACHER_LAYOUT = tuple(f"teacher.parallel.{field.name}" for field in dataclasses.fields(TeacherParallelConfig))
+
 _IGNORED_BY_TRAIN = (
+    _Ignored(
+        (*_TEACHER_PRECISION, *_TEACHER_LAYOUT, "teacher.ranks", "teacher.bf16", "teacher.offload"),
+        shares_student,
+        "the teacher is the student's own modules (teacher.kind=ema, current, or initial with lora.r)",
+    ),
+    _Ignored(
+        ("teacher.model", "teacher.adapter", "teacher.pretrained_checkpoint"),
+        lambda config: config.teacher.kind != "separate",
+        "teacher.kind is not separate and the teacher is the student",
+    ),
+    _Ignored(
+        ("teacher.ema_decay",),
+        lambda config: config.teacher.kind != "ema",
+        "teacher.kind is not ema and nothing is averaged",
+    ),
+    _Ignored(
+        ("teacher.data_parallel_size",),
+        lambda config: config.teacher.ranks == "colocated",
+        "teacher.ranks is colocated, and there are as many copies as the ranks allow",
+    ),
     *_without_fp8("teacher_precision"),
     _Ignored(
         ("teacher_precision.fp8_param_gather",),
@@ -180,11 +220,6 @@ _IGNORED_BY_TRAIN = (
         lambda config: config.loss.entry_clip is None,
         "loss.entry_clip is null, which switches both bounds off",
     ),
-    _Ignored(
-        ("teacher.model",),
-        lambda config: config.teacher.kind == "self",
-        "teacher.kind is self and the teacher is the student's initial weights",
-    ),
 )
 _IGNORED_BY_SFT = (
     _Ignored(
@@ -195,6 +230,16 @@ _IGNORED_BY_SFT = (
     _Ignored(
         ("init",),
         lambda config: config.checkpoint.load is not None,
+        "the weights come from checkpoint.load",
+    ),
+    _Ignored(
+        ("pretrained_checkpoint",),
+        lambda config: config.init == "random",
+        "init is random and no weights are read",
+    ),
+    _Ignored(
+        ("pretrained_checkpoint",),
+        lambda config: config.checkpoint.load is not None and config.lora.r is None,
         "the weights come from checkpoint.load",
     ),
 )

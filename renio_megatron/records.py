@@ -101,6 +101,7 @@ class MicroBatch:
         token_index: place of each completion token in the flat order of all of the rank's rollouts, int64 [N].
         sequence_index: which of the rank's rollouts the sequences are, int64 [B].
         lengths: completion tokens of each whole sequence, int64 [B].
+        sequence_of: sequence of each of `token_ids`, -1 for padding, int64 of their shape.
         boundaries: where the packed sequences begin and the last one ends, counted over all context-parallel ranks,
             B + 1 numbers; None where each sequence has its own row.
         pieces: context-parallel ranks that share the sequences.
@@ -114,6 +115,7 @@ class MicroBatch:
     token_index: torch.Tensor
     sequence_index: torch.Tensor
     lengths: torch.Tensor
+    sequence_of: torch.Tensor
     boundaries: tuple[int, ...] | None = None
     pieces: int = 1
 
@@ -145,11 +147,14 @@ class TeacherScores:
             micro-batches: final hidden states at its completion rows, [N of the micro-batch, H of the teacher]; it may
             be fetched or computed where it is asked for. Empty on ranks that compute no loss.
         payload_bytes: what the payload takes of the device's memory at a time.
+        sent_bytes: hidden states that went from a rank to another for it, over all ranks; None where the teacher's
+            layout is the student's.
     """
 
     logp: torch.Tensor
     payload: Sequence[torch.Tensor]
     payload_bytes: int = 0
+    sent_bytes: int | None = None
 
 
 @dataclass(frozen=True)

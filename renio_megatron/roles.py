@@ -30,9 +30,17 @@ class Teacher(Protocol):
         """Log-probabilities of the sampled tokens and the payload of each of the student's micro-batches."""
         ...
 
+    def close(self) -> None:
+        """Lets go ranks that only score: nothing more will be asked."""
+        ...
+
     @property
     def head(self) -> LmHead:
         """What makes logits of the payload, cut at the student's columns; where the loss is computed."""
+        ...
+
+    def after_update(self, *, skipped: bool) -> None:
+        """Told after each of the student's steps, which a teacher may follow; `skipped` where it was left out."""
         ...
 
 

@@ -11,13 +11,18 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
-from renio_megatron.config import Recipe, RunConfig
-from renio_megatron.diagnose.health import health, layers
+from renio_megatron.build_teacher import build_scorer
+from renio_megatron.config import Recipe, RunConfig, SftConfig
+from renio_megatron.diagnose.health import health, layers, trained
 from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError, RunStopped
-from renio_megatron.megatron.start import start
+from renio_megatron.inputs import Inputs
+from renio_megatron.layout_rules import num_scorers, teacher_parallel
+from renio_megatron.megatron.start import bridge, start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
+from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.recipe_rules import shares_student
 from renio_megatron.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.stop import StopSignal
@@ -44,7 +49,7 @@ def run_recipe(
         fresh: move an earlier run in the same directory aside first.
         title: for the progress line.
         progress: shows the run's progress, on the first rank.
-        say: takes the one line about the world, on the first rank.
+        say: takes the one line about the world, and progress lines of long loading, on the first rank.
 
     Returns:
         `finished` where the run was complete before this call, `resumed` or `new` where this call completed it.
@@ -59,24 +64,61 @@ def run_recipe(
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
-    layout = start(config.parallel, seed=config.train.seed, deterministic_mode=config.train.deterministic_mode)
+    scorers, places = _scorers(config), None
+    if scorers:
+        assert isinstance(config, RunConfig)
+        places = teacher_parallel(config.parallel, config.teacher)
+    layout = start(
+        config.parallel,
+        seed=config.train.seed,
+        deterministic_mode=config.train.deterministic_mode,
+        scorers=places,
+        num_scorers=scorers,
+    )
+    if layout.is_scorer:
+        return _score(config, inputs, layout)
     line, warnings = health(layout)
-    teacher = config.teacher_precision if isinstance(config, RunConfig) else None
+    has_adapters = config.lora.r is not None
+    is_own_teacher = isinstance(config, RunConfig) and shares_student(config)
+    teacher = config.teacher_precision if isinstance(config, RunConfig) and not is_own_teacher else None
     try:
-        line = f"{line}; {layers(config.precision, teacher, layout.device, bf16=config.train.bf16)}"
+        words = layers(
+            config.precision,
+            teacher,
+            layout.device,
+            bf16=config.train.bf16,
+            teacher_bf16=config.teacher.bf16 if isinstance(config, RunConfig) else None,
+            has_adapters=has_adapters,
+        )
+        line = f"{line}; {words}"
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
+    if has_adapters:
+        line = f"{line}; {trained(config.lora)}"
+        if isinstance(config, RunConfig) and config.teacher.kind == "initial":
+            line += ", and without them it is the teacher"
     if layout.is_main:
         say(line)
         for warning in warnings:
             logger.warning(warning)
     directory = RunDirectory(config.output_dir)
-    if on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished":
+    is_finished = on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished"
+    if scorers:
+        tell_scorers(is_finished, layout)
+    if is_finished:
         return "finished"
     observers: list[Observer] = []
     rollout_observers: list[RolloutObserver] = []
-    trainer = build_trainer(config, inputs, layout, directory.checkpoints, observers, rollout_observers)
+    trainer = build_trainer(
+        config,
+        inputs,
+        layout,
+        directory.checkpoints,
+        observers,
+        rollout_observers,
+        say=say if layout.is_main else None,
+    )
     # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
     on_main_rank(layout, lambda: directory.open(recipe, fresh))
     first = trainer.resume()
@@ -100,10 +142,33 @@ def run_recipe(
         sigterm = stack.enter_context(StopSignal())
         trainer.stop_requested = lambda: _any_rank(layout, sigterm.received)
         metrics = trainer.run()
+    trainer.algorithm.close()
     if trainer.stopped:
         raise RunStopped(trainer.step)
     on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **(metrics or _last_row(directory))}))
     return "resumed" if first else "new"
+
+
+def _scorers(config: RunConfig | SftConfig) -> int:
+    return num_scorers(config.parallel, config.teacher) if isinstance(config, RunConfig) else 0
+
+
+def _score(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> str:
+    """A run on a rank that only scores: it serves until the others are done. They save, and answer SIGTERM."""
+    assert isinstance(config, RunConfig)
+    if tell_scorers(False, layout):
+        return "finished"
+    teacher = build_scorer(config, inputs, layout)
+    with StopSignal():
+        while teacher.serve():
+            pass
+    return "new"
+
+
+def tell_scorers(is_finished: bool, layout: Layout) -> bool:
+    """Whether there is nothing to do, as the ranks that train say; one collective with those that only score."""
+    flags = gather_rows(torch.tensor([[int(is_finished)]], device=layout.device), bridge().axis)
+    return any(int(flag) for flag in flags)
 
 
 def _last_row(directory: RunDirectory) -> dict[str, Any]:

@@ -184,8 +184,8 @@ def _is_alive(pid: int) -> bool:
     return False
 
 
-def assert_gone(pids: dict[int, int]) -> None:
-    assert sorted(pids) == [0, 1], "both ranks were found"
+def assert_gone(pids: dict[int, int], world_size: int = 2) -> None:
+    assert sorted(pids) == list(range(world_size)), "all ranks were found"
     end = time.monotonic() + 5.0
     while any(map(_is_alive, pids.values())) and time.monotonic() < end:
         time.sleep(0.05)

@@ -193,7 +193,7 @@ def own_part(parameter: torch.Tensor, learner: Any) -> tuple[torch.Tensor, torch
     for model in learner.models:
         if not model.ddp_config.use_distributed_optimizer:
             break
-        for buffer in model.buffers:
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
             if parameter in buffer.param_index_map:
                 start, stop, number = buffer.param_index_map[parameter][:3]
                 bucket = buffer.buckets[number]
@@ -318,7 +318,8 @@ def _worst_gradient(
 
     A single process is no nearer to fp32 in bf16: some tensors' gradients are small differences of large numbers.
     """
-    from renio_megatron.megatron.hf import hf_names, take_shard, to_megatron
+    from renio_megatron.megatron.hf_slices import hf_names
+    from tests.whole_tensors import take_shard, to_megatron
 
     tensor, pairs = part.layout.tensor, []
     for name, (parameter, gradient, where) in mine.items():

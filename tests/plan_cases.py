@@ -11,10 +11,11 @@ import torch
 
 from renio_megatron.config import RunConfig
 from renio_megatron.records import Decoding, Prompt, Rollout
-from renio_megatron.settings import DataConfig, ParallelConfig, RolloutConfig
+from renio_megatron.settings import DataConfig, LoraConfig, ParallelConfig, RolloutConfig, TeacherConfig
 from tests.training_cases import layout_of, recipe
 
 PROMPT, COMPLETION = 40, 24
+LORA, SOME = LoraConfig(r=4), LoraConfig(r=2, targets=["v_proj", "gate_proj"])
 
 
 def cases(folder: Path) -> dict[str, RunConfig]:
@@ -24,6 +25,11 @@ def cases(folder: Path) -> dict[str, RunConfig]:
     single = replace(train, micro_batch_size=1)
     full = replace(train, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     pipeline, deep = layout_of(1, 2), str(folder / "deep")
+    data = DataConfig(seed=5, max_prompt_length=PROMPT)
+    own_teacher = {
+        "teacher": TeacherConfig(kind="initial"),
+        "data": replace(data, teacher_template="{solution}"),
+    }
     settings: dict[str, dict[str, Any]] = {
         "DP2": {},
         "DP2, distributed optimiser, bf16": {
@@ -46,8 +52,23 @@ def cases(folder: Path) -> dict[str, RunConfig]:
             "model": deep,
             "train": single,
         },
+        "DP2, adapters": {"lora": LORA},
+        "DP2, distributed optimiser, bf16, adapters of some targets": {
+            "parallel": ParallelConfig(use_distributed_optimizer=True),
+            "train": replace(train, bf16=True),
+            "lora": SOME,
+        },
+        "TP2 + SP, adapters, own teacher": {"parallel": layout_of(2, sp=True), "lora": LORA, **own_teacher},
+        "TP2, computed again, adapters": {"parallel": layout_of(2), "train": full, "lora": LORA},
+        "CP2, adapters of some targets": {"parallel": ParallelConfig(context_parallel_size=2), "lora": SOME},
+        "PP2, tied, adapters, own teacher": {
+            "parallel": pipeline,
+            "model": str(folder / "deep_tied"),
+            "train": single,
+            "lora": LORA,
+            **own_teacher,
+        },
     }
-    data = DataConfig(seed=5, max_prompt_length=PROMPT)
     rollout = RolloutConfig(temperature=1.1, max_completion_length=COMPLETION)
     return {
         name: recipe(folder, **{"data": data, "rollout": rollout, "train": train, **more})
@@ -139,7 +160,9 @@ def _measured(config: RunConfig, folder: Path) -> dict[str, int]:
         sum(_bytes(tensor) for pair in cache.key_value_memory_dict.values() for tensor in pair) for cache in caches
     )
     found["parameters"] = sum(_bytes(p) for _, p in learner.part.named_parameters())
-    found["teacher's parameters"] = sum(_bytes(p) for _, p in algorithm.teacher._part.named_parameters())
+    own = {id(p) for _, p in learner.part.named_parameters()}
+    teachers = [p for _, p in algorithm.teacher._part.named_parameters() if id(p) not in own]
+    found["teacher's parameters"] = sum(map(_bytes, teachers))
     found["gradients"] = sum(_bytes(buffer.grad_data) for model in learner.models for buffer in model.buffers)
     found["optimiser"] = _optimiser_bytes(learner)
     return found

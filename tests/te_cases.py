@@ -125,7 +125,8 @@ def start_everything(parallel):
 
 def reference(root, family):
     """Gradients by Hugging Face name, log-probabilities and samples of the local spec on one rank of the model."""
-    from renio_megatron.megatron.hf import hf_names, to_hf
+    from renio_megatron.megatron.hf import to_hf
+    from renio_megatron.megatron.hf_slices import hf_names
 
     parallel, train = ParallelConfig(), TrainConfig(micro_batch_size=2)
     layout = start_everything(parallel)
@@ -142,7 +143,8 @@ def reference(root, family):
 
 def gradient_difference(part, gradients, by_hf_name):
     """Largest absolute difference of this rank's gradients from its shards of the reference's."""
-    from renio_megatron.megatron.hf import hf_names, take_shard, to_megatron
+    from renio_megatron.megatron.hf_slices import hf_names
+    from tests.whole_tensors import take_shard, to_megatron
 
     worst, tensor = 0.0, part.layout.tensor
     for name, parameter in part.named_parameters():

@@ -32,7 +32,20 @@ FLOORS = (
     ),
     ("megatron", "evaluate", "diagnose"),
     ("algorithms", "trainer", "rollout_log"),
-    ("recipe_file", "recipe_rules", "layout_rules", "config", "plan", "rundir", "build", "run", "export"),
+    (
+        "recipe_file",
+        "recipe_rules",
+        "layout_rules",
+        "expert_rules",
+        "config",
+        "plan",
+        "rundir",
+        "inputs",
+        "build_teacher",
+        "build",
+        "run",
+        "export",
+    ),
     ("cli", "report"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

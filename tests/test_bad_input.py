@@ -52,6 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "three_heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "odd_groups": {"num_attention_heads": 6, "num_key_value_heads": 3},
     "three_layers": {"num_hidden_layers": 3, "layer_types": None},
     "mamba": {"model_type": "mamba"},
     "no_heads": {"num_attention_heads": None},
@@ -108,8 +109,8 @@ BY_THE_PARENT: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("tensor_model_parallel_size=3", "num_attention_heads=4", "student", "Choose a divisor"),
     ),
     "groups": (
-        [f"{TP}=4"],
-        ("tensor_model_parallel_size=4", "num_key_value_heads=2", "student", "Choose a divisor"),
+        [f"{TP}=2", "model=MODELS/odd_groups"],
+        ("tensor_model_parallel_size=2", "num_key_value_heads=3", "odd_groups", "Choose one that is"),
     ),
     "layers": ([f"{PP}=3"], ("pipeline_model_parallel_size=3", "num_hidden_layers=2", "Choose a divisor")),
     "the teacher's heads": (
@@ -130,8 +131,8 @@ BY_THE_PARENT: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("at least 2 sequences", "got 1", "Raise train.global_batch_size"),
     ),
     "a teacher that sees what the student sees": (
-        ["teacher=self"],
-        ("teacher.kind=self", "the student's own view", "Give data.teacher_template"),
+        ["teacher=initial"],
+        ("teacher.kind=initial", "the student's own view", "Give data.teacher_template"),
     ),
     "no model directory": (["model=MODELS/none"], ("model: there is no directory", "none'", "modchain/student")),
     "no teacher directory": (["teacher.model=MODELS/none"], ("teacher.model: there is no directory",)),
@@ -231,10 +232,10 @@ BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
     "views that do not differ": (
         lambda folder: [
             *_rows("path", NO_WORKING)(folder),
-            "teacher=self",
+            "teacher=initial",
             "data.teacher_template={problem}{solution}",
         ],
-        ("teacher.kind=self", "Give data.teacher_template the {solution}"),
+        ("teacher.kind=initial", "Give data.teacher_template the {solution}"),
     ),
     "a problem too long, far behind": (
         # Long enough to reach the last record: what a run never uses is not read.

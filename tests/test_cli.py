@@ -44,8 +44,8 @@ def run_recipe(recipe, *, fresh, title, progress, **_):
         time.sleep(300)
     return "new"
 
-def export_checkpoint(run_dir, destination, step):
-    say(f"export {run_dir} {destination} {step} rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}")
+def export_checkpoint(run_dir, destination, step, merge):
+    say(f"export {run_dir} {destination} {step} {merge} rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}")
     return 40
 
 for function, name in ((run_recipe, "run"), (export_checkpoint, "export")):
@@ -288,8 +288,9 @@ def test_export_runs_as_the_only_rank(renio, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: a\n")
     assert renio("export", "run", "hf", "--step", "40").stdout == (
-        "export run hf 40 rank 0 of 1\nhf holds the model of step 40\n"
+        "export run hf 40 False rank 0 of 1\nhf holds the model of step 40\n"
     )
+    assert "export run hf None True rank 0" in renio("export", "run", "hf", "--merge").stdout
     crowd = renio("export", "run", "hf", RANK="0", WORLD_SIZE="2")
     assert crowd.returncode == 2
     assert "single rank" in crowd.stderr

@@ -93,8 +93,8 @@ def test_a_plain_word_starts_a_section_afresh(train):
 
 
 def test_a_plain_word_for_the_teacher_drops_its_model(train):
-    config = train("data: {teacher_template: '{problem} {solution}'}\n", "teacher=self").config
-    assert (config.teacher.kind, config.teacher.model) == ("self", None)
+    config = train("data: {teacher_template: '{problem} {solution}'}\n", "teacher=initial").config
+    assert (config.teacher.kind, config.teacher.model) == ("initial", None)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_setting_without_effect_is_refused(train, more, key, reason):
 
 def test_a_teacher_model_beside_a_self_teacher_is_refused(train):
     with pytest.raises(ConfigError, match=r"teacher\.model is set but would be ignored"):
-        train("data: {teacher_template: x}\n", "teacher.kind=self")
+        train("data: {teacher_template: x}\n", "teacher.kind=initial")
 
 
 def test_every_setting_without_effect_is_named_once(train):
@@ -334,14 +334,14 @@ def test_fine_tuning_has_rules_of_its_own(sft):
 )
 def test_a_self_teacher_with_the_students_view_is_refused(train, more):
     with pytest.raises(ConfigError, match="exactly zero at the first step"):
-        train(more + "\n", "teacher=self")
+        train(more + "\n", "teacher=initial")
 
 
 @pytest.mark.parametrize(
     "more", ["data: {teacher_template: '{solution}'}", "data: {chat: true, teacher_enable_thinking: true}"]
 )
 def test_a_self_teacher_with_a_view_of_its_own_is_accepted(train, more):
-    assert train(more + "\n", "teacher=self").config.teacher.kind == "self"
+    assert train(more + "\n", "teacher=initial").config.teacher.kind == "initial"
 
 
 def test_written_settings_hold_every_value_and_differ_in_none(train):

@@ -101,7 +101,11 @@ def test_models_that_can_be_cut_are_accepted(train, model):
     [
         ({"model_type": "gpt2"}, [], ["'gpt2'", "llama, qwen2, qwen3"]),
         ({"model_type": None}, [], ["None", "llama, qwen2, qwen3"]),
-        ({}, ["parallel.tensor_model_parallel_size=4"], ["num_key_value_heads=2", "compute something else"]),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 3},
+            ["parallel.tensor_model_parallel_size=4"],
+            ["num_key_value_heads=3", "neither a divisor nor a multiple"],
+        ),
         ({"num_attention_heads": 3}, ["parallel.tensor_model_parallel_size=2"], ["num_attention_heads=3"]),
         (
             {"num_attention_heads": 3, "num_key_value_heads": None},

@@ -144,6 +144,21 @@ def test_a_tied_embedding_gets_both_gradients():
     torch.testing.assert_close(table.grad, oracle.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("student", "teacher"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_student_and_teacher_may_have_different_dtypes(student, teacher):
+    models, tokens = problem(9, rows=40, vocab=53, sizes=(24, 40), dtype=torch.float32)
+    dtypes = [getattr(torch, name) for name in (student, student, teacher, teacher)]
+    models = [(0.4 * tensor).to(dtype) for tensor, dtype in zip(models, dtypes, strict=True)]
+    settings = {"beta": 0.0, "entry_clip": None}
+    out, *gradients = run(models, tokens, LossConfig(**settings), chunk_size=7)
+    expected, *others = expected_of(models, tokens, **settings)
+    assert out.loss.item() == pytest.approx(expected["loss"].item(), rel=2e-6)
+    for mine, other in zip(gradients, others, strict=True):
+        assert mine.dtype == dtypes[0]
+        limit = 1e-5 if dtypes[0] == torch.float32 else 2**-7
+        assert float((mine - other).abs().max()) <= limit * float(other.abs().max())
+
+
 def test_bf16_models_with_fp32_logits_are_exact_to_the_gradients_rounding():
     models, tokens = problem(4, rows=64, vocab=101, sizes=(24, 40), dtype=torch.bfloat16)
     models = tuple(0.4 * tensor for tensor in models)

@@ -132,9 +132,9 @@ def test_two_views(tmp_path):
     rows = [{"problem": "a", "solution": "b", "answer": "1"}]
     prompts = stream(tmp_path, rows, tokenizer, teacher_template="{problem} since {solution}").batch(0, 2)
     assert [texts(prompt, tokenizer) for prompt in prompts] == [("a", "a since b")] * 2
-    check_views_differ(prompts)
-    with pytest.raises(ConfigError, match=r"teacher\.kind=self"):
-        check_views_differ(stream(tmp_path, rows, tokenizer).batch(0, 2))
+    check_views_differ(prompts, "initial")
+    with pytest.raises(ConfigError, match=r"teacher\.kind=ema"):
+        check_views_differ(stream(tmp_path, rows, tokenizer).batch(0, 2), "ema")
 
 
 def test_batches_are_pieces_of_one_order(tmp_path):

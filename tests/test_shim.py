@@ -21,6 +21,12 @@ EXPECTED_CALLS = {
     "torch.zeros(device='cuda')",
     "torch.cuda.current_stream",  # asked for by the DDP of megatron-core 0.19
 }
+EXPECTED_WITH_EXPERTS = EXPECTED_CALLS | {
+    "torch.cuda.stream",
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+    "gather of uneven pieces",
+    "reduce-scatter of uneven pieces",
+}
 
 IMPORTS = """
 import json, sys, torch
@@ -71,7 +77,7 @@ def patched():
 
 
 def install_twice_and_train():
-    """(what the first and the second installation changed, names of the calls counted, metrics)."""
+    """(what the first and the second installation changed, names of the calls counted, metrics; with experts)."""
     from renio_megatron.megatron import cpu
 
     original = patched()
@@ -82,12 +88,15 @@ def install_twice_and_train():
     changed = [a is not b for a, b in zip(original, once, strict=True)]
     changed_again = [a is not b for a, b in zip(once, twice, strict=True)]
     metrics = train_one_step()
-    return changed, changed_again, set(cpu.CALLS), metrics
+    calls = set(cpu.CALLS)
+    cpu.CALLS.clear()
+    with_experts = train_one_step(experts=True)
+    return changed, changed_again, (calls, metrics), (set(cpu.CALLS), with_experts)
 
 
-def train_one_step():
+def train_one_step(*, experts=False):
     from renio_megatron.algorithms.sft import token_cross_entropy
-    from renio_megatron.megatron.architecture import Architecture
+    from renio_megatron.megatron.architecture import Architecture, Experts
     from renio_megatron.megatron.learner import MegatronLearner
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.start import start
@@ -111,8 +120,9 @@ def train_one_step():
         rotary_base=10000.0,
         rope_scaling_factor=None,
         max_sequence_length=64,
+        experts=Experts(4, 2, 24) if experts else None,
     )
-    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=experts)
     layout = start(parallel, seed=0)
     part = build_model(architecture, layout, parallel, TrainConfig(), vocab_size=11)
     learner = MegatronLearner(part, TrainConfig(micro_batch_size=2), parallel, temperature=1.0, pad_id=0)
@@ -132,9 +142,11 @@ def test_an_installation_patches_and_a_second_one_does_not(two_ranks):
 
 
 def test_a_training_step_needs_only_known_patches(two_ranks):
-    for _, _, calls, metrics in two_ranks:
-        assert metrics["grad_norm"] > 0.0
-        assert calls and calls <= EXPECTED_CALLS
+    for _, _, dense, with_experts in two_ranks:
+        for (calls, metrics), expected in ((dense, EXPECTED_CALLS), (with_experts, EXPECTED_WITH_EXPERTS)):
+            assert metrics["grad_norm"] > 0.0
+            assert calls and calls <= expected
+        assert with_experts[0] >= EXPECTED_WITH_EXPERTS - EXPECTED_CALLS
 
 
 @pytest.mark.parametrize(("source", "message"), [("raise RuntimeError('half')", "RuntimeError: half"), ("", None)])

@@ -1,19 +1,25 @@
-"""A real pretrained model, SmolLM2-135M-Instruct: teaches itself, is exported, agrees with transformers at TP 3."""
+"""A real pretrained model, SmolLM2-135M-Instruct: teaches itself, whole and by adapters; exports; logits at TP 3."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from renio_megatron.config import RunConfig, load_recipe
+from renio_megatron.plan.memory import plan_memory
+from renio_megatron.plan.models import read_model
 from tests.multiprocess import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
+WHOLE, ADAPTED = (ROOT / "examples" / f"smollm2_gsm_{name}.yaml" for name in ("opsd", "lora"))
 PROMPT = "What is 7 + 5? Answer with a number."
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -38,25 +44,59 @@ def model() -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's two steps, on two pipeline stages."""
-    directory = tmp_path_factory.mktemp("smollm2") / "run"
-    recipe = ROOT / "examples" / "smollm2_gsm_opsd.yaml"
+MEASURED = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:])
+print("\\npeak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(done.returncode)
+"""
+"""Runs a command; its last line is the largest resident memory that one of its processes had, in bytes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory, and the largest resident memory of a rank, bytes."""
+
+    directory: Path
+    peak: int
+
+
+def carried_out(recipe: Path, model: Path, directory: Path) -> Run:
+    """An example's two steps on two pipeline stages; a sequence at a time, or activations would hide the rest."""
     command = [sys.executable, "-m", "renio_megatron.cli.main", "train", str(recipe)]
+    command += [f"model={model}", f"output_dir={directory}", "train.micro_batch_size=1"]
     done = subprocess.run(
-        [*command, f"model={model}", f"output_dir={directory}"], capture_output=True, text=True, timeout=900
+        [sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
-    return directory
+    return Run(directory, int(done.stdout.split()[-1]))
 
 
-def test_two_steps_of_self_distillation(run: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All weights are trained."""
+    return carried_out(WHOLE, model, tmp_path_factory.mktemp("smollm2") / "run")
+
+
+@pytest.fixture(scope="module")
+def adapted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Adapters are trained."""
+    return carried_out(ADAPTED, model, tmp_path_factory.mktemp("smollm2 adapted") / "run")
+
+
+@pytest.fixture
+def run(whole: Run) -> Path:
+    return whole.directory
+
+
+@pytest.mark.parametrize("name", ["whole", "adapted"])
+def test_two_steps_of_self_distillation(name: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(name).directory
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0]["loss"] > 0
     for row in rows:
-        assert all(value == value and abs(value) < 1e9 for value in row.values())
+        assert all(math.isfinite(value) for value in row.values())
         assert row["renio/weight_max"] > 1.01  # the weights are not all 1
         assert row["renio/unit_weight_frac"] < 1
         assert row["grad_norm"] > 0
@@ -79,6 +119,40 @@ def test_the_exported_model_generates(run: Path, model: Path, tmp_path: Path) ->
     start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     moved = [not torch.equal(a, b) for a, b in zip(network.parameters(), start.parameters(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)  # it was trained, and it is the trained one that was exported
+
+
+def test_adapters_save_the_memory_of_the_optimiser(whole: Run, adapted: Run, model: Path) -> None:
+    planned = []
+    for path in (WHOLE, ADAPTED):
+        config = load_recipe("train", path, [f"model={model}"]).config
+        assert isinstance(config, RunConfig)
+        read = read_model(config.model, "model")
+        planned.append(plan_memory(config, replace(read, lora=config.lora), read, 2, fused_norm=False))
+    optimiser = max(all_of.held["optimiser"] - few.held["optimiser"] for all_of, few in zip(*planned, strict=True))
+    assert optimiser > 600e6
+    assert whole.peak - adapted.peak > optimiser
+
+
+def test_the_exported_adapter_generates(adapted: Run, model: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported = tmp_path / "exported"
+    command = [sys.executable, "-m", "renio_megatron.cli.main", "export", str(adapted.directory), str(exported)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = peft.PeftModel.from_pretrained(base, exported)
+    chat = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        logits = network(**inputs).logits
+        with network.disable_adapter():
+            before = network(**inputs).logits
+    assert float((logits - before).abs().max()) > 1e-3  # it was trained
+    output = network.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert "12" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
 
 
 def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:

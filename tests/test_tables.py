@@ -5,9 +5,11 @@ from __future__ import annotations
 from renio_megatron.config import MODEL_TYPES
 from renio_megatron.data.sources import SOURCES
 from renio_megatron.megatron.architecture import FAMILIES
+from renio_megatron.megatron.teacher_weights import KINDS
 from renio_megatron.objective.divergences import DIVERGENCES
 from renio_megatron.objective.weightings import WEIGHTINGS
 from renio_megatron.recipe_rules import CHOICES
+from renio_megatron.settings.run import TEACHER_KINDS
 from renio_megatron.tasks import GRADERS
 
 
@@ -17,3 +19,7 @@ def test_recipe_choices_are_the_tables():
     assert set(CHOICES["data.source"]) == set(SOURCES)
     assert set(CHOICES["data.grader"]) == {*GRADERS, "none"}
     assert MODEL_TYPES == FAMILIES
+
+
+def test_kinds_of_teachers_are_the_table():
+    assert set(TEACHER_KINDS) == set(KINDS)

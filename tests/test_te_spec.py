@@ -21,7 +21,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
-from tests import te_cases, training_cases
+from tests import te_cases, te_start_cases, training_cases
 from tests.multiprocess import run_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -61,6 +61,27 @@ def test_a_distillation_step_is_that_of_transformers(root):
         for key, one in found.items():
             assert max(one["loss_error"], one["weight_error"], one["gradient_error"]) < 1e-5, (key, one)
             assert one["raw_weights_not_1"] > 0
+
+
+@pytest.fixture(scope="module")
+def started(root):
+    return run_ranks(te_start_cases.run_all, 2, root, timeout=200.0)
+
+
+def test_weights_in_fp8_and_their_fp32_copies_begin_from_a_checkpoint(started):
+    for found in started:
+        assert found["checkpoint"]["same"] and found["checkpoint"]["number"] > 16
+        assert found["checkpoint"]["initial"] == (16, True)
+
+
+def test_a_student_with_adapters_has_local_layers_beside_a_teacher_of_transformer_engine(started):
+    for found in started:
+        assert found["student"] == "local"
+        assert found["adapters"] > 0
+        assert found["kinds"].isdisjoint({"TELayerNormColumnParallelLinear", "TEDotProductAttention"})
+        assert (found["teacher"], found["without adapters"]) == ("te", "te")
+        assert found["grad_norm"] > 0
+        assert "precision.backend=local" in found["asked for te"]
 
 
 def test_exports_and_checkpoints_of_either_backend_hold_the_same_tensors(root):
@@ -146,6 +167,8 @@ def test_auto_takes_transformer_engine_on_a_gpu(monkeypatch):
     assert backend.resolve_backend(PrecisionConfig(backend="local"), CUDA, bf16=True) == "local"
     with pytest.raises(ConfigError, match=r"precision\.fp8=e4m3 needs a GPU"):
         backend.resolve_backend(PrecisionConfig(fp8="e4m3"), CPU, bf16=True)
+    for precision, expected in ((PrecisionConfig(), "local"), (PrecisionConfig(backend="te"), "te")):
+        assert backend.resolve_backend(precision, CUDA, bf16=True, has_adapters=True) == expected
 
 
 def test_weight_gradients_are_fused_where_apex_is(monkeypatch):
@@ -162,6 +185,11 @@ def test_a_run_says_what_it_computes_in(monkeypatch):
         "layers: student te bf16, teacher te bf16 with FP8 hybrid blockwise but 1 first and 1 last layers"
     )
     assert layers(PrecisionConfig(), None, CUDA, bf16=False) == "layers: student local fp32"
+    assert layers(PrecisionConfig(), TeacherPrecisionConfig(), CUDA, bf16=True, has_adapters=True) == (
+        "layers: student local bf16 (Transformer Engine's layers take no adapters), teacher te bf16"
+    )
+    chosen = layers(PrecisionConfig(backend="local"), None, CUDA, bf16=True, has_adapters=True)
+    assert chosen == "layers: student local bf16"
 
 
 def test_rows_are_padded_for_each_rank_that_computes_on_a_piece():

@@ -214,7 +214,9 @@ class Roles:
     def distillation(self, *, recompute: bool = False, grader: Any = None, loss: Any = None, **weighting: Any) -> Any:
         return Distillation(
             SimpleNamespace(sample=self.sample),
-            SimpleNamespace(score=self.score_teacher, head=IDENTITY),
+            SimpleNamespace(
+                score=self.score_teacher, head=IDENTITY, after_update=lambda **told: self.asked.append(told)
+            ),
             SimpleNamespace(arrange=self.arrange, score=self.score_student, update=self.update),
             layout=Layout(),
             decoding=DECODING,
@@ -272,7 +274,7 @@ def test_a_step_samples_scores_and_updates_in_this_order():
     roles = Roles()
     roles.distillation().step(PROMPTS, 7)
     sampled, scored = ("sample", [8, 9, 10, 11], DECODING, (7,)), ("teacher", list(TOKENS))
-    assert roles.asked == [sampled, scored, ("update", 7, 0.07)]
+    assert roles.asked == [sampled, scored, ("update", 7, 0.07), {"skipped": False}]
 
 
 def test_recomputed_scores_take_the_place_of_the_samplers():
@@ -281,7 +283,7 @@ def test_recomputed_scores_take_the_place_of_the_samplers():
     roles.sampled_logp -= 7.0
     roles.recomputed_logp = torch.full((8,), -0.5)
     metrics = roles.distillation(recompute=True).step(PROMPTS, 1)
-    assert [name for name, *_ in roles.asked] == ["sample", "teacher", "student", "update"]
+    assert [name for name, *_ in roles.asked] == ["sample", "teacher", "student", "update", "skipped"]
     assert metrics["renio/weight_max"] == pytest.approx(max(WEIGHTS))
     assert metrics["renio/pivotal_frac"] == 3 / 8
 

@@ -113,11 +113,14 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
         }
         return real_step()
 
-    algorithm.sampler.sample = lambda *args, **kwargs: seen.setdefault("rollouts", sample(*args, **kwargs))
+    arrange = algorithm.learner.arrange
+    algorithm.sampler.sample = sample
+    algorithm.learner.arrange = lambda rollouts: arrange(seen.setdefault("rollouts", rollouts))  # after their exchange
     algorithm.weigh = lambda *args: seen.setdefault("sample", weigh(*args))
     optimizer.step = step_after_looking
     trainer.save_interval = 0
     metrics = trainer.run()
+    algorithm.close()
 
     shares: list[Any] = [None] * layout.data.size
     dist.all_gather_object(shares, (seen["rollouts"], seen["sample"].weights.tolist()), group=layout.data.group)
@@ -128,6 +131,7 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
         "tokens": [rollout.completion_ids for rollout in rollouts],
         "weights": weights,
         "loss": metrics["loss"],
+        "sent_mb": metrics.get("teacher/payload_sent_mb"),
         "raw_weights_not_1": int((reference["raw_weights"] != 1).sum()),
         "gradient_error": worst_gradient_error(seen["gradients"], reference["gradients"], algorithm.learner.part),
         "grad_norm_error": abs(metrics["grad_norm"] - reference["grad_norm"]) / reference["grad_norm"],
@@ -136,11 +140,15 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
     }
 
 
-def reference_step(config: RunConfig, rollouts: list[Rollout]) -> dict[str, Any]:
-    """Loss, weights and gradients of the whole batch in one process, by transformers and autograd."""
+def reference_step(config: RunConfig, rollouts: list[Rollout], student: Any = None) -> dict[str, Any]:
+    """Loss, weights and gradients of the whole batch in one process, by transformers and autograd.
+
+    `student` takes the place of the model of `config`.
+    """
     from transformers import AutoModelForCausalLM
 
-    student = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    if student is None:
+        student = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model or config.model, dtype=torch.float32)
     rows: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
     for rollout in rollouts:
@@ -167,16 +175,18 @@ def reference_step(config: RunConfig, rollouts: list[Rollout]) -> dict[str, Any]
         uniform=weighting.name == "uniform",
     )
     result["loss"].backward()
-    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
     norm = torch.sqrt(sum(gradient.double().square().sum() for gradient in gradients.values()))
-    return {**result, "gradients": gradients, "grad_norm": float(norm)}
+    logits = torch.cat(rows["student"]).detach()
+    return {**result, "logits": logits, "gradients": gradients, "grad_norm": float(norm)}
 
 
 def worst_gradient_error(
     mine: dict[str, tuple[torch.Tensor, torch.Tensor]], reference: dict[str, torch.Tensor], part: Any
 ) -> float:
     """Largest relative error, over this rank's parameters, of the raw gradient against the reference's shard of it."""
-    from renio_megatron.megatron.hf import hf_names, take_shard, to_megatron
+    from renio_megatron.megatron.hf_slices import hf_names
+    from tests.whole_tensors import take_shard, to_megatron
 
     worst, tensor = 0.0, part.layout.tensor
     for name, (parameter, gradient) in mine.items():

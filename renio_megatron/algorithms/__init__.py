@@ -26,3 +26,7 @@ class Algorithm(Protocol):
     def restore(self, state: dict[str, Any]) -> None:
         """Takes back what `state` gave."""
         ...
+
+    def close(self) -> None:
+        """Lets go whoever waits for the next step; there is none."""
+        ...

@@ -81,6 +81,7 @@ class Distillation:
         sample = self.weigh(rollouts, student_logp, teacher)
         loss = WeightedDivergence(self.teacher, teacher, sample, self._loss, self._weighting, self._head)
         metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))
+        self.teacher.after_update(skipped=metrics.get("train/skipped_frac", 0.0) > 0)
         if "renio/pivot_gradient_frac" in metrics:  # counted in squares, which add up
             metrics["renio/pivot_gradient_frac"] **= 0.5
         clock.append(time.perf_counter())
@@ -122,6 +123,10 @@ class Distillation:
     def restore(self, state: dict[str, Any]) -> None:
         """Takes back what `state` gave."""
         self._weighting_state = state["weighting"]
+
+    def close(self) -> None:
+        """Lets go of the teacher."""
+        self.teacher.close()
 
     def _sample_metrics(self, rollouts: Sequence[Rollout], sample: SampleWeights) -> dict[str, float]:
         """Metrics of the whole batch's sequences, from each rank's share."""
@@ -213,6 +218,8 @@ class WeightedDivergence:
         tally.add("loss/kl", float(out.token_divergence.sum()), len(out.token_divergence))
         tally.add("loss/entry_clip_frac", int((out.clipped_entries > 0).sum()), len(out.clipped_entries))
         tally.add_max("memory/teacher_payload_mb", self._scores.payload_bytes / 2**20)
+        if self._scores.sent_bytes is not None:
+            tally.add_max("teacher/payload_sent_mb", self._scores.sent_bytes / 2**20)
         return out.loss * count, share, tally
 
     @torch.no_grad()

@@ -42,6 +42,9 @@ class Sft:
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing to take back."""
 
+    def close(self) -> None:
+        """Nobody waits."""
+
 
 def token_cross_entropy(
     index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from renio_megatron.cli.run import checked_recipe, set_hardware_variables_of
 from renio_megatron.config import RunConfig
-from renio_megatron.errors import CheckpointError, RenioError
+from renio_megatron.errors import CheckpointError, ConfigError, RenioError
+from renio_megatron.layout_rules import has_own_layout
 from renio_megatron.settings import PrecisionConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from renio_megatron.build import Inputs
     from renio_megatron.diagnose.precision import Scores
+    from renio_megatron.inputs import Inputs
     from renio_megatron.parallel.layout import Layout
     from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
 
@@ -92,6 +93,21 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
     """
     recipe = checked_recipe("train", path, overrides)
     assert isinstance(recipe.config, RunConfig)
+    if has_own_layout(recipe.config.parallel, recipe.config.teacher):
+        raise ConfigError(
+            "renio compare-precision holds the teacher in the student's layout; the recipe gives it one of its own. "
+            "Compare with teacher.ranks=colocated and the keys of teacher.parallel null."
+        )
+    if recipe.config.lora.r is not None:
+        raise ConfigError(
+            f"renio compare-precision: FP8 products beside adapters are not built (lora.r={recipe.config.lora.r}). "
+            "Compare with lora.r=null, or with the merged model."
+        )
+    if recipe.config.teacher.kind in ("ema", "current"):
+        raise ConfigError(
+            f"renio compare-precision: teacher.kind={recipe.config.teacher.kind} is the student in its own precision. "
+            "Compare with teacher.kind=initial, which it is at the first step."
+        )
     set_hardware_variables_of(recipe.config)
 
     from rich.console import Console
@@ -215,7 +231,7 @@ class _Comparison:
         return build_student(config, self._inputs, self._layout)[0]
 
     def _teacher(self, config: RunConfig) -> _Scored:
-        from renio_megatron.build import build_teacher
+        from renio_megatron.build_teacher import build_teacher
 
         teacher = build_teacher(config, self._inputs, self._layout)
         scores = teacher.score(self._rollouts, self._batches)

@@ -43,6 +43,9 @@ finish its step and save first; the exit code is then 143.
 example:
   renio {kind} recipe.yaml train.lr=1e-5 output_dir=runs/mine --nproc 2
 """
+_EXPORT_DESCRIPTION = """\
+Write a checkpoint as a Hugging Face model directory; of a run with adapters (lora.r) as a PEFT adapter directory.
+"""
 _PLAN_EPILOG = """\
 The exit code is 0 where the run fits or no --memory is given, 3 where it does not fit, and 2 for a mistake.
 
@@ -118,10 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--memory", type=_gib, metavar="GIB", help="memory of each GPU in GiB (default: no verdict)")
     command.set_defaults(run=_run_plan)
 
-    command = commands.add_parser("export", description="Write a checkpoint as a Hugging Face model directory.")
+    command = commands.add_parser("export", description=_EXPORT_DESCRIPTION)
     command.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run (its output_dir)")
     command.add_argument("destination", metavar="DESTINATION", help="directory to write")
     command.add_argument("--step", type=_positive, metavar="K", help="checkpoint to write (default: the newest)")
+    command.add_argument("--merge", action="store_true", help="write the whole model, the adapters in its weights")
     command.set_defaults(run=_run_export)
 
     _add_doctor(commands)
@@ -200,12 +204,12 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
         run_rank(rank_arguments)
 
     from renio_megatron.cli.run import finished_message
-    from renio_megatron.config import check_models, check_world, load_recipe
+    from renio_megatron.config import check_models, check_world, load_recipe, smallest_world
     from renio_megatron.rundir import RunDirectory
 
     recipe = load_recipe(arguments.command, arguments.recipe, overrides)
     config = recipe.config
-    num_ranks = arguments.nproc or config.parallel.model_ranks
+    num_ranks = arguments.nproc or smallest_world(config)
     check_world(config, num_ranks)
     check_models(config)
     if RunDirectory(config.output_dir).state(recipe, arguments.fresh) == "finished":
@@ -254,10 +258,10 @@ def _run_compare_precision(arguments: argparse.Namespace) -> int:
 
         run_rank(rank_arguments)
 
-    from renio_megatron.config import check_models, check_world, load_recipe
+    from renio_megatron.config import check_models, check_world, load_recipe, smallest_world
 
     config = load_recipe("train", arguments.recipe, overrides).config
-    num_ranks = arguments.nproc or config.parallel.model_ranks
+    num_ranks = arguments.nproc or smallest_world(config)
     check_world(config, num_ranks)
     check_models(config)
     return launch.start_ranks(rank_arguments, num_ranks)
@@ -288,8 +292,10 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
     from renio_megatron.export import export_checkpoint
 
-    step = export_checkpoint(run_dir, Path(arguments.destination), arguments.step)
-    print(f"{arguments.destination} holds the model of step {step}")
+    destination = Path(arguments.destination)
+    step = export_checkpoint(run_dir, destination, arguments.step, merge=arguments.merge)
+    what = "adapter" if (destination / "adapter_config.json").is_file() else "model"
+    print(f"{arguments.destination} holds the {what} of step {step}")
     return 0
 
 

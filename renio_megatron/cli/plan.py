@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
-from renio_megatron.config import MODEL_TYPES, RunConfig, check_models, check_world, load_recipe
+from renio_megatron.config import RunConfig, check_models, check_world, load_recipe
+from renio_megatron.errors import ConfigError
+from renio_megatron.layout_rules import has_own_layout
 from renio_megatron.plan.memory import RESERVE, plan_memory, workload
-from renio_megatron.plan.models import MIXTURE_TYPES, PlannedModel, read_model
+from renio_megatron.plan.models import PlannedModel, read_model
 from renio_megatron.report.plan_table import plan_table
 
 DOES_NOT_FIT = 3
@@ -25,12 +28,23 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     """
     config = load_recipe("train", path, overrides).config
     assert isinstance(config, RunConfig)
+    if has_own_layout(config.parallel, config.teacher):
+        raise ConfigError(
+            "renio plan does not count a teacher in a layout of its own yet. Plan with teacher.ranks=colocated and the "
+            "keys of teacher.parallel null: that is the memory where both models are cut alike."
+        )
+    if config.teacher.bf16 not in (None, config.train.bf16):
+        raise ConfigError(
+            f"renio plan does not count a teacher's pass in another dtype yet (teacher.bf16={config.teacher.bf16}). "
+            "Plan with teacher.bf16=null."
+        )
     ranks = world_size or config.parallel.model_ranks
     check_world(config, ranks)
-    check_models(config, teacher_types=(*MODEL_TYPES, *MIXTURE_TYPES))
+    check_models(config)
     student = read_model(config.model, "model")
     teacher = student if config.teacher.model is None else read_model(config.teacher.model, "teacher.model")
-    found = plan_memory(config, student, teacher, ranks)
+    _check_experts(config, student)
+    found = plan_memory(config, replace(student, lora=config.lora), teacher, ranks)
     memory = None if memory_gib is None else memory_gib * 2**30
     reserve = RESERVE * (memory or 0)
 
@@ -51,6 +65,22 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     return 0 if fits else DOES_NOT_FIT
 
 
+def _check_experts(config: RunConfig, student: PlannedModel) -> None:
+    """Raises `ConfigError` for layouts of experts that the plan does not count."""
+    parallel = config.parallel
+    if student.experts is not None:
+        raise ConfigError(
+            f"renio plan does not count a trained mixture of experts yet (model: {student.architecture.family}). Plan "
+            "for it as a teacher of a dense student: that counts its weights and a forward pass."
+        )
+    if (parallel.expert_model_parallel_size, parallel.expert_tensor_ranks) != (1, parallel.tensor_model_parallel_size):
+        raise ConfigError(
+            f"renio plan does not count experts on different ranks yet (parallel.expert_model_parallel_size="
+            f"{parallel.expert_model_parallel_size}, expert_tensor_parallel_size={parallel.expert_tensor_ranks}). Plan "
+            "with 1 and null: it counts all experts, cut over the tensor-parallel ranks."
+        )
+
+
 def _layout(config: RunConfig, ranks: int) -> str:
     parallel = config.parallel
     sizes = {
@@ -68,6 +98,7 @@ def _layout(config: RunConfig, ranks: int) -> str:
             ("distributed optimiser", parallel.use_distributed_optimizer),
             ("bf16" if config.train.bf16 else "fp32", True),
             (f"recompute {config.train.recompute_granularity}", config.train.recompute_granularity is not None),
+            (f"adapters of rank {config.lora.r} on {', '.join(config.lora.names)}", config.lora.r is not None),
         )
         if is_so
     ]
@@ -86,10 +117,12 @@ def _work(config: RunConfig, ranks: int) -> str:
 def _notes(config: RunConfig, teacher: PlannedModel) -> list[str]:
     """What the reader must know of this plan."""
     notes = []
+    if config.lora.r is not None and config.teacher.kind == "initial":
+        notes.append("note: the teacher is the student without its adapters; it has no parameters of its own.")
     if teacher.experts is not None:
         notes.append(
-            f"note: {teacher.name} is a mixture of {teacher.experts.count} experts, which renio train does not run "
-            "yet. All its experts are counted, cut over the tensor-parallel ranks."
+            f"note: {teacher.name} is a mixture of {teacher.experts.count} experts. All are counted, cut over the "
+            "tensor-parallel ranks."
         )
     if config.parallel.context_parallel_size > 1:
         notes.append(

@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from renio_megatron.assets import QUICKSTART_RECIPE
 from renio_megatron.config import Recipe, RunConfig, SftConfig, check_models, check_world, load_recipe
 from renio_megatron.errors import CheckpointError, RenioError
+from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_words
 from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
 
 logger = logging.getLogger(__name__)
@@ -124,24 +126,32 @@ def set_hardware_variables_of(config: RunConfig | SftConfig) -> None:
             logger.warning(warning)
 
 
-def _describe(config: object) -> str:
+def _describe(config: Any) -> str:
     """One line about a run: what learns from what, on how many ranks."""
-    parallel, train = config.parallel, config.train  # type: ignore[attr-defined]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel, train = config.parallel, config.train
     sizes = {
         f"TP {parallel.tensor_model_parallel_size}": True,
         "SP": parallel.sequence_parallel,
         f"PP {parallel.pipeline_model_parallel_size}": True,
         f"VPP {parallel.virtual_pipeline_model_parallel_size}": parallel.virtual_pipeline_model_parallel_size,
         f"CP {parallel.context_parallel_size}": parallel.context_parallel_size > 1,
-        f"DP {world // parallel.model_ranks}": True,
+        f"DP {_trainers(config) // parallel.model_ranks}": True,
+        f"EP {parallel.expert_model_parallel_size}": parallel.expert_model_parallel_size > 1,
     }
     layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
-    what = f"{config.model} on its solutions"  # type: ignore[attr-defined]
+    what = f"{config.model} on its solutions"
     if isinstance(config, RunConfig):
-        teacher = config.teacher.model or "itself, shown more"
+        teacher = config.teacher.model or f"itself ({config.teacher.kind}), shown more"
         what = f"{config.model} learns from {teacher}, weighting {config.weighting.name}"
+        if has_own_layout(parallel, config.teacher):
+            layout = f"{layout}; teacher {teacher_words(parallel, config.teacher, _trainers(config))}"
     return f"{what}; {train.train_iters} steps of {train.global_batch_size} sequences; {layout}"
+
+
+def _trainers(config: Any) -> int:
+    """Ranks of the student."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return world - num_scorers(config.parallel, config.teacher) if isinstance(config, RunConfig) else world
 
 
 def _say_weights(config: RunConfig | SftConfig) -> None:
@@ -149,7 +159,7 @@ def _say_weights(config: RunConfig | SftConfig) -> None:
     from renio_megatron.diagnose.notices import weights_line
 
     if isinstance(config, RunConfig):
-        data_ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.parallel.model_ranks
+        data_ranks = _trainers(config) // config.parallel.model_ranks
         _say(weights_line(config.weighting, config.train.global_batch_size, data_ranks))
 
 

@@ -160,10 +160,12 @@ def _micro_batch(
     for length in lengths:
         starts.append(starts[-1] + length)
     token_ids = torch.full((starts[-1],), arrangement.pad_id, dtype=torch.int64)
+    sequence_of = torch.full((starts[-1],), -1)
     row_index, target_ids, token_index = [], [], []
-    for sequence, start in zip(sequences, starts, strict=False):
+    for number, (sequence, start) in enumerate(zip(sequences, starts, strict=False)):
         read = torch.tensor(sequence.prompt_ids + sequence.completion_ids[:-1], dtype=torch.int64)
         token_ids[start : start + len(read)] = read
+        sequence_of[start : start + len(read)] = number
         count, first = len(sequence.completion_ids), start + len(sequence.prompt_ids) - 1
         # The last prompt token predicts the first completion token.
         row_index.append(torch.arange(first, first + count))
@@ -181,7 +183,7 @@ def _micro_batch(
         here = local_positions(starts, arrangement.context_size, arrangement.context_rank)
         place = torch.full((starts[-1],), -1).scatter_(0, here, torch.arange(len(here)))
         kept = place[rows] >= 0
-        token_ids, position_ids = token_ids[here], position_ids[here]
+        token_ids, position_ids, sequence_of = token_ids[here], position_ids[here], sequence_of[here]
         rows, targets, tokens, owner = place[rows[kept]], targets[kept], tokens[kept], owner[kept]
     height = 1 if is_packed else len(sequences)
     return MicroBatch(
@@ -193,6 +195,7 @@ def _micro_batch(
         token_index=tokens,
         sequence_index=torch.tensor([sequence.number for sequence in sequences], dtype=torch.int64),
         lengths=counts,
+        sequence_of=sequence_of.view(height, -1),
         boundaries=tuple(starts) if is_packed else None,
         pieces=arrangement.context_size,
     )

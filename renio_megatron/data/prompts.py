@@ -126,13 +126,13 @@ class PromptStream:
         return (*encode_text(solution, self._tokenizer, record.where), self._tokenizer.eos_token_id)
 
 
-def check_views_differ(prompts: list[Prompt]) -> None:
-    """Raises `ConfigError` where a model that teaches itself would see what the student sees.
+def check_views_differ(prompts: list[Prompt], kind: str) -> None:
+    """Raises `ConfigError` where a model that teaches itself, `teacher.kind`, would see what the student sees.
 
     Teacher and student would be one distribution: every divergence and every log ratio starts at 0.
     """
     if prompts and all(prompt.student_ids == prompt.teacher_ids for prompt in prompts):
         raise ConfigError(
-            f"teacher.kind=self, but the teacher's view of the first {len(prompts)} prompts is the student's: there is "
-            "nothing to learn. Give data.teacher_template the {solution}, or set data.teacher_enable_thinking."
+            f"teacher.kind={kind}, but the teacher's view of the first {len(prompts)} prompts is the student's: there "
+            "is nothing to learn. Give data.teacher_template the {solution}, or set data.teacher_enable_thinking."
         )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import renio_megatron
 from renio_megatron.megatron.backend import words
 from renio_megatron.parallel.layout import Layout, device_name
-from renio_megatron.settings import PrecisionConfig
+from renio_megatron.settings import LoraConfig, PrecisionConfig
 
 
 def health(layout: Layout) -> tuple[str, list[str]]:
@@ -49,6 +49,8 @@ def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:
     """
     nodes = len({node for node, _, _ in reports})
     axes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "DP": layout.data}
+    if layout.expert.size > 1:  # among the ranks of the others
+        axes["EP"] = layout.expert
     sizes = " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
     backend = dist.get_backend() if dist.is_initialized() else "no backend"
     return (
@@ -57,8 +59,24 @@ def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:
     )
 
 
-def layers(student: PrecisionConfig, teacher: PrecisionConfig | None, device: torch.device, *, bf16: bool) -> str:
+def layers(
+    student: PrecisionConfig,
+    teacher: PrecisionConfig | None,
+    device: torch.device,
+    *,
+    bf16: bool,
+    teacher_bf16: bool | None = None,
+    has_adapters: bool = False,
+) -> str:
     """What the models' layers are made of and compute in, sampling and scoring included.
+
+    Args:
+        student: its precision.
+        teacher: the teacher's; None where there is none, or where it is the student without its adapters.
+        device: where both compute.
+        bf16: whether the student's parameters are bf16.
+        teacher_bf16: the same of the teacher; None: as the student's.
+        has_adapters: whether the student has some.
 
     >>> layers(PrecisionConfig(), PrecisionConfig(fp8="e4m3", emulate_fp8=True), torch.device("cpu"), bf16=False)
     'layers: student local fp32, teacher local fp32 with emulated FP8 e4m3 tensorwise'
@@ -66,8 +84,25 @@ def layers(student: PrecisionConfig, teacher: PrecisionConfig | None, device: to
     Raises:
         ConfigError: layers that cannot be built here; see `megatron.backend.resolve_backend`.
     """
-    text = f"layers: student {words(student, device, bf16=bf16)}"
-    return text if teacher is None else f"{text}, teacher {words(teacher, device, bf16=bf16)}"
+    text = f"layers: student {words(student, device, bf16=bf16, has_adapters=has_adapters)}"
+    return (
+        text
+        if teacher is None
+        else f"{text}, teacher {words(teacher, device, bf16=bf16 if teacher_bf16 is None else teacher_bf16)}"
+    )
+
+
+def trained(lora: LoraConfig) -> str:
+    """What of the student is trained.
+
+    >>> trained(LoraConfig(r=8, targets=["v_proj", "q_proj"]))
+    'adapters alone are trained: r 8, scale 2, on q_proj, v_proj'
+    >>> trained(LoraConfig())
+    'the whole student is trained'
+    """
+    if lora.r is None:
+        return "the whole student is trained"
+    return f"adapters alone are trained: r {lora.r}, scale {lora.scale:g}, on {', '.join(lora.names)}"
 
 
 def differences(reports: list[tuple[str, str, str]]) -> list[str]:

@@ -38,6 +38,7 @@ class Evaluator:
             ("eval/accuracy_greedy", replace(self._decoding, temperature=0.0)),
             ("eval/accuracy_sampled", self._decoding),
         ):
-            rollouts = self._sampler.sample(self._mine, decoding, stream=_STREAM) if self._mine else []
+            # Also without a problem of its own: a rank may hold experts that the others' passes go through.
+            rollouts = self._sampler.sample(self._mine, decoding, stream=_STREAM)
             tally.add(name, sum(bool(self._grader(rollout)) for rollout in rollouts), len(rollouts))
         return reduce_tally(tally, self._layout)

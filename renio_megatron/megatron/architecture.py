@@ -1,4 +1,4 @@
-"""The architectures that can be read from Hugging Face directories: dense Llama, Qwen2 and Qwen3."""
+"""The architectures that can be read from Hugging Face directories: Llama, Qwen2, Qwen3, Qwen3-MoE and Mixtral."""
 
 from __future__ import annotations
 
@@ -11,7 +11,28 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.settings import ParallelConfig
 
 _NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-FAMILIES = ("llama", "qwen2", "qwen3")
+_NEEDED_OF_EXPERTS = {
+    "qwen3_moe": ("num_experts_per_tok", "moe_intermediate_size"),
+    "mixtral": ("num_experts_per_tok",),
+}
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The feed-forward networks of a layer with a router.
+
+    Attributes:
+        count: experts of a layer.
+        chosen: of them, the ones that a token goes through: those with the largest router probabilities.
+        ffn_hidden_size: of each.
+        normalised: whether the probabilities of a token's chosen experts are divided by their sum.
+    """
+
+    count: int
+    chosen: int
+    ffn_hidden_size: int
+    normalised: bool = True
 
 
 @dataclass(frozen=True)
@@ -19,7 +40,7 @@ class Architecture:
     """What a model is made of, in Megatron's words.
 
     Attributes:
-        family: `llama`, `qwen2` or `qwen3`.
+        family: one of `FAMILIES`.
         num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, kv_channels, layernorm_epsilon,
             qk_layernorm, add_qkv_bias, init_method_std: as in Megatron's TransformerConfig.
         vocab_size: rows of the embedding, without padding.
@@ -27,6 +48,7 @@ class Architecture:
         rotary_base: rope theta.
         rope_scaling_factor: of Llama 3's scaled rope; None for plain rope.
         max_sequence_length: positions that the model was made for.
+        experts: in every layer, each of `ffn_hidden_size`; None for a dense model.
     """
 
     family: str
@@ -45,6 +67,7 @@ class Architecture:
     rotary_base: float
     rope_scaling_factor: float | None
     max_sequence_length: int
+    experts: Experts | None = None
 
     @classmethod
     def from_directory(cls, directory: Path) -> Architecture:
@@ -68,22 +91,24 @@ class Architecture:
         family = values.get("model_type")
         if family not in FAMILIES:
             raise ConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
-        missing = [key for key in _NEEDED if key not in values]
+        needed = _NEEDED + _NEEDED_OF_EXPERTS.get(family, ())
+        missing = [key for key in needed if key not in values]
         if missing:
             raise ConfigError(f"{path} lacks {', '.join(missing)}. Save the model again with save_pretrained.")
         _refuse_unsupported(path, values)
         heads = values["num_attention_heads"]
+        experts = _experts(path, values) if family in _NEEDED_OF_EXPERTS else None
         rope_theta, scaling = _rope(path, values)
         return cls(
             family=family,
             num_layers=values["num_hidden_layers"],
             hidden_size=values["hidden_size"],
-            ffn_hidden_size=values["intermediate_size"],
+            ffn_hidden_size=values["intermediate_size"] if experts is None else experts.ffn_hidden_size,
             num_attention_heads=heads,
             num_query_groups=values.get("num_key_value_heads") or heads,
             kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
             layernorm_epsilon=values.get("rms_norm_eps", 1e-6),
-            qk_layernorm=family == "qwen3",
+            qk_layernorm=family in ("qwen3", "qwen3_moe"),
             add_qkv_bias=family == "qwen2",
             init_method_std=values.get("initializer_range", 0.02),
             vocab_size=values["vocab_size"],
@@ -91,6 +116,7 @@ class Architecture:
             rotary_base=rope_theta,
             rope_scaling_factor=scaling,
             max_sequence_length=values.get("max_position_embeddings", 2048),
+            experts=experts,
         )
 
 
@@ -106,20 +132,44 @@ def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
 
 def _refuse_unsupported(path: Path, values: dict[str, Any]) -> None:
     """Raises `ConfigError` for what Megatron would silently compute otherwise than transformers."""
-    wanted = {
+    wanted: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu",),
         "mlp_bias": (False, None),
         "use_sliding_window": (False, None),
         "quantization_config": (None,),
         # Llama and Qwen3 put this bias on the output projection as well, which has no counterpart here.
         "attention_bias": (False, None),
+        # Qwen3-MoE may mix layers with and without experts; the others have no such keys.
+        "decoder_sparse_step": (1, None),
+        "mlp_only_layers": ([], None),
+        "router_jitter_noise": (0.0, None),
     }
+    if values.get("model_type") == "mixtral":  # Qwen's have it beside use_sliding_window, which switches it on
+        wanted["sliding_window"] = (None,)
     for key, allowed in wanted.items():
         value = values.get(key, allowed[0])
         if value not in allowed:
             raise ConfigError(
                 f"{path}: {key}={value!r} is not supported (supported: {allowed[0]!r}). Choose another model."
             )
+
+
+def _experts(path: Path, values: dict[str, Any]) -> Experts:
+    """The experts of a layer; both of transformers' names for their number are read."""
+    is_qwen = values["model_type"] == "qwen3_moe"
+    count = values.get("num_experts", values.get("num_local_experts"))
+    chosen = values["num_experts_per_tok"]
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"{path} needs num_experts (or num_local_experts), a whole number above 0; got {count!r}.")
+    if not 1 <= chosen <= count:
+        raise ConfigError(f"{path}: num_experts_per_tok={chosen} of {count} experts. Choose another model.")
+    normalised = bool(values.get("norm_topk_prob", False)) if is_qwen else True
+    if chosen == 1 and normalised:
+        raise ConfigError(
+            f"{path}: num_experts_per_tok=1 with normalised router probabilities: each is 1, and no gradient reaches "
+            "the router. Choose another model."
+        )
+    return Experts(count, chosen, values["moe_intermediate_size" if is_qwen else "intermediate_size"], normalised)
 
 
 def _rope(path: Path, values: dict[str, Any]) -> tuple[float, float | None]:

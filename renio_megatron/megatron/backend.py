@@ -28,16 +28,17 @@ def te_problem() -> str | None:
     return None
 
 
-def resolve_backend(precision: PrecisionConfig, device: torch.device, *, bf16: bool) -> str:
+def resolve_backend(precision: PrecisionConfig, device: torch.device, *, bf16: bool, has_adapters: bool = False) -> str:
     """`te` or `local`.
 
     `auto` is te on a GPU where Transformer Engine imports and the parameters are bf16: its fast attention reads no
-    fp32. `emulate_fp8` keeps it at local.
+    fp32. `emulate_fp8` keeps it at local, and so do adapters, which stand beside Megatron's own layers only.
 
     Args:
         precision: the model's.
         device: where it computes.
         bf16: whether its parameters are bf16.
+        has_adapters: whether it has adapters.
 
     Raises:
         ConfigError: te where Transformer Engine does not import, or FP8 where the layers would be local.
@@ -47,7 +48,7 @@ def resolve_backend(precision: PrecisionConfig, device: torch.device, *, bf16: b
     if backend == "te" and problem:
         raise ConfigError(f"{section}.backend=te, but Transformer Engine does not import ({problem}). {INSTALL}.")
     if backend == "auto":
-        is_te = device.type == "cuda" and bf16 and not problem and not precision.emulate_fp8
+        is_te = device.type == "cuda" and bf16 and not problem and not precision.emulate_fp8 and not has_adapters
         backend = "te" if is_te else "local"
     if backend == "local" and precision.fp8 is not None and not precision.emulate_fp8:
         why = f"Transformer Engine, which does not import here ({problem})" if problem else "a GPU"
@@ -202,13 +203,16 @@ def megatron_settings(precision: PrecisionConfig, backend: str, *, trained: bool
     }
 
 
-def words(precision: PrecisionConfig, device: torch.device, *, bf16: bool) -> str:
-    """What a model computes in, for a line about a run.
+def words(precision: PrecisionConfig, device: torch.device, *, bf16: bool, has_adapters: bool = False) -> str:
+    """What a model computes in, for a line about a run; why, where adapters decide it.
 
     >>> words(PrecisionConfig(backend="local"), torch.device("cpu"), bf16=True)
     'local bf16'
     """
-    text = f"{resolve_backend(precision, device, bf16=bf16)} {'bf16' if bf16 else 'fp32'}"
+    backend = resolve_backend(precision, device, bf16=bf16, has_adapters=has_adapters)
+    text = f"{backend} {'bf16' if bf16 else 'fp32'}"
+    if backend != resolve_backend(precision, device, bf16=bf16):
+        text += " (Transformer Engine's layers take no adapters)"
     if precision.fp8 is None:
         return text
     kind = "emulated FP8" if precision.emulate_fp8 else "FP8"

@@ -34,8 +34,17 @@ from renio_megatron.checkpoint_files import (
 from renio_megatron.errors import CheckpointError
 from renio_megatron.files import remove_directory
 from renio_megatron.megatron.learner import MegatronLearner
+from renio_megatron.megatron.lora import lora_form
 from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.sharded_state import restore_state, restore_weights, sharded_state, sharded_weights
+from renio_megatron.megatron.sharded_state import (
+    Averages,
+    restore_averages,
+    restore_state,
+    restore_weights,
+    sharded_averages,
+    sharded_state,
+    sharded_weights,
+)
 from renio_megatron.megatron.versions import own_writer
 from renio_megatron.settings import CheckpointConfig
 from renio_megatron.stop import sigterm_held
@@ -54,10 +63,24 @@ class MegatronKeeper:
     """Saves and restores a learner and the run's own state. Every rank calls every method, in the same order."""
 
     def __init__(
-        self, root: Path, learner: MegatronLearner, settings: CheckpointConfig | None = None, *, config: str = ""
+        self,
+        root: Path,
+        learner: MegatronLearner,
+        settings: CheckpointConfig | None = None,
+        *,
+        config: str = "",
+        averages: Averages = (),
+        base: str | None = None,
     ) -> None:
-        """Checkpoints go to `root`; each holds `config`, the run's settings as YAML, for whoever finds it alone."""
+        """Checkpoints go to `root`.
+
+        Each holds `config`, the run's settings as YAML, for whoever finds it alone; and `base`, the fingerprint of the
+        weights that adapters stand beside, which it does not hold. `averages` are a teacher's, which are saved and
+        restored beside the learner.
+        """
+        self._averages = averages
         self._root = root
+        self._base = base
         self._learner = learner
         self._settings = settings or CheckpointConfig()
         self._config = config
@@ -80,7 +103,7 @@ class MegatronKeeper:
         partial = self._on_main(step, lambda: self._begin(step))
         if partial is None:
             return
-        content = sharded_state(self._learner, loading=False) | self._job_state() | {"run": state, "step": step}
+        content = self._sharded_state(loading=False) | self._job_state() | {"run": state, "step": step}
         # At a process's first save Megatron starts a helper process, which must outlive a SIGTERM to the whole group.
         held = contextlib.nullcontext() if self._has_saved else sigterm_held()
         with self._disk_errors(step, partial), held:
@@ -121,21 +144,33 @@ class MegatronKeeper:
         directory = self._on_main(None, self._find)
         if directory is None:
             return None
-        common = check_same_model(directory, self._learner.part)
+        common = check_same_model(directory, self._learner.part, self._base)
         self._check_same_optimizer(directory, common.get("optimizer_form"))
+        if self._averages and not common.get("has_teacher_average"):
+            _raise_shared(
+                f"the checkpoint {directory} holds no moving average of the weights, which teacher.kind=ema goes on "
+                "with. Set teacher.kind as in the run that wrote it, or start a new run from its weights: write them "
+                "with `renio export`, and give that directory as `model`."
+            )
         groups = self._learner.optimizer.param_groups
         settings = [{key: group[key] for key in _OPTIMIZER_SETTINGS if key in group} for group in groups]
         try:
-            loaded = dist_checkpointing.load(
-                sharded_state(self._learner, loading=True) | self._job_state(), str(directory)
-            )
+            loaded = dist_checkpointing.load(self._sharded_state(loading=True) | self._job_state(), str(directory))
         except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is no Exception
             _refuse(directory, error)
         restore_state(self._learner, loaded)
+        if self._averages:
+            restore_averages(self._learner.part, self._averages, loaded["teacher_average"])
         for group, values in zip(self._learner.optimizer.param_groups, settings, strict=True):
             group.update(values)
         torch.set_rng_state(loaded["rng"]["torch"])
         return loaded["step"], loaded["run"]
+
+    def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        state = sharded_state(self._learner, loading=loading)
+        if self._averages:
+            state["teacher_average"] = sharded_averages(state["model"], self._learner.part, self._averages)
+        return state
 
     def _job_state(self) -> dict[str, Any]:
         """What the job has once, whatever its ranks: random numbers, the model's name and the settings.
@@ -147,7 +182,10 @@ class MegatronKeeper:
         return {
             "rng": ShardedObject("rng", state, (1,), (0,), replica_id=part.layout.rank),
             "architecture": dataclasses.asdict(part.architecture),
+            "lora": lora_form(part.lora),
+            "base": self._base,
             "optimizer_form": self._learner.optimizer_form(),
+            "has_teacher_average": bool(self._averages),
             "config": self._config,
         }
 
@@ -238,13 +276,13 @@ class MegatronKeeper:
         )
 
 
-def load_model_weights(directory: Path, part: ModelPart) -> None:
+def load_model_weights(directory: Path, part: ModelPart, base: str | None = None) -> None:
     """Fills a model, in any layout, from a checkpoint's weights alone.
 
     Raises:
         CheckpointError: a checkpoint of another model, or one that cannot be read.
     """
-    check_same_model(directory, part)
+    check_same_model(directory, part, base)
     try:
         loaded = dist_checkpointing.load({"model": sharded_weights(part)}, str(directory))
     except (Exception, CheckpointException) as error:
@@ -252,11 +290,17 @@ def load_model_weights(directory: Path, part: ModelPart) -> None:
     restore_weights(part, loaded["model"])
 
 
-def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
+def check_same_model(directory: Path, part: ModelPart, base: str | None = None) -> dict[str, Any]:
     """What a checkpoint holds once, whatever its ranks.
 
+    Args:
+        directory: the checkpoint.
+        part: the model that it is for.
+        base: fingerprint of the weights beside the adapters of `part`; None where it has none.
+
     Raises:
-        CheckpointError: it is not one of ours, or of another architecture than `part`.
+        CheckpointError: it is not one of ours, of another architecture than `part`, of other adapters, or its adapters
+            were trained beside other weights.
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(directory))
@@ -266,7 +310,7 @@ def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
     if not isinstance(saved, dict) or "run" not in common:
         _raise_shared(
             f"the checkpoint {directory} was written by another program: it holds no `architecture` and `run`. "
-            "Convert its model to a Hugging Face directory with that program, and give that as `model`."
+            "To start from its weights, give it as `pretrained_checkpoint`."
         )
     wanted = dataclasses.asdict(part.architecture)
     differing = [
@@ -277,7 +321,26 @@ def check_same_model(directory: Path, part: ModelPart) -> dict[str, Any]:
             f"the checkpoint {directory} is of another architecture ({'; '.join(differing)}). "
             "Point `model` back to the model that the run started from, or start again with --fresh."
         )
+    lora, own_lora = common.get("lora"), lora_form(part.lora)
+    if lora != own_lora:
+        _raise_shared(
+            f"the checkpoint {directory} holds {_what_is_trained(lora)}, and {_what_is_trained(own_lora)} would be "
+            "read from it. Set `lora` as in the run that wrote it; or write its model with `renio export` (--merge for "
+            "adapters), and give that directory as `model`."
+        )
+    if common.get("base") != base:
+        _raise_shared(
+            f"the checkpoint {directory} holds adapters, which were trained beside other weights than those of `model` "
+            "(or `pretrained_checkpoint`): these have changed, or are another model's. Point the setting to the "
+            "weights that the run started from, unchanged, or start again with --fresh."
+        )
     return common
+
+
+def _what_is_trained(lora: dict[str, Any] | None) -> str:
+    if lora is None:
+        return "a whole model (lora.r: null)"
+    return f"adapters ({', '.join(f'lora.{key}: {value}' for key, value in lora.items())})"
 
 
 def _refuse(directory: Path, error: BaseException) -> NoReturn:

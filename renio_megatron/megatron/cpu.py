@@ -1,11 +1,13 @@
 """Makes megatron-core run on a machine without CUDA, over gloo. Does nothing where CUDA is.
 
-megatron-core names the GPU in four ways; each gets one patch, and every call that needed one is counted in `CALLS`, so
-that a test notices when a new version asks for something else:
+megatron-core names the GPU in four ways, and asks gloo for what it lacks; each gets one patch, and every call that
+needed one is counted in `CALLS`, so that a test notices when a new version asks for something else:
 
     A  functions of torch.cuda (current_device, synchronize, RNG state, streams) and Tensor.cuda
     B  literal device="cuda" and pin_memory=True in tensor factories: the listed modules see a stand-in for `torch`
     C  the optimiser asks for type strings 'torch.cuda.FloatTensor': Tensor.type answers so, to that package alone
+    D  experts' token counts are copied to the host on a CUDA stream, and only where they are on a GPU
+    E  tensor ranks of an expert gather and reduce-scatter pieces of different lengths, which gloo does not
 
 The patches change torch for the whole process. They are installed at program start, never on import.
 """
@@ -13,6 +15,7 @@ The patches change torch for the whole process. They are installed at program st
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import sys
 import types
@@ -20,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 CALLS: collections.Counter[str] = collections.Counter()
 """How often each patch was needed, by name."""
@@ -58,8 +62,10 @@ def install() -> None:
     _replace(torch.cuda, "synchronize", lambda *args, **kwargs: None)
     _replace(torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(torch.cuda.random, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    _replace(torch.cuda, "current_stream", lambda *args, **kwargs: _NoStream())
-    _replace(torch.cuda, "default_stream", lambda *args, **kwargs: _NoStream())
+    stream = _NoStream()
+    _replace(torch.cuda, "current_stream", lambda *args, **kwargs: stream)
+    _replace(torch.cuda, "default_stream", lambda *args, **kwargs: stream)
+    _replace(torch.cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _report_cuda_types_to_the_optimizer()
     stand_in = _TorchOnCpu()
@@ -67,6 +73,43 @@ def install() -> None:
         module = importlib.import_module("megatron.core." + name)
         if getattr(module, "torch", None) is torch:
             module.torch = stand_in  # type: ignore[attr-defined]
+    dispatch: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatch.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream  # else it makes one
+    _replace(dispatch, "maybe_move_tensor_to_cpu", _counts_on_the_host)
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings._gather_along_first_dim = _gather_in_equal_pieces(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reduce_whole(mappings._reduce_scatter_along_first_dim)
+
+
+def _gather_in_equal_pieces(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def gather(piece: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return real(piece, group, sizes, *args)
+        CALLS["gather of uneven pieces"] += 1
+        padded = piece.new_zeros(max(sizes), *piece.shape[1:])
+        padded[: len(piece)] = piece
+        pieces = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(pieces, padded, group=group)
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_whole(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def reduce_scatter(whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return real(whole, group, sizes, *args)
+        CALLS["reduce-scatter of uneven pieces"] += 1
+        total = whole.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    return reduce_scatter
+
+
+def _counts_on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's function turns a tensor into numpy only where it is on a GPU; gloo's sends want numbers."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _NoStream:

@@ -1,139 +1,213 @@
-"""Weights between Hugging Face directories and Megatron's shards, for dense Llama, Qwen2 and Qwen3.
+"""Weights between Hugging Face directories and Megatron's shards, for all of `FAMILIES`.
 
-A Megatron parameter is made of one or several Hugging Face tensors (`recipe`); a rank reads just the tensors that its
-parameters need, merges them and keeps its shard. Export runs the same recipes backwards.
+A rank reads the slices that its parameters are made of (`hf_slices`) and writes each to its place; no whole tensor is
+made on the way. Export takes a model that is whole on one rank apart again.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import torch
 
-from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.hf_files import WeightFiles
+from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
+from renio_megatron.megatron.hf_slices import VOCABULARY, Slice, hf_names, is_expert, is_gate_and_up, is_qkv, slices_of
+from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.te_modules import fill, values_of
+from renio_megatron.megatron.te_modules import fill, is_quantised, values_of
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+NUM_THREADS = 4
+"""Files that a rank reads at once. A thread waits in the copy, where the bytes come from the disk."""
 
-_IN_LAYER: dict[str, tuple[str, ...]] = {
-    "input_layernorm.weight": ("input_layernorm.weight",),
-    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-    # Where Transformer Engine computes a norm together with the product after it, its weight is that layer's.
-    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
-    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
-    "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
-    "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
-    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
-    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
-    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
-    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
-}
+CHUNK_BYTES = 64 * 2**20
+"""Of one copy. A GPU's copy of columns, or to another dtype, makes one more of it in host memory."""
 
-_OUTSIDE: dict[str, tuple[str, ...]] = {
-    "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
-    "decoder.final_layernorm.weight": ("model.norm.weight",),
-    "output_layer.weight": ("lm_head.weight",),
-}
+LINE_INTERVAL_S = 2.0
 
 
-def hf_names(name: str, architecture: Architecture) -> tuple[str, ...]:
-    """Hugging Face tensors that a Megatron parameter is made of.
+def load_weights(
+    part: ModelPart,
+    directory: Path,
+    *,
+    title: str = "model",
+    say: Callable[[str], None] | None = None,
+    change: Callable[[Slice, torch.Tensor], torch.Tensor] | None = None,
+) -> int:
+    """Fills this rank's parameters from a Hugging Face directory; adapters stay as they are.
+
+    Beside the parameters it holds `NUM_THREADS` chunks of `CHUNK_BYTES` at the most, and of parameters in FP8, which
+    can only be filled at once, one or, where its parts are in two files, two local tensors.
 
     Args:
-        name: Megatron's name, with the layer's number in the whole model.
-        architecture: the whole model.
+        part: the parameters, whatever they hold.
+        directory: with config.json of the same architecture.
+        title: of the progress line.
+        say: takes the progress line, every `LINE_INTERVAL_S` seconds and at the end; nothing where it takes less.
+        change: (slice, its values) -> the values that are loaded in their place; called by several threads.
+
+    Returns:
+        Bytes that were read.
 
     Raises:
-        ConfigError: a parameter without a counterpart.
+        ConfigError: no safetensors, a tensor missing, surplus, or of another shape.
     """
-    match = _LAYER.fullmatch(name)
-    if match and match[2] in _IN_LAYER:
-        return tuple(f"model.layers.{match[1]}.{part}" for part in _IN_LAYER[match[2]])
-    if name == "output_layer.weight" and architecture.tied:
-        return _OUTSIDE["embedding.word_embeddings.weight"]
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    raise ConfigError(
-        f"Megatron's parameter {name!r} has no counterpart in a Hugging Face {architecture.family} model."
-    )
-
-
-def to_megatron(name: str, parts: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:
-    """The whole Megatron tensor from its Hugging Face parts.
-
-    Query, key and value rows are interleaved by query group: [queries of group g, key g, value g] for each g.
-    """
-    if _is_product(name, "linear_qkv"):
-        groups, width = architecture.num_query_groups, architecture.kv_channels
-        rows = [part.reshape(groups, -1, width, *part.shape[1:]) for part in parts]
-        return torch.cat(rows, dim=1).reshape(-1, *parts[0].shape[1:])
-    return torch.cat(parts, dim=0) if len(parts) > 1 else parts[0]
+    files = WeightFiles(directory)
+    files.check(part.architecture)
+    targets = list(_targets(part))
+    jobs: dict[str, list[_Job]] = defaultdict(list)
+    for target in targets:
+        in_file: dict[str, list[Slice]] = defaultdict(list)
+        for one in target.slices:
+            in_file[files.file_of(one.tensor)].append(one)
+        for file, slices in in_file.items():
+            jobs[file].append((target, slices))
+    num_bytes = sum(files.size_of(one) for target in targets for one in target.slices)
+    line = _Line(title, files, len(jobs), num_bytes, say)
+    read = functools.partial(_read_file, files, line, change or _as_they_are)
+    with torch.no_grad():
+        if any(target.is_quantised for target in targets):  # one at a time, and by the thread that chose the device
+            for file in sorted(jobs):
+                read(file, jobs[file])
+        else:
+            with ThreadPoolExecutor(min(NUM_THREADS, max(1, len(jobs)))) as pool:
+                for _ in pool.map(read, sorted(jobs), [jobs[file] for file in sorted(jobs)]):
+                    pass
+    line.end()
+    return files.bytes_read
 
 
 def to_hf(name: str, tensor: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
-    """The Hugging Face parts of a whole Megatron tensor; undoes `to_megatron`, bit for bit."""
-    if _is_product(name, "linear_qkv"):
+    """The Hugging Face parts of a whole Megatron tensor; undoes what `slices_of` says, bit for bit."""
+    if is_qkv(name):
         groups, width = architecture.num_query_groups, architecture.kv_channels
         queries = architecture.num_attention_heads // groups
         rows = tensor.reshape(groups, queries + 2, width, *tensor.shape[1:])
         return [part.reshape(-1, *tensor.shape[1:]).contiguous() for part in rows.split([queries, 1, 1], dim=1)]
-    if _is_product(name, "linear_fc1"):
+    if is_gate_and_up(name):
         return [part.contiguous() for part in tensor.chunk(2, dim=0)]
     return [tensor]
 
 
-def take_shard(name: str, whole: torch.Tensor, parameter: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """This rank's part of a whole Megatron tensor; rows of a vocabulary that the model lacks are zeros.
-
-    Args:
-        name: Megatron's name.
-        whole: the whole tensor; embedding and head without padding rows.
-        parameter: this rank's parameter: its shape and Megatron's partition marks.
-        rank, size: place on the tensor axis.
-    """
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        rows = parameter.shape[0]
-        mine = whole[rank * rows : (rank + 1) * rows]
-        return torch.nn.functional.pad(mine, (0, 0, 0, rows - mine.shape[0]))
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return whole
-    if "linear_fc1" in name:  # gate and up are cut separately, so that each rank has matching rows of both
-        return torch.cat([half.chunk(size, dim=0)[rank] for half in whole.chunk(2, dim=0)], dim=0)
-    return whole.chunk(size, dim=parameter.partition_dim)[rank]  # type: ignore[attr-defined]
-
-
-def load_weights(part: ModelPart, directory: Path) -> None:
-    """Fills this rank's parameters from a Hugging Face directory.
-
-    Raises:
-        ConfigError: no safetensors, a tensor missing, or one of another shape.
-    """
-    files = WeightFiles(directory)
-    files.check(part.architecture)
-    tensor = part.layout.tensor
-    with torch.no_grad():
-        for name, parameter in part.named_parameters():
-            names = hf_names(name, part.architecture)
-            parts = [files.read(hf_name) for hf_name in names]
-            shard = take_shard(name, to_megatron(name, parts, part.architecture), parameter, tensor.rank, tensor.size)
-            fill(parameter, shard)
-
-
 def hf_state(part: ModelPart) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and tensors of a model that is whole on this rank (one tensor rank, one stage)."""
+    """Hugging Face names and tensors of a model that is whole on this rank (one tensor rank, one stage).
+
+    Adapters are left out.
+    """
     for name, parameter in part.named_parameters():
+        if is_adapter(name):
+            continue
         whole = values_of(parameter)
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in VOCABULARY:
             whole = whole[: part.architecture.vocab_size]
         yield from zip(hf_names(name, part.architecture), to_hf(name, whole, part.architecture), strict=True)
 
 
-def _is_product(name: str, layer: str) -> bool:
-    """Whether a parameter is the weight or bias of a linear layer, not of the norm that came into it."""
-    return layer in name and "layer_norm" not in name
+class _Target:
+    """A parameter and the slices that it is made of.
+
+    Each is written to its place. A parameter in FP8 has no such places: the values are gathered beside it, and go in
+    together when the last slice is there.
+    """
+
+    def __init__(self, parameter: torch.nn.Parameter, slices: Sequence[Slice]) -> None:
+        self.slices = slices
+        self.is_quantised = is_quantised(parameter)
+        self._parameter = parameter
+        self._num_missing = len(slices)
+        self._values: torch.Tensor | None = None if self.is_quantised else parameter.detach()
+
+    def write(self, one: Slice, values: torch.Tensor) -> None:
+        """Copies a slice's values to its place."""
+        if self._values is None:
+            like = self._parameter
+            self._values = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        self._values[one.to : one.to + one.num_rows].copy_(values)
+
+    def count(self, num_slices: int) -> None:
+        """Takes note of slices that are complete."""
+        self._num_missing -= num_slices
+        if self.is_quantised and self._num_missing == 0:
+            assert self._values is not None
+            fill(self._parameter, self._values)
+            self._values = None
+
+
+_Job = tuple[_Target, list[Slice]]
+Change = Callable[[Slice, torch.Tensor], torch.Tensor]
+
+
+def _targets(part: ModelPart) -> Iterator[_Target]:
+    shapes = hf_shapes(part.architecture)
+    for name, parameter in part.named_parameters():
+        if is_adapter(name):
+            continue
+        num_rows, axis = parameter.shape[0], part.layout.expert_tensor if is_expert(name) else part.layout.tensor
+        slices = slices_of(name, part.architecture, shapes, rank=axis.rank, size=axis.size, num_rows=num_rows)
+        num_read = sum(one.num_rows for one in slices)
+        assert num_read == num_rows or name in VOCABULARY, name
+        if num_read < num_rows:
+            parameter.detach()[num_read:].zero_()
+        yield _Target(parameter, slices)
+
+
+def _as_they_are(one: Slice, values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def _read_file(files: WeightFiles, line: _Line, change: Change, file: str, jobs: Iterable[_Job]) -> None:
+    """Reads a file's slices, from its begin to its end, except that one parameter's stay together."""
+    with files.open(file) as handle:
+        place = {tensor: number for number, tensor in enumerate(handle.offset_keys())}
+        in_order = [(target, sorted(slices, key=lambda one: (place[one.tensor], one.start))) for target, slices in jobs]
+        for target, slices in sorted(in_order, key=lambda job: place[job[1][0].tensor]):
+            for one in slices:
+                for chunk in one.in_chunks(max(1, CHUNK_BYTES * one.num_rows // files.size_of(one))):
+                    target.write(chunk, change(chunk, files.read(handle, chunk)))
+                    line.update()
+            target.count(len(slices))
+    line.update(num_files=1)
+
+
+class _Line:
+    """The progress line of loading, for every thread."""
+
+    def __init__(
+        self,
+        title: str,
+        files: WeightFiles,
+        num_files: int,
+        num_bytes: int,
+        say: Callable[[str], None] | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._title, self._files, self._say, self._clock = title, files, say, clock
+        self._num_files, self._num_bytes = num_files, num_bytes
+        self._done = 0
+        self._lock = Lock()
+        self._shown_at = clock()
+        self._is_shown = False
+
+    def update(self, num_files: int = 0) -> None:
+        """Takes note of files that are complete, and shows the line where it is due."""
+        with self._lock:
+            self._done += num_files
+            if self._clock() - self._shown_at >= LINE_INTERVAL_S:
+                self._show()
+
+    def end(self) -> None:
+        """Shows the last state, where an earlier one was shown."""
+        if self._is_shown:
+            self._show()
+
+    def _show(self) -> None:
+        if self._say is not None:
+            read, total = self._files.bytes_read / 1e9, self._num_bytes / 1e9
+            self._say(f"{self._title}: {self._done} of {self._num_files} files, {read:.1f} of {total:.1f} GB")
+        self._shown_at, self._is_shown = self._clock(), True

@@ -1,9 +1,12 @@
-"""The weight files of a Hugging Face directory: what must be in them, and reading one tensor at a time."""
+"""The weight files of a Hugging Face directory: what must be in them, and reading one slice at a time."""
 
 from __future__ import annotations
 
 import json
+import re
+from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -11,11 +14,16 @@ from safetensors import SafetensorError, safe_open
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.hf_slices import Slice, hf_names
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_BUFFERS = re.compile(r".*rotary_emb\.inv_freq")  # that old versions of transformers saved; config.json says the same
+_MAX_NAMED = 3
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a model of this architecture has."""
-    hidden, ffn, width = architecture.hidden_size, architecture.ffn_hidden_size, architecture.kv_channels
+    hidden, width = architecture.hidden_size, architecture.kv_channels
     queries, keys = architecture.num_attention_heads * width, architecture.num_query_groups * width
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
@@ -24,9 +32,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (keys, hidden),
         "self_attn.v_proj.weight": (keys, hidden),
         "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
+        **_feed_forward_shapes(architecture),
     }
     if architecture.add_qkv_bias:
         layer |= {
@@ -47,8 +53,32 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _feed_forward_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The same of one layer's feed-forward network, or of its router and experts."""
+    hidden, ffn, experts = architecture.hidden_size, architecture.ffn_hidden_size, architecture.experts
+    parameters: dict[str, tuple[int, ...]] = {
+        "mlp.linear_fc1.weight": (ffn, hidden),
+        "mlp.linear_fc2.weight": (hidden, ffn),
+    }
+    if experts is not None:
+        parameters = {
+            f"mlp.experts.local_experts.{number}.{name.removeprefix('mlp.')}": shape
+            for number in range(experts.count)
+            for name, shape in parameters.items()
+        } | {"mlp.router.weight": (experts.count, hidden)}
+    layer = "decoder.layers.0."
+    return {
+        part.removeprefix("model.layers.0."): shape
+        for name, shape in parameters.items()
+        for part in hf_names(layer + name, architecture)
+    }
+
+
 class WeightFiles:
     """A directory's safetensors files.
+
+    Attributes:
+        bytes_read: of all slices that were read, in the files' dtypes; headers are not counted.
 
     Raises:
         ConfigError: none there, one that is missing, or one that cannot be read.
@@ -56,6 +86,10 @@ class WeightFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._item_bytes: dict[str, int] = {}
+        self.bytes_read = 0
+        self._lock = Lock()
         index = directory / "model.safetensors.index.json"
         if index.is_file():
             try:
@@ -63,7 +97,7 @@ class WeightFiles:
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{index} cannot be read: {error!r}. Save the model again.") from error
         elif (directory / "model.safetensors").is_file():
-            with self._open("model.safetensors") as handle:
+            with self.open("model.safetensors") as handle:
                 self._files = dict.fromkeys(handle.keys(), "model.safetensors")
         else:
             raise ConfigError(
@@ -72,35 +106,84 @@ class WeightFiles:
             )
 
     def check(self, architecture: Architecture) -> None:
-        """Raises `ConfigError` for the first tensor that is missing or not of the shape that config.json says.
+        """Raises `ConfigError` for tensors that are missing, not as config.json says, or that it does not ask for.
 
-        Reads the files' headers only.
+        Surplus tensors that change nothing are passed over: rotary frequencies, which config.json determines, and the
+        LM head of a model whose head is the embedding. Reads the files' headers only.
         """
         shapes = hf_shapes(architecture)
-        for file in sorted({self._file_of(name) for name in shapes}):
-            with self._open(file) as handle:
+        surplus = set(self._files)
+        for file in sorted({self.file_of(name) for name in shapes}):
+            with self.open(file) as handle:
+                found = set(handle.keys())
+                surplus |= found
                 for name in (name for name in shapes if self._files[name] == file):
-                    found = tuple(handle.get_slice(name).get_shape())
-                    if found != shapes[name]:
-                        raise ConfigError(
-                            f"{self._directory}: {name} has the shape {found}, its config.json says {shapes[name]}. "
-                            "config.json and the weights are not of the same model."
-                        )
+                    if name not in found:
+                        raise self._missing(name)
+                    self._check_tensor(name, handle.get_slice(name), shapes[name])
+        self._refuse_surplus(surplus - shapes.keys(), architecture)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One whole tensor."""
-        with self._open(self._file_of(name)) as handle:
-            return handle.get_tensor(name)
+    def _check_tensor(self, name: str, tensor: Any, expected: tuple[int, ...]) -> None:
+        shape, kept_as = tuple(tensor.get_shape()), tensor.get_dtype()
+        if shape != expected:
+            raise ConfigError(
+                f"{self._directory}: {name} has the shape {shape}, its config.json says {expected}. "
+                "config.json and the weights are not of the same model."
+            )
+        if kept_as not in _ITEM_BYTES:
+            raise ConfigError(
+                f"{self._directory}: {name} is kept as {kept_as}; {', '.join(_ITEM_BYTES)} are read. Choose weights "
+                "that are not quantised."
+            )
+        self._shapes[name], self._item_bytes[name] = shape, _ITEM_BYTES[kept_as]
 
-    def _file_of(self, name: str) -> str:
+    def _refuse_surplus(self, names: set[str], architecture: Architecture) -> None:
+        harmless = {"lm_head.weight"} if architecture.tied else set()
+        surplus = sorted(name for name in names - harmless if not _BUFFERS.fullmatch(name))
+        if surplus:
+            more = f" and {len(surplus) - _MAX_NAMED} more" if len(surplus) > _MAX_NAMED else ""
+            raise ConfigError(
+                f"{self._directory}: config.json does not ask for {', '.join(map(repr, surplus[:_MAX_NAMED]))}{more}, "
+                f"which the weights hold. A {architecture.family} model without them computes something else: "
+                "config.json and the weights are not of the same model."
+            )
+
+    def size_of(self, one: Slice) -> int:
+        """Bytes of a slice, of a directory that `check` has passed."""
+        width = prod(self._shapes[one.tensor][1:]) if one.columns is None else one.columns[1] - one.columns[0]
+        return one.num_rows * width * self._item_bytes[one.tensor]
+
+    def read(self, handle: Any, one: Slice) -> torch.Tensor:
+        """A slice, as a view of the mapped file: the copy reads the disk, and no memory is used before.
+
+        The disk is read in pages and ahead. Of rows that is little more than the slice; of columns, which have a piece
+        in most pages, it is nearly the whole tensor, once for all ranks of a host.
+
+        Args:
+            handle: the open file that the slice's tensor is in.
+            one: rows, and columns where they are not all.
+        """
+        rows = slice(one.start, one.stop)
+        tensor = handle.get_slice(one.tensor)
+        values = tensor[rows] if one.columns is None else tensor[rows, slice(*one.columns)]
+        with self._lock:
+            self.bytes_read += values.nbytes
+        return values
+
+    def file_of(self, name: str) -> str:
+        """The file that a tensor is in."""
         if name not in self._files:
-            raise ConfigError(f"{self._directory}: the weights hold no {name!r}, which config.json asks for.")
+            raise self._missing(name)
         return self._files[name]
 
-    def _open(self, file: str) -> Any:
+    def open(self, file: str) -> Any:
+        """A file as safetensors' handle, which is a context manager."""
         try:
             return safe_open(self._directory / file, "pt")
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"{self._directory / file} cannot be read: {error}. It may be truncated or missing; copy it again."
             ) from error
+
+    def _missing(self, name: str) -> ConfigError:
+        return ConfigError(f"{self._directory}: the weights hold no {name!r}, which config.json asks for.")

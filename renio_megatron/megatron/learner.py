@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
+from renio_megatron.megatron.hf_slices import is_expert
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.pipeline import (
     broadcast_from_last_stage,
@@ -54,9 +55,15 @@ class MegatronLearner:
         *,
         temperature: float,
         pad_id: int,
+        per_token: bool = False,
     ) -> None:
-        """Wraps `part` for training; `temperature` and `head` are the loss's, for `score`."""
+        """Wraps `part` for training; `temperature` and `head` are the loss's, for `score`.
+
+        `per_token` says whether the loss's denominators count completion tokens or sequences, for the routers.
+        """
         self.part = part
+        if part.routing is not None:
+            part.routing.per_token = per_token
         self._head = head
         self._train = train
         self._temperature = temperature
@@ -123,6 +130,8 @@ class MegatronLearner:
         for tally in tallies:
             total.merge(tally)
         metrics = reduce_tally(total, self.part.layout)
+        if self.part.routing is not None:
+            metrics |= self.part.routing.metrics()
         skipped = {"train/skipped_frac": 0.0} if skip else {}
         return {**metrics, **skipped, "grad_norm": float(grad_norm), "lr": lr}
 
@@ -139,12 +148,17 @@ class MegatronLearner:
         self._accumulate(micro_batches, loss, 0)
         self._require_finite(self._bad_gradient(), 0)
         layout = self.part.layout
-        if not (layout.data.is_first and layout.context.is_first):
-            return {}
+        is_first = layout.data.is_first and layout.context.is_first
+
+        def is_own(name: str, parameter: Any) -> bool:
+            if is_expert(name):  # other ranks than of the rest of its layer hold copies of it
+                return layout.expert_data.is_first
+            return is_first and param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+
         return {
             name: parameter.main_grad.detach().float().cpu().clone()  # type: ignore[attr-defined]
-            for name, parameter in self.part.named_parameters()
-            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+            for name, parameter in self.part.trained_parameters()
+            if is_own(name, parameter)
         }
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, step: int) -> list[Tally]:
@@ -168,7 +182,13 @@ class MegatronLearner:
             self._denominator += denominator
             return total, tally
 
-        return run_forward_backward(part, self.models, micro_batches, loss_of)
+        if part.routing is None:
+            return run_forward_backward(part, self.models, micro_batches, loss_of)
+        part.routing.begin_step()
+        try:
+            return run_forward_backward(part, self.models, micro_batches, loss_of)
+        finally:
+            part.routing.end_step()
 
     def _gather_parameters(self) -> None:
         """Every rank's share of the weights, everywhere: with overlap_param_gather they are stale after a step.
@@ -201,7 +221,7 @@ class MegatronLearner:
         bad = torch.zeros((), device=self.part.layout.device)
         name = None
         if not finite:
-            named = self.part.named_parameters()
+            named = self.part.trained_parameters()
             name = next((n for n, p in named if not bool(torch.isfinite(p.main_grad).all())), None)  # type: ignore
             bad += name is not None
         dist.all_reduce(bad)

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +31,21 @@ from renio_megatron.megatron.backend import (
     resolve_backend,
 )
 from renio_megatron.megatron.fp8_emulation import emulate_fp8
+from renio_megatron.megatron.lora import add_lora, check_backend
+from renio_megatron.megatron.moe import (
+    Routing,
+    check_mixture,
+    mark_experts,
+    mixture_settings,
+    watch_routers,
+    whole_model_name,
+)
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
 from renio_megatron.records import LmHead
-from renio_megatron.settings import ParallelConfig, PrecisionConfig, TrainConfig
+from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 
@@ -63,7 +72,9 @@ class ModelPart:
         shard: this rank's columns of the LM head.
         layout: this rank's place.
         backend: what its layers are made of, `te` or `local`.
+        lora: what its adapters are; there are none where `r` is None.
         fp8_multiple: what the tokens of a pass over this rank's layers must be a multiple of; 1 without FP8.
+        routing: of the routers of a trained model with experts; else None.
         settle: makes the weights current, where they lag behind the optimiser; called before every use but training's.
     """
 
@@ -73,16 +84,24 @@ class ModelPart:
     shard: VocabShard
     layout: Layout
     backend: str = "local"
+    lora: LoraConfig = field(default_factory=LoraConfig)
     fp8_multiple: int = 1
+    routing: Routing | None = None
     settle: Callable[[], None] = lambda: None
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters of this rank; layers have the numbers that they have in the whole model."""
+        """Parameters of this rank; layers and experts have the numbers that they have in the whole model."""
+        first_expert = self.layout.expert.rank * ((self.config.num_moe_experts or 0) // self.layout.expert.size)
         for stage, chunk in enumerate(self.chunks):
             offset = get_transformer_layer_offset(self.config, vp_stage=stage if len(self.chunks) > 1 else None)
             for name, parameter in chunk.named_parameters():
                 match = _LAYER.fullmatch(name)
-                yield f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name, parameter
+                whole_name = f"{match[1]}{int(match[2]) + offset}{match[3]}" if match else name
+                yield whole_model_name(whole_name, first_expert), parameter
+
+    def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Those of `named_parameters` that have a gradient: all of a student's, or its adapters'."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode."""
@@ -234,6 +253,7 @@ def transformer_config(
         # Interleaved stages with batched sends run, and their gradients are silently wrong.
         overlap_p2p_comm=interleaved is not None,
         batch_p2p_comm=interleaved is None,
+        **mixture_settings(architecture, parallel),
         # Packed rows differ in length. Megatron allows that to this dispatcher only, also where there are no experts.
         variable_seq_lengths=train.max_tokens_per_micro_batch is not None,
         moe_token_dispatcher_type="alltoall",
@@ -257,6 +277,7 @@ def build_model(
     parallel: ParallelConfig,
     train: TrainConfig,
     precision: PrecisionConfig | None = None,
+    lora: LoraConfig | None = None,
     *,
     vocab_size: int,
     trained: bool = True,
@@ -270,18 +291,26 @@ def build_model(
         train: dtype, packing, recomputation, and the seed of the weights.
         precision: what the layers are built of and compute in; None: the defaults. What a GPU or a shape does not
             allow is a ConfigError.
+        lora: adapters, beside which everything is frozen; None: none.
         vocab_size: V of the loss. A teacher gets the student's, so that both heads are cut at the same edges.
         trained: False for a model that only runs forward.
         initialise: draw random weights, the same for every tensor-parallel size; False where all weights are loaded
             next: they are whatever the device's memory held, and nothing is made or drawn on the host.
     """
-    precision = precision or PrecisionConfig()
-    backend = resolve_backend(precision, layout.device, bf16=train.bf16)
+    precision, lora = precision or PrecisionConfig(), lora or LoraConfig()
+    backend = resolve_backend(precision, layout.device, bf16=train.bf16, has_adapters=lora.r is not None)
     check_model(architecture, parallel, train, precision, backend, layout.device)
+    check_backend(lora, backend)
+    check_mixture(architecture, precision, backend)
     config = transformer_config(
         architecture, parallel, train, precision, trained=trained, initialise=initialise, backend=backend
     )
-    config.gradient_accumulation_fusion = trained and can_fuse_weight_gradients(layout.device, bf16=train.bf16)
+    # An expert may have no token at all, of which the fused product is not known to make anything.
+    can_fuse = architecture.experts is None and can_fuse_weight_gradients(layout.device, bf16=train.bf16)
+    config.gradient_accumulation_fusion = trained and can_fuse
+    routing = None
+    if trained and architecture.experts is not None:
+        routing = Routing(architecture, layout, train.moe_aux_loss_coeff, sequence_parallel=parallel.sequence_parallel)
     padded = padded_vocab_size(vocab_size, parallel)
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()
@@ -305,7 +334,11 @@ def build_model(
                 vp_stage=vp_stage,
             )
         emulate_fp8(chunk.decoder, precision)
-        if config.use_cpu_initialization:  # else they were made where they belong
+        add_lora(chunk, lora, seed=train.seed)
+        mark_experts(chunk)
+        if routing is not None:
+            watch_routers(chunk, routing)
+        if config.use_cpu_initialization or architecture.experts is not None:  # else they were made where they belong
             chunk.to(layout.device)
         if chunk.post_process:
             layer_class = type(chunk.output_layer)
@@ -316,7 +349,17 @@ def build_model(
     start = layout.tensor.rank * width
     shard = VocabShard(start, start + width, vocab_size, layout.tensor.group)
     multiple = fp8_multiple(precision)
-    return ModelPart(tuple(chunks), config, architecture, shard, layout, backend=backend, fp8_multiple=multiple)
+    return ModelPart(
+        tuple(chunks),
+        config,
+        architecture,
+        shard,
+        layout,
+        backend=backend,
+        lora=lora,
+        fp8_multiple=multiple,
+        routing=routing,
+    )
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

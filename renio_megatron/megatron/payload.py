@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.parallel.batch import sum_pieces
+from renio_megatron.parallel.layout import Axis
+from renio_megatron.parallel.vocab import gather_in_rank_order
 from renio_megatron.records import MicroBatch, Rollout
 
 
@@ -52,6 +54,48 @@ class Kept(Payload):
     def fetch(self, number: int) -> torch.Tensor:
         """A copy on the device, or the tensor itself where it waits there."""
         return self._parts[number].to(self._device, non_blocking=True)
+
+
+class Scattered(Payload):
+    """Hidden states of which each tensor rank keeps a piece; they meet where the loss wants them.
+
+    The ranks of the tensor group fetch in the same order.
+    """
+
+    def __init__(
+        self, pieces: Sequence[torch.Tensor], lengths: Sequence[int], axis: Axis, device: torch.device
+    ) -> None:
+        """Pieces of micro-batches of `lengths` rows, cut as `gather_pieces` says, among the ranks of `axis`."""
+        super().__init__(len(pieces))
+        self._pieces, self._lengths, self._axis, self._device = pieces, lengths, axis, device
+
+    @property
+    def piece_bytes(self) -> list[int]:
+        """What each takes where it waits."""
+        return [piece.numel() * piece.element_size() for piece in self._pieces]
+
+    @property
+    def whole_bytes(self) -> list[int]:
+        """What each takes on the device where the loss reads it, beside the pieces; nothing where they are whole."""
+        if self._axis.size == 1 and all(piece.device == self._device for piece in self._pieces):
+            return [0]
+        row = self._pieces[0].shape[1] * self._pieces[0].element_size()
+        return [length * row for length in self._lengths]
+
+    def fetch(self, number: int) -> torch.Tensor:
+        """The piece and those of the other ranks; one collective."""
+        piece = self._pieces[number].to(self._device, non_blocking=True)
+        return gather_pieces(piece, self._lengths[number], self._axis)
+
+
+def gather_pieces(piece: torch.Tensor, length: int, axis: Axis) -> torch.Tensor:
+    """Rows [length, width] from the pieces of the ranks, of which the first have ceil(length / ranks) each."""
+    if axis.size == 1:
+        return piece
+    size = -(-length // axis.size)
+    padded = piece.new_zeros(size, *piece.shape[1:])
+    padded[: len(piece)] = piece
+    return gather_in_rank_order(padded, axis.group).flatten(0, 1)[:length]
 
 
 class Recomputed(Payload):

@@ -28,7 +28,10 @@ def run_forward(part: ModelPart, micro_batches: Sequence[MicroBatch], on_rows: O
 
     part.settle()
     with torch.no_grad():
-        return _run(part, part.chunks, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+        found = _run(part, part.chunks, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+    for chunk in part.chunks:  # which would keep what the stage before it sent last
+        chunk.set_input_tensor([None])
+    return found
 
 
 def run_forward_backward(
@@ -91,6 +94,8 @@ def _run(
 ) -> list[Any]:
     def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         index, micro_batch = next(iterator)
+        if part.routing is not None and not how["forward_only"]:
+            part.routing.begin(micro_batch)
         packing = {}
         if micro_batch.boundaries is not None:
             packing["packed_seq_params"] = packing_of(micro_batch.boundaries, micro_batch.token_ids.device)

@@ -59,11 +59,28 @@ class MegatronSampler:
                 chosen = mine[start : start + size]
                 decoded = self._decode([prompts[i] for i in chosen], decoding, stream)
                 rollouts.update(zip(chosen, decoded, strict=True))
+            self._accompany()
         if context.size > 1:
             everyones: list[dict[int, Rollout]] = [{} for _ in range(context.size)]
             dist.all_gather_object(everyones, rollouts, group=context.group)
             rollouts = {i: rollout for part in everyones for i, rollout in part.items()}
         return [rollouts[i] for i in range(len(prompts))]
+
+    def _any_goes_on(self, goes_on: bool) -> bool:
+        """Whether a rank that shares experts with this one makes another pass; each asks before each of its passes."""
+        experts = self._part.layout.experts
+        if self._part.architecture.experts is None or experts.size == 1:
+            return goes_on
+        flag = torch.tensor(float(goes_on), device=self._part.layout.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=experts.group)
+        return bool(flag)
+
+    @torch.no_grad()
+    def _accompany(self) -> None:
+        """Passes over a token of no one, as long as others decode: their tokens go through this rank's experts."""
+        nothing = torch.full((1, 1), self._pad_id, dtype=torch.int64, device=self._part.layout.device)
+        while self._any_goes_on(False):
+            self._forward(nothing, 0, StaticInferenceContext(1, 2))
 
     @torch.no_grad()
     def _decode(self, prompts: list[Prompt], decoding: Decoding, stream: tuple[int, ...]) -> list[Rollout]:
@@ -83,6 +100,7 @@ class MegatronSampler:
 
         fed, known = 0, int(lengths.min())
         while known < total and not bool(ended.all()):
+            self._any_goes_on(True)
             hidden = self._forward(tokens[:, fed:known], fed, cache)
             drawn = torch.zeros(count, dtype=torch.int64, device=device)
             if hidden is not None:

@@ -40,7 +40,9 @@ def block_spec(config: TransformerConfig, stage: int | None, backend: str) -> Tr
 
 def _local(config: TransformerConfig) -> tuple[ModuleSpec, type]:
     """Megatron's local layer with our norm and attention put in through its public fields, and the final norm."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

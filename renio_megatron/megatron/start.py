@@ -8,19 +8,29 @@ import logging
 import os
 import time
 import warnings
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.megatron import cpu
-from renio_megatron.parallel.layout import Axis, Layout, backend_and_device
+from renio_megatron.megatron.groups import forget_groups, make_groups, present_layout
+from renio_megatron.parallel.bridge import Bridge, join_two_worlds
+from renio_megatron.parallel.layout import Layout, backend_and_device
 from renio_megatron.settings import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
 
-def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = False) -> Layout:
+def start(
+    parallel: ParallelConfig,
+    *,
+    seed: int,
+    deterministic_mode: bool = False,
+    scorers: ParallelConfig | None = None,
+    num_scorers: int = 0,
+) -> Layout:
     """Initialises torch.distributed and Megatron's process groups; returns this rank's layout.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. May be called again in the
@@ -30,6 +40,9 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
         parallel: sizes of the model axes; the data-parallel size is what remains of the world.
         seed: of Megatron's random-number trackers.
         deterministic_mode: let torch and the kernels of the loss choose nothing that differs from run to run.
+        scorers: layout of the last ranks, which only score, in a world of their own; the data-parallel size is what
+            remains of them.
+        num_scorers: how many they are; none where there is no such layout.
 
     Raises:
         LayoutError: sizes that do not divide the world.
@@ -42,7 +55,6 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA is first used
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # read by Transformer Engine's attention
         torch.use_deterministic_algorithms(True)
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     backend, device = backend_and_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -52,37 +64,33 @@ def start(parallel: ParallelConfig, *, seed: int, deterministic_mode: bool = Fal
     if not dist.is_initialized():
         _check_address()
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-        dist.init_process_group(backend, timeout=timeout)
+        if num_scorers:
+            _bridges[:] = [join_two_worlds(backend, timeout, num_scorers)]
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     rendezvous_seconds = time.monotonic() - begin
-    world_size = dist.get_world_size()
+    world_size, is_scorer = dist.get_world_size(), False
+    if num_scorers:
+        assert scorers is not None
+        is_scorer = bridge().axis.rank >= bridge().axis.size - num_scorers
+        parallel = scorers if is_scorer else parallel
     if world_size % parallel.model_ranks:
         raise LayoutError(
             f"one copy of the model takes {parallel.model_ranks} ranks (tensor x pipeline x context), which does not "
             f"divide the {world_size} ranks of this job. Start a multiple of {parallel.model_ranks}."
         )
-    sizes = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-    }
-    # Groups are never given back by torch, so a second run in the same layout keeps the first one's.
-    if not (parallel_state.model_parallel_is_initialized() and sizes == _present_sizes()):
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        minutes = parallel.distributed_timeout_minutes
-        parallel_state.initialize_model_parallel(**sizes, distributed_timeout_minutes=minutes)
+    make_groups(parallel)
     # No layer draws random numbers in training (dropout is 0), so the null tracker serves, on the CPU as well.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
-    return Layout(
-        rank=dist.get_rank(),
-        world_size=world_size,
-        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
-        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
-        data=_axis(parallel_state.get_data_parallel_group()),
-        context=_axis(parallel_state.get_context_parallel_group()),
-        device=device,
-        rendezvous_seconds=rendezvous_seconds,
-    )
+    return replace(present_layout(device, rendezvous_seconds), is_scorer=is_scorer)
+
+
+_bridges: list[Bridge] = []
+
+
+def bridge() -> Bridge:
+    """What joins the ranks that train and those that only score, where `start` made two worlds of them."""
+    return _bridges[0]
 
 
 def _check_address() -> None:
@@ -94,16 +102,6 @@ def _check_address() -> None:
             f"a rank needs {', '.join(names)}; {', '.join(missing)} is not set. torchrun sets them all, and under srun "
             "renio takes them from Slurm's variables; otherwise set them: the address and a free port of rank 0's node."
         )
-
-
-def _present_sizes() -> dict[str, int]:
-    from megatron.core import parallel_state
-
-    return {
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
-    }
 
 
 def check_transformer_engine() -> bool:
@@ -134,7 +132,5 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _axis(group: dist.ProcessGroup) -> Axis:
-    return Axis(group.size(), group.rank(), group, tuple(dist.get_process_group_ranks(group)))
+    forget_groups()
+    _bridges.clear()

@@ -57,13 +57,20 @@ def whole_sequences(chunk: torch.nn.Module) -> Iterator[None]:
             module.set_context_parallel_group(group, ranks, stream, kind)
 
 
-def fill(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
-    """Copies values into a parameter, whatever it is kept in.
+def is_quantised(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter is kept in FP8: its values must be given at once, with `fill`."""
+    return is_float8tensor(parameter)
 
-    Transformer Engine keeps the random initial values of a parameter in FP8, for Megatron's optimiser to begin its
-    fp32 copy with; they become these.
+
+def fill(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Copies values into a parameter that is kept in FP8.
+
+    Transformer Engine keeps the random initial values of such a parameter, for Megatron's optimiser to begin its fp32
+    copy with; they become these.
+
+    Args:
+        values: of the parameter's shape, dtype and device.
     """
-    values = values.to(parameter.device, parameter.dtype)
     parameter.copy_(values)
     if getattr(parameter, "_high_precision_init_val", None) is not None:
         parameter._high_precision_init_val = values.cpu()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A frozen model that scores completions: no DDP buffers, no optimiser state, no gradient."""
+"""A model that scores completions: no gradient, and the final hidden states that the loss will want."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
-from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.payload import Kept, Recomputed, align
 from renio_megatron.megatron.pipeline import run_forward, share_tokens
+from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
 from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
@@ -19,13 +19,16 @@ from renio_megatron.token_logp import linear_token_logp
 class MegatronTeacher:
     """Reads the teacher's view of each prompt and the student's completion.
 
+    Attributes:
+        weights: what it is made of.
+
     Of its pass only the final hidden states at completion rows are kept; the loss applies the LM head to them chunk by
     chunk.
     """
 
     def __init__(
         self,
-        part: ModelPart,
+        weights: TeacherWeights,
         train: TrainConfig,
         head: HeadConfig,
         *,
@@ -33,20 +36,29 @@ class MegatronTeacher:
         pad_id: int,
         payload_device: str = "device",
     ) -> None:
-        """Freezes `part`; log-probabilities are at `temperature`, hidden states wait at `payload_device`."""
-        for chunk in part.chunks:
-            chunk.requires_grad_(False)
-        part.train(False)
-        self._part = part
+        """What scores is `weights`; log-probabilities are at `temperature`, hidden states wait at `payload_device`."""
+        # With other weights than a frozen model's no pass is possible in the middle of the student's step.
+        assert type(weights) is TeacherWeights or payload_device != "recompute"
+        part = weights.part
+        self.weights, self._part = weights, part
         self._head_config = head
         self._temperature = temperature
         self._payload_device = payload_device
         self._arrangement = part.arrangement(pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch)
 
     @property
+    def averages(self) -> Averages:
+        """What a checkpoint must hold of it."""
+        return self.weights.averages
+
+    @property
     def head(self) -> LmHead:
         """The LM head, cut at the student's columns."""
-        return self._part.head()
+        return self.weights.head
+
+    def after_update(self, *, skipped: bool) -> None:
+        """Follows the student, where the teacher does; `skipped`: its step was left out."""
+        self.weights.after_update(skipped=skipped)
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
         """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
@@ -64,7 +76,8 @@ class MegatronTeacher:
             logp = linear_token_logp(rows, part.head(), micro_batch.target_ids, self._head_config, self._temperature)
             return logp, self._place(rows)
 
-        kept = run_forward(part, micro_batches, keep)
+        with self.weights.in_place():
+            kept = run_forward(part, micro_batches, keep)
         logp = share_tokens([logp for logp, _ in kept], micro_batches, layout)
         if not bool(torch.isfinite(logp).all()):
             raise NumericsError(
@@ -81,6 +94,9 @@ class MegatronTeacher:
         payload = Kept(align(rows, micro_batches, student_batches, layout.context.group), layout.device)
         sizes = payload.part_bytes
         return TeacherScores(logp, payload, max(sizes) if self._payload_device == "host" else sum(sizes))
+
+    def close(self) -> None:
+        """Nothing to do: nobody waits for this teacher."""
 
     def _arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         micro_batches = collate(rollouts, view="teacher", arrangement=self._arrangement)

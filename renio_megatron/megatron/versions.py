@@ -8,6 +8,7 @@
 | words on stderr about deprecation | few | more; `cli/launch.py` sets their loggers to errors |
 | what a checkpoint holds once, whatever its ranks | in `common.pt` | with the tensors, as `common_state` |
 | who writes an asynchronous checkpoint | Megatron itself | nvidia-resiliency-ext, unless told: `own_writer` |
+| the router's product without Transformer Engine | a NameError: `define_missing_gemm` | plain torch |
 | `AsyncCallsQueue(persistent=True)` | hangs without CUDA | not used |
 """
 
@@ -20,12 +21,22 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.transformer.moe import moe_utils
 
 
 def own_writer() -> dict[str, str]:
     """Arguments of `dist_checkpointing.save` that leave the writing to Megatron itself, where it has to be told."""
     told = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if told else {}
+
+
+def define_missing_gemm() -> None:
+    """Says that there is no product of Transformer Engine's for routers, where Megatron asks for one it never imported.
+
+    It asks `te_general_gemm is not None`, on a GPU as on a CPU.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def make_adam_loadable(optimizer: Any) -> None:

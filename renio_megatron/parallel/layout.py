@@ -41,8 +41,12 @@ class Layout:
     Attributes:
         rank, world_size: global.
         tensor, pipeline, data, context: the axes; `data` never holds context-parallel ranks.
+        expert, expert_tensor, expert_data: the axes of a stage's experts: among different ones, within one, and among
+            copies of the same. They part the same ranks as tensor, context and data do.
+        experts: all ranks that hold one copy of a stage's experts, expert x expert_tensor.
         device: where this rank computes.
         rendezvous_seconds: from this rank's call to join the world until all had come.
+        is_scorer: whether this rank is one that only scores, in a world of such ranks.
     """
 
     rank: int = 0
@@ -51,13 +55,18 @@ class Layout:
     pipeline: Axis = Axis()
     data: Axis = Axis()
     context: Axis = Axis()
+    expert: Axis = Axis()
+    expert_tensor: Axis = Axis()
+    expert_data: Axis = Axis()
+    experts: Axis = Axis()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rendezvous_seconds: float = 0.0
+    is_scorer: bool = False
 
     @property
     def is_main(self) -> bool:
         """Whether this rank speaks for the job: logs, metrics, files."""
-        return self.rank == 0
+        return self.rank == 0 and not self.is_scorer
 
 
 def backend_and_device(local_rank: int) -> tuple[str, torch.device]:

@@ -1,7 +1,8 @@
 """What layers keep of a forward pass until the backward pass, and what a pass holds for a moment: bytes of one rank.
 
 The formulas list, tensor by tensor, what autograd saves in this package's layer: Megatron's local spec with torch's
-norm and attention (`megatron/model.py`, `megatron/attention.py`), and Megatron's unfused gated MLP. They are compared
+norm and attention (`megatron/model.py`, `megatron/attention.py`), and Megatron's unfused gated MLP. Beside adapters
+the weights are frozen: a product keeps its input only for an adapter that reads it, too. They are compared
 with autograd's own list in tests/test_plan.py. The pipeline's formulas are Megatron's `get_pp_rank_microbatches`
 (`pipeline_parallel/schedules.py`).
 """
@@ -48,18 +49,27 @@ def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False)
     """What one layer keeps for its backward pass; `selective` computes the core attention again."""
     it, tokens, element = model.architecture, pieces.tokens, pieces.element
     queries, groups = _widths(model, pieces)
-    hidden = tokens * it.hidden_size // pieces.share
+    hidden, is_frozen = tokens * it.hidden_size // pieces.share, model.is_frozen
     # Both norms' inputs, and their outputs as inputs of the two column-parallel layers.
-    kept = 2 * (_norm_bytes(hidden, it.hidden_size, pieces) + hidden * element)
+    kept = 2 * _norm_bytes(hidden, it.hidden_size, pieces, is_frozen=is_frozen)
+    kept += hidden * element * (_reads(model, "q_proj", "k_proj", "v_proj") + _reads(model, "gate_proj", "up_proj"))
     # The values are a view of the joint projection, which they keep alive.
-    kept += tokens * (queries + 2 * groups) * element
+    kept += tokens * _projection_width(model, pieces) * element
     if it.qk_layernorm:
         copied = it.num_query_groups > pieces.tensor  # several groups' queries are not contiguous in the projection
-        kept += _norm_bytes(tokens * queries, it.kv_channels, pieces, is_copy=copied)
-        kept += _norm_bytes(tokens * groups, it.kv_channels, pieces, is_copy=False)
+        kept += _norm_bytes(tokens * queries, it.kv_channels, pieces, is_copy=copied, is_frozen=is_frozen)
+        kept += _norm_bytes(tokens * groups, it.kv_channels, pieces, is_copy=False, is_frozen=is_frozen)
     kept += 4 * pieces.row_length * it.kv_channels * element  # cosines and sines, for queries and for keys
     kept += _attention_bytes(model, pieces, selective=selective)
-    return kept + _mlp_bytes(model, pieces)
+    return kept + _mlp_bytes(model, pieces) + _adapter_bytes(model, pieces)
+
+
+def untouched_bytes(model: PlannedModel, pieces: Pieces) -> int:
+    """What the first layer's first norm would keep, and does not where the embedding before it is frozen."""
+    if not model.is_frozen:
+        return 0
+    hidden = pieces.tokens * model.architecture.hidden_size // pieces.share
+    return _norm_bytes(hidden, model.architecture.hidden_size, pieces, is_frozen=True)
 
 
 def checkpoint_bytes(model: PlannedModel, pieces: Pieces) -> int:
@@ -93,7 +103,8 @@ def chunk_bytes(model: PlannedModel, pieces: Pieces, train: TrainConfig, num_lay
 def final_norm_bytes(model: PlannedModel, pieces: Pieces) -> int:
     """What the norm after the last layer keeps, and its output."""
     hidden = tokens_bytes(model, pieces) // pieces.element // pieces.share
-    return _norm_bytes(hidden, model.architecture.hidden_size, pieces) + hidden * pieces.element
+    norm = _norm_bytes(hidden, model.architecture.hidden_size, pieces, is_frozen=model.is_frozen)
+    return norm + hidden * pieces.element
 
 
 def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, num_micro_batches: int) -> int:
@@ -121,7 +132,7 @@ def forward_bytes(model: PlannedModel, pieces: Pieces) -> int:
     queries, groups = _widths(model, pieces)
     hidden = tokens * it.hidden_size
     around = 2 * hidden // pieces.share
-    attention = tokens * (queries + 2 * groups + 4 * queries + 2 * groups)
+    attention = tokens * (_projection_width(model, pieces) + 4 * queries + 2 * groups)
     return (around + max(attention, _mlp_entries(model, pieces) + hidden)) * pieces.element
 
 
@@ -136,18 +147,28 @@ def _widths(model: PlannedModel, pieces: Pieces) -> tuple[int, int]:
     it = model.architecture
     return (
         it.num_attention_heads * it.kv_channels // pieces.tensor,
-        it.num_query_groups * it.kv_channels // pieces.tensor,
+        max(1, it.num_query_groups // pieces.tensor) * it.kv_channels,
     )
 
 
-def _norm_bytes(entries: int, width: int, pieces: Pieces, *, is_copy: bool = True) -> int:
+def _projection_width(model: PlannedModel, pieces: Pieces) -> int:
+    """Of queries, keys and values together; with fewer groups than tensor ranks Megatron gathers those of all."""
+    it = model.architecture
+    queries, groups = _widths(model, pieces)
+    if it.num_query_groups < pieces.tensor:
+        return (it.num_attention_heads + 2 * it.num_query_groups) * it.kv_channels
+    return queries + 2 * groups
+
+
+def _norm_bytes(entries: int, width: int, pieces: Pieces, *, is_copy: bool = True, is_frozen: bool = False) -> int:
     """What RMSNorm saves of `entries` numbers: its input, one scale a row, and where it is not fused the result before
-    the weight, both in fp32. An input that something else keeps alive anyway (`is_copy=False`) costs nothing."""
+    the weight, both in fp32. An input that something else keeps alive anyway (`is_copy=False`) costs nothing, nor does
+    the result where the weight is frozen."""
     scales = 4 * (entries // width)
     if pieces.fused_norm:
         return scales + (entries * pieces.element if is_copy else 0)
     is_widened = pieces.element < 4
-    return scales + 4 * entries + (4 * entries if is_copy or is_widened else 0)
+    return scales + (0 if is_frozen else 4 * entries) + (4 * entries if is_copy or is_widened else 0)
 
 
 def _attention_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool) -> int:
@@ -158,7 +179,9 @@ def _attention_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool) ->
     """
     tokens, element = pieces.tokens, pieces.element
     queries, groups = _widths(model, pieces)
-    kept = tokens * queries * element  # the output, as the input of the projection
+    # The output, as the input of the projection; torch's attention keeps the same tensor, where it is not joined.
+    is_kept = _reads(model, "o_proj") or not (pieces.rows_joined or selective)
+    kept = tokens * queries * element if is_kept else 0
     sums = 4 * tokens * model.architecture.num_attention_heads // pieces.tensor
     own_output = tokens * queries * element if pieces.rows_joined else 0
     if pieces.context == 1 or selective:
@@ -181,4 +204,29 @@ def _mlp_entries(model: PlannedModel, pieces: Pieces) -> int:
 
 
 def _mlp_bytes(model: PlannedModel, pieces: Pieces) -> int:
-    return _mlp_entries(model, pieces) * pieces.element
+    product = pieces.tokens * model.architecture.ffn_hidden_size // pieces.tensor
+    entries = _mlp_entries(model, pieces) - (0 if _reads(model, "down_proj") else product)
+    return entries * pieces.element
+
+
+def _reads(model: PlannedModel, *targets: str) -> bool:
+    """Whether the backward pass reads the input of a product that computes these: for its weight, or for adapters."""
+    return not model.is_frozen or any(name in model.lora.names for name in targets)
+
+
+def _adapter_bytes(model: PlannedModel, pieces: Pieces) -> int:
+    """A x of each adapter, and the joint A of those that read the same input."""
+    if not model.is_frozen:
+        return 0
+    assert model.lora.r is not None
+    it, rank, found = model.architecture, model.lora.r, 0
+    joint = {
+        ("q_proj", "k_proj", "v_proj"): (it.hidden_size, pieces.tokens),
+        ("o_proj",): (it.num_attention_heads * it.kv_channels // pieces.tensor, pieces.tokens // pieces.share),
+        ("gate_proj", "up_proj"): (it.hidden_size, pieces.tokens),
+        ("down_proj",): (it.ffn_hidden_size // pieces.tensor, pieces.tokens // pieces.share),
+    }
+    for targets, (width, tokens) in joint.items():
+        count = sum(name in model.lora.names for name in targets)
+        found += count * rank * (width + tokens) * pieces.element
+    return found

@@ -17,8 +17,9 @@ from renio_megatron.plan.activations import (
     final_norm_bytes,
     forward_bytes,
     tokens_bytes,
+    untouched_bytes,
 )
-from renio_megatron.plan.models import PlannedModel, fp8_entries, rank_tensors
+from renio_megatron.plan.models import PlannedModel, adapter_tensors, fp8_entries, rank_tensors
 from renio_megatron.settings import PrecisionConfig
 
 RESERVE = 0.1
@@ -82,7 +83,7 @@ def plan_memory(
 
     Args:
         config: the recipe, checked against `world_size` and the models.
-        student, teacher: for teacher.kind=self the same one twice.
+        student, teacher: for teachers that are the student the same one twice; the student with config.lora.
         world_size: ranks of the job.
         fused_norm: as torch computes norms on CUDA; False on a CPU.
     """
@@ -152,24 +153,27 @@ class _Rank:
         self._vocab = min(student.architecture.vocab_size, teacher.architecture.vocab_size)
         self._width = padded_vocab_size(self._vocab, parallel) // parallel.tensor_model_parallel_size
         self._element = work.pieces.element
+        self._is_own_teacher = student.is_frozen and config.teacher.kind == "initial"
         # fp32 logits of either model; bf16 ones where the recipe asks for them.
         self._logit = 4 if config.head.logits_dtype == "fp32" else self._element
 
     def memory(self) -> RankMemory:
         """Everything."""
         tensors = self._tensors(self._student, self._chunks)
+        adapters = adapter_tensors(self._student, self._config.parallel, num_chunks=self._chunks)
+        trained = adapters if self._student.is_frozen else tensors
         frozen = sum(self._tensors(self._teacher, 1))
         copies, saved = self._fp8_copies(), self._fp8_savings()
         held = {
-            "parameters": sum(tensors) * self._element,
+            "parameters": sum(tensors + adapters) * self._element,
             **({"parameters in FP8": copies} if copies else {}),
-            "gradients": self._buffer(tensors) * 4,
-            "optimiser": self._optimised(tensors) * (12 if self._config.train.bf16 else 8),
-            "teacher's parameters": frozen * self._element - saved,
+            "gradients": self._buffer(trained) * 4,
+            "optimiser": self._optimised(trained) * (12 if self._config.train.bf16 else 8),
+            **self._teachers(frozen * self._element - saved, trained),
         }
         if self._work.pieces.sequence_parallel:  # Megatron gathers into one buffer and keeps it
             held["gathered sequence"] = max(tokens_bytes(model, self._work.pieces) for model in self._models)
-        phases = {"sampling": self._sampling(), "teacher": self._scoring(self._teacher)}
+        phases = {"sampling": self._sampling(), "teacher": self._scoring(self._teacher) | self._moved(frozen, trained)}
         if self._is_last and self._work.is_realigned and self._config.teacher.payload_device == "device":
             ordered = self._work.step_tokens * self._teacher.architecture.hidden_size * self._element
             phases["ordering"] = {"payload": self._payload(), "copy": ordered}
@@ -178,9 +182,9 @@ class _Rank:
         kept, again = self._activations()
         if self._is_last:
             phases["loss"] = self._loss(kept)
-        phases["backward"] = self._backward(tensors, kept, again)
+        phases["backward"] = self._backward(trained, kept, again)
         # torch's AdamW makes the roots of all second moments at once.
-        phases["step"] = {"payload": self._payload(), "temporaries": self._optimised(tensors) * 4}
+        phases["step"] = {"payload": self._payload(), "temporaries": self._optimised(trained) * 4}
         return RankMemory(self._rank, held, phases)
 
     def _fp8_copies(self) -> int:
@@ -199,6 +203,29 @@ class _Rank:
         config = self._config
         entries = fp8_entries(self._teacher, config.parallel, config.teacher_precision, self._rank)
         return entries * self._element - _with_scales(entries, config.teacher_precision)
+
+    def _teachers(self, own: int, tensors: Sequence[int]) -> dict[str, int]:
+        """What is there of the teacher all the time; `own` bytes where it has weights of its own."""
+        if self._is_own_teacher:
+            return {"teacher's parameters": 0}
+        kind, head = self._config.teacher.kind, self._width * self._teacher.architecture.hidden_size * self._is_last
+        if kind == "current":
+            return {}
+        if kind == "ema":  # in fp32, and the head that the loss reads where it is trained and narrower
+            is_copied = self._element < 4 and not self._student.is_frozen
+            return {"teacher's average": sum(tensors) * 4 + (head * self._element if is_copied else 0)}
+        if self._config.teacher.offload is not None:
+            return {"teacher's LM head": head * self._element}
+        return {"teacher's parameters": own}
+
+    def _moved(self, frozen: int, tensors: Sequence[int]) -> dict[str, int]:
+        """What a teacher's pass puts into place."""
+        if self._config.teacher.kind == "ema" and self._element < 4:
+            return {"average in bf16": sum(tensors) * self._element}
+        if self._config.teacher.offload is None:
+            return {}
+        head = self._width * self._teacher.architecture.hidden_size * self._is_last
+        return {"teacher's parameters": (frozen - head) * self._element}
 
     def _tensors(self, model: PlannedModel, num_chunks: int) -> list[int]:
         return rank_tensors(
@@ -233,7 +260,7 @@ class _Rank:
             count, length = max(
                 ((count, length), (decoded, config.data.max_prompt_length + answer)), key=lambda pair: math.prod(pair)
             )
-        groups = it.num_query_groups * it.kv_channels // work.pieces.tensor
+        groups = max(1, it.num_query_groups // work.pieces.tensor) * it.kv_channels
         prompts = count * config.data.max_prompt_length
         whole = replace(
             work.pieces, tokens=prompts, row_length=config.data.max_prompt_length, context=1, sequence_parallel=False
@@ -271,6 +298,8 @@ class _Rank:
         kept = flying * (each + self._sent(student, self._chunks))
         if self._rank == 0:
             kept += min(flying, work.num_micro_batches) * work.pieces.tokens * 8  # token ids
+            if config.train.recompute_granularity != "full":
+                kept -= min(flying, work.num_micro_batches) * untouched_bytes(student, work.pieces)
         return kept, again
 
     def _loss(self, kept: int) -> dict[str, int]:
@@ -286,14 +315,16 @@ class _Rank:
             "buffers": loss_buffer_bytes(
                 work.rows, self._width, self._element, self._logit, self._config.head.chunk_size
             ),
-            "results": rows + self._width * hidden * 4,
+            "results": rows + (0 if student.is_frozen else self._width * hidden * 4),
         }
 
     def _backward(self, tensors: Sequence[int], kept: int, again: int) -> dict[str, int]:
         """The beginning of a micro-batch's backward pass, whose widest gradient of a weight is on its way."""
-        tied = self._student.architecture.tied and self._stages == 1  # the head's meets the embedding's on one rank
+        is_frozen = self._student.is_frozen
+        # A tied head's meets the embedding's on one rank.
+        tied = self._student.architecture.tied and self._stages == 1 and not is_frozen
         weight = max(tensors) * self._element * (2 if tied else 1)
-        if self._is_last:  # the loss has its own in fp32, and gives autograd zeros in its place
+        if self._is_last and not is_frozen:  # the loss has its own in fp32, and gives autograd zeros in its place
             weight = max(weight, self._width * self._student.architecture.hidden_size * (4 + self._element))
         found = {"activations": kept}
         if again:

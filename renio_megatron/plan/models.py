@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
-from renio_megatron.settings import ParallelConfig, PrecisionConfig
-
-MIXTURE_TYPES = {"qwen3_moe": "qwen3"}
-"""Models with experts that can be planned for, as frozen teachers: model_type, and the family of their attention."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The MLPs of a layer with a router.
-
-    Attributes:
-        count: experts of a layer.
-        chosen: of them a token goes through.
-        ffn_hidden_size: of each.
-    """
-
-    count: int
-    chosen: int
-    ffn_hidden_size: int
+from renio_megatron.megatron.architecture import Architecture, Experts, padded_vocab_size
+from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig
 
 
 @dataclass(frozen=True)
@@ -37,13 +19,23 @@ class PlannedModel:
 
     Attributes:
         name: as the recipe gives it.
-        architecture: the model; with experts, all of it but the MLPs.
-        experts: None for a dense model.
+        architecture: the model.
+        lora: its adapters, beside which all of it is frozen; none where `r` is None.
     """
 
     name: str
     architecture: Architecture
-    experts: Experts | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether only adapters are trained."""
+        return self.lora.r is not None
+
+    @property
+    def experts(self) -> Experts | None:
+        """Of each layer; None for a dense model."""
+        return self.architecture.experts
 
 
 def read_model(name: str, setting: str) -> PlannedModel:
@@ -54,11 +46,12 @@ def read_model(name: str, setting: str) -> PlannedModel:
     """
     path = model_directory(name, setting) / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    family = MIXTURE_TYPES.get(values.get("model_type"))
-    architecture = Architecture.from_values(path, {**values, "model_type": family} if family else values)
     for key in ("hidden_size", "intermediate_size", "vocab_size"):
         _require_count(path, values, key)
-    return PlannedModel(name, architecture, _experts(path, values) if family else None)
+    if values["model_type"] == "qwen3_moe":
+        for key in ("num_experts_per_tok", "moe_intermediate_size"):
+            _require_count(path, values, key)
+    return PlannedModel(name, Architecture.from_values(path, values))
 
 
 def rank_tensors(
@@ -69,7 +62,7 @@ def rank_tensors(
     pipeline_rank: int,
     num_chunks: int = 1,
 ) -> list[int]:
-    """Entries of each parameter of a rank, in no particular order; all tensor-parallel ranks are alike.
+    """Entries of each parameter of a rank but adapters, in no particular order; all tensor-parallel ranks are alike.
 
     The embedding is on the first pipeline rank and the LM head on the last. A tied head is the embedding where both
     are on one rank, and a copy of it otherwise. Experts are cut over the tensor-parallel ranks like an MLP.
@@ -92,6 +85,19 @@ def rank_tensors(
         if not (architecture.tied and is_first):
             found.append(vocabulary)
     return found
+
+
+def adapter_tensors(model: PlannedModel, parallel: ParallelConfig, *, num_chunks: int = 1) -> list[int]:
+    """Entries of each adapter's A [r, in] and B [out, r] on a rank; none without adapters. All ranks are alike.
+
+    Of a column-parallel layer B is cut over the tensor-parallel ranks, of a row-parallel one A.
+    """
+    stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
+    layer = []
+    for rows, columns, is_column in _target_shapes(model):
+        layer += [columns, rows // tensor] if is_column else [columns // tensor, rows]
+    rank = model.lora.r or 0
+    return [rank * width for width in layer] * (model.architecture.num_layers // (stages * num_chunks) * num_chunks)
 
 
 def fp8_entries(model: PlannedModel, parallel: ParallelConfig, precision: PrecisionConfig, pipeline_rank: int) -> int:
@@ -137,13 +143,20 @@ def _linear_tensors(model: PlannedModel, tensor: int) -> list[int]:
     return found + [2 * width // tensor * it.hidden_size, it.hidden_size * width // tensor] * mlps
 
 
-def _experts(path: Path, values: dict[str, Any]) -> Experts:
-    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    for key in keys:
-        _require_count(path, values, key)
-    if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
-        raise ConfigError(f"{path}: layers with and without experts in one model cannot be planned for.")
-    return Experts(*(values[key] for key in keys))
+def _target_shapes(model: PlannedModel) -> list[tuple[int, int, bool]]:
+    """(rows, columns, whether the layer is column-parallel) of each linear layer that has an adapter."""
+    it = model.architecture
+    queries, groups = it.num_attention_heads * it.kv_channels, it.num_query_groups * it.kv_channels
+    shapes = {
+        "q_proj": (queries, it.hidden_size, True),
+        "k_proj": (groups, it.hidden_size, True),
+        "v_proj": (groups, it.hidden_size, True),
+        "o_proj": (it.hidden_size, queries, False),
+        "gate_proj": (it.ffn_hidden_size, it.hidden_size, True),
+        "up_proj": (it.ffn_hidden_size, it.hidden_size, True),
+        "down_proj": (it.hidden_size, it.ffn_hidden_size, False),
+    }
+    return [shapes[name] for name in model.lora.names]
 
 
 def _require_count(path: Path, values: dict[str, Any], key: str) -> None:

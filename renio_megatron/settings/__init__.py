@@ -1,5 +1,6 @@
 """Typed settings of every component: values and their ranges, no behaviour."""
 
+from renio_megatron.settings.lora import LoraConfig
 from renio_megatron.settings.loss import HeadConfig, LossConfig
 from renio_megatron.settings.precision import PrecisionConfig, TeacherPrecisionConfig
 from renio_megatron.settings.run import (
@@ -8,6 +9,7 @@ from renio_megatron.settings.run import (
     EvaluateConfig,
     RolloutConfig,
     TeacherConfig,
+    TeacherParallelConfig,
 )
 from renio_megatron.settings.train import ParallelConfig, TrainConfig
 from renio_megatron.settings.weighting import WeightingConfig
@@ -17,11 +19,13 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "HeadConfig",
+    "LoraConfig",
     "LossConfig",
     "ParallelConfig",
     "PrecisionConfig",
     "RolloutConfig",
     "TeacherConfig",
+    "TeacherParallelConfig",
     "TeacherPrecisionConfig",
     "TrainConfig",
     "WeightingConfig",

@@ -19,7 +19,7 @@ class PrecisionConfig:
 
     Attributes:
         backend: `te`, Transformer Engine's modules; `local`, Megatron's own on plain torch; `auto`, te for bf16 models
-            on a GPU where Transformer Engine imports, else local.
+            on a GPU where Transformer Engine imports, else local; local for a student with adapters.
         fp8: `hybrid` (e4m3 forward, e5m2 gradients) or `e4m3` products of the decoder's linear layers, as Megatron's
             `--fp8-format`; null: none.
         fp8_recipe: how values are scaled into FP8's range, as Megatron's `--fp8-recipe`.

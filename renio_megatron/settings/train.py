@@ -16,6 +16,8 @@ class ParallelConfig:
         tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size (stages of each
             pipeline rank; null: one), context_parallel_size, sequence_parallel, use_distributed_optimizer,
             overlap_grad_reduce, overlap_param_gather: as in Megatron.
+        expert_model_parallel_size, expert_tensor_parallel_size (null: the tensor-parallel size): as in Megatron: ranks
+            that share the experts of a layer, and each expert. They are among the tensor, context and data ranks.
         make_vocab_size_divisible_by: as in Megatron; the padded vocabulary is a multiple of this times the
             tensor-parallel size.
         distributed_timeout_minutes: after this long a rank that waits for a dead one gives up.
@@ -25,6 +27,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
@@ -45,6 +49,16 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def expert_tensor_ranks(self) -> int:
+        """Ranks that share one expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of a layer's experts."""
+        return self.expert_model_parallel_size * self.expert_tensor_ranks
+
+    @property
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
@@ -63,6 +77,9 @@ class TrainConfig:
             adam_beta2, adam_eps, clip_grad (0: no clipping), bf16: as in Megatron.
         recompute_granularity (`full`, `selective` or null), recompute_method (`uniform`, `block`) and
             recompute_num_layers: activations that are computed again in the backward pass, as in Megatron.
+        moe_aux_loss_coeff: c of a student with experts: c times each layer's load-balancing loss, the mean over the
+            sequences, is added to the objective. 0: none, because a student that follows its teacher should route as
+            that asks for, and config.json's router_aux_loss_coef is meant for pretraining.
         skip_nonfinite_steps: leave out a step whose gradient holds NaN or infinity, and count it in
             `train/skipped_frac`, instead of stopping.
         deterministic_mode: as in Megatron, and torch's: the same bits from run to run in one layout, at some cost in
@@ -87,6 +104,7 @@ class TrainConfig:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    moe_aux_loss_coeff: float = 0.0
     skip_nonfinite_steps: bool = False
     deterministic_mode: bool = False
     seed: int = 1234
@@ -103,6 +121,8 @@ class TrainConfig:
             adam_eps=self.adam_eps,
         )
         require_choice("train.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine"))
+        if not self.moe_aux_loss_coeff >= 0:
+            raise ConfigError(f"train.moe_aux_loss_coeff must be at least 0; got {self.moe_aux_loss_coeff}.")
         if self.seed < 0:
             raise ConfigError(f"train.seed must be at least 0; got {self.seed}.")
         if not 0 <= self.lr_warmup_iters < self.train_iters:

@@ -1,0 +1,128 @@
+"""Config -> the teacher: which kind, in which layout, on which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from renio_megatron.config import RunConfig
+from renio_megatron.inputs import Inputs
+from renio_megatron.layout_rules import has_own_layout, teacher_parallel
+from renio_megatron.parallel.layout import Layout
+from renio_megatron.settings import ParallelConfig, TrainConfig
+
+
+def build_teacher(
+    config: RunConfig,
+    inputs: Inputs,
+    layout: Layout,
+    student: Any = None,
+    say: Callable[[str], None] | None = None,
+) -> Any:
+    """The teacher: `MegatronTeacher`, or `DetachedTeacher` where it has a layout of its own.
+
+    Some kinds are `student`, the `ModelPart`, and have no weights of their own.
+    """
+    from renio_megatron.megatron.teacher import MegatronTeacher
+    from renio_megatron.megatron.teacher_weights import KINDS
+
+    if has_own_layout(config.parallel, config.teacher):
+        return _detached_teacher(config, inputs, layout, student, say)
+
+    def build() -> Any:
+        return _teacher_part(config, inputs, layout, config.parallel, say)
+
+    return MegatronTeacher(
+        KINDS[config.teacher.kind](config.teacher, student, build),
+        config.train,
+        config.head,
+        temperature=config.loss.temperature,
+        pad_id=inputs.pad_id,
+        payload_device=config.teacher.payload_device,
+    )
+
+
+def build_scorer(config: RunConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None) -> Any:
+    """The `DetachedTeacher` of a rank that only scores."""
+    return _detached_teacher(config, inputs, layout, None, say)
+
+
+def _detached_teacher(
+    config: RunConfig, inputs: Inputs, layout: Layout, student: Any, say: Callable[[str], None] | None
+) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from renio_megatron.megatron.detached_teacher import DetachedTeacher, Reader
+    from renio_megatron.megatron.groups import place_beside
+    from renio_megatron.megatron.start import bridge
+    from renio_megatron.megatron.teacher_weights import KINDS
+    from renio_megatron.parallel.exchange import axis_of
+    from renio_megatron.parallel.seats import Seats
+
+    parallel = teacher_parallel(config.parallel, config.teacher)
+    is_dedicated = config.teacher.ranks == "dedicated"
+    reader = None
+    if layout.is_scorer:
+        part = _teacher_part(config, inputs, layout, parallel, say)
+        reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), None)
+    elif not is_dedicated:
+        place = place_beside(parallel, layout.device)
+        with place.entered():
+            part = _teacher_part(config, inputs, place.layout, parallel, say)
+        reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), place)
+    assert inputs.teacher_architecture is not None
+    return DetachedTeacher(
+        reader,
+        None if layout.is_scorer else layout,
+        Seats.of(
+            bridge().axis if is_dedicated else axis_of(dist.distributed_c10d._get_default_group()),
+            None if layout.is_scorer else layout,
+            None if reader is None else reader.part.layout,
+            layout.device,
+        ),
+        bridge() if is_dedicated else None,
+        architecture=inputs.teacher_architecture,
+        shard=None if layout.is_scorer else student.shard,
+        train=config.train,
+        head=config.head,
+        dtype=torch.bfloat16 if _teacher_train(config).bf16 else torch.float32,
+        device=layout.device,
+        temperature=config.loss.temperature,
+        pad_id=inputs.pad_id,
+        payload_device=config.teacher.payload_device,
+    )
+
+
+def _teacher_part(
+    config: RunConfig, inputs: Inputs, layout: Layout, parallel: ParallelConfig, say: Callable[[str], None] | None
+) -> Any:
+    """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
+    from renio_megatron.megatron.merging import Merger
+    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.pretrained import load_pretrained
+
+    assert inputs.teacher_weights is not None  # a distillation's inputs name one
+    assert inputs.teacher_architecture is not None
+    part = build_model(
+        inputs.teacher_architecture,
+        layout,
+        parallel,
+        _teacher_train(config),
+        config.teacher_precision,
+        vocab_size=inputs.vocab_size,
+        trained=False,
+        initialise=False,
+    )
+    adapter = config.teacher.adapter
+    change = None if adapter is None else Merger(Path(adapter), part.architecture)
+    load_pretrained(part, inputs.teacher_weights, title="teacher", say=say, change=change)
+    return part
+
+
+def _teacher_train(config: RunConfig) -> TrainConfig:
+    """`train`, in the teacher's dtype."""
+    own = config.teacher.bf16
+    return config.train if own is None else replace(config.train, bf16=own)

@@ -1,0 +1,149 @@
+"""Megatron's process groups, which are globals of one module: made for a layout, and kept for a second one beside it.
+
+Megatron looks its groups up whenever it wants one, at places that take none as an argument as well (attention with
+fewer key-value heads than tensor ranks, the embedding, the schedules). So a second model's layout is not handed over;
+its groups take the globals' place while that model is built or runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron.parallel.layout import Axis, Layout
+from renio_megatron.settings import ParallelConfig
+
+_pristine: dict[str, Any] = {}
+_known: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""Groups of layouts that were made beside the first one, by world and sizes: torch never gives groups back."""
+
+
+def make_groups(parallel: ParallelConfig) -> None:
+    """Megatron's groups of a layout, in the place of those of another one.
+
+    Groups are never given back by torch, so a second run in the same layout keeps the first one's.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        _pristine.update(_globals(parallel_state))
+    elif _sizes(parallel) == _present_sizes():
+        return
+    else:
+        parallel_state.destroy_model_parallel()
+    _initialise(parallel)
+
+
+def present_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> Layout:
+    """This rank's place by the groups in force."""
+    from megatron.core import parallel_state
+
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        context=_axis(parallel_state.get_context_parallel_group()),
+        expert=_axis(parallel_state.get_expert_model_parallel_group()),
+        expert_tensor=_axis(parallel_state.get_expert_tensor_parallel_group()),
+        expert_data=_axis(parallel_state.get_expert_data_parallel_group()),
+        experts=_axis(parallel_state.get_expert_tensor_and_model_parallel_group()),
+        device=device,
+        rendezvous_seconds=rendezvous_seconds,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layout beside the one in force.
+
+    Attributes:
+        layout: this rank's place in it.
+        state: Megatron's globals of it.
+    """
+
+    layout: Layout
+    state: dict[str, Any]
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Its groups in force. No backward pass of the other model may run inside."""
+        from megatron.core import parallel_state
+
+        before = _globals(parallel_state)
+        vars(parallel_state).update(self.state)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(before)
+
+
+def place_beside(parallel: ParallelConfig, device: torch.device) -> Place:
+    """A second layout of the same ranks; every rank asks for it at the same time, after `make_groups`.
+
+    Args:
+        parallel: its sizes, which divide the world.
+        device: where this rank computes.
+    """
+    from megatron.core import parallel_state
+
+    key = (dist.group.WORLD, *_sizes(parallel).items())
+    with Place(present_layout(device), _known.get(key, _pristine)).entered():
+        if key not in _known:
+            _initialise(parallel)
+            _known[key] = _globals(parallel_state)
+        return Place(present_layout(device), _known[key])
+
+
+def forget_groups() -> None:
+    """Takes note that the world has ended, and all groups with it."""
+    _known.clear()
+
+
+def _initialise(parallel: ParallelConfig) -> None:
+    from megatron.core import parallel_state
+
+    minutes = parallel.distributed_timeout_minutes
+    parallel_state.initialize_model_parallel(**_sizes(parallel), distributed_timeout_minutes=minutes)
+
+
+def _globals(module: ModuleType) -> dict[str, Any]:
+    """The module's private variables, which are what it knows of the world."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name.startswith("_") and not name.startswith("__") and not callable(value)
+    }
+
+
+def _sizes(parallel: ParallelConfig) -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_ranks,
+    }
+
+
+def _present_sizes() -> dict[str, int]:
+    from megatron.core import parallel_state
+
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(group.size(), group.rank(), group, tuple(dist.get_process_group_ranks(group)))

@@ -1,0 +1,230 @@
+"""Low-rank adapters on Megatron's column- and row-parallel linear layers.
+
+Megatron computes query, key and value in one product, gate and up in another. An adapter belongs to one of them, as in
+PEFT, so a fused layer has several; their outputs are put together as the rows of the fused weight are. Adapters are
+kept as Hugging Face has them, cut along the same axis as the weight beside them:
+
+    layer            A [r, in]        B [out, r]       between A and B                       under SP, summed over TP
+    column-parallel  on every rank    cut by rows      copied; under SP gathered             A
+    row-parallel     cut by columns   on every rank    summed; under SP reduce-scattered     B
+
+Without sequence parallelism what is on every rank sees all positions there and has the whole gradient. With it, it sees
+a shard of them; Megatron sums the gradients of parameters that are marked `sequence_parallel`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.settings import LoraConfig
+from renio_megatron.settings.lora import TARGETS
+
+_INSIDE = {
+    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "self_attention.linear_proj": ("o_proj",),
+    "mlp.linear_fc1": ("gate_proj", "up_proj"),
+    "mlp.linear_fc2": ("down_proj",),
+}
+"""The targets that each linear layer of Megatron computes, in the order of its rows."""
+
+_BETWEEN = {
+    # (column-parallel, sequence parallelism) -> what happens to A x, whose last axis is the adapters' rank
+    (True, False): copy_to_tensor_model_parallel_region,
+    (True, True): gather_from_sequence_parallel_region,
+    (False, False): reduce_from_tensor_model_parallel_region,
+    (False, True): reduce_scatter_to_sequence_parallel_region,
+}
+
+
+class Adapters(torch.nn.Module):
+    """Those of one linear layer of Megatron: parameters `<target>_a` and `<target>_b`.
+
+    They are this module's own, not those of modules inside it: Megatron waits for a gathered parameter when the module
+    that holds it is called.
+
+    Attributes:
+        is_on: whether the layer adds them.
+        sharded_dims: the axis along which each parameter that is cut is cut, by name.
+    """
+
+    def __init__(self, linear: Any, path: str, layer: int, lora: LoraConfig, seed: int) -> None:
+        """Adapters of the layer `path` of decoder layer `layer` (from 0): A as PEFT draws it, B is 0.
+
+        A is drawn whole and then cut, from (seed, layer, target): the same in every layout.
+        """
+        super().__init__()
+        assert lora.r is not None
+        config, group = linear.config, linear.tp_group
+        self._is_column = isinstance(linear, ColumnParallelLinear)
+        self._rows = {name: _rows(name, config) // (group.size() if self._is_column else 1) for name in _INSIDE[path]}
+        # Rows of a fused query, key and value weight are interleaved by query group.
+        self._num_groups = config.num_query_groups // group.size() if "q_proj" in self._rows else 1
+        self._targets = [name for name in self._rows if name in lora.names]
+        self._rank, self._scale = lora.r, lora.scale
+        self.is_on = True
+        self.sharded_dims = {
+            f"{name}_b" if self._is_column else f"{name}_a": int(not self._is_column) for name in self._targets
+        }
+        like = {"dtype": config.params_dtype, "device": linear.weight.device}
+        for name in self._targets:
+            whole = _initial_a(lora.r, linear.input_size, (seed, layer, TARGETS.index(name)))
+            mine = whole if self._is_column else whole.chunk(group.size(), dim=1)[group.rank()]
+            self.register_parameter(f"{name}_a", torch.nn.Parameter(mine.to(**like).contiguous()))
+            self.register_parameter(f"{name}_b", torch.nn.Parameter(torch.zeros(self._rows[name], lora.r, **like)))
+        for name, parameter in self.named_parameters():
+            if name in self.sharded_dims:
+                set_tensor_model_parallel_attributes(parameter, True, self.sharded_dims[name], 1)
+            else:
+                parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, input_: torch.Tensor, sequence_parallel: bool, group: Any) -> torch.Tensor:
+        """What the layer's output gains: [s, b, in] -> [s, b, out], each cut as the layer's own input and output."""
+        down = torch.cat([getattr(self, f"{name}_a") for name in self._targets])
+        low = torch.nn.functional.linear(input_, down)  # row-parallel: a part of a sum over the ranks
+        low = _BETWEEN[self._is_column, sequence_parallel](low, group=group)
+        lows = dict(zip(self._targets, low.split(self._rank, dim=-1), strict=True))
+        parts = [
+            torch.nn.functional.linear(lows[name], getattr(self, f"{name}_b"))
+            if name in lows
+            else low.new_zeros(*low.shape[:-1], rows)
+            for name, rows in self._rows.items()
+        ]
+        fused = torch.cat([part.unflatten(-1, (self._num_groups, -1)) for part in parts], dim=-1)
+        return self._scale * fused.flatten(-2)
+
+
+class _Adapted:
+    """Mixed into Megatron's column- and row-parallel linear layers, whatever the version made them."""
+
+    adapters: Adapters
+    sequence_parallel: bool
+    tp_group: Any
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
+        if not self.adapters.is_on:
+            return output, bias
+        return output + self.adapters(input_, self.sequence_parallel, self.tp_group), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The layer's own, and its adapters with the axes along which they are cut, which it does not know."""
+        own = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        mine = f"{prefix}adapters."
+        adapters = make_sharded_tensors_for_checkpoint(
+            self.adapters.state_dict(prefix="", keep_vars=True),
+            mine,
+            self.adapters.sharded_dims,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        return {key: value for key, value in own.items() if not key.startswith(mine)} | adapters
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name, or key of a checkpoint, is an adapter's."""
+    return ".adapters." in name
+
+
+def lora_form(lora: LoraConfig) -> dict[str, Any] | None:
+    """What must be the same for adapters to be of use to a model; None where there are none."""
+    if lora.r is None:
+        return None
+    return {"r": lora.r, "alpha": lora.alpha, "use_rslora": lora.use_rslora, "targets": list(lora.names)}
+
+
+def check_backend(lora: LoraConfig, backend: str) -> None:
+    """Raises `ConfigError` where the layers are none that can have adapters."""
+    if lora.r is not None and backend != "local":
+        raise ConfigError(
+            f"lora.r={lora.r} on Transformer Engine's layers: they compute a norm together with the product after it, "
+            "and an adapter must read what the norm gives. Set precision.backend=local."
+        )
+
+
+def add_lora(chunk: Any, lora: LoraConfig, *, seed: int) -> None:
+    """Freezes a model's weights and gives its linear layers adapters, where the settings ask for it.
+
+    Args:
+        chunk: Megatron's GPTModel of the local spec, before it is wrapped for training.
+        lora: nothing happens where `r` is None.
+        seed: of A.
+    """
+    if lora.r is None:
+        return
+    chunk.requires_grad_(False)
+    for layer in chunk.decoder.layers:
+        for path, inside in _INSIDE.items():
+            if not set(inside) & set(lora.names):
+                continue
+            linear = layer.get_submodule(path)
+            linear.adapters = Adapters(linear, path, layer.layer_number - 1, lora, seed)
+            linear.__class__ = type(f"Adapted{type(linear).__name__}", (_Adapted, type(linear)), {})
+    if chunk.pre_process and chunk.config.recompute_granularity == "full":
+        chunk.embedding.register_forward_hook(_require_gradient)
+
+
+@contextlib.contextmanager
+def switched_off(chunks: tuple[Any, ...]) -> Iterator[None]:
+    """Models as they are without their adapters."""
+    found = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapters)]
+    before = [module.is_on for module in found]
+    for module in found:
+        module.is_on = False
+    try:
+        yield
+    finally:
+        for module, was_on in zip(found, before, strict=True):
+            module.is_on = was_on
+
+
+def _require_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Marks a frozen embedding's output as requiring a gradient.
+
+    Recomputed layers are one autograd function of their input: where that requires no gradient, the function has none,
+    and neither have the parameters inside it. Nothing would say so.
+    """
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def _rows(target: str, config: TransformerConfig) -> int:
+    """Rows of a target's whole weight."""
+    assert config.kv_channels is not None
+    assert config.num_query_groups is not None
+    assert config.ffn_hidden_size is not None
+    return {
+        "q_proj": config.num_attention_heads * config.kv_channels,
+        "k_proj": config.num_query_groups * config.kv_channels,
+        "v_proj": config.num_query_groups * config.kv_channels,
+        "o_proj": config.hidden_size,
+        "gate_proj": config.ffn_hidden_size,
+        "up_proj": config.ffn_hidden_size,
+        "down_proj": config.hidden_size,
+    }[target]
+
+
+def _initial_a(rank: int, width: int, stream: tuple[int, ...]) -> torch.Tensor:
+    """A whole A, fp32 [r, in]: uniform in +-1 / sqrt(in), which is `kaiming_uniform_` with a = sqrt(5)."""
+    generator = torch.Generator()
+    generator.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    bound = 1.0 / math.sqrt(width)
+    return torch.empty(rank, width).uniform_(-bound, bound, generator=generator)

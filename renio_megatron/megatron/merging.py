@@ -1,0 +1,72 @@
+"""A PEFT adapter merged into a model's weights while they are loaded, slice by slice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.hf_files import hf_shapes
+from renio_megatron.megatron.hf_slices import Slice
+from renio_megatron.megatron.peft_files import WEIGHTS, check_names, read_adapter_config
+from renio_megatron.settings import LoraConfig
+
+SETTING = "teacher.adapter"
+
+
+class Merger:
+    """Adds scale B A to slices of W: each rank reads the rows of B and the columns of A that it needs."""
+
+    def __init__(self, directory: Path, architecture: Architecture) -> None:
+        """Checks the adapter's description and the shapes of all its tensors; nothing of them is read.
+
+        Raises:
+            ConfigError: no adapter, one that computes something else, or one of another model.
+        """
+        values = read_adapter_config(directory, SETTING)
+        try:
+            self._lora = LoraConfig(
+                r=values.get("r"),
+                alpha=float(values.get("lora_alpha", 0)),
+                use_rslora=bool(values.get("use_rslora")),
+                targets=values.get("target_modules"),
+            )
+            names = self._lora.names
+        except (ConfigError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{SETTING}: the adapter of {directory} cannot be merged: {error} Merge it with PEFT, and give the "
+                "result as `teacher.model`."
+            ) from error
+        try:
+            self._file: Any = safe_open(directory / WEIGHTS, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{SETTING}: {directory / WEIGHTS} cannot be read: {error}.") from error
+        self._lock = Lock()  # the slices are read by several threads
+        self._names = set(self._file.keys())
+        check_names(directory / WEIGHTS, self._names, architecture.num_layers, names, SETTING)
+        shapes, r = hf_shapes(architecture), self._lora.r
+        for name in self._names:
+            tensor = name.removeprefix("base_model.model.").replace(".lora_A.", ".").replace(".lora_B.", ".")
+            rows, columns = shapes[tensor]
+            wanted = [r, columns] if ".lora_A." in name else [rows, r]
+            if (found := list(self._file.get_slice(name).get_shape())) != wanted:
+                raise ConfigError(
+                    f"{SETTING}: {name} in {directory / WEIGHTS} has the shape {found}, the teacher needs {wanted}. "
+                    "It was trained beside another model."
+                )
+
+    def __call__(self, one: Slice, values: torch.Tensor) -> torch.Tensor:
+        """The values of a slice with what the adapter adds to them, fp32 or better; as they are where it has none."""
+        down, up = (f"base_model.model.{one.tensor.removesuffix('.weight')}.lora_{which}.weight" for which in "AB")
+        if down not in self._names:
+            return values
+        with self._lock:
+            b = self._file.get_slice(up)[one.start : one.stop]
+            a = self._file.get_slice(down)[:, slice(*one.columns or (None,))]
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return torch.addmm(values.to(dtype), b.to(dtype), a.to(dtype), alpha=self._lora.scale)

@@ -1,0 +1,194 @@
+"""Adapters as PEFT's directories: adapter_config.json and adapter_model.safetensors, in and out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.lora import is_adapter
+from renio_megatron.megatron.model import ModelPart
+from renio_megatron.settings import LoraConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME = re.compile(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.\w+\.adapters\.(\w+)_([ab])")
+_BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
+
+# What would change what an adapter computes, and the only value that these adapters know.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "lora_bias": (False, None),
+}
+
+
+def adapter_state(part: ModelPart) -> dict[str, torch.Tensor]:
+    """PEFT's names and tensors of the adapters of a model that is whole on this rank."""
+    found = {}
+    for name, parameter in _adapters(part):
+        found[_peft_name(name)] = parameter.detach()
+    return found
+
+
+def merged(state: dict[str, torch.Tensor], part: ModelPart) -> dict[str, torch.Tensor]:
+    """W + scale B A in the place of each W that has an adapter, summed in fp32 and kept in the dtype of W.
+
+    Args:
+        state: `hf.hf_state` of `part`.
+        part: a model that is whole on this rank.
+    """
+    adapters, result = adapter_state(part), dict(state)
+    for name, down in adapters.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        up = adapters[name.replace(".lora_A.", ".lora_B.")]
+        target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+        weight = state[target]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        change = part.lora.scale * (up.to(dtype) @ down.to(dtype))
+        result[target] = (weight.to(dtype) + change).to(weight.dtype)
+    return result
+
+
+def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, model: Path, directory: Path) -> None:
+    """Writes adapters as PEFT does.
+
+    Args:
+        state: `adapter_state` of a model.
+        lora: what the adapters are.
+        model: the directory of the model that they stand beside.
+        directory: where to.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "target_modules": list(lora.names),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_adapter_config(directory: Path, setting: str) -> dict[str, Any]:
+    """What a directory's adapter is, as PEFT describes it.
+
+    Raises:
+        ConfigError: it holds no adapter, or one that computes what these adapters do not know; named by `setting`.
+    """
+    path = directory / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{setting}: {path} cannot be read as JSON: {error}. Give a directory that PEFT or `renio export` wrote."
+        ) from error
+    if not (directory / WEIGHTS).is_file():
+        raise ConfigError(f"{setting}: {directory} holds no {WEIGHTS}. Save the adapter again with save_pretrained.")
+    for key, allowed in _PLAIN.items():
+        if values.get(key, allowed[0]) not in allowed:
+            raise ConfigError(
+                f"{setting}: {path} has {key}={values[key]!r}, which these adapters do not know (supported: "
+                f"{allowed[0]!r}). Merge the adapter with PEFT, and give the result as the model."
+            )
+    return values
+
+
+def check_adapter(directory: Path, lora: LoraConfig) -> None:
+    """Raises `ConfigError` where a directory holds no adapter, or another than the settings describe."""
+    path, values = directory / CONFIG, read_adapter_config(directory, "lora.adapter")
+    targets = values.get("target_modules")
+    there = {
+        "lora.r": values.get("r"),
+        "lora.alpha": values.get("lora_alpha"),
+        "lora.use_rslora": bool(values.get("use_rslora")),
+        "lora.targets": sorted(targets) if isinstance(targets, list) else targets,
+    }
+    here = {
+        "lora.r": lora.r,
+        "lora.alpha": lora.alpha,
+        "lora.use_rslora": lora.use_rslora,
+        "lora.targets": sorted(lora.names),
+    }
+    differing = [f"{key}: {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
+    if differing:
+        raise ConfigError(
+            f"lora.adapter: {path} is of another adapter ({'; '.join(differing)}). Set the values that it has."
+        )
+
+
+def load_adapter(part: ModelPart, directory: Path) -> None:
+    """Fills this rank's adapters from a PEFT directory; `check_adapter` has been called.
+
+    Raises:
+        ConfigError: a tensor that is missing, has no adapter here, or has another shape.
+    """
+    path, tensor = directory / WEIGHTS, part.layout.tensor
+    try:
+        with safe_open(path, "pt") as file, torch.no_grad():
+            names = set(file.keys())
+            check_names(path, names, part.architecture.num_layers, part.lora.names, "lora.adapter")
+            for name, parameter in _adapters(part):
+                whole = file.get_tensor(_peft_name(name))
+                axis = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+                wanted = [n * (tensor.size if at == axis else 1) for at, n in enumerate(parameter.shape)]
+                if list(whole.shape) != wanted:
+                    raise ConfigError(
+                        f"lora.adapter: {_peft_name(name)} in {path} has the shape {list(whole.shape)}, the model "
+                        f"needs {wanted}. It was trained beside another model."
+                    )
+                parameter.copy_(whole if axis is None else whole.chunk(tensor.size, axis)[tensor.rank])
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"lora.adapter: {path} cannot be read: {error}.") from error
+
+
+def check_names(path: Path, names: set[str], num_layers: int, targets: Sequence[str], setting: str) -> None:
+    """Raises `ConfigError`, which names `setting`, where a file's tensors are not those of every layer of a model."""
+    wanted = {
+        f"base_model.model.model.layers.{layer}.{block}.{target}.lora_{which}.weight"
+        for layer in range(num_layers)
+        for target in targets
+        for block in ["self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"]
+        for which in "AB"
+    }
+    for what, which in (("lacks", wanted - names), ("has, without a counterpart,", names - wanted)):
+        if which:
+            raise ConfigError(
+                f"{setting}: {path} {what} {sorted(which)[0]!r} ({len(which)} such tensors). It was trained beside "
+                "another model, or with settings that these adapters do not know."
+            )
+
+
+def _adapters(part: ModelPart) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, parameter) for name, parameter in part.named_parameters() if is_adapter(name))
+
+
+def _peft_name(name: str) -> str:
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    layer, block, target, which = match.groups()
+    return f"base_model.model.model.layers.{layer}.{_BLOCKS[block]}.{target}.lora_{which.upper()}.weight"

@@ -1,0 +1,203 @@
+"""What each kind of teacher is made of: a frozen model of its own, or the student's modules under other values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.lora import switched_off
+from renio_megatron.megatron.model import ModelPart
+from renio_megatron.records import LmHead
+from renio_megatron.settings import TeacherConfig
+
+Averages = tuple[tuple[torch.nn.Parameter, torch.Tensor], ...]
+"""fp32 values that a checkpoint must hold, each with the parameter that it is of."""
+
+
+class TeacherWeights:
+    """A frozen model of its own; the base of all kinds.
+
+    Attributes:
+        part: the modules of the teacher's passes.
+        averages: of the trained parameters; none but for `ema`.
+    """
+
+    averages: Averages = ()
+
+    def __init__(self, part: ModelPart) -> None:
+        """Freezes `part` for good."""
+        for chunk in part.chunks:
+            chunk.requires_grad_(False)
+        part.train(False)
+        self.part = part
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """`part` is the teacher, in evaluation mode; afterwards it is what it was, bit for bit. No gradient flows."""
+        yield
+
+    @property
+    def head(self) -> LmHead:
+        """The teacher's LM head, for the loss, which is outside of `in_place`. Last stage only."""
+        return self.part.head()
+
+    def after_update(self, *, skipped: bool) -> None:
+        """What an optimiser step of the student changes; `skipped` where it was left out."""
+
+
+class Offloaded(TeacherWeights):
+    """The same with its weights in host memory, pinned beside a GPU, except during `in_place`.
+
+    The LM head stays: the loss reads it. Nothing is copied back, because nothing has changed.
+    """
+
+    def __init__(self, part: ModelPart) -> None:
+        """Takes the weights from the device."""
+        super().__init__(part)
+        last = part.layout.pipeline.is_last
+        head = part.head().weight if last else None
+        self._waiting = [
+            (parameter, self._on_host(parameter.data))
+            for _, parameter in part.named_parameters()
+            if parameter is not head
+        ]
+        self._leave()
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The weights on the device, each in memory of its own that is given back at the end."""
+        try:
+            for parameter, host in self._waiting:
+                there = torch.empty_like(host, device=self.part.layout.device, pin_memory=False)
+                parameter.data = there.copy_(host, non_blocking=True)
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        for parameter, host in self._waiting:
+            parameter.data = host
+
+    @staticmethod
+    def _on_host(values: torch.Tensor) -> torch.Tensor:
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda).copy_(values)
+
+
+class Present(TeacherWeights):
+    """The student as it is in this step, which is what the loss's head is, too."""
+
+    def __init__(self, part: ModelPart) -> None:
+        """`part` stays as it is: it is the student's."""
+        self.part = part
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Evaluation mode."""
+        was_training = self.part.chunks[0].training
+        self.part.train(False)
+        try:
+            yield
+        finally:
+            self.part.train(was_training)
+
+
+class WithoutAdapters(Present):
+    """The frozen model that the student's adapters stand beside; the LM head has none."""
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The adapters off."""
+        with super().in_place(), switched_off(self.part.chunks):
+            yield
+
+
+class MovingAverage(Present):
+    """The student under the moving average of what is trained of it, which begins as the student does.
+
+    After each optimiser step average = decay x average + (1 - decay) x parameter, elementwise in fp32: a rank's part of
+    the average is that of its part of the model, in any layout, and data-parallel ranks have the same. With the
+    distributed optimiser the parameters are the gathered ones. The published implementation begins lazily with the
+    weights after its first step, and before that its teacher is the student: after k steps the two averages differ by
+    decay^k times what the first step changed.
+    """
+
+    def __init__(self, part: ModelPart, decay: float) -> None:
+        """Begins with the present parameters. Every rank calls this at the same time.
+
+        Raises:
+            ConfigError: nothing is trained, on any rank.
+        """
+        super().__init__(part)
+        self._decay = decay
+        part.settle()
+        trained = [parameter for _, parameter in part.trained_parameters()]
+        count = torch.tensor(float(len(trained)), device=part.layout.device)
+        dist.all_reduce(count)
+        if not count:
+            raise ConfigError(
+                "teacher.kind=ema with a student of which nothing is trained: there is nothing to average. Choose "
+                "teacher.kind=initial, or train something."
+            )
+        self.averages = tuple((one, one.detach().to(torch.float32, copy=True)) for one in trained)
+        self._head: LmHead | None = None
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average in the place of the trained parameters, in their dtype.
+
+        Parameters point to other memory meanwhile; their own, where DDP's buffers have it, is not written to.
+        """
+        self.part.settle()  # afterwards there is nothing to gather into the parameters' own memory
+        own = [parameter.data for parameter, _ in self.averages]
+        try:
+            for parameter, average in self.averages:
+                parameter.data = average.to(parameter.dtype)
+            with super().in_place():
+                yield
+        finally:
+            for (parameter, _), values in zip(self.averages, own, strict=True):
+                parameter.data = values
+
+    @property
+    def head(self) -> LmHead:
+        """The average's head where it is trained, made once for a step in the parameter's dtype."""
+        if self._head is None:
+            student = self.part.head()
+            average = next((average for one, average in self.averages if one is student.weight), None)
+            weight = student.weight.detach() if average is None else average.to(student.weight.dtype)
+            self._head = LmHead(weight, student.shard)
+        return self._head
+
+    @torch.no_grad()
+    def after_update(self, *, skipped: bool) -> None:
+        """Moves the average, unless the step was left out."""
+        self._head = None
+        if skipped:
+            return
+        self.part.settle()
+        for parameter, average in self.averages:
+            average.mul_(self._decay).add_(parameter, alpha=1.0 - self._decay)
+
+
+KINDS: dict[str, Callable[[TeacherConfig, ModelPart | None, Callable[[], ModelPart]], TeacherWeights]] = {
+    # kind -> (settings, the student, what builds a model of the teacher's own) -> what the teacher is made of
+    "separate": lambda settings, student, build: _own(settings, build()),
+    "initial": lambda settings, student, build: (
+        WithoutAdapters(student) if student and student.lora.r else _own(settings, build())
+    ),
+    "ema": lambda settings, student, build: MovingAverage(_required(student), settings.ema_decay),
+    "current": lambda settings, student, build: Present(_required(student)),
+}
+
+
+def _own(settings: TeacherConfig, part: ModelPart) -> TeacherWeights:
+    return TeacherWeights(part) if settings.offload is None else Offloaded(part)
+
+
+def _required(student: ModelPart | None) -> ModelPart:
+    assert student is not None  # `renio compare-precision`, which has none, refuses these kinds
+    return student

@@ -1,0 +1,74 @@
+"""Two worlds under one launcher: ranks that train, and ranks that only score, each a world of torch.distributed.
+
+Whatever asks torch for the world, Megatron above all, sees its own half; a group that torch's registry does not know
+spans both.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from renio_megatron.parallel.exchange import axis_of
+from renio_megatron.parallel.layout import Axis
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+"""Seconds between two looks at the store."""
+
+
+@dataclass
+class Bridge:
+    """What joins the two worlds.
+
+    Attributes:
+        axis: all ranks, those that train first.
+        store: where the ranks that train say that they want something.
+    """
+
+    axis: Axis
+    store: dist.Store
+    _calls: int = field(default=0, init=False)
+
+    def call(self) -> None:
+        """Wakes the ranks that only score; on every rank that trains, of which the first one speaks."""
+        if self.axis.is_first:
+            self.store.set(f"call/{self._calls}", "")
+        self._calls += 1
+
+    def wait_for_call(self) -> None:
+        """Until the others want something, however long that takes; whoever started the ranks ends this one with them.
+
+        The collective that follows has the world's timeout, because then everybody is on the way to it. The store is
+        asked again and again: its own waiting prints a warning whenever its time is up.
+        """
+        pause = _SHORTEST_PAUSE
+        while not self.store.check([f"call/{self._calls}"]):
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        self._calls += 1
+
+
+def join_two_worlds(backend: str, timeout: datetime.timedelta, num_scorers: int) -> Bridge:
+    """Initialises torch.distributed for this rank's half of the ranks; the last `num_scorers` only score."""
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    num_trainers = size - num_scorers
+    is_scorer = rank >= num_trainers
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("scorers" if is_scorer else "trainers", store),
+        rank=rank - num_trainers if is_scorer else rank,
+        world_size=num_scorers if is_scorer else num_trainers,
+        timeout=timeout,
+    )
+    return Bridge(axis_of(_group(backend, dist.PrefixStore("bridge", store), rank, size, timeout)), store)
+
+
+def _group(backend: str, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(store, rank, size, timeout)  # type: ignore[return-value]
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)  # type: ignore[return-value]

@@ -1,0 +1,74 @@
+"""Settings of low-rank adapters: what of a student is trained where not all of it is. PEFT's own names are kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from renio_megatron.errors import ConfigError
+from renio_megatron.settings.checks import require_positive
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers that can have an adapter, by their names in Hugging Face's Llama, Qwen2 and Qwen3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A trained pair A [r, in] and B [out, r] beside each chosen linear layer W, which computes W x + scale B A x.
+
+    Everything else is frozen: only adapters have gradients and an optimiser's state, and only they are in checkpoints.
+
+    Attributes:
+        r: rank of the adapters; null: there are none, and the whole student is trained.
+        alpha: numerator of the scale, PEFT's `lora_alpha`.
+        dropout: PEFT's `lora_dropout`; only 0.
+        use_rslora: the scale is alpha / sqrt(r) in place of alpha / r.
+        targets: which of `TARGETS` have an adapter, PEFT's `target_modules`; null: all of them.
+        adapter: directory of a PEFT adapter whose weights the run starts with; null: A is random and B is 0.
+    """
+
+    r: int | None = None
+    alpha: float = 16.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    targets: list[str] | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("lora", r=self.r, alpha=self.alpha)
+        if self.dropout != 0:
+            raise ConfigError(
+                f"lora.dropout must be 0; got {self.dropout}. A mask that is the same in every layout, and once more "
+                "where activations are computed again, is not built. Regularise by a smaller lora.r or "
+                "train.weight_decay."
+            )
+        if self.targets is None:
+            return
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown:
+            raise ConfigError(
+                f"lora.targets: {', '.join(map(repr, unknown))} cannot have an adapter; the targets are "
+                f"{', '.join(TARGETS)}. Name some of these, or set null for all."
+            )
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ConfigError(
+                f"lora.targets must name at least one target, and each once; got {list(self.targets)}. "
+                "Set null for all."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The chosen targets in the order of `TARGETS`; none without adapters."""
+        if self.r is None:
+            return ()
+        return tuple(name for name in TARGETS if self.targets is None or name in self.targets)
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by.
+
+        >>> LoraConfig(r=4, alpha=8.0).scale, LoraConfig(r=4, alpha=8.0, use_rslora=True).scale
+        (2.0, 4.0)
+        """
+        assert self.r is not None
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)

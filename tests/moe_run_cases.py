@@ -1,0 +1,179 @@
+"""Models with experts: read from Hugging Face's files and written back, checkpoints, fine-tuning, adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron.records import Rollout
+from renio_megatron.settings import CheckpointConfig, EvaluateConfig, LoraConfig, ParallelConfig
+from tests.moe_cases import CP2, EP2, MIXTURES, OVERLAP, PP2, TP2_SP, Case, config_of
+from tests.moe_reference import reference_step
+from tests.resuming import run, run_config, train_config
+from tests.training_cases import VOCAB_SIZE
+
+LAYOUTS = {
+    "EP2": EP2,
+    "TP2": {"tensor_model_parallel_size": 2},
+    "TP2, whole experts": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    "PP2": PP2,
+}
+MOVES = {  # name: the layout that saves, the layout that goes on
+    "EP2 -> EP1": (EP2, {}),
+    "EP2 -> TP2 + SP": (EP2, TP2_SP),
+    "PP2 -> TP2 + SP, EP2": (PP2, {**TP2_SP, **EP2, "expert_tensor_parallel_size": 1}),
+    "distributed EP2 -> EP1": ({**EP2, **OVERLAP}, OVERLAP),
+    "EP2 -> itself": (EP2, EP2),
+}
+STEPS, SAVED = 6, 4
+
+
+def run_all(folder: Path) -> dict[str, Any]:
+    """Everything on two ranks."""
+    return {
+        "logits": {name: logits_by_layout(folder, name) for name in MIXTURES},
+        "sft": {name: fine_tune(folder, parallel) for name, parallel in (("EP2", EP2), ("CP2", CP2), ("SP", TP2_SP))},
+        "lora": adapters_on_attention(folder),
+        "sampled": uneven_sampling(folder),
+        "moves": moves(folder),
+    }
+
+
+def logits_by_layout(folder: Path, name: str) -> dict[str, Any]:
+    """Layout -> (logits where they are made, bytes that the rank read, bytes of its parameters)."""
+    from renio_megatron.megatron.architecture import Architecture
+    from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.start import start
+    from tests.test_hf import logits_of, save_checkpoint
+
+    found, architecture = {}, Architecture.from_directory(folder / name)
+    for layout_name, sizes in LAYOUTS.items():
+        parallel = ParallelConfig(**sizes)
+        layout = start(parallel, seed=0)
+        part = build_model(
+            architecture, layout, parallel, train_config(), vocab_size=VOCAB_SIZE, trained=False, initialise=False
+        )
+        with torch.no_grad():
+            for _, parameter in part.named_parameters():
+                parameter.fill_(float("nan"))  # the memory may have held it
+        num_bytes = load_weights(part, folder / name)
+        part.train(False)
+        own_bytes = sum(parameter.numel() * 4 for _, parameter in part.named_parameters())
+        found[layout_name] = logits_of(part, rows()), num_bytes, own_bytes
+        if layout_name in ("EP2", "TP2"):
+            trained = build_model(architecture, layout, parallel, train_config(), vocab_size=VOCAB_SIZE)
+            load_weights(trained, folder / name)
+            save_checkpoint(trained, folder / "exports" / f"{name}, {layout_name}", 1, None)
+    return found
+
+
+def rows() -> list[list[int]]:
+    """Token ids of every row."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (7, 3, 12, 5, 9, 1)]
+
+
+def fine_tune(folder: Path, parallel: dict[str, Any]) -> dict[str, float]:
+    """Errors of a step whose denominator counts tokens."""
+    from renio_megatron.build import build_trainer, read_inputs
+    from renio_megatron.config import SftConfig
+    from renio_megatron.megatron.start import start
+
+    given = config_of(Case(parallel), folder)
+    config = SftConfig(
+        model=given.model, data=given.data, parallel=given.parallel, train=given.train, output_dir=given.output_dir
+    )
+    layout, inputs = start(config.parallel, seed=7), read_inputs(config)
+    trainer = build_trainer(config, inputs, layout, folder / "unused")
+    trainer.save_interval = 0
+    metrics = trainer.run()
+    rollouts = [Rollout(prompt, prompt.completion_ids) for prompt in inputs.stream.batch(0, 8)]
+    reference = reference_step(config, rollouts, per_token=True)
+    values = {**reference["metrics"], "loss": reference["loss"], "grad_norm": reference["grad_norm"]}
+    return {name: abs(metrics[name] - value) / max(abs(value), 1e-12) for name, value in values.items()}
+
+
+def adapters_on_attention(folder: Path) -> dict[str, float]:
+    """Errors of a step of adapters beside attention, the experts frozen and shared."""
+    from renio_megatron.build import build_trainer, read_inputs
+    from renio_megatron.megatron.start import start
+    from tests.lora_cases import peft_student, set_adapters, whole_adapters
+
+    lora = LoraConfig(r=3, alpha=6.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
+    config = replace(config_of(Case(EP2), folder), lora=lora)
+    layout = start(config.parallel, seed=7)
+    trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
+    trainer.save_interval = 0
+    student, seen = peft_student(config.model, lora), {}
+    set_adapters(trainer.algorithm.learner, whole_adapters(student))
+    sample = trainer.algorithm.sampler.sample
+    trainer.algorithm.sampler.sample = lambda *args, **kwargs: seen.setdefault("mine", sample(*args, **kwargs))
+    metrics = trainer.run()
+    shares: list[Any] = [None] * layout.data.size
+    dist.all_gather_object(shares, seen["mine"], group=layout.data.group)
+    rollouts = sorted((one for share in shares for one in share), key=lambda one: one.prompt.index)
+    reference = reference_step(config, rollouts, student=student)
+    values = {**reference["metrics"], "loss": reference["loss"], "grad_norm": reference["grad_norm"]}
+    return {name: abs(metrics[name] - value) / max(abs(value), 1e-12) for name, value in values.items()}
+
+
+def uneven_sampling(folder: Path) -> dict[str, Any]:
+    """Completions of three prompts, one at a time, of which each rank has as many as its key says."""
+    from renio_megatron.build import build_student, decoding_of, read_inputs
+    from renio_megatron.megatron.start import start
+
+    found = {}
+    for name, parallel in (("EP1", {}), ("EP2", EP2)):
+        config = config_of(Case(parallel), folder)
+        layout, inputs = start(config.parallel, seed=7), read_inputs(config)
+        _, sampler = build_student(config, inputs, layout)
+        prompts = inputs.stream.batch(0, 3)
+        decoding = replace(decoding_of(config), micro_batch_size=1)
+        for share in ((3, 0), (0, 3), (1, 2)):
+            mine = prompts[: share[0]] if layout.data.is_first else prompts[3 - share[1] :]
+            own = sampler.sample(mine, decoding, stream=(1,))
+            found[name, share] = {rollout.prompt.index: rollout.completion_ids for rollout in own}
+    return found
+
+
+def moves(folder: Path) -> dict[str, Any]:
+    """Each move: some steps in one layout, the rest in the other; beside them a whole run in one layout.
+
+    The evaluation has one problem: a rank that shares its experts has none of its own.
+    """
+
+    def config(name: str, parallel: dict[str, Any]) -> Any:
+        return run_config(
+            folder,
+            name,
+            model=str(folder / "qwen"),
+            parallel=ParallelConfig(**parallel),
+            train=train_config(train_iters=STEPS, lr=1e-3, micro_batch_size=2, moe_aux_loss_coeff=0.1),
+            checkpoint=CheckpointConfig(save_interval=SAVED),
+            evaluate=EvaluateConfig(every=SAVED, samples=1),
+        )
+
+    found: dict[str, Any] = {"whole": run(config("whole", {})), "whole EP2": run(config("whole EP2", EP2))}
+    for name, (first, second) in MOVES.items():
+        assert run(config(name, first), stop_before=SAVED + 2)["outcome"] == "stopped"
+        found[name] = run(config(name, second))
+    return found
+
+
+def export_all(folder: Path) -> list[str]:
+    """Exports the checkpoints of `logits_by_layout`, on one rank; their names."""
+    from renio_megatron.export import export_checkpoint
+    from renio_megatron.megatron.start import start
+
+    names = sorted(path.name for path in (folder / "exports").iterdir())
+    try:
+        for name in names:
+            export_checkpoint(folder / "exports" / name, folder / "exported" / name, None)
+    finally:
+        start(ParallelConfig(), seed=0)  # an export leaves the world; the launcher wants to end in it
+    return names

@@ -1,0 +1,111 @@
+"""A teacher in a layout of its own: one step through the trainer, beside the same step by transformers alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from renio_megatron.config import RunConfig
+from renio_megatron.layout_rules import num_scorers, teacher_parallel
+from renio_megatron.settings import ParallelConfig, TeacherConfig, TeacherParallelConfig
+from tests.training_cases import layout_of, one_step, recipe
+
+HIDDEN = 48
+"""Of the teacher; the student's is 32."""
+
+
+def own(folder: Path, tp: int, pp: int = 1, *, sp: bool | None = None, **more: Any) -> TeacherConfig:
+    """The larger teacher, cut into `tp` x `pp`; it has 2 groups of query heads."""
+    parallel = TeacherParallelConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp
+    )
+    return TeacherConfig(model=str(folder / "teacher"), parallel=parallel, **more)
+
+
+def colocated_cases(folder: Path) -> dict[str, RunConfig]:
+    """Name -> run, for 4 ranks."""
+    base = recipe(folder)
+    both, packed = layout_of(2, 2), replace(base.train, max_tokens_per_micro_batch=40)
+    cp = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2)
+    vpp = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    host = {"payload_device": "host"}
+    return {
+        "student TP2 x PP2, teacher TP4": recipe(folder, parallel=both, teacher=own(folder, 4)),
+        "student TP2 x PP2, teacher TP4 + SP, host": recipe(
+            folder, parallel=both, teacher=own(folder, 4, sp=True, **host)
+        ),
+        "student TP2 x PP2 + SP, teacher PP2 x DP2": recipe(
+            folder, parallel=layout_of(2, 2, sp=True), teacher=own(folder, 1, 2)
+        ),
+        "student TP2 x PP2, teacher DP4, tied": recipe(
+            folder, parallel=both, teacher=own(folder, 1), model=str(folder / "tied")
+        ),
+        "student DP4 packed, teacher TP2 x PP2": recipe(folder, teacher=own(folder, 2, 2), train=packed),
+        "student TP2 x CP2, teacher TP2 x DP2, packed": recipe(
+            folder, parallel=cp, teacher=own(folder, 2), train=packed
+        ),
+        "student PP2 x VPP2 x DP2, teacher TP4": recipe(
+            folder, parallel=vpp, teacher=own(folder, 4), model=str(folder / "deep")
+        ),
+        "student TP4, fewer groups than ranks": recipe(folder, parallel=layout_of(4)),
+    }
+
+
+def dedicated_cases(folder: Path) -> dict[str, RunConfig]:
+    """Name -> run, for 4 ranks, of which 2 only score."""
+    base = recipe(folder)
+    tp, alone = layout_of(2), {"ranks": "dedicated"}
+    packed = replace(base.train, max_tokens_per_micro_batch=40)
+    return {
+        "student TP2, teacher TP2 of its own": recipe(folder, parallel=tp, teacher=own(folder, 2, **alone)),
+        "student PP2, teacher PP2 of its own": recipe(
+            folder, parallel=layout_of(1, 2), teacher=own(folder, 1, 2, **alone)
+        ),
+        "student DP2 packed, 2 copies of the teacher": recipe(
+            folder, teacher=own(folder, 1, **alone, data_parallel_size=2), train=packed
+        ),
+    }
+
+
+def run_colocated(folder: Path, names: list[str]) -> dict[str, Any]:
+    """Cases on this rank."""
+    cases = colocated_cases(folder)
+    return {name: one_step(cases[name], folder) for name in names}
+
+
+def run_dedicated(folder: Path) -> dict[str, Any]:
+    """Every case on this rank: half of the ranks train, half serve; None for those that serve."""
+    from renio_megatron.build import read_inputs
+    from renio_megatron.build_teacher import build_scorer
+    from renio_megatron.megatron.start import start, stop
+
+    found: dict[str, Any] = {}
+    port = int(os.environ["MASTER_PORT"])
+    dist.destroy_process_group()
+    for number, (name, config) in enumerate(dedicated_cases(folder).items()):
+        os.environ["MASTER_PORT"] = str(port + number)
+        layout = start(
+            config.parallel,
+            seed=config.train.seed,
+            scorers=teacher_parallel(config.parallel, config.teacher),
+            num_scorers=num_scorers(config.parallel, config.teacher),
+        )
+        if layout.is_scorer:
+            teacher = build_scorer(config, read_inputs(config), layout)
+            passes = 0
+            while teacher.serve():
+                passes += 1
+            found[name] = passes
+            del teacher
+        else:
+            found[name] = one_step(config, folder)
+        stop()
+    os.environ["MASTER_PORT"] = str(port)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "end"), 4), rank=int(os.environ["RANK"]), world_size=4
+    )
+    return found

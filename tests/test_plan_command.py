@@ -1,0 +1,137 @@
+"""`renio plan` as a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import renio_megatron
+from renio_megatron.cli.main import main
+from renio_megatron.cli.plan import DOES_NOT_FIT
+from renio_megatron.errors import ConfigError
+from renio_megatron.plan.models import read_model
+
+ROOT = Path(renio_megatron.__file__).parents[1]
+MODELS = ROOT / "tests" / "data" / "models"
+EXAMPLE = ROOT / "examples" / "qwen3_32b_to_1_7b.yaml"
+DOCUMENT = ROOT / "docs" / "how-to" / "plan.md"
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line of the example, with directories that hold nothing but config.json where it looks for models."""
+    shutil.copytree(MODELS, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    return ["plan", str(EXAMPLE)]
+
+
+def test_the_command_fits_or_not_by_its_exit_code(example, capsys):
+    assert main([*example, "--gpus", "8", "--memory", "80"]) == 0
+    assert "It fits: the largest rank needs" in capsys.readouterr().out
+    assert main([*example, "--gpus", "8", "--memory", "24"]) == DOES_NOT_FIT
+    assert "It does not fit" in capsys.readouterr().out
+    assert main(example) == 0
+    out = capsys.readouterr().out
+    assert "fit" not in out
+    assert "8 ranks: TP 8; sequence parallelism, distributed optimiser, bf16, recompute full" in out
+
+
+def test_adapters_are_named_and_make_room(example, capsys):
+    own = ["model=models/Qwen3-32B", "teacher=initial", "data.teacher_template='{problem}{solution}'"]
+    own += ["rollout.micro_batch_size=16"]
+    assert main([*example, *own, "--gpus", "8", "--memory", "80"]) == DOES_NOT_FIT
+    assert main([*example, *own, "lora.r=16", "--gpus", "8", "--memory", "80"]) == 0
+    out = capsys.readouterr().out
+    assert "adapters of rank 16 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in out
+    assert "the teacher is the student without its adapters" in out
+
+
+def test_a_teacher_of_experts_is_counted_and_a_student_is_not(example, capsys):
+    changes = ["teacher.model=models/Qwen3-235B-A22B", "parallel.tensor_model_parallel_size=4"]
+    assert main([*example, *changes, "parallel.pipeline_model_parallel_size=2"]) == 0
+    out = capsys.readouterr().out
+    assert "mixture of 128 experts. All are counted, cut over the tensor-parallel ranks." in out
+    assert "stage 1" in out
+    student = [
+        "model=models/Qwen3-235B-A22B",
+        "parallel.tensor_model_parallel_size=4",
+        "teacher.model=models/Qwen3-32B",
+    ]
+    assert main([*example, *student]) == 2
+    assert "does not count a trained mixture of experts yet (model: qwen3_moe)" in capsys.readouterr().err
+    unpacked = ["train.max_tokens_per_micro_batch=null", "parallel.expert_model_parallel_size=2"]
+    assert main([*example, *changes, *unpacked, "--gpus", "8"]) == 2
+    assert "does not count experts on different ranks yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "12"], "does not divide the world of 12"),
+        (["model=models/nowhere"], "there is no directory 'models/nowhere'"),
+        (["parallel.tensor_model_parallel_size=3"], "does not divide num_attention_heads=16"),
+        (["teacher.bf16=false"], "does not count a teacher's pass in another dtype yet"),
+        (["train.no_such=1"], "unknown key 'train.no_such'"),
+    ],
+)
+def test_mistakes_are_told_as_by_the_other_commands(example, arguments, message, capsys):
+    assert main([*example, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["--memory", "0"], ["--memory", "much"], ["--gpus", "0"], ["--gpu-count", "8"]])
+def test_wrong_numbers_are_refused(example, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*example, *arguments])
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 0}, "needs num_experts .*, a whole number above 0; got 0"),
+        ({"mlp_only_layers": [3]}, "mlp_only_layers=\\[3\\] is not supported"),
+        ({"hidden_size": "wide"}, "needs hidden_size, a whole number above 0; got 'wide'"),
+    ],
+)
+def test_a_description_that_cannot_be_counted_is_refused(tmp_path, change, message):
+    values = json.loads((MODELS / "Qwen3-235B-A22B" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(ConfigError, match=message):
+        read_model(str(tmp_path), "teacher.model")
+
+
+def test_a_plan_does_without_torch():
+    code = (
+        "import sys; from renio_megatron.cli.main import main\n"
+        f"main(['plan', {str(EXAMPLE)!r}, 'model={MODELS}/Qwen3-1.7B', 'teacher.model={MODELS}/Qwen3-32B'])\n"
+        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_documented_output_is_the_commands(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = re.findall(r"```\n\$ renio ((?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    assert len(shown) == 2
+    for command, output in shown:
+        main(command.replace("\\\n", " ").split())
+        assert _lines(capsys.readouterr().out) == _lines(output)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
