@@ -85,11 +85,9 @@ def layers(
         ConfigError: layers that cannot be built here; see `megatron.backend.resolve_backend`.
     """
     text = f"layers: student {words(student, device, bf16=bf16, has_adapters=has_adapters)}"
-    return (
-        text
-        if teacher is None
-        else f"{text}, teacher {words(teacher, device, bf16=bf16 if teacher_bf16 is None else teacher_bf16)}"
-    )
+    if teacher is None:
+        return text
+    return f"{text}, teacher {words(teacher, device, bf16=bf16 if teacher_bf16 is None else teacher_bf16)}"
 
 
 def trained(lora: LoraConfig) -> str:
