@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint import CheckpointException
 
 from renio_megatron.errors import ConfigError
@@ -66,6 +67,7 @@ def load_pretrained(
     layers["singleton_local_shards"] = any(key.endswith("linear_fc1.weight_w") for key in found)
     state = sharded_model(part, layers)
     _check(source, part, found, _wanted(state))
+    force_all_tensors_to_non_fp8(state)  # newer versions round what they read to FP8 at once
     try:
         loaded = dist_checkpointing.load({"model": state}, str(source))
     except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is no Exception
