@@ -13,12 +13,10 @@ from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
 from renio_megatron.assets import model_directory
 from renio_megatron.build_teacher import build_teacher
-from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.data.prompts import (
     PromptStream,
-    check_same_tokenizer,
     check_views_differ,
     load_tokenizer,
     padding_id,
@@ -26,7 +24,7 @@ from renio_megatron.data.prompts import (
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
-from renio_megatron.inputs import Inputs
+from renio_megatron.inputs import Inputs, read_teachers, teacher_views, weights_of
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
@@ -38,6 +36,7 @@ from renio_megatron.rollout_log import RolloutObserver
 from renio_megatron.scores import SampleWeights
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.tasks import build_grader
+from renio_megatron.teacher_routes import single_teachers
 from renio_megatron.trainer import Trainer
 
 
@@ -50,41 +49,33 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
     model = model_directory(config.model, "model")
     architecture = Architecture.from_directory(model)
     tokenizer = load_tokenizer(model)
-    teacher, teacher_architecture, vocab_size = None, None, architecture.vocab_size
-    if isinstance(config, RunConfig):
-        teacher = model if config.teacher.model is None else model_directory(config.teacher.model, "teacher.model")
-        teacher_architecture = Architecture.from_directory(teacher)
-        if teacher != model:
-            check_same_tokenizer(tokenizer, load_tokenizer(teacher))
-        # Rows beyond a tokenizer's tokens differ between models of a family; neither model may be asked about them.
-        vocab_size = min(vocab_size, teacher_architecture.vocab_size)
+    weights = weights_of(model, config.pretrained_checkpoint, "pretrained_checkpoint")
+    if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
+        WeightFiles(model).check(architecture)
+    teachers = read_teachers(config, model, weights, tokenizer) if isinstance(config, RunConfig) else {}
+    # Rows beyond a tokenizer's tokens differ between models of a family; no model may be asked about them.
+    vocab_size = min(one.vocab_size for one in (architecture, *(teacher.architecture for teacher in teachers.values())))
     if max(tokenizer.get_vocab().values()) >= vocab_size:
         raise ConfigError(
             f"the tokenizer of {model} has token ids up to {max(tokenizer.get_vocab().values())}, the models' "
             f"embeddings have {vocab_size} rows. Choose a tokenizer and models that belong together."
         )
-    weights = _weights_of(model, config.pretrained_checkpoint, "pretrained_checkpoint")
-    if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
-        WeightFiles(model).check(architecture)
-    teacher_weights = teacher
-    if isinstance(config, RunConfig) and teacher is not None and teacher_architecture is not None:
-        named, setting = config.teacher.pretrained_checkpoint, "teacher.pretrained_checkpoint"
-        teacher_weights = weights if config.teacher.kind != "separate" else _weights_of(teacher, named, setting)
-        if teacher_weights == teacher:
-            WeightFiles(teacher).check(teacher_architecture)
     if config.lora.adapter is not None:
         from renio_megatron.megatron.peft_files import check_adapter
 
         check_adapter(Path(config.lora.adapter), config.lora)
-    if isinstance(config, RunConfig) and config.teacher.adapter is not None and teacher_architecture is not None:
-        from renio_megatron.megatron.merging import Merger
-
-        Merger(Path(config.teacher.adapter), teacher_architecture)  # refuses what cannot be merged
     source = build_source(config.data, "train")
-    stream = PromptStream(source, tokenizer, config.data, with_completions=isinstance(config, SftConfig))
+    stream = PromptStream(
+        source,
+        tokenizer,
+        config.data,
+        teacher_views=teacher_views(config, tokenizer) if isinstance(config, RunConfig) else None,
+        with_completions=isinstance(config, SftConfig),
+    )
     first = stream.batch(0, _num_checked(source, config.train))
-    if isinstance(config, RunConfig) and config.teacher.kind != "separate":
-        check_views_differ(first, config.teacher.kind)
+    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
+        if one.teacher.kind != "separate":
+            check_views_differ([prompt for prompt in first if prompt.teacher == name], one.teacher.kind)
     if isinstance(config, SftConfig) and config.train.max_tokens_per_micro_batch is not None:
         arrangement = Arrangement(
             0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
@@ -102,11 +93,9 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
             )
     return Inputs(
         model=model,
-        teacher=teacher,
         weights=weights,
-        teacher_weights=teacher_weights,
         architecture=architecture,
-        teacher_architecture=teacher_architecture,
+        teachers=teachers,
         vocab_size=vocab_size,
         stream=stream,
         evaluation=evaluation,
@@ -261,11 +250,6 @@ def _evaluator(
     assert limit is not None  # the recipe's rules see to it
     decoding = Decoding(config.evaluate.temperature, None, None, limit, together)
     return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, decoding, layout)
-
-
-def _weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
-    """Where a model's weights are: in its directory, unless the setting names a checkpoint."""
-    return model if checkpoint is None else find_pretrained(checkpoint, setting)
 
 
 def _num_checked(source: Source, train: TrainConfig) -> int:

@@ -1,4 +1,4 @@
-"""Config -> the teacher: which kind, in which layout, on which ranks."""
+"""Config -> the teacher, or several: which kind, in which layout, on which ranks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from renio_megatron.algorithms.routing import RoutedTeachers
 from renio_megatron.config import RunConfig
-from renio_megatron.inputs import Inputs
-from renio_megatron.layout_rules import has_own_layout, teacher_parallel
+from renio_megatron.inputs import Inputs, TeacherInputs
+from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_parallel
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.settings import ParallelConfig, TrainConfig
+from renio_megatron.teacher_routes import ONLY, same_weights, single_teachers
 
 
 def build_teacher(
@@ -21,18 +23,35 @@ def build_teacher(
     student: Any = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """The teacher: `MegatronTeacher`, or `DetachedTeacher` where it has a layout of its own.
+    """The teacher: `MegatronTeacher`, `DetachedTeacher` where it has a layout of its own, `RoutedTeachers` of several.
 
     Some kinds are `student`, the `ModelPart`, and have no weights of their own.
     """
+    if not config.teacher.routes:
+        return _build_one(config, inputs, ONLY, layout, student, say)
+    teachers, same = single_teachers(config), same_weights(config)
+    built = {
+        name: _build_one(teachers[name], inputs, name, layout, student, say) for name in dict.fromkeys(same.values())
+    }
+    return RoutedTeachers(built, same)
+
+
+def _build_one(
+    config: RunConfig,
+    inputs: Inputs,
+    name: str,
+    layout: Layout,
+    student: Any,
+    say: Callable[[str], None] | None,
+) -> Any:
     from renio_megatron.megatron.teacher import MegatronTeacher
     from renio_megatron.megatron.teacher_weights import KINDS
 
     if has_own_layout(config.parallel, config.teacher):
-        return _detached_teacher(config, inputs, layout, student, say)
+        return _detached_teacher(config, inputs, name, layout, student, say)
 
     def build() -> Any:
-        return _teacher_part(config, inputs, layout, config.parallel, say)
+        return _teacher_part(config, inputs, name, layout, config.parallel, say)
 
     return MegatronTeacher(
         KINDS[config.teacher.kind](config.teacher, student, build),
@@ -44,13 +63,25 @@ def build_teacher(
     )
 
 
-def build_scorer(config: RunConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None) -> Any:
-    """The `DetachedTeacher` of a rank that only scores."""
-    return _detached_teacher(config, inputs, layout, None, say)
+def build_scorers(
+    config: RunConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
+) -> list[Any]:
+    """The `DetachedTeacher`s of a rank that only scores, in the order in which they are asked."""
+    teachers, same = single_teachers(config), same_weights(config)
+    return [
+        _detached_teacher(teachers[name], inputs, name, layout, None, say)
+        for name in dict.fromkeys(same.values())
+        if num_scorers(config.parallel, teachers[name].teacher)
+    ]
 
 
 def _detached_teacher(
-    config: RunConfig, inputs: Inputs, layout: Layout, student: Any, say: Callable[[str], None] | None
+    config: RunConfig,
+    inputs: Inputs,
+    name: str,
+    layout: Layout,
+    student: Any,
+    say: Callable[[str], None] | None,
 ) -> Any:
     import torch
     import torch.distributed as dist
@@ -66,14 +97,13 @@ def _detached_teacher(
     is_dedicated = config.teacher.ranks == "dedicated"
     reader = None
     if layout.is_scorer:
-        part = _teacher_part(config, inputs, layout, parallel, say)
+        part = _teacher_part(config, inputs, name, layout, parallel, say)
         reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), None)
     elif not is_dedicated:
         place = place_beside(parallel, layout.device)
         with place.entered():
-            part = _teacher_part(config, inputs, place.layout, parallel, say)
+            part = _teacher_part(config, inputs, name, place.layout, parallel, say)
         reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), place)
-    assert inputs.teacher_architecture is not None
     return DetachedTeacher(
         reader,
         None if layout.is_scorer else layout,
@@ -84,7 +114,7 @@ def _detached_teacher(
             layout.device,
         ),
         bridge() if is_dedicated else None,
-        architecture=inputs.teacher_architecture,
+        architecture=inputs.teachers[name].architecture,
         shard=None if layout.is_scorer else student.shard,
         train=config.train,
         head=config.head,
@@ -97,17 +127,21 @@ def _detached_teacher(
 
 
 def _teacher_part(
-    config: RunConfig, inputs: Inputs, layout: Layout, parallel: ParallelConfig, say: Callable[[str], None] | None
+    config: RunConfig,
+    inputs: Inputs,
+    name: str,
+    layout: Layout,
+    parallel: ParallelConfig,
+    say: Callable[[str], None] | None,
 ) -> Any:
     """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
     from renio_megatron.megatron.merging import Merger
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.pretrained import load_pretrained
 
-    assert inputs.teacher_weights is not None  # a distillation's inputs name one
-    assert inputs.teacher_architecture is not None
+    teacher: TeacherInputs = inputs.teachers[name]
     part = build_model(
-        inputs.teacher_architecture,
+        teacher.architecture,
         layout,
         parallel,
         _teacher_train(config),
@@ -118,7 +152,8 @@ def _teacher_part(
     )
     adapter = config.teacher.adapter
     change = None if adapter is None else Merger(Path(adapter), part.architecture)
-    load_pretrained(part, inputs.teacher_weights, title="teacher", say=say, change=change)
+    title = "teacher" if name == ONLY else f"teacher {name}"
+    load_pretrained(part, teacher.weights, title=title, say=say, change=change)
     return part
 
 

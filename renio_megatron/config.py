@@ -21,12 +21,12 @@ from renio_megatron.layout_rules import (
     check_recomputation,
     check_teacher_layout,
     fewest_ranks,
-    has_own_layout,
     num_scorers,
     teacher_parallel,
 )
+from renio_megatron.recipe_checks import check_combinations, check_weighting
 from renio_megatron.recipe_file import read_recipe
-from renio_megatron.recipe_rules import check_settings, is_changeable, shares_student
+from renio_megatron.recipe_rules import check_settings, is_changeable
 from renio_megatron.settings import (
     CheckpointConfig,
     DataConfig,
@@ -43,6 +43,7 @@ from renio_megatron.settings import (
     WeightingConfig,
 )
 from renio_megatron.settings.checks import require_choice
+from renio_megatron.teacher_routes import ONLY, shares_student, single_teachers
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", *MIXTURE_TYPES)
 
@@ -138,13 +139,7 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
     require_choice("the kind of a recipe", kind, SCHEMAS)
     config, explicit = read_recipe(SCHEMAS[kind], path, overrides)
     check_settings(kind, config, explicit)
-    if isinstance(config, RunConfig):
-        _check_self_teacher(config)
-        _check_packing(config)
-        _check_head(config)
-    _check_precision(config)
-    if config.lora.r is not None:
-        _check_lora(config)
+    check_combinations(kind, config)
     return Recipe(config=config, explicit=explicit, kind=kind)
 
 
@@ -156,7 +151,7 @@ def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
     check_layout(config.parallel, config.train, world_size)
     check_expert_ranks(config.parallel, config.train, world_size)
     if isinstance(config, RunConfig) and config.weighting.name == "renio":
-        _check_weighting(config.weighting, config.train.global_batch_size)
+        check_weighting(config.weighting, config.train.global_batch_size)
 
 
 def smallest_world(config: RunConfig | SftConfig) -> int:
@@ -171,15 +166,14 @@ def check_models(config: RunConfig | SftConfig) -> None:
     if config.lora.r is not None:
         check_adapters_cut(models["model"], config.parallel)
     layouts = {"model": config.parallel}
-    if isinstance(config, RunConfig):
-        layouts["teacher.model"] = teacher_parallel(config.parallel, config.teacher)
-        if config.teacher.kind == "separate":
-            assert config.teacher.model is not None
-            models["teacher.model"] = _check_model(
-                "teacher.model", config.teacher.model, layouts["teacher.model"], trained=False
-            )
-        elif not shares_student(config):
-            models["teacher.model"] = models["model"]
+    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
+        setting = "teacher.model" if name == ONLY else f"teacher.routes.{name}.model"
+        layouts[setting] = teacher_parallel(one.parallel, one.teacher)
+        if one.teacher.kind == "separate":
+            assert one.teacher.model is not None
+            models[setting] = _check_model(setting, one.teacher.model, layouts[setting], trained=False)
+        elif not shares_student(one):
+            models[setting] = models["model"]
     check_experts(config, models, layouts)
 
 
@@ -215,135 +209,6 @@ def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
         for key in dict.fromkeys([*new, *old])
         if key != "output_dir" and old.get(key) != new.get(key)
     }
-
-
-def _check_self_teacher(config: RunConfig) -> None:
-    data, kind = config.data, config.teacher.kind
-    same_text = data.teacher_template in (None, data.student_template)
-    same_thinking = data.teacher_enable_thinking in (None, data.enable_thinking)
-    if kind != "separate" and same_text and same_thinking:
-        raise ConfigError(
-            f"teacher.kind={kind} with the student's own view of the prompt: teacher and student are then the same "
-            "model on the same text, and their KL is exactly zero at the first step. Give data.teacher_template "
-            "something that the student does not see, for example {solution}, or set data.teacher_enable_thinking."
-        )
-    if shares_student(config) and config.teacher.payload_device == "recompute":
-        raise ConfigError(
-            f"teacher.kind={kind} with teacher.payload_device=recompute: student and teacher are one model, which "
-            "cannot read for one of them in the middle of a step of the other. Choose host, which keeps as little on "
-            "the device."
-        )
-    if kind == "ema" and config.precision.fp8_param_gather:
-        raise ConfigError(
-            "teacher.kind=ema with precision.fp8_param_gather=true: parameters that are kept in FP8 cannot be "
-            "exchanged for their average. Set precision.fp8_param_gather=false."
-        )
-
-
-def _check_packing(config: RunConfig) -> None:
-    limit, completion = config.train.max_tokens_per_micro_batch, config.rollout.max_completion_length
-    # The last token is not read, and context parallelism pads each sequence by less than 2 x its ranks.
-    context = config.parallel.context_parallel_size
-    padding = 2 * context - 1 if context > 1 else 0
-    longest = config.data.max_prompt_length + completion - 1 + padding
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"train.max_tokens_per_micro_batch={limit} cannot hold the longest sequence that the recipe allows: "
-            f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_completion_length={completion} "
-            f"make {longest} tokens. Raise it to {longest}, or lower one of the two."
-        )
-
-
-def _check_precision(config: RunConfig | SftConfig) -> None:
-    sections: list[tuple[PrecisionConfig, str, bool]] = [(config.precision, "train.bf16", config.train.bf16)]
-    if isinstance(config, RunConfig):
-        own = config.teacher.bf16
-        setting = "train.bf16" if own is None else "teacher.bf16"
-        sections.append((config.teacher_precision, setting, config.train.bf16 if own is None else own))
-        if (
-            config.teacher.offload is not None
-            and config.teacher_precision.fp8
-            and not config.teacher_precision.emulate_fp8
-        ):
-            raise ConfigError(
-                f"teacher.offload=host with teacher_precision.fp8={config.teacher_precision.fp8}: weights that are "
-                "kept in FP8 are not moved. Set teacher.offload=null, or teacher_precision.fp8=null."
-            )
-    for one, setting, bf16 in sections:
-        if one.fp8 is not None and not one.emulate_fp8 and not bf16:
-            raise ConfigError(
-                f"{one.section}.fp8={one.fp8} with {setting}=false: what stays out of FP8 would be fp32, and the "
-                f"products gain nothing. Set {setting}=true."
-            )
-    if config.precision.fp8_param_gather:
-        if not config.parallel.use_distributed_optimizer:
-            raise ConfigError(
-                "precision.fp8_param_gather=true needs parallel.use_distributed_optimizer=true: that optimiser gathers "
-                "the parameters. Set it, or precision.fp8_param_gather=false."
-            )
-        if isinstance(config, SftConfig) and config.init != "pretrained":
-            raise ConfigError(
-                "precision.fp8_param_gather=true needs init=pretrained: random FP8 weights would be the same on every "
-                "tensor-parallel rank. Set init=pretrained, or precision.fp8_param_gather=false."
-            )
-
-
-def _check_lora(config: RunConfig | SftConfig) -> None:
-    r, precision = config.lora.r, config.precision
-    if isinstance(config, SftConfig) and config.init != "pretrained":
-        raise ConfigError(
-            f"lora.r={r} with init={config.init}: everything but the adapters would stay random. Set init=pretrained, "
-            "or lora.r=null."
-        )
-    if precision.backend == "te" or precision.fp8 is not None:
-        setting = f"backend={precision.backend}" if precision.fp8 is None else f"fp8={precision.fp8}"
-        raise ConfigError(
-            f"lora.r={r} with precision.{setting}: adapters stand beside Megatron's own linear layers in the "
-            "parameters' dtype; beside Transformer Engine's or FP8 products they are not built. Set "
-            "precision.backend=local and precision.fp8=null, or lora.r=null."
-        )
-    if isinstance(config, RunConfig) and config.teacher.kind == "initial" and config.lora.adapter is not None:
-        raise ConfigError(
-            f"lora.adapter={config.lora.adapter!r} with teacher.kind=initial: the teacher is the student with its "
-            "adapters switched off, so it would not be the student that the run starts from. Merge the adapter into "
-            "the model and give that as `model`, or name a separate teacher."
-        )
-
-
-def _check_head(config: RunConfig) -> None:
-    if config.head.logits_dtype == "bf16" and not config.train.bf16:
-        raise ConfigError(
-            "head.logits_dtype=bf16 with train.bf16=false: the models are fp32, and so are their logits. Set fp32."
-        )
-    if config.teacher.payload_device == "recompute" and has_own_layout(config.parallel, config.teacher):
-        raise ConfigError(
-            "teacher.payload_device=recompute beside a layout of the teacher's own (teacher.parallel, teacher.ranks): "
-            "its ranks cannot read in the middle of the student's step. Choose host, which keeps as little on the "
-            "device."
-        )
-    if config.head.logits_dtype == "bf16" and config.teacher.bf16 is False:
-        raise ConfigError(
-            "head.logits_dtype=bf16 with teacher.bf16=false: the teacher's logits would be rounded to what its "
-            "weights were kept out of. Set head.logits_dtype=fp32, or teacher.bf16=null."
-        )
-    if config.teacher.payload_device == "recompute" and config.parallel.pipeline_model_parallel_size > 1:
-        raise ConfigError(
-            "teacher.payload_device=recompute needs parallel.pipeline_model_parallel_size=1: the teacher's stages "
-            "cannot run inside the student's schedule. Choose host, which keeps as little on the device."
-        )
-
-
-def _check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
-    if weighting.normalise == "batch" and num_sequences < 2:
-        raise ConfigError(
-            "weighting 'renio' needs at least 2 sequences per optimiser step to have a batch mean; got "
-            f"{num_sequences}. Raise train.global_batch_size, or choose weighting.normalise=none."
-        )
-    if weighting.normalise == "group" and num_sequences % (weighting.group_size or 1):
-        raise ConfigError(
-            f"weighting.group_size={weighting.group_size} does not divide train.global_batch_size={num_sequences}. "
-            "Choose a divisor of the batch."
-        )
 
 
 def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: bool) -> dict[str, Any]:

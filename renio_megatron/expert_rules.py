@@ -56,9 +56,8 @@ def check_experts(config: Any, models: Mapping[str, Mapping[str, Any]], layouts:
         )
     for setting, values in mixtures.items():
         _check_cut(setting, values, layouts[setting])
-    precisions = {"model": config.precision, "teacher.model": getattr(config, "teacher_precision", None)}
     for setting in mixtures:
-        _check_layers(setting, precisions[setting])
+        _check_layers(setting, config.precision if setting == "model" else config.teacher_precision)
     if "model" in mixtures:
         _check_student(config)
 

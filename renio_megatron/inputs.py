@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from renio_megatron.data.prompts import PromptStream
+from renio_megatron.assets import model_directory
+from renio_megatron.checkpoint_files import find_pretrained
+from renio_megatron.config import RunConfig
+from renio_megatron.data.chat import View, check_chat, teacher_view
+from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load_tokenizer
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.records import Prompt, Rollout
+from renio_megatron.teacher_routes import ONLY, single_teachers
+
+
+@dataclass(frozen=True)
+class TeacherInputs:
+    """What is known of a teacher.
+
+    Attributes:
+        directory: its Hugging Face directory.
+        weights: where its weights are: there, or a checkpoint that Megatron wrote.
+        architecture: its own.
+    """
+
+    directory: Path
+    weights: Path
+    architecture: Architecture
 
 
 @dataclass(frozen=True)
@@ -16,10 +38,11 @@ class Inputs:
     """A run's models, data and graders. No collective is needed for them.
 
     Attributes:
-        model, teacher: Hugging Face directories; the teacher's is None in fine-tuning.
-        weights, teacher_weights: where the weights are: these, or checkpoints that Megatron wrote.
-        architecture, teacher_architecture: theirs.
-        vocab_size: V of the loss: the columns that both models have.
+        model: the student's Hugging Face directory.
+        weights: where its weights are: there, or a checkpoint that Megatron wrote.
+        architecture: its own.
+        teachers: by the names of `teacher_routes.single_teachers`; none in fine-tuning.
+        vocab_size: V of the loss: the columns that all models have.
         stream: the prompts.
         evaluation: the problems of the evaluation; none where there is none.
         grader, eval_grader: of training and evaluation problems; None where nothing can be graded.
@@ -28,11 +51,9 @@ class Inputs:
     """
 
     model: Path
-    teacher: Path | None
     weights: Path
-    teacher_weights: Path | None
     architecture: Architecture
-    teacher_architecture: Architecture | None
+    teachers: Mapping[str, TeacherInputs]
     vocab_size: int
     stream: PromptStream
     evaluation: Sequence[Prompt]
@@ -40,3 +61,56 @@ class Inputs:
     eval_grader: Callable[[Rollout], bool | None] | None
     stop_ids: tuple[int, ...]
     pad_id: int
+
+
+def weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
+    """Where a model's weights are: in its directory, unless the setting names a checkpoint."""
+    return model if checkpoint is None else find_pretrained(checkpoint, setting)
+
+
+def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: Any) -> dict[str, TeacherInputs]:
+    """What is known of each teacher, by name.
+
+    Args:
+        config: the settings.
+        student: the student's directory.
+        weights: where the student's weights are, which are those of a teacher that is the student.
+        tokenizer: the student's.
+
+    Raises:
+        ConfigError, CheckpointError: a model that is not there or does not fit the student's tokens; the setting is
+            named.
+    """
+    found = {}
+    for name, one in single_teachers(config).items():
+        teacher, section = one.teacher, "teacher" if name == ONLY else f"teacher.routes.{name}"
+        directory = student if teacher.model is None else model_directory(teacher.model, f"{section}.model")
+        architecture = Architecture.from_directory(directory)
+        if directory != student:
+            check_same_tokenizer(tokenizer, load_tokenizer(directory))
+        own = weights
+        if teacher.kind == "separate":
+            own = weights_of(directory, teacher.pretrained_checkpoint, f"{section}.pretrained_checkpoint")
+        if own == directory:
+            WeightFiles(directory).check(architecture)
+        if teacher.adapter is not None:
+            from renio_megatron.megatron.merging import Merger
+
+            Merger(Path(teacher.adapter), architecture)  # refuses what cannot be merged
+        found[name] = TeacherInputs(directory, own, architecture)
+    return found
+
+
+def teacher_views(config: RunConfig, tokenizer: Any) -> dict[str, View] | None:
+    """How each of several teachers sees a problem, by name; None where there is one.
+
+    Raises:
+        ConfigError: an unknown field in a template, or settings of the chat template that do not fit the tokenizer.
+    """
+    views = {}
+    for name, route in config.teacher.routes.items():
+        data = single_teachers(config)[name].data
+        check_chat(tokenizer, data)
+        setting = "data.teacher_template" if route.template is None else f"teacher.routes.{name}.template"
+        views[name] = teacher_view(data, setting)
+    return views or None

@@ -63,6 +63,12 @@ METRICS: dict[str, Metric] = {
     "time/rollout_s": Metric("s", "max", "sampling of the completions, on the first rank"),
     "time/teacher_s": Metric("s", "max", "scoring by the teacher, on the first rank"),
     "time/train_s": Metric("s", "max", "forward, backward and optimiser, on the first rank"),
+    "teacher/*/sequences_frac": Metric(
+        "1", "mean", "of several teachers: share of the step's sequences that it scored"
+    ),
+    "teacher/*/kl": Metric("nats/token", "mean", "of several teachers: divergence at its sequences, mean over tokens"),
+    "teacher/*/raw_weight_mean": Metric("1", "mean", "of several teachers: raw weight, mean over its sequences"),
+    "teacher/*/accuracy": Metric("1", "mean", "of several teachers: share of its sequences that are correct"),
     "teacher/payload_sent_mb": Metric("MiB", "max", "teacher's hidden states that ranks sent each other in a step"),
     "memory/teacher_payload_mb": Metric("MiB", "max", "device memory that the teacher's hidden states took at a time"),
     "moe/aux_loss": Metric(
@@ -79,8 +85,16 @@ METRICS: dict[str, Metric] = {
     "eval/accuracy_sampled": Metric("1", "mean", "accuracy on held-out problems, sampled completions"),
 }
 
-MEANS = tuple(name for name, metric in METRICS.items() if metric.reduction == "mean")
-MAXIMA = tuple(name for name, metric in METRICS.items() if metric.reduction == "max")
+# Those with a part of the name left open stay out of tallies, whose ranks must all know the same names.
+MEANS = tuple(name for name, metric in METRICS.items() if metric.reduction == "mean" and "*" not in name)
+MAXIMA = tuple(name for name, metric in METRICS.items() if metric.reduction == "max" and "*" not in name)
+_ORDER = {name: number for number, name in enumerate(METRICS)}
+
+
+def _family(name: str) -> str:
+    """The key of `METRICS` for a name: itself, or the one that leaves its middle open."""
+    first, middle, last = (*name.split("/"), "", "")[:3]
+    return name if not (middle and last) else f"{first}/*/{last}"
 
 
 def _metric(name: str) -> Metric:
@@ -280,8 +294,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _row(step: int, values: Mapping[str, float | None]) -> dict[str, float]:
     """The known values as floats in the order of `METRICS`, without the step."""
     for name in values:
-        _metric(name)
-    row = {name: float(value) for name in METRICS if name != "step" and (value := values.get(name)) is not None}
+        if _family(name) not in METRICS:
+            _metric(name)
+    known = sorted(values, key=lambda name: _ORDER[_family(name)])
+    row = {name: float(value) for name in known if name != "step" and (value := values[name]) is not None}
     bad = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
     if bad:
         raise NumericsError(

@@ -1,7 +1,8 @@
 """Reads a recipe (YAML) and the `key=value` settings of a command line into a dataclass; knows no key by name.
 
-A schema is a dataclass whose fields are plain values (str, int, float, bool, or one of them or None) or sections:
-dataclasses of the same kind. Inside this file the settings are flat: dotted key -> (value, where it was given).
+A schema is a dataclass whose fields are plain values (str, int, float, bool, or one of them or None), sections
+(dataclasses of the same kind), or tables of sections under names that the recipe chooses (`dict[str, dataclass]`).
+Inside this file the settings are flat: dotted key -> (value, where it was given).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -52,36 +53,79 @@ def read_recipe(
     Raises:
         ConfigError: the file cannot be read, or a key or a value is not one of the schema's.
     """
-    types = leaf_types(schema)
-    flat = {} if path is None else _flatten(_load(Path(path)), schema, str(path))
-    _apply_overrides(flat, schema, overrides)
+    content = {} if path is None else _load(Path(path))
+    keys = Keys(schema, _chosen_names(Keys(schema, {}), content, overrides))
+    types = keys.values
+    flat = _flatten(content, keys, str(path))
+    _apply_overrides(flat, keys, overrides)
     explicit = frozenset(key for key, (value, _) in flat.items() if value is not None)
     flat = {key: entry for key, entry in flat.items() if entry[0] is not None or _may_be_null(types[key])}
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
         if field.name in types and field.default is dataclasses.MISSING and field.name not in flat:
             raise ConfigError(f"{path}: {field.name} is missing. Add it, or give {field.name}=... on the command line.")
-    return _build(schema, flat), explicit
+    return _build(schema, keys, flat), explicit
 
 
-def sections(schema: type) -> dict[str, type]:
-    """The fields of a schema that are dataclasses themselves, by dotted name; one before those inside it."""
-    found: dict[str, type] = {}
-    for name, hint in get_type_hints(schema).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            found[name] = hint
-            found.update({f"{name}.{inner}": section for inner, section in sections(hint).items()})
+class Keys:
+    """The dotted keys of a schema.
+
+    Attributes:
+        values: the type of every plain value, in the order of the fields.
+        sections: what stands in every section, one before those inside it; a table's names count as its keys.
+        tables: the sections whose keys are names that the recipe chooses.
+        top: the keys outside of all sections, and the sections there.
+    """
+
+    def __init__(self, schema: type, names: Mapping[str, Sequence[str]]) -> None:
+        """`names` are those chosen for each table, by its dotted key."""
+        self.values: dict[str, Any] = {}
+        self.sections: dict[str, list[str]] = {}
+        self.tables: set[str] = set()
+        self.top = [field.name for field in dataclasses.fields(schema)]
+        self._names = names
+        self._add("", schema)
+
+    def _add(self, section: str, schema: type) -> None:
+        for name, hint in get_type_hints(schema).items():
+            key = f"{section}{name}"
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+                self._add_section(key, hint)
+            elif get_origin(hint) is dict:
+                self.tables.add(key)
+                self.sections[key] = list(self._names.get(key, ()))
+                for chosen in self.sections[key]:
+                    self._add_section(f"{key}.{chosen}", get_args(hint)[1])
+            else:
+                self.values[key] = hint
+
+    def _add_section(self, key: str, schema: Any) -> None:
+        self.sections[key] = [field.name for field in dataclasses.fields(schema)]
+        self._add(f"{key}.", schema)
+
+    def selector(self, section: str) -> str | None:
+        """The key that a plain word for the whole section stands for."""
+        names = () if section in self.tables else self.sections[section]
+        return next((name for name in _SELECTORS if name in names), None)
+
+
+def _chosen_names(keys: Keys, content: Mapping[Any, Any], overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The names that a recipe's file and its overrides give to the sections of each table, in their order."""
+    found: dict[str, list[str]] = {}
+    for table in keys.tables:
+        inside: Any = content
+        for part in table.split("."):
+            inside = inside.get(part) if isinstance(inside, dict) else None
+        names = [str(name) for name in inside] if isinstance(inside, dict) else []
+        for text in overrides:
+            key, _, raw = (part.strip() for part in text.partition("="))
+            if key.startswith(f"{table}."):
+                names.append(key[len(table) + 1 :].partition(".")[0])
+            elif key == table and isinstance(value := _parse(key, raw, Any), dict):
+                names += [str(name) for name in value]
+        if with_dot := next((name for name in names if "." in name), None):
+            raise ConfigError(f"{table}: {with_dot!r} cannot be a name there: dots separate keys. Choose one without.")
+        found[table] = list(dict.fromkeys(names))
     return found
-
-
-def leaf_types(schema: type) -> dict[str, Any]:
-    """The type of every plain value of a schema, by dotted key, in the order of the fields."""
-    types: dict[str, Any] = {}
-    for name, hint in get_type_hints(schema).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            types.update({f"{name}.{key}": value for key, value in leaf_types(hint).items()})
-        else:
-            types[name] = hint
-    return types
 
 
 def nearest_key(key: str, keys: Iterable[str]) -> str | None:
@@ -129,55 +173,60 @@ def _load(path: Path) -> Mapping[Any, Any]:
     return content
 
 
-def _flatten(content: Mapping[Any, Any], schema: type, source: str) -> _Flat:
+def _flatten(content: Mapping[Any, Any], keys: Keys, source: str) -> _Flat:
     """The file's settings by dotted key; a section that is given as null has none."""
-    nested, flat = sections(schema), {}
+    flat = {}
     for key, value in content.items():
-        if key in nested and "." not in key:
-            flat.update(_flatten_section(key, value, schema, source))
-        elif key in leaf_types(schema) and "." not in key:
+        if key in keys.sections and "." not in key:
+            flat.update(_flatten_section(key, value, keys, source))
+        elif key in keys.values and "." not in key:
             flat[key] = (value, source)
         else:
-            _refuse_unknown(str(key), schema, source)
+            _refuse_unknown(str(key), keys, source)
     return flat
 
 
-def _flatten_section(name: str, value: Any, schema: type, source: str) -> _Flat:
+def _flatten_section(name: str, value: Any, keys: Keys, source: str) -> _Flat:
     """The settings of one section: a mapping, null, or a plain word that stands for its name or kind."""
-    section = sections(schema)[name]
-    selector = _selector(section)
+    selector = keys.selector(name)
     if value is None:
         return {}
     if isinstance(value, str) and selector is not None:
         return {f"{name}.{selector}": (value, source)}
-    keys = [field.name for field in dataclasses.fields(section)]
     if not isinstance(value, dict):
-        word = f", or a plain word for {name}.{selector}" if selector else ""
         raise ConfigError(
-            f"{source}: {name} is a section with the keys {', '.join(keys)}{word}; got {value!r}. "
+            f"{source}: {name} is {_what_stands_in(name, keys)}; got {value!r}. "
             f"Write its settings as `key: value` below it, or as {name}.KEY=VALUE on the command line."
         )
     flat: _Flat = {}
     for key, item in value.items():
-        if key not in keys:
-            _refuse_unknown(f"{name}.{key}", schema, source)
-        inside = f"{name}.{key}" in sections(schema)
+        if str(key) not in keys.sections[name]:
+            _refuse_unknown(f"{name}.{key}", keys, source)
+        inside = f"{name}.{key}" in keys.sections
         flat.update(
-            _flatten_section(f"{name}.{key}", item, schema, source) if inside else {f"{name}.{key}": (item, source)}
+            _flatten_section(f"{name}.{key}", item, keys, source) if inside else {f"{name}.{key}": (item, source)}
         )
     return flat
 
 
-def _apply_overrides(flat: _Flat, schema: type, overrides: Sequence[str]) -> None:
+def _what_stands_in(section: str, keys: Keys) -> str:
+    if section in keys.tables:
+        return "a section whose keys are names of your choice, each a section itself"
+    selector = keys.selector(section)
+    word = f", or a plain word for {section}.{selector}" if selector else ""
+    return f"a section with the keys {', '.join(keys.sections[section])}{word}"
+
+
+def _apply_overrides(flat: _Flat, keys: Keys, overrides: Sequence[str]) -> None:
     """Puts the settings of the command line in the place of the file's."""
-    types, nested = leaf_types(schema), sections(schema)
+    types, nested = keys.values, keys.sections
     given: list[str] = []
     for text in overrides:
         key, equals, raw = (part.strip() for part in text.partition("="))
         if not equals or not key:
             raise ConfigError(f"{COMMAND_LINE}: {text!r} is not a setting. Write key=value, for example train.lr=1e-5.")
         if key not in types and key not in nested:
-            _refuse_unknown(key, schema, COMMAND_LINE)
+            _refuse_unknown(key, keys, COMMAND_LINE)
         clash = next((old for old in given if old == key or old.startswith(f"{key}.")), None)
         if clash is not None:
             raise ConfigError(
@@ -192,7 +241,7 @@ def _apply_overrides(flat: _Flat, schema: type, overrides: Sequence[str]) -> Non
         if not isinstance(value, dict):
             for old in [old for old in flat if old.startswith(f"{key}.")]:
                 del flat[old]
-        flat.update(_flatten_section(key, value, schema, COMMAND_LINE))
+        flat.update(_flatten_section(key, value, keys, COMMAND_LINE))
 
 
 def _parse(key: str, raw: str, wanted: Any) -> Any:
@@ -209,17 +258,17 @@ def _parse(key: str, raw: str, wanted: Any) -> Any:
     return raw if is_text and value is not None and not isinstance(value, str) else value
 
 
-def _build(schema: type[_Schema], flat: _Flat) -> _Schema:
+def _build(schema: type[_Schema], keys: Keys, flat: _Flat) -> _Schema:
     """The dataclass of the settings; its own checks run here."""
-    types = leaf_types(schema)
+    types = keys.values
     for key, (value, source) in flat.items():
         if isinstance(value, bool) and bool not in (types[key], *get_args(types[key])):
             _refuse_type(key, value, types[key], source)
     try:
-        merged = _merge(schema, flat)
+        merged = _merge(schema, keys, flat)
     except OmegaConfBaseException as error:
         for key, (value, source) in flat.items():
-            if not _merges(schema, {key: (value, source)}):
+            if not _merges(schema, keys, {key: (value, source)}):
                 _refuse_type(key, value, types[key], source, error)
         raise ConfigError(_first_line(error)) from error
     try:
@@ -230,10 +279,10 @@ def _build(schema: type[_Schema], flat: _Flat) -> _Schema:
         raise ConfigError(f"{source}: {key}: {value!r} cannot be resolved: {_first_line(error)}.") from error
 
 
-def _merge(schema: type, flat: _Flat) -> Any:
+def _merge(schema: type, keys: Keys, flat: _Flat) -> Any:
     """The typed OmegaConf node of the schema with the settings in it."""
     tree: dict[str, Any] = {}
-    for key in sections(schema):
+    for key in keys.sections:
         _inside(tree, key)
     for key, (value, _) in flat.items():
         section, _, last = key.rpartition(".")
@@ -250,28 +299,22 @@ def _inside(tree: dict[str, Any], section: str) -> dict[str, Any]:
     return tree
 
 
-def _merges(schema: type, flat: _Flat) -> bool:
+def _merges(schema: type, keys: Keys, flat: _Flat) -> bool:
     """Whether these settings have the schema's types."""
     try:
-        _merge(schema, flat)
+        _merge(schema, keys, flat)
     except OmegaConfBaseException:
         return False
     return True
-
-
-def _selector(section: type) -> str | None:
-    """The field that a plain word for the whole section stands for."""
-    names = {field.name for field in dataclasses.fields(section)}
-    return next((name for name in _SELECTORS if name in names), None)
 
 
 def _may_be_null(wanted: Any) -> bool:
     return NoneType in get_args(wanted)
 
 
-def _refuse_unknown(key: str, schema: type, source: str) -> NoReturn:
+def _refuse_unknown(key: str, keys: Keys, source: str) -> NoReturn:
     """Raises the error of a key that the schema lacks."""
-    types, nested = leaf_types(schema), sections(schema)
+    types, nested = keys.values, keys.sections
     section = key.rpartition(".")[0]
     if key in types:
         name, _, last = key.rpartition(".")
@@ -282,9 +325,9 @@ def _refuse_unknown(key: str, schema: type, source: str) -> NoReturn:
     if near is not None and near != section:
         advice = f"Did you mean {near!r}?"
     elif section in nested:
-        advice = f"The keys of {section} are {', '.join(field.name for field in dataclasses.fields(nested[section]))}."
+        advice = f"The keys of {section} are {', '.join(nested[section])}."
     else:
-        advice = f"The keys are {', '.join(field.name for field in dataclasses.fields(schema))}."
+        advice = f"The keys are {', '.join(keys.top)}."
     raise ConfigError(f"{source}: unknown key {key!r}. {advice}")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings import TeacherParallelConfig, TeacherPrecisionConfig
 from renio_megatron.settings.checks import require_choice
+from renio_megatron.teacher_routes import shares_student, single_teachers
 
 # Names that are looked up in tables of modules which import torch; repeated here so that a typo is found without it.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -69,10 +70,9 @@ class _Needed:
     because: str
 
 
-def shares_student(config: Any) -> bool:
-    """Whether the teacher is the student's own modules, and so has no weights of its own."""
-    kind = config.teacher.kind
-    return kind in ("ema", "current") or (kind == "initial" and config.lora.r is not None)
+def _all_routes_have(config: Any, key: str) -> bool:
+    routes = config.teacher.routes.values()
+    return bool(routes) and all(getattr(route, key) is not None for route in routes)
 
 
 def _reads_files(config: Any) -> bool:
@@ -81,7 +81,14 @@ def _reads_files(config: Any) -> bool:
 
 _IGNORED_BY_ALL = (
     _Ignored(
-        ("data.path", "data.eval_path", "data.problem_key", "data.solution_key", "data.answer_key"),
+        (
+            "data.path",
+            "data.eval_path",
+            "data.problem_key",
+            "data.solution_key",
+            "data.answer_key",
+            "data.teacher_key",
+        ),
         lambda config: not _reads_files(config),
         "only the sources jsonl and datasets read records",
     ),
@@ -221,9 +228,31 @@ _IGNORED_BY_TRAIN = (
         "loss.entry_clip is null, which switches both bounds off",
     ),
 )
+_IGNORED_BY_ROUTES = (
+    _Ignored(
+        tuple(f"teacher.{key}" for key in ("kind", "model", "pretrained_checkpoint", "adapter", "ema_decay")),
+        lambda config: bool(config.teacher.routes),
+        "teacher.routes says it for each of the teachers",
+    ),
+    _Ignored(
+        ("data.teacher_key",),
+        lambda config: not config.teacher.routes,
+        "teacher.routes is empty and there is one teacher",
+    ),
+    _Ignored(
+        ("data.teacher_template",),
+        lambda config: _all_routes_have(config, "template"),
+        "each of teacher.routes has a template of its own",
+    ),
+    _Ignored(
+        ("data.teacher_enable_thinking",),
+        lambda config: _all_routes_have(config, "enable_thinking"),
+        "each of teacher.routes has its own enable_thinking",
+    ),
+)
 _IGNORED_BY_SFT = (
     _Ignored(
-        ("data.teacher_template", "data.teacher_enable_thinking"),
+        ("data.teacher_key", "data.teacher_template", "data.teacher_enable_thinking"),
         lambda config: True,
         "supervised fine-tuning has no teacher",
     ),
@@ -268,7 +297,14 @@ _NEEDED_BY_SFT = (
         "a fine-tuning recipe has no rollout.max_completion_length to follow; evaluate.every=0 does without",
     ),
 )
-_NEEDED = {"train": _NEEDED_BY_ALL, "sft": (*_NEEDED_BY_ALL, *_NEEDED_BY_SFT)}
+_NEEDED_BY_TRAIN = (
+    _Needed(
+        "data.teacher_key",
+        lambda config: bool(config.teacher.routes),
+        "teacher.routes has several teachers, and this column of the records names one of them",
+    ),
+)
+_NEEDED = {"train": (*_NEEDED_BY_ALL, *_NEEDED_BY_TRAIN), "sft": (*_NEEDED_BY_ALL, *_NEEDED_BY_SFT)}
 
 
 def check_settings(kind: str, config: Any, explicit: frozenset[str]) -> None:
@@ -298,12 +334,23 @@ def _check_needed(kind: str, config: Any) -> None:
 
 
 def _check_ignored(kind: str, config: Any, explicit: frozenset[str]) -> None:
-    """Names every key that was set and has no effect, each with the first reason that holds."""
+    """Names every key that was set and has no effect, each with the first reason that holds.
+
+    What several teachers share has no effect where it has none on any of them.
+    """
     reasons: dict[str, str] = {}
-    for rule in _IGNORED[kind]:
+    teachers = single_teachers(config) if kind == "train" else {"": config}
+    general = _IGNORED_BY_ROUTES if kind == "train" else ()
+    for rule in (*general, *_IGNORED[kind]):
         for key in rule.keys:
-            if key in explicit and rule.when(config):
+            if key in explicit and (
+                rule.when(config) if rule in general else all(rule.when(one) for one in teachers.values())
+            ):
                 reasons.setdefault(key, rule.because)
+            for name, one in teachers.items():
+                own = key.replace("teacher.", f"teacher.routes.{name}.", 1)
+                if own in explicit and key not in explicit and rule.when(one):
+                    reasons.setdefault(own, rule.because.replace("teacher.", f"teacher.routes.{name}."))
     if reasons:
         raise ConfigError(
             "\n".join(

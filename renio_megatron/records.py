@@ -36,6 +36,7 @@ class Prompt:
         answer: what the grader compares a completion with; None where completions cannot be graded.
         completion_ids: a given completion (end token included) for supervised fine-tuning; None otherwise.
         metadata: whatever the grader needs beyond the answer.
+        teacher: which of several teachers scores the completions; empty where there is one.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Prompt:
     answer: str | None = None
     completion_ids: tuple[int, ...] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,31 @@ class MicroBatch:
     def row_length(self) -> int:
         """Length S of the rows before context parallelism cut them."""
         return self.token_ids.shape[1] * self.pieces
+
+    def of_sequences(self, chosen: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
+        """The completion tokens of some of its sequences, and which rows those are.
+
+        What the model reads stays as it is. `token_index` and `sequence_index` still count all of the rank's rollouts.
+
+        Args:
+            chosen: which sequences, bool [B].
+
+        Returns:
+            (the micro-batch of the chosen sequences, their rows in this one's [N], int64).
+        """
+        number = torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
+        rows = chosen[self.owner].nonzero()[:, 0]
+        own = replace(
+            self,
+            row_index=self.row_index[rows],
+            target_ids=self.target_ids[rows],
+            owner=number[self.owner[rows]],
+            token_index=self.token_index[rows],
+            sequence_index=self.sequence_index[chosen],
+            lengths=self.lengths[chosen],
+            sequence_of=torch.where(self.sequence_of >= 0, number[self.sequence_of.clamp(min=0)], -1),
+        )
+        return own, rows
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""

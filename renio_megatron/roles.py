@@ -39,6 +39,11 @@ class Teacher(Protocol):
         """What makes logits of the payload, cut at the student's columns; where the loss is computed."""
         ...
 
+    @property
+    def averages(self) -> tuple[tuple[Any, torch.Tensor], ...]:
+        """What a checkpoint must hold of it: values in fp32, each with the parameter that it is of."""
+        ...
+
     def after_update(self, *, skipped: bool) -> None:
         """Told after each of the student's steps, which a teacher may follow; `skipped` where it was left out."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
-from renio_megatron.build_teacher import build_scorer
+from renio_megatron.build_teacher import build_scorers
 from renio_megatron.config import Recipe, RunConfig, SftConfig
 from renio_megatron.diagnose.health import health, layers, trained
 from renio_megatron.diagnose.notices import Notices
@@ -22,10 +22,10 @@ from renio_megatron.megatron.start import bridge, start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
 from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.recipe_rules import shares_student
 from renio_megatron.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.stop import StopSignal
+from renio_megatron.teacher_routes import shares_student, single_teachers
 
 logger = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
@@ -78,26 +78,11 @@ def run_recipe(
     if layout.is_scorer:
         return _score(config, inputs, layout)
     line, warnings = health(layout)
-    has_adapters = config.lora.r is not None
-    is_own_teacher = isinstance(config, RunConfig) and shares_student(config)
-    teacher = config.teacher_precision if isinstance(config, RunConfig) and not is_own_teacher else None
     try:
-        words = layers(
-            config.precision,
-            teacher,
-            layout.device,
-            bf16=config.train.bf16,
-            teacher_bf16=config.teacher.bf16 if isinstance(config, RunConfig) else None,
-            has_adapters=has_adapters,
-        )
-        line = f"{line}; {words}"
+        line = f"{line}; {_models_line(config, layout)}"
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
-    if has_adapters:
-        line = f"{line}; {trained(config.lora)}"
-        if isinstance(config, RunConfig) and config.teacher.kind == "initial":
-            line += ", and without them it is the teacher"
     if layout.is_main:
         say(line)
         for warning in warnings:
@@ -149,6 +134,24 @@ def run_recipe(
     return "resumed" if first else "new"
 
 
+def _models_line(config: RunConfig | SftConfig, layout: Layout) -> str:
+    """What the models are made of, and what of the student is trained."""
+    teachers = single_teachers(config).values() if isinstance(config, RunConfig) else ()
+    of_their_own = [one for one in teachers if not shares_student(one)]  # one precision for all of them
+    text = layers(
+        config.precision,
+        of_their_own[0].teacher_precision if of_their_own else None,
+        layout.device,
+        bf16=config.train.bf16,
+        teacher_bf16=of_their_own[0].teacher.bf16 if of_their_own else None,
+        has_adapters=config.lora.r is not None,
+    )
+    if config.lora.r is None:
+        return text
+    is_teacher = any(one.teacher.kind == "initial" for one in teachers)
+    return f"{text}; {trained(config.lora)}{', and without them it is the teacher' if is_teacher else ''}"
+
+
 def _scorers(config: RunConfig | SftConfig) -> int:
     return num_scorers(config.parallel, config.teacher) if isinstance(config, RunConfig) else 0
 
@@ -158,11 +161,17 @@ def _score(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> str
     assert isinstance(config, RunConfig)
     if tell_scorers(False, layout):
         return "finished"
-    teacher = build_scorer(config, inputs, layout)
+    teachers = build_scorers(config, inputs, layout)
     with StopSignal():
-        while teacher.serve():
+        while _serve(teachers):
             pass
     return "new"
+
+
+def _serve(teachers: Sequence[Any]) -> bool:
+    """One call of each; at the end every one of them is told."""
+    answers = [teacher.serve() for teacher in teachers]
+    return all(answers)
 
 
 def tell_scorers(is_finished: bool, layout: Layout) -> bool:

@@ -158,6 +158,13 @@ class _NoLoss:
     apply = staticmethod(lambda output, loss: output)
 
 
+def _mark_as_all_others(chunk: torch.nn.Module) -> None:
+    """Experts as parameters that every tensor rank computes alike, which with whole experts they are not."""
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = True
+
+
 def _times_tokens(real: Any) -> Any:
     """Megatron's way: the gradient of the loss is multiplied by the number of tokens."""
 
@@ -184,8 +191,8 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
     "recomputed with another batch": ("PP2, recompute full", "Routing.observe", _forgets_recomputation, "router"),
     "copies not summed": (
         "TP2 + SP, whole experts",
-        "is_expert",
-        lambda real: lambda name: False,
+        "mark_experts",
+        lambda real: _mark_as_all_others,
         "experts",
     ),
     "always normalised": (

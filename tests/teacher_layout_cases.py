@@ -80,8 +80,9 @@ def run_colocated(folder: Path, names: list[str]) -> dict[str, Any]:
 def run_dedicated(folder: Path) -> dict[str, Any]:
     """Every case on this rank: half of the ranks train, half serve; None for those that serve."""
     from renio_megatron.build import read_inputs
-    from renio_megatron.build_teacher import build_scorer
+    from renio_megatron.build_teacher import build_scorers
     from renio_megatron.megatron.start import start, stop
+    from renio_megatron.run import _serve
 
     found: dict[str, Any] = {}
     port = int(os.environ["MASTER_PORT"])
@@ -95,12 +96,12 @@ def run_dedicated(folder: Path) -> dict[str, Any]:
             num_scorers=num_scorers(config.parallel, config.teacher),
         )
         if layout.is_scorer:
-            teacher = build_scorer(config, read_inputs(config), layout)
+            teachers = build_scorers(config, read_inputs(config), layout)
             passes = 0
-            while teacher.serve():
+            while _serve(teachers):
                 passes += 1
             found[name] = passes
-            del teacher
+            del teachers
         else:
             found[name] = one_step(config, folder)
         stop()

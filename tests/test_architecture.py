@@ -35,6 +35,8 @@ FLOORS = (
     (
         "recipe_file",
         "recipe_rules",
+        "recipe_checks",
+        "teacher_routes",
         "layout_rules",
         "expert_rules",
         "config",

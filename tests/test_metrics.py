@@ -27,7 +27,7 @@ JOINED = {"renio/weight_mean": 1.25, "renio/weight_max": 4.0, "rollout/accuracy"
 
 
 def test_every_metric_has_a_reduction_that_a_tally_knows():
-    assert set(MEANS) | set(MAXIMA) == set(METRICS)
+    assert set(MEANS) | set(MAXIMA) == {name for name in METRICS if "*" not in name}
     assert all(metric.unit and metric.description for metric in METRICS.values())
 
 

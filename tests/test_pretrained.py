@@ -99,7 +99,7 @@ def test_what_is_no_checkpoint_of_the_format_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "overrides", "words"),
     [
-        ("train", ["teacher=self", "teacher.pretrained_checkpoint=x"], ["teacher.pretrained_checkpoint is set but"]),
+        ("train", ["teacher=initial", "teacher.pretrained_checkpoint=x"], ["teacher.pretrained_checkpoint is set but"]),
         ("sft", ["init=random", "pretrained_checkpoint=x"], ["pretrained_checkpoint is set but", "init is random"]),
         ("sft", ["checkpoint.load=y", "pretrained_checkpoint=x"], ["the weights come from checkpoint.load"]),
     ],

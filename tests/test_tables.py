@@ -9,7 +9,7 @@ from renio_megatron.megatron.teacher_weights import KINDS
 from renio_megatron.objective.divergences import DIVERGENCES
 from renio_megatron.objective.weightings import WEIGHTINGS
 from renio_megatron.recipe_rules import CHOICES
-from renio_megatron.settings.run import TEACHER_KINDS
+from renio_megatron.settings.teacher import TEACHER_KINDS
 from renio_megatron.tasks import GRADERS
 
 

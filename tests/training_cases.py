@@ -132,6 +132,8 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
         "weights": weights,
         "loss": metrics["loss"],
         "sent_mb": metrics.get("teacher/payload_sent_mb"),
+        "by_teacher": {name: value for name, value in metrics.items() if name.count("/") == 2},
+        "reference_by_teacher": _by_teacher(rollouts, reference),
         "raw_weights_not_1": int((reference["raw_weights"] != 1).sum()),
         "gradient_error": worst_gradient_error(seen["gradients"], reference["gradients"], algorithm.learner.part),
         "grad_norm_error": abs(metrics["grad_norm"] - reference["grad_norm"]) / reference["grad_norm"],
@@ -149,12 +151,14 @@ def reference_step(config: RunConfig, rollouts: list[Rollout], student: Any = No
 
     if student is None:
         student = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model or config.model, dtype=torch.float32)
+    paths = {name: one.model or config.model for name, one in config.teacher.routes.items()}
+    paths = paths or {"": config.teacher.model or config.model}
+    teachers = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
     rows: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
     for rollout in rollouts:
         for who, model, prompt in (
             ("student", student, rollout.prompt.student_ids),
-            ("teacher", teacher, rollout.prompt.teacher_ids),
+            ("teacher", teachers[rollout.prompt.teacher], rollout.prompt.teacher_ids),
         ):
             ids = torch.tensor([prompt + rollout.completion_ids])
             with torch.set_grad_enabled(who == "student"):
@@ -179,6 +183,20 @@ def reference_step(config: RunConfig, rollouts: list[Rollout], student: Any = No
     norm = torch.sqrt(sum(gradient.double().square().sum() for gradient in gradients.values()))
     logits = torch.cat(rows["student"]).detach()
     return {**result, "logits": logits, "gradients": gradients, "grad_norm": float(norm)}
+
+
+def _by_teacher(rollouts: list[Rollout], reference: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """For each of several teachers its share of the sequences, mean divergence at their tokens and mean raw weight."""
+    divergence = reference["token_divergence"].split([len(rollout.completion_ids) for rollout in rollouts])
+    found = {}
+    for name in dict.fromkeys(rollout.prompt.teacher for rollout in rollouts):
+        mine = [i for i, rollout in enumerate(rollouts) if rollout.prompt.teacher == name]
+        found[name] = {
+            "sequences_frac": len(mine) / len(rollouts),
+            "kl": float(torch.cat([divergence[i] for i in mine]).double().mean()),
+            "raw_weight_mean": float(reference["raw_weights"][mine].double().mean()),
+        }
+    return found
 
 
 def worst_gradient_error(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from renio_megatron.algorithms.routing import RoutedDivergence, RoutedScores, RoutedTeachers, names_metrics
 from renio_megatron.chunks import Logits, logits_dtype_of
 from renio_megatron.data.collate import flat_completions, flat_logp
 from renio_megatron.evaluate.accuracy import auc
@@ -19,7 +20,7 @@ from renio_megatron.parallel.balance import balance
 from renio_megatron.parallel.batch import gather_batch, sum_pieces
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout, TeacherScores
-from renio_megatron.roles import Learner, Sampler, Teacher
+from renio_megatron.roles import Learner, Sampler, StepLoss, Teacher
 from renio_megatron.scores import SampleWeights, applied_cap, sample_weights
 from renio_megatron.settings import HeadConfig, LossConfig, WeightingConfig
 
@@ -34,7 +35,7 @@ class Distillation:
     def __init__(
         self,
         sampler: Sampler,
-        teacher: Teacher,
+        teacher: Teacher | RoutedTeachers,
         learner: Learner,
         *,
         layout: Layout,
@@ -51,7 +52,7 @@ class Distillation:
         """Casts the roles.
 
         Args:
-            sampler, teacher, learner: who plays them.
+            sampler, teacher, learner: who plays them; several teachers as one.
             layout: this rank's place; weights are normalised over its data axis.
             decoding: how completions are drawn.
             loss, weighting: the objective.
@@ -79,8 +80,10 @@ class Distillation:
         clock.append(time.perf_counter())
         student_logp = self.learner.score(batches) if self._recompute else flat_logp(rollouts)
         sample = self.weigh(rollouts, student_logp, teacher)
-        loss = WeightedDivergence(self.teacher, teacher, sample, self._loss, self._weighting, self._head)
+        loss = self._divergence(teacher, sample)
         metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))
+        if isinstance(loss, RoutedDivergence):
+            metrics |= loss.metrics(self._layout)
         self.teacher.after_update(skipped=metrics.get("train/skipped_frac", 0.0) > 0)
         if "renio/pivot_gradient_frac" in metrics:  # counted in squares, which add up
             metrics["renio/pivot_gradient_frac"] **= 0.5
@@ -102,7 +105,19 @@ class Distillation:
         ]
         return balance(rollouts, costs, self._layout.data, unit=(weighting.group_size or 1) if is_grouped else 1)
 
-    def weigh(self, rollouts: Sequence[Rollout], student_logp: torch.Tensor, teacher: TeacherScores) -> SampleWeights:
+    def _divergence(self, scores: TeacherScores | RoutedScores, sample: SampleWeights) -> StepLoss:
+        settings = (sample, self._loss, self._weighting, self._head)
+        if isinstance(self.teacher, RoutedTeachers):
+            assert isinstance(scores, RoutedScores)
+            return RoutedDivergence(
+                scores, self.teacher.names, lambda one, its, look: WeightedDivergence(one, its, *settings, look)
+            )
+        assert isinstance(scores, TeacherScores)
+        return WeightedDivergence(self.teacher, scores, *settings)
+
+    def weigh(
+        self, rollouts: Sequence[Rollout], student_logp: torch.Tensor, teacher: TeacherScores | RoutedScores
+    ) -> SampleWeights:
         """Weights of this rank's sequences, normalised over the optimiser step's."""
         _, owner, _ = flat_completions(rollouts)
         device = self._layout.device
@@ -140,8 +155,13 @@ class Distillation:
             verdicts = [self._grader(rollout) for rollout in rollouts]  # None where the grader failed
             columns.append(torch.tensor([bool(verdict) for verdict in verdicts], dtype=dtype, device=device))
             columns.append(torch.tensor([verdict is None for verdict in verdicts], dtype=dtype, device=device))
+        if isinstance(self.teacher, RoutedTeachers):
+            names = self.teacher.names
+            columns.insert(0, torch.tensor([names.index(r.prompt.teacher) for r in rollouts], device=device))
         table = gather_batch(torch.stack([column.to(dtype) for column in columns], dim=1), self._layout.data.group)
-        weights, raw, lengths, cut, pivotal, *graded = table.cpu().unbind(1)
+        found = list(table.cpu().unbind(1))
+        name_of = found.pop(0) if isinstance(self.teacher, RoutedTeachers) else None
+        weights, raw, lengths, cut, pivotal, *graded = found
         metrics = weight_metrics(
             weights,
             raw,
@@ -159,6 +179,8 @@ class Distillation:
             area = auc(raw, graded[0] == 0)
             if area == area:  # undefined where all are right, or all wrong
                 metrics["renio/auc_wrong"] = area
+        if isinstance(self.teacher, RoutedTeachers) and name_of is not None:
+            metrics |= names_metrics(self.teacher.names, name_of, raw, graded[0] if graded else None)
         return metrics
 
 

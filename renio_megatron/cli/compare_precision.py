@@ -93,6 +93,11 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
     """
     recipe = checked_recipe("train", path, overrides)
     assert isinstance(recipe.config, RunConfig)
+    if recipe.config.teacher.routes:
+        raise ConfigError(
+            "renio compare-precision compares one teacher, and the recipe has teacher.routes. Give one of them as "
+            "teacher.kind and teacher.model."
+        )
     if has_own_layout(recipe.config.parallel, recipe.config.teacher):
         raise ConfigError(
             "renio compare-precision holds the teacher in the student's layout; the recipe gives it one of its own. "

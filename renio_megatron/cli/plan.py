@@ -28,6 +28,11 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     """
     config = load_recipe("train", path, overrides).config
     assert isinstance(config, RunConfig)
+    if config.teacher.routes:
+        raise ConfigError(
+            "renio plan does not count several teachers (teacher.routes). Plan with the largest of them as the only "
+            "one: teacher.kind and teacher.model in their place."
+        )
     if has_own_layout(config.parallel, config.teacher):
         raise ConfigError(
             "renio plan does not count a teacher in a layout of its own yet. Plan with teacher.ranks=colocated and the "

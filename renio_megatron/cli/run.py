@@ -141,11 +141,22 @@ def _describe(config: Any) -> str:
     layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
     what = f"{config.model} on its solutions"
     if isinstance(config, RunConfig):
-        teacher = config.teacher.model or f"itself ({config.teacher.kind}), shown more"
-        what = f"{config.model} learns from {teacher}, weighting {config.weighting.name}"
+        what = f"{config.model} learns from {_teachers(config)}, weighting {config.weighting.name}"
         if has_own_layout(parallel, config.teacher):
             layout = f"{layout}; teacher {teacher_words(parallel, config.teacher, _trainers(config))}"
     return f"{what}; {train.train_iters} steps of {train.global_batch_size} sequences; {layout}"
+
+
+def _teachers(config: RunConfig) -> str:
+    """Who teaches, in words."""
+
+    def words(teacher: Any) -> str:
+        return teacher.model or f"itself ({teacher.kind}), shown more"
+
+    routes = config.teacher.routes
+    if not routes:
+        return words(config.teacher)
+    return f"{', '.join(f'{name}: {words(one)}' for name, one in routes.items())} (by {config.data.teacher_key})"
 
 
 def _trainers(config: Any) -> int:

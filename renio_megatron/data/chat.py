@@ -65,12 +65,12 @@ def student_view(config: DataConfig) -> View:
     return View(config.student_template, config.chat, config.enable_thinking, "data.student_template")
 
 
-def teacher_view(config: DataConfig) -> View:
-    """The teacher's view of a problem: what is not set is the student's."""
+def teacher_view(config: DataConfig, setting: str = "data.teacher_template") -> View:
+    """The teacher's view of a problem: what is not set is the student's; `setting` is where its template comes from."""
     thinking = config.enable_thinking if config.teacher_enable_thinking is None else config.teacher_enable_thinking
     if config.teacher_template is None:
         return View(config.student_template, config.chat, thinking, "data.student_template")
-    return View(config.teacher_template, config.chat, thinking, "data.teacher_template")
+    return View(config.teacher_template, config.chat, thinking, setting)
 
 
 def check_chat(tokenizer: Any, config: DataConfig) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.data.chat import check_chat, encode_text, encode_view, student_view, teacher_view
+from renio_megatron.data.chat import View, check_chat, encode_text, encode_view, student_view, teacher_view
 from renio_megatron.data.sources import Record, Source, build_source, solution_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.records import Prompt
@@ -67,23 +68,35 @@ class PromptStream:
         source: the training problems.
         tokenizer: of the student; the teacher reads the same ids.
         config: templates, chat and the limit of length; also names the evaluation problems.
+        teacher_views: how each of several teachers sees a problem, by the names that records call them; None: there is
+            one, and it sees what `config` says.
         with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
     Raises:
         ConfigError: templates or chat settings that cannot work with this tokenizer.
         DataError: a solution is needed, and a record has none.
     """
 
-    def __init__(self, source: Source, tokenizer: Any, config: DataConfig, *, with_completions: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Any,
+        config: DataConfig,
+        *,
+        teacher_views: Mapping[str, View] | None = None,
+        with_completions: bool = False,
+    ) -> None:
         check_chat(tokenizer, config)
         self.source = source
         self._tokenizer = tokenizer
         self._config = config
         self._with_completions = with_completions
         self._student_view = student_view(config)
-        self._teacher_view = teacher_view(config)
+        self._teacher_views = {"": teacher_view(config)} if teacher_views is None else teacher_views
+        self._is_routed = teacher_views is not None
         if with_completions:
             source.require_solutions("fine-tuning uses it as the completion")
-        for view in (self._student_view, self._teacher_view):
+        everyones = (self._student_view, *(() if self._is_routed else self._teacher_views.values()))
+        for view in everyones:  # the records of one of several teachers are looked at when their prompts are made
             if view.uses_solution:
                 source.require_solutions(f"{view.setting} uses {{solution}}")
 
@@ -92,25 +105,45 @@ class PromptStream:
         return [self._prompt(self.source, position) for position in range(start, start + count)]
 
     def evaluation(self, count: int) -> list[Prompt]:
-        """The first `count` evaluation prompts, or all where there are fewer."""
+        """The first `count` evaluation prompts, or all where there are fewer; no teacher reads them."""
         source = self.evaluation_source
         count = count if source.size is None else min(count, source.size)
-        return [self._prompt(source, position) for position in range(count)]
+        return [self._prompt(source, position, is_taught=False) for position in range(count)]
 
     @cached_property
     def evaluation_source(self) -> Source:
         """The evaluation problems, opened at the first use."""
         return build_source(self._config, "eval")
 
-    def _prompt(self, source: Source, position: int) -> Prompt:
+    def _prompt(self, source: Source, position: int, *, is_taught: bool = True) -> Prompt:
         record = source.record(position)
         student_ids = encode_view(self._student_view, record, self._tokenizer)
-        same = self._teacher_view == self._student_view
-        teacher_ids = student_ids if same else encode_view(self._teacher_view, record, self._tokenizer)
+        teacher, teacher_ids = "", student_ids
+        if is_taught:
+            teacher = self._teacher_of(record)
+            view = self._teacher_views[teacher]
+            if view != self._student_view:
+                teacher_ids = encode_view(view, record, self._tokenizer)
         for who, token_ids in (("student", student_ids), ("teacher", teacher_ids)):
             self._check_length(who, len(token_ids), record)
         completion_ids = self._completion(record) if self._with_completions else None
-        return Prompt(position, student_ids, teacher_ids, record.answer, completion_ids, record.metadata)
+        return Prompt(position, student_ids, teacher_ids, record.answer, completion_ids, record.metadata, teacher)
+
+    def _teacher_of(self, record: Record) -> str:
+        """The name of the teacher that scores the completions of a record."""
+        if not self._is_routed:
+            return ""
+        if record.teacher is None:
+            raise DataError(
+                f"{record.where}: there is no column {self._config.teacher_key!r}, which names one of teacher.routes. "
+                "Set data.teacher_key to the right column, or leave such records out."
+            )
+        if record.teacher not in self._teacher_views:
+            raise DataError(
+                f"{record.where}: column {self._config.teacher_key!r} names the teacher {record.teacher!r}; "
+                f"teacher.routes has {', '.join(self._teacher_views)}. Mend the record, or add the teacher."
+            )
+        return record.teacher
 
     def _check_length(self, who: str, length: int, record: Record) -> None:
         if length == 0:

@@ -34,6 +34,7 @@ class Record:
         answer: what a grader compares with; None where there is none.
         metadata: whatever else is known, for the grader.
         where: file and line, or number, for error messages.
+        teacher: what the column data.teacher_key holds; None where there is none.
     """
 
     problem: str
@@ -41,6 +42,7 @@ class Record:
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     where: str = "record"
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -248,13 +250,14 @@ def _record(row: Mapping[str, Any], config: DataConfig, where: str) -> Record:
     answer = row.get(config.answer_key)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         row = {**row, config.answer_key: str(answer)}
-    used = (config.problem_key, config.solution_key, config.answer_key)
+    used = (config.problem_key, config.solution_key, config.answer_key, config.teacher_key)
     return Record(
         problem=problem,
         solution=_text(row, config.solution_key, where),
         answer=_text(row, config.answer_key, where),
         metadata={key: value for key, value in row.items() if key not in used},
         where=where,
+        teacher=None if config.teacher_key is None else _text(row, config.teacher_key, where),
     )
 
 

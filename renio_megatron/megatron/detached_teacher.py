@@ -30,6 +30,9 @@ from renio_megatron.records import LmHead, MicroBatch, Prompt, Rollout, TeacherS
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
 
+_THE_END = (-1, -1)
+"""In the place of a sequence's lengths: nothing more will be asked."""
+
 HEAD_BYTES = 64 * 2**20
 """Of the LM head that a rank asks for at a time."""
 
@@ -130,6 +133,9 @@ class DetachedTeacher:
         if self._bridge is not None:
             self._bridge.call()
         agenda = self._agenda(rollouts)
+        assert agenda is not None  # only `close` says so, after the last call
+        if not agenda.num_sequences:  # one of several teachers, of whose sequences there are none in this step
+            return TeacherScores(torch.zeros(0, device=self._device), [], sent_bytes=0)
         logp_of, states_of = self._read(agenda, rollouts)
         batches = list(student_batches) if student.pipeline.is_last else []
         first = agenda.first_completion_token(student.data.rank)
@@ -162,8 +168,10 @@ class DetachedTeacher:
         assert self._bridge is not None
         self._bridge.wait_for_call()
         agenda = self._agenda([])
-        if not agenda.num_sequences:
+        if agenda is None:
             return False
+        if not agenda.num_sequences:
+            return True
         logp_of, states_of = self._read(agenda, [])
         exchange = RowExchange([], agenda.scorer_of, self._seats.axis, self._device)
         for number in range(exchange.num_rounds):
@@ -178,13 +186,20 @@ class DetachedTeacher:
         """Lets ranks that only score go; on every rank of the student."""
         if self._bridge is not None:
             self._bridge.call()
-            self._agenda([])
+            self._announce([_THE_END])
 
-    def _agenda(self, rollouts: Sequence[Rollout]) -> Agenda:
-        """What there is to read, as every rank's speaker says."""
-        mine = [(len(rollout.prompt.teacher_ids), len(rollout.completion_ids)) for rollout in rollouts]
-        table = torch.tensor(mine if self._speaks else [], dtype=torch.int64, device=self._device).reshape(-1, 2)
-        return Agenda(self._seats, gather_rows(table, self._seats.axis))
+    def _agenda(self, rollouts: Sequence[Rollout]) -> Agenda | None:
+        """What there is to read, as every rank's speaker says; None at the end."""
+        lengths = self._announce(
+            [(len(rollout.prompt.teacher_ids), len(rollout.completion_ids)) for rollout in rollouts]
+        )
+        is_end = any(_THE_END in map(tuple, rows.tolist()) for rows in lengths)
+        return None if is_end else Agenda(self._seats, lengths)
+
+    def _announce(self, lengths: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Every rank's lengths of sequences, [n, 2]; only speakers say any."""
+        table = torch.tensor(lengths if self._speaks else [], dtype=torch.int64, device=self._device).reshape(-1, 2)
+        return gather_rows(table, self._seats.axis)
 
     @property
     def _speaks(self) -> bool:

@@ -80,6 +80,8 @@ def share_tokens(
     """
     count = sum(int(micro_batch.lengths.sum()) for micro_batch in micro_batches)
     flat = torch.zeros(count, dtype=torch.float32, device=layout.device)
+    if not count:
+        return flat
     for values, micro_batch in zip(collected, micro_batches, strict=False):
         flat[micro_batch.token_index] = values.float()
     return broadcast_from_last_stage(sum_pieces(flat, layout.context.group), layout)

@@ -70,6 +70,8 @@ class MegatronTeacher:
             NumericsError: a log-probability is NaN or infinite.
         """
         part, layout = self._part, self._part.layout
+        if not rollouts:  # one of several teachers, of whose sequences this rank has none
+            return TeacherScores(torch.zeros(0, device=layout.device), [])
         micro_batches = self._arrange(rollouts)
 
         def keep(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -100,8 +100,14 @@ def reduce_tally(tally: Tally, layout: Layout) -> dict[str, float]:
     if layout.world_size == 1:
         return tally.result()
     sums, maxima = (torch.tensor(part, dtype=torch.float64, device=layout.device) for part in tally.pack())
-    if not layout.tensor.is_first:
-        sums.zero_()
-    dist.all_reduce(sums)
+    sums = sum_over_ranks(sums, layout)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
     return Tally.unpack(sums.tolist(), maxima.tolist()).result()
+
+
+def sum_over_ranks(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Sum over all ranks of numbers that the tensor ranks have alike, the first of which speaks; one collective."""
+    total = values.clone() if layout.tensor.is_first else torch.zeros_like(values)
+    if layout.world_size > 1:
+        dist.all_reduce(total)
+    return total

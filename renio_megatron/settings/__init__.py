@@ -8,9 +8,8 @@ from renio_megatron.settings.run import (
     DataConfig,
     EvaluateConfig,
     RolloutConfig,
-    TeacherConfig,
-    TeacherParallelConfig,
 )
+from renio_megatron.settings.teacher import TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
 from renio_megatron.settings.train import ParallelConfig, TrainConfig
 from renio_megatron.settings.weighting import WeightingConfig
 
@@ -27,6 +26,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherParallelConfig",
     "TeacherPrecisionConfig",
+    "TeacherRouteConfig",
     "TrainConfig",
     "WeightingConfig",
 ]

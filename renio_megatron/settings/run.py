@@ -2,102 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings.checks import require_choice, require_positive
-
-TEACHER_KINDS = ("separate", "initial", "ema", "current")
-"""Who may teach; `megatron/teacher_weights.py` has the table of what each is made of."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherParallelConfig:
-    """How ranks share the teacher. Its data-parallel size is what remains of them; context parallelism is the student's
-    alone, where the teacher has a layout of its own.
-
-    Attributes:
-        tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel: as in `parallel`; null: the
-            student's, where that is possible.
-    """
-
-    tensor_model_parallel_size: int | None = None
-    pipeline_model_parallel_size: int | None = None
-    sequence_parallel: bool | None = None
-
-    def __post_init__(self) -> None:
-        require_positive(
-            "teacher.parallel",
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """Who scores the student's completions.
-
-    All kinds but `separate` are the student itself, reading the teacher's view of the prompt (`data.teacher_template`).
-
-    Attributes:
-        kind: `separate`, a frozen model of its own; `initial`, the student as the run's `model` is: without its
-            adapters (`lora.r`), or a frozen copy where the whole student is trained; `ema`, the moving average of the
-            student's trained parameters, the others being the student's; `current`, the student of this step.
-        model: Hugging Face directory of a separate teacher.
-        pretrained_checkpoint: where its weights come from in place of `model`'s, see the student's.
-        adapter: directory of a PEFT adapter that is merged into the separate teacher's weights as they are loaded.
-        ema_decay: of `ema`: after each step the average becomes this share of itself and the rest of the student.
-        bf16: dtype of the weights of a teacher that has its own; null: train.bf16.
-        offload: `host`, the weights of a teacher that has its own wait in (pinned) host memory between its passes,
-            except the LM head, which the loss reads; null: they stay on the device.
-        payload_device: where its final hidden states at completion tokens wait for the loss: `device`, all of the
-            step's; `host`, in pinned memory, one micro-batch's at a time on the device; `recompute`, nowhere: the
-            teacher reads each micro-batch a second time.
-        parallel: its layout, where it is not the student's.
-        ranks: `colocated`, the student's; `dedicated`, the last ranks of the world, which only score.
-        data_parallel_size: copies of the teacher on dedicated ranks.
-    """
-
-    kind: str = "separate"
-    model: str | None = None
-    pretrained_checkpoint: str | None = None
-    adapter: str | None = None
-    ema_decay: float = 0.999
-    bf16: bool | None = None
-    offload: str | None = None
-    payload_device: str = "device"
-    parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
-    ranks: str = "colocated"
-    data_parallel_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.kind == "self":
-            raise ConfigError(
-                "teacher.kind=self is called initial now: the student as it started. Set teacher.kind=initial."
-            )
-        require_choice("teacher.kind", self.kind, TEACHER_KINDS)
-        require_choice("teacher.payload_device", self.payload_device, ("device", "host", "recompute"))
-        require_choice("teacher.ranks", self.ranks, ("colocated", "dedicated"))
-        require_positive("teacher", data_parallel_size=self.data_parallel_size)
-        if self.kind == "separate" and self.model is None:
-            raise ConfigError("teacher.kind=separate needs teacher.model, the teacher's Hugging Face directory.")
-        if self.adapter is not None and self.pretrained_checkpoint is not None:
-            raise ConfigError(
-                "teacher.adapter with teacher.pretrained_checkpoint: an adapter is merged into Hugging Face's files "
-                "alone. Merge it with PEFT and give the result as teacher.model, or leave one of the two out."
-            )
-        if not 0.0 < self.ema_decay < 1.0:
-            raise ConfigError(
-                f"teacher.ema_decay must lie in (0, 1); got {self.ema_decay}. With 0 the teacher is kind=current, with "
-                "1 it is kind=initial."
-            )
-        if self.offload is not None:
-            require_choice("teacher.offload", self.offload, ("host",))
-            if self.payload_device == "recompute":
-                raise ConfigError(
-                    "teacher.offload=host with teacher.payload_device=recompute: the teacher would be moved to the "
-                    "device for every micro-batch of the student. Choose payload_device=host, or offload=null."
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +20,7 @@ class DataConfig:
         task: generator of `reasoning_gym`, for example `gsm_symbolic`.
         size: number of problems that `reasoning_gym` generates before they repeat.
         problem_key, solution_key, answer_key: columns of a record. The solution and the answer may be missing.
+        teacher_key: column that names which of teacher.routes scores a record's completions.
         student_template, teacher_template: text of the prompt, with the fields {problem} and {solution}; a null
             teacher_template is the student's.
         chat: wrap the prompt by the tokenizer's chat template.
@@ -133,6 +42,7 @@ class DataConfig:
     problem_key: str = "problem"
     solution_key: str = "solution"
     answer_key: str = "answer"
+    teacher_key: str | None = None
     student_template: str = "{problem}"
     teacher_template: str | None = None
     chat: bool = False
