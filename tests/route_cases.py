@@ -89,7 +89,7 @@ def own_layout_cases(folder: Path) -> dict[str, RunConfig]:
     own = TeacherParallelConfig(tensor_model_parallel_size=2)
     alone = {"ranks": "dedicated", "parallel": own}
     apart = ("small",) * 4 + ("itself",) * 3 + ("small",)
-    wide = TeacherParallelConfig(tensor_model_parallel_size=4)
+    wide = TeacherParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=1)
     return {
         "student PP2 x DP2, teachers TP4": routed(folder, parallel=layout_of(1, 2), teacher={"parallel": wide}),
         "dedicated, student TP2": routed(folder, parallel=layout_of(2), teacher=alone),
@@ -118,15 +118,17 @@ def run_own_layouts(folder: Path) -> dict[str, Any]:
     from renio_megatron.megatron.start import start, stop
     from renio_megatron.run import _serve
 
-    found: dict[str, Any] = {}
+    together = {name: config for name, config in own_layout_cases(folder).items() if "dedicated" not in name}
+    apart = {name: config for name, config in own_layout_cases(folder).items() if "dedicated" in name}
+    found: dict[str, Any] = {name: one_step(config, folder) for name, config in together.items()}
     port = int(os.environ["MASTER_PORT"])
     dist.destroy_process_group()
-    for number, (name, config) in enumerate(own_layout_cases(folder).items()):
+    for number, (name, config) in enumerate(apart.items()):
         os.environ["MASTER_PORT"] = str(port + number)
         layout = start(
             config.parallel,
             seed=config.train.seed,
-            scorers=teacher_parallel(config.parallel, config.teacher) if "dedicated" in name else None,
+            scorers=teacher_parallel(config.parallel, config.teacher),
             num_scorers=num_scorers(config.parallel, config.teacher),
         )
         if layout.is_scorer:

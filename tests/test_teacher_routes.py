@@ -89,7 +89,7 @@ def test_teachers_in_layouts_of_their_own(models, tmp_path_factory):
             _assert_as_reference(name, rank[name])
             assert rank[name]["sent_mb"] > 0
         if is_dedicated:
-            assert [rank[name] for rank in found[2:]] == [(2, 1), (2, 1)]  # both teachers are asked in the one step
+            assert [rank[name] for rank in found[2:]] == [(3, 1), (3, 1)]  # all three are asked in the one step
 
 
 @pytest.mark.slow
@@ -141,7 +141,8 @@ def test_a_recipe_names_its_teachers(load):
     assert teachers["math"].teacher.offload == "host"
     assert teachers["math"].data.teacher_template is None
     assert teachers["self"].data.teacher_template == "{problem} {solution}"
-    assert load("teacher.routes.self=current").config.teacher.routes["self"].kind == "current"  # a plain word
+    word = load("teacher.routes.self=current", "data.teacher_template='{solution}'").config.teacher.routes["self"]
+    assert (word.kind, word.template) == ("current", None)  # a plain word starts the section afresh
     assert list(load("teacher.routes={one: {model: a}}").config.teacher.routes) == ["math", "self", "one"]
 
 
@@ -165,7 +166,11 @@ def test_weights_are_shared_where_they_are_the_same(load):
         (["teacher.routes.math.kind=initial"], {}, ["teacher.routes.math.model is set but would be ignored"]),
         (["teacher.routes.math.ema_decay=0.5"], {}, ["teacher.routes.math.ema_decay is set but would be ignored"]),
         (["teacher.routes.math.kind=other"], {}, ["teacher.routes.math.kind must be one of separate"]),
-        (["teacher.routes.math.modle=x"], {}, ["Did you mean 'teacher.routes.math.model'"]),
+        (
+            ["teacher.routes.math.modle=x"],
+            {},
+            ["'teacher.routes.math.modle'. The keys of teacher.routes.math are kind, model"],
+        ),
         (["teacher.routes.math.model=null"], {}, ["teacher.routes.math.kind=separate needs teacher.routes.math.model"]),
         (["teacher.routes.a/b.model=x"], {}, ["'a/b' cannot name a teacher"]),
         (["teacher.routes=math"], {}, ["teacher.routes is a section whose keys are names of your choice"]),
@@ -258,11 +263,12 @@ def test_only_records_whose_teacher_reads_it_need_a_solution(models, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["plan", "compare-precision"])
-def test_commands_for_one_teacher_say_so(command, load, tmp_path):
+def test_commands_for_one_teacher_say_so(command, load, models, tmp_path):
     from renio_megatron.cli.compare_precision import compare_precision
     from renio_megatron.cli.plan import plan
 
-    load(model=str(tmp_path / "student"))
+    whole = {"math": {"model": str(models / "teacher")}, "self": ROUTES["self"]}
+    load(model=str(models / "student"), teacher={"routes": whole})
     path = str(tmp_path / "recipe.yaml")
     with pytest.raises(ConfigError, match=f"renio {command}.*teacher.routes"):
         plan(path, [], world_size=None, memory_gib=None) if command == "plan" else compare_precision(path, [], None)
