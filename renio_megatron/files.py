@@ -1,9 +1,13 @@
-"""Small things about files that must survive a crash: replaced in one piece, on the disk, deleted without a trace."""
+"""Small things about files that must survive a crash: replaced in one piece, on the disk, deleted without a trace,
+locked until their process ends."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
+import socket
 from pathlib import Path
 
 
@@ -48,6 +52,40 @@ def sync_files(directory: Path) -> None:
         if path.is_file():
             sync_directory(path)  # a file's descriptor serves as well
     sync_directory(directory)
+
+
+class Lock:
+    """A file that one process at a time holds; it is free as soon as that process is gone, in whatever way.
+
+    Attributes:
+        holder: who has it, where that is somebody else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Takes the file, made where it is not there, unless another process has it.
+
+        It is one of POSIX's locks, which go with the process: a child that writes a checkpoint does not inherit them.
+        They hold across the hosts of a shared file system; one that knows no locks refuses nobody.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        self.holder: str | None = None
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._file.seek(0)
+                self.holder = self._file.read().strip() or "a process that has just begun"
+            return
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Gives the file back."""
+        self._file.close()
 
 
 def remove_directory(directory: Path) -> None:

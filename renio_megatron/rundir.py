@@ -13,7 +13,7 @@ from typing import Any
 from renio_megatron.checkpoint_files import find_checkpoint, latest_step, step_of
 from renio_megatron.config import Recipe, changes, differences, to_yaml
 from renio_megatron.errors import CheckpointError, ConfigError
-from renio_megatron.files import write_atomically
+from renio_megatron.files import Lock, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class RunDirectory:
         rollouts: `rollouts.jsonl`, under `rollout.log` one completion a line.
         checkpoints, tensorboard: directories, made by those who write them.
         finished: `finished.json`, there once the run is complete.
+        lock: `.lock`, held by the job that writes here, from `open` until its process ends.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -38,6 +39,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.finished = self.path / "finished.json"
+        self.lock = self.path / ".lock"
+        self._lock: Lock | None = None
 
     def state(self, recipe: Recipe, fresh: bool) -> str:
         """The state of the run: `new`, `unfinished` (to be continued) or `finished`; writes nothing.
@@ -50,10 +53,13 @@ class RunDirectory:
         Raises:
             ConfigError: the directory belongs to a run with other settings, or nothing is left to do after the
                 checkpoint that the run would start from.
-            CheckpointError: the directory cannot be made, read or written, or there is no such checkpoint.
+            CheckpointError: the directory cannot be made, read or written, another job writes to it, or there is no
+                such checkpoint.
         """
         with self._explained():
             self._check_place()
+            if self.lock.is_file() and os.access(self.lock, os.W_OK):
+                self._hold()
             if fresh or not self.config.is_file():
                 self._check_start(recipe, fresh)
                 return "new"
@@ -78,8 +84,10 @@ class RunDirectory:
                 if self.config.is_file():
                     self._move_aside()
                 self.path.mkdir(parents=not self.path.is_absolute(), exist_ok=True)
+                self._hold()
                 _write(self.config, to_yaml(recipe.config))
             elif state == "unfinished":
+                self._hold()
                 self._note_changes(recipe)
         return state
 
@@ -90,6 +98,23 @@ class RunDirectory:
     def mark_finished(self, summary: Mapping[str, Any]) -> None:
         """Writes `finished.json` with the summary."""
         _write(self.finished, json.dumps(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Lets other jobs write here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _hold(self) -> None:
+        """Makes this process the only one that writes here; raises `CheckpointError` where another one does."""
+        if self._lock is None:
+            self._lock = Lock(self.lock)
+        if (holder := self._lock.holder) is not None:
+            self.close()
+            raise CheckpointError(
+                f"another job writes to output_dir {str(self.path)!r}: {holder}. Wait until it has ended, or end it; "
+                "or choose another output_dir."
+            )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -171,6 +196,7 @@ class RunDirectory:
         while (target := directory.with_name(f"{directory.name}.previous-{number}")).exists():
             number += 1
         directory.rename(target)
+        self.close()
         logger.warning("the earlier run was moved to %s", target)
 
 

@@ -1,4 +1,7 @@
+import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,42 @@ def test_a_run_goes_from_new_to_unfinished_to_finished(run, recipe):
     assert run.is_finished()
     assert run.open(recipe(), fresh=False) == "finished"
     assert json.loads((run.path / "finished.json").read_text()) == {"accuracy": 0.5}
-    assert sorted(entry.name for entry in run.path.iterdir()) == ["config.yaml", "finished.json"]
+    assert sorted(entry.name for entry in run.path.iterdir()) == [".lock", "config.yaml", "finished.json"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from renio_megatron.config import load_recipe
+from renio_megatron.rundir import RunDirectory
+run = RunDirectory(sys.argv[1])
+run.open(load_recipe("sft", sys.argv[2]), fresh=False)
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_second_job_is_refused_until_the_first_is_gone(run, recipe, tmp_path, fresh):
+    recipe()
+    command = [sys.executable, "-c", HOLDER, str(run.path), str(tmp_path / "recipe.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "open\n"
+        before = sorted(path.name for path in tmp_path.iterdir())
+        for ask in (run.state, run.open):
+            with pytest.raises(CheckpointError, match=rf"another job writes to .*process {other.pid} on "):
+                ask(recipe(), fresh=fresh)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        other.kill()
+    assert run.open(recipe(), fresh=fresh) == ("new" if fresh else "unfinished")
+
+
+def test_a_file_system_without_locks_refuses_nobody(run, recipe, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", unknown)
+    assert run.open(recipe(), fresh=False) == "new"
 
 
 def test_other_settings_are_refused_and_nothing_changes(run, recipe):
