@@ -24,7 +24,7 @@ from renio_megatron.data.prompts import (
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
-from renio_megatron.inputs import Inputs, read_teachers, teacher_views, weights_of
+from renio_megatron.inputs import Inputs, check_embedding, read_teachers, teacher_views, weights_of
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
@@ -49,17 +49,13 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
     model = model_directory(config.model, "model")
     architecture = Architecture.from_directory(model)
     tokenizer = load_tokenizer(model)
+    check_embedding(tokenizer, model, architecture)
     weights = weights_of(model, config.pretrained_checkpoint, "pretrained_checkpoint")
     if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
         WeightFiles(model).check(architecture)
     teachers = read_teachers(config, model, weights, tokenizer) if isinstance(config, RunConfig) else {}
     # Rows beyond a tokenizer's tokens differ between models of a family; no model may be asked about them.
     vocab_size = min(one.vocab_size for one in (architecture, *(teacher.architecture for teacher in teachers.values())))
-    if max(tokenizer.get_vocab().values()) >= vocab_size:
-        raise ConfigError(
-            f"the tokenizer of {model} has token ids up to {max(tokenizer.get_vocab().values())}, the models' "
-            f"embeddings have {vocab_size} rows. Choose a tokenizer and models that belong together."
-        )
     if config.lora.adapter is not None:
         from renio_megatron.megatron.peft_files import check_adapter
 

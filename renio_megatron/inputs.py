@@ -12,6 +12,7 @@ from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config import RunConfig
 from renio_megatron.data.chat import View, check_chat, teacher_view
 from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load_tokenizer
+from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.records import Prompt, Rollout
@@ -68,6 +69,22 @@ def weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
     return model if checkpoint is None else find_pretrained(checkpoint, setting)
 
 
+def check_embedding(tokenizer: Any, directory: Path, architecture: Architecture) -> None:
+    """Raises `ConfigError` where the tokenizer has ids that a model has no row for.
+
+    Args:
+        tokenizer: the student's.
+        directory: of the model.
+        architecture: the model's.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= architecture.vocab_size:
+        raise ConfigError(
+            f"the student's tokenizer has token ids up to {largest}, the embedding of {directory} has "
+            f"{architecture.vocab_size} rows. Choose a tokenizer and models that belong together."
+        )
+
+
 def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: Any) -> dict[str, TeacherInputs]:
     """What is known of each teacher, by name.
 
@@ -88,6 +105,7 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
         architecture = Architecture.from_directory(directory)
         if directory != student:
             check_same_tokenizer(tokenizer, load_tokenizer(directory))
+        check_embedding(tokenizer, directory, architecture)
         own = weights
         if teacher.kind == "separate":
             own = weights_of(directory, teacher.pretrained_checkpoint, f"{section}.pretrained_checkpoint")
