@@ -13,7 +13,8 @@ RolloutObserver = Callable[[int, Sequence[Rollout], Sequence[float]], None]
 
 
 class RolloutSink:
-    """One JSON object a line and a line a sequence: step, prompt (its index), completion_ids, weight, finished.
+    """One JSON object a line and a line a sequence: step, prompt (its index), completion_ids, weight, finished; and the
+    teacher's name, where there are several.
 
     An existing file is continued, as `JsonlSink` continues its own.
 
@@ -42,6 +43,7 @@ class RolloutSink:
                 "completion_ids": list(rollout.completion_ids),
                 "weight": float(weight),
                 "finished": rollout.finished,
+                **({"teacher": rollout.prompt.teacher} if rollout.prompt.teacher else {}),
             }
             for rollout, weight in zip(rollouts, weights, strict=True)
         )

@@ -272,3 +272,26 @@ def test_commands_for_one_teacher_say_so(command, load, models, tmp_path):
     path = str(tmp_path / "recipe.yaml")
     with pytest.raises(ConfigError, match=f"renio {command}.*teacher.routes"):
         plan(path, [], world_size=None, memory_gib=None) if command == "plan" else compare_precision(path, [], None)
+
+
+def test_metrics_and_rollouts_carry_the_teachers_name(tmp_path):
+    from renio_megatron.metrics import JsonlSink, Tally, read_metrics
+    from renio_megatron.records import Prompt, Rollout
+    from renio_megatron.rollout_log import RolloutSink
+
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(1, {"teacher/code/kl": 0.5, "loss": 1.0, "teacher/math/kl": 0.25, "teacher/code/accuracy": 0.0})
+    sink.close()
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(row) == ["step", "loss", "teacher/code/kl", "teacher/math/kl", "teacher/code/accuracy"]
+    with pytest.raises(KeyError, match="teacher/code/kk"):
+        JsonlSink(tmp_path / "other.jsonl").write(1, {"teacher/code/kk": 0.5})
+    with pytest.raises(KeyError):  # its ranks would have to know all names
+        Tally().add("teacher/code/kl", 1.0)
+
+    log = RolloutSink(tmp_path / "rollouts.jsonl")
+    named = [Prompt(number, (1,), (1,), teacher=teacher) for number, teacher in enumerate(("code", ""))]
+    log.write(1, [Rollout(prompt, (2,)) for prompt in named], [1.0, 1.0])
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [line.get("teacher") for line in lines] == ["code", None]

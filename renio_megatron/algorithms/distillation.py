@@ -82,9 +82,10 @@ class Distillation:
         sample = self.weigh(rollouts, student_logp, teacher)
         loss = self._divergence(teacher, sample)
         metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))
-        if isinstance(loss, RoutedDivergence):
+        is_skipped = metrics.get("train/skipped_frac", 0.0) > 0
+        if isinstance(loss, RoutedDivergence) and not is_skipped:
             metrics |= loss.metrics(self._layout)
-        self.teacher.after_update(skipped=metrics.get("train/skipped_frac", 0.0) > 0)
+        self.teacher.after_update(skipped=is_skipped)
         if "renio/pivot_gradient_frac" in metrics:  # counted in squares, which add up
             metrics["renio/pivot_gradient_frac"] **= 0.5
         clock.append(time.perf_counter())
