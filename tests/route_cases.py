@@ -71,6 +71,9 @@ def cases(folder: Path) -> dict[str, RunConfig]:
     apart = ("large",) * 4 + ("itself",) * 3 + ("small",)
     return {
         "TP2": routed(folder, parallel=layout_of(2)),
+        "TP2, packed in one row": routed(
+            folder, parallel=layout_of(2), train=replace(packed, max_tokens_per_micro_batch=400)
+        ),
         "TP2 + SP, recompute": routed(
             folder, parallel=layout_of(2, sp=True), teacher={"payload_device": "recompute"}, model=str(folder / "tied")
         ),
