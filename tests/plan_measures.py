@@ -74,7 +74,8 @@ class Saved:
             self._users[key] = self._users.get(key, 0) + 1
             self._now += storage.nbytes() if self._users[key] == 1 else 0
             self.most = max(self.most, self._now)
-        return _Held(self, tensor, key)
+        # Detached, because an operation's own result would hold what holds it, and stay where no backward pass comes.
+        return _Held(self, tensor.detach(), key)
 
     def release(self, key: int, num_bytes: int) -> None:
         if key not in self._ignored:

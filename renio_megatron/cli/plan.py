@@ -120,6 +120,6 @@ def _experts(model: PlannedModel, parallel: ParallelConfig) -> str:
     cut = f", each cut over {parallel.expert_tensor_ranks} ranks" if parallel.expert_tensor_ranks > 1 else ""
     load = " Tokens are taken to be spread evenly over the ranks' experts; a busier rank's passes need more."
     return (
-        f"note: {model.name} is a mixture of {model.experts.count} experts, of which a rank has {here} in each layer{cut}."
-        f"{load if parallel.expert_model_parallel_size > 1 else ''}"
+        f"note: {model.name} is a mixture of {model.experts.count} experts, of which a rank has {here} in each layer"
+        f"{cut}.{load if parallel.expert_model_parallel_size > 1 else ''}"
     )

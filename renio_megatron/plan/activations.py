@@ -15,9 +15,7 @@ from renio_megatron.plan.workload import Pieces
 from renio_megatron.settings import ParallelConfig, TrainConfig
 
 
-def layer_bytes(
-    model: PlannedModel, pieces: Pieces, *, selective: bool = False, is_balanced: bool = False
-) -> int:
+def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False, is_balanced: bool = False) -> int:
     """What one layer keeps for its backward pass; `selective` computes the core attention again.
 
     `is_balanced`: its experts have a load-balancing loss.

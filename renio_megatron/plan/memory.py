@@ -121,18 +121,18 @@ def _rank_memory(
 def _left_over(
     config: RunConfig, student: PlannedPart | None, teacher: PlannedPart | None, work: Workload
 ) -> dict[str, int]:
-    """What passes leave in Megatron's hands: the buffer into which sequences are gathered, and the routers' results."""
-    gathered, routed = [], []
-    for part, reading in ((student, work.student), (teacher, work.teacher)):
-        if part is not None:
-            gathered.append(tokens_bytes(part.model, reading.pieces) * reading.pieces.sequence_parallel)
-            routed.append(left_bytes(part.model, reading.pieces) * part.num_layers)
-    # One buffer for each dtype, and in a layout of its own the teacher has its own.
-    is_one = not has_own_layout(config.parallel, config.teacher) and work.student.pieces.element == teacher_element(
-        config
-    )
-    found = {
-        "gathered sequence": max(gathered) if is_one else sum(gathered),
-        "routing of the last pass": max(routed) if shares_student(config) else sum(routed),
-    }
-    return {name: value for name, value in found.items() if value}
+    """What passes leave in Megatron's hands: the buffer into which sequences are gathered, and the routers' results.
+
+    Only products whose weight is trained gather into a buffer that stays.
+    """
+    found = {}
+    if student is not None and work.student.pieces.sequence_parallel and not student.model.is_frozen:
+        found["gathered sequence"] = tokens_bytes(student.model, work.student.pieces)
+    routed = [
+        left_bytes(part.model, reading.pieces) * part.num_layers
+        for part, reading in ((student, work.student), (teacher, work.teacher))
+        if part is not None
+    ]
+    if any(routed):
+        found["routing of the last pass"] = max(routed) if shares_student(config) else sum(routed)
+    return found

@@ -18,10 +18,16 @@ def kept_bytes(model: PlannedModel, pieces: Pieces, *, is_balanced: bool) -> int
     `is_balanced`: the load-balancing loss has a gradient, too.
     """
     experts, tokens = _experts(model), _tokens(pieces)
-    hidden, width, rows = model.architecture.hidden_size, experts.ffn_hidden_size // pieces.expert_tensor, _rows(model, pieces)
+    hidden, width, rows = (
+        model.architecture.hidden_size,
+        experts.ffn_hidden_size // pieces.expert_tensor,
+        _rows(model, pieces),
+    )
     # Of each expert's fp32 probability a transposed copy, and which are chosen; of the chosen their numbers; a softmax
     # over these, or over all. Where a token's rows are, once for there and back.
-    router = experts.count * (4 + 1) + experts.chosen * 8 + 4 * (experts.chosen if experts.normalised else experts.count)
+    router = (
+        experts.count * (4 + 1) + experts.chosen * 8 + 4 * (experts.chosen if experts.normalised else experts.count)
+    )
     router += experts.chosen * 8
     if is_balanced:  # a softmax over all, and two numbers that tell the sequence
         router += experts.count * 4 + 16
