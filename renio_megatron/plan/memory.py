@@ -17,6 +17,18 @@ from renio_megatron.recipe_rules import shares_student
 
 RESERVE = 0.1
 """Share of a GPU's memory that is left for what is not counted: CUDA's context, NCCL's buffers, gaps."""
+HELD = (
+    "parameters",
+    "parameters in FP8",
+    "gradients",
+    "optimiser",
+    "teacher's parameters",
+    "teacher's average",
+    "teacher's LM head",
+    "gathered sequence",
+    "routing of the last pass",
+)
+"""What is there all the time, in the order in which it is told."""
 PHASES = ("sampling", "teacher", "ordering", "exchange", "scores", "loss", "backward", "step")
 """Of a step, one after the other."""
 
@@ -27,7 +39,7 @@ class RankMemory:
 
     Attributes:
         student_stage, teacher_stage: the pipeline ranks of the two; None: it holds no part of that model.
-        held: what is there all the time, by name.
+        held: those of `HELD` that are there, by name.
         phases: what each of `PHASES` adds, by name; those that add nothing are left out.
     """
 
@@ -113,7 +125,7 @@ def _rank_memory(
     return RankMemory(
         None if student is None else student.pipeline_rank,
         None if teacher is None else teacher.pipeline_rank,
-        held,
+        {name: held[name] for name in HELD if name in held},
         {name: phases[name] for name in PHASES if name in phases},
     )
 

@@ -1,8 +1,8 @@
 """What a feed-forward network of experts takes, in bytes of one rank.
 
-The formulas follow Megatron's router, its alltoall dispatcher without fused permutation, and `SequentialMLP`. Each token
-goes to several experts, as a row of its own there and back. Rows are taken to be spread evenly over the experts: then a
-rank receives as many as it sends, and each of the ranks that share an expert has the rows of all of them.
+The formulas follow Megatron's router, its alltoall dispatcher without fused permutation, and `SequentialMLP`. Each
+token goes to several experts, as a row of its own there and back. Rows are taken to be spread evenly over the experts:
+then a rank receives as many as it sends, and each of the ranks that share an expert has the rows of all of them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,17 @@ def kept_bytes(model: PlannedModel, pieces: Pieces, *, is_balanced: bool) -> int
     `is_balanced`: the load-balancing loss has a gradient, too.
     """
     experts, tokens = _experts(model), _tokens(pieces)
-    hidden, width, rows = (
-        model.architecture.hidden_size,
-        experts.ffn_hidden_size // pieces.expert_tensor,
-        _rows(model, pieces),
-    )
-    # Of each expert's fp32 probability a transposed copy, and which are chosen; of the chosen their numbers; a softmax
-    # over these, or over all. Where a token's rows are, once for there and back.
-    router = (
-        experts.count * (4 + 1) + experts.chosen * 8 + 4 * (experts.chosen if experts.normalised else experts.count)
-    )
-    router += experts.chosen * 8
+    width = experts.ffn_hidden_size // pieces.expert_tensor
+    # A softmax over the chosen experts, or over all; the numbers of the chosen. A transposed copy of all experts'
+    # probabilities, and which are chosen. Where a token's rows are, once for there and back.
+    router = 4 * (experts.chosen if experts.normalised else experts.count) + experts.chosen * 8
+    router += experts.count * (4 + 1) + experts.chosen * 8
     if is_balanced:  # a softmax over all, and two numbers that tell the sequence
         router += experts.count * 4 + 16
-    # Gate and up in one tensor, the activated gate, a copy of up, their product, before and after the probability that
-    # it is multiplied by. Beside adapters no product keeps its input, for no adapter is there.
-    entries = 5 * width if model.is_frozen else 6 * width + hidden
-    return tokens * router + rows * (entries * pieces.element + 4)
+    # Gate and up in one tensor, the activated gate, a copy of up, their product before and after it is multiplied by a
+    # probability. Where experts are frozen their products keep no input: adapters are never beside them.
+    entries = 5 * width if model.is_frozen else 6 * width + model.architecture.hidden_size
+    return tokens * router + _rows(model, pieces) * (entries * pieces.element + 4)
 
 
 def left_bytes(model: PlannedModel, pieces: Pieces) -> int:

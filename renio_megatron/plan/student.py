@@ -56,9 +56,8 @@ class PlannedStudent:
         config, work, it = self._config, self._work, self.part.model.architecture
         count, length = work.sampled, work.sampled_length
         if config.evaluate.every:
-            problems = -(
-                -config.evaluate.samples // self.part.copies
-            )  # the data ranks' share, the context ranks' of it
+            # The data ranks' share, and the context ranks' of it.
+            problems = -(-config.evaluate.samples // self.part.copies)
             decoded = min(config.rollout.micro_batch_size or problems, problems)
             answer = config.evaluate.max_completion_length or config.rollout.max_completion_length
             count, length = max(

@@ -88,7 +88,7 @@ class DetachedTeacher:
         *,
         hidden_size: int,
     ) -> None:
-        """A rank that holds no part of the teacher, or none of the student, gives None; `hidden_size` is the teacher's."""
+        """A rank without a part of the teacher, or of the student, gives None; `hidden_size` is the teacher's."""
         self._config, self._part, self._student, self._work = config, part, student, work
         self._row = hidden_size * work.teacher.pieces.element
         self._waits_here = config.teacher.payload_device == "device"
@@ -146,7 +146,7 @@ class DetachedTeacher:
 
     @property
     def _table(self) -> int:
-        """Hidden states of all the sequences that the teacher's replica read, of which tensor ranks keep equal parts."""
+        """Hidden states of all the sequences that the teacher's replica read; each tensor rank keeps its part."""
         assert self._part is not None
         rows = -(-self._work.teacher.step_tokens // self._part.parallel.tensor_model_parallel_size)
         return rows * self._row if self._waits_here else 0

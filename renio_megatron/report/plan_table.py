@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from renio_megatron.plan.memory import PHASES, RankMemory
+from renio_megatron.plan.memory import HELD, PHASES, RankMemory
 
 MOST_COLUMNS = 4
 
@@ -30,7 +30,7 @@ def plan_table(ranks: Sequence[RankMemory], memory: float | None, reserve: float
     table.add_column("", no_wrap=True)
     for rank in shown:
         table.add_column(_title(rank, ranks), justify="right", no_wrap=True)
-    held = list(dict.fromkeys(label for rank in shown for label in rank.held))
+    held = [label for label in HELD if any(label in rank.held for rank in shown)]
     for label in held:
         line(label, [rank.held.get(label) for rank in shown], end=label == held[-1])
     for phase in PHASES:
