@@ -13,9 +13,11 @@ import renio_megatron
 from renio_megatron.chunk_size import loss_buffer_bytes
 from renio_megatron.config import RunConfig
 from renio_megatron.linear_loss import buffer_bytes
-from renio_megatron.plan.activations import Pieces, chunk_bytes, layer_bytes
-from renio_megatron.plan.memory import RankMemory, plan_memory, workload
-from renio_megatron.plan.models import rank_tensors, read_model
+from renio_megatron.plan.activations import chunk_bytes, layer_bytes
+from renio_megatron.plan.memory import RankMemory, plan_memory
+from renio_megatron.plan.models import read_model
+from renio_megatron.plan.parts import PlannedPart
+from renio_megatron.plan.workload import Pieces, workload
 from renio_megatron.settings import (
     DataConfig,
     LoraConfig,
@@ -26,9 +28,10 @@ from renio_megatron.settings import (
     TeacherPrecisionConfig,
     TrainConfig,
 )
+from tests.moe_cases import save_mixtures
 from tests.multiprocess import run_ranks
-from tests.plan_cases import cases, measure
-from tests.training_cases import save_models
+from tests.plan_cases import cases, dedicated_cases, expert_cases, own_cases
+from tests.plan_measures import measure, measure_dedicated
 
 ROOT = Path(renio_megatron.__file__).parents[1]
 MODELS = ROOT / "tests" / "data" / "models"
@@ -58,10 +61,8 @@ def _plan(config: RunConfig, world_size: int, **how: Any) -> list[RankMemory]:
     [("Qwen3-1.7B", 1.7), ("Qwen3-8B", 8.2), ("Qwen3-32B", 32.8), ("Qwen3-235B-A22B", 235.0)],
 )
 def test_parameters_are_those_of_the_models_cards(name, billions):
-    tensors = rank_tensors(
-        read_model(str(MODELS / name), "model"), ParallelConfig(), vocab_size=151_936, pipeline_rank=0
-    )
-    assert sum(tensors) / 1e9 == pytest.approx(billions, rel=0.013)
+    part = PlannedPart(read_model(str(MODELS / name), "model"), ParallelConfig(), 151_936, 2, 1, 0)
+    assert part.tensors().count / 1e9 == pytest.approx(billions, rel=0.013)
 
 
 # Qwen3-32B on one of 8 tensor-parallel ranks: 64 layers, H 5120, 64 query and 8 key-value heads of 128, MLP 25600.
@@ -152,7 +153,6 @@ def test_adapters_of_qwen3_32b_at_tp_8(kind):
         "gradients": 4 * ADAPTERS,
         "optimiser": 12 * ADAPTERS,
         "teacher's parameters": 2 * PARAMETERS if kind == "separate" else 0,
-        "gathered sequence": TOKENS * 5120 * 2,
     }
     low = (
         64 * TOKENS * 2 * 16 * (5 + 2 / 8)
@@ -248,8 +248,7 @@ def test_packed_rows_and_evaluation_bound_the_passes():
     train = TrainConfig(global_batch_size=64, bf16=True, max_tokens_per_micro_batch=10_000)
     config = _config("Qwen3-1.7B", train=train, rollout=RolloutConfig(max_completion_length=512, micro_batch_size=3))
     work = workload(config, 16)
-    assert (work.pieces.tokens, work.rows, work.sampled) == (10_000, 10_000, 3)
-    assert work.pieces.tokens % 8 == 0
+    assert (work.student.pieces.tokens, work.student.rows, work.sampled) == (10_000, 10_000, 3)
     evaluated = replace(config, evaluate=replace(config.evaluate, every=1, samples=2, max_completion_length=4096))
     (before,), (after,) = _plan(config, 16), _plan(evaluated, 16)
     assert before.phases["sampling"]["key-value cache"] == 28 * 2 * 3 * (1024 + 512) * 128 * 2
@@ -267,36 +266,81 @@ def test_the_loss_counts_its_buffers_in_the_same_way():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
+    save_mixtures(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def allocated(models: Path) -> list[dict[str, dict[str, int]]]:
+def allocated(models: Path) -> list[dict[str, dict[str, Any]]]:
     """What each of two ranks allocated for each case."""
-    return run_ranks(measure, 2, models, timeout=280)
+    return run_ranks(measure, 2, models, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def allocated_apart(models: Path) -> list[dict[str, dict[str, Any]]]:
+    """What each of four ranks allocated, of which two only score."""
+    return run_ranks(measure_dedicated, 4, models, timeout=400)
+
+
+TOLERANCE = 0.1
+TO_THE_BYTE = ("parameters", "teacher's parameters", "teacher's LM head", "gathered sequence")
+
+
+def _bytes_by_name(rank: RankMemory) -> dict[str, int]:
+    """What a plan says of one rank, by the names under which it was measured."""
+    backward = rank.phases.get("backward", {"activations": 0})
+    loss = rank.phases.get("loss", backward)
+    recomputing = backward["activations"] + backward.get("layers again", 0)
+    return {
+        **rank.held,
+        "key-value cache": rank.phases.get("sampling", {}).get("key-value cache", 0),
+        "activations": max(recomputing, loss["activations"]),
+        "payload": rank.phases.get("step", {}).get("payload", 0),
+        "payload in use": loss.get("payload", 0),
+        "hidden states": rank.phases.get("exchange", {}).get("hidden states", 0),
+    }
+
+
+def _assert_as_planned(config: RunConfig, found: list[dict[str, Any]]) -> None:
+    """Every number of every rank. Where context ranks have unequal shares, the plan is of the larger one."""
+    plans = {(rank.student_stage, rank.teacher_stage): rank for rank in _plan(config, len(found), fused_norm=False)}
+    assert plans.keys() == {one["stages"] for one in found}
+    largest = {name: max(one.get(name, 0) for one in found) for name in ("payload", "payload in use")}
+    for number, one in enumerate(found):
+        planned, real = _bytes_by_name(plans[one["stages"]]), {k: v for k, v in one.items() if k != "stages"}
+        if config.parallel.context_parallel_size > 1:
+            real |= largest
+        for name in planned.keys() | real.keys():
+            assert planned.get(name, 0) == pytest.approx(real.get(name, 0), rel=TOLERANCE), f"rank {number}: {name}"
+        for name in TO_THE_BYTE:
+            assert planned.get(name, 0) == real.get(name, 0), f"rank {number}: {name}"
 
 
 @pytest.mark.parametrize("name", list(cases(Path())))
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_real_step_allocates_what_was_planned(name, models, allocated):
-    ranks = _plan(cases(models)[name], 2, fused_norm=False)
-    largest = {key: max(found[name][key] for found in allocated) for key in allocated[0][name]}
-    for rank, found in enumerate(allocated):
-        plan = ranks[rank if len(ranks) == 2 else 0]
-        backward = plan.phases["backward"]
-        planned = {
-            **plan.held,
-            "key-value cache": plan.phases["sampling"]["key-value cache"],
-            "activations": max(
-                backward["activations"] + backward.get("layers again", 0),
-                plan.phases.get("loss", backward)["activations"],
-            ),
-            "payload": plan.phases["step"]["payload"],
-        }
-        # Context ranks have unequal shares of the completions, and the plan is of the larger one.
-        real = {**found[name], **({"payload": largest["payload"]} if name.startswith("CP") else {})}
-        for key, value in real.items():
-            assert planned[key] == pytest.approx(value, rel=0.1), f"rank {rank}: {key}"
-        assert planned["parameters"] == real["parameters"]
-        assert planned["teacher's parameters"] == real["teacher's parameters"]
+    _assert_as_planned(cases(models)[name], [rank[name] for rank in allocated])
+
+
+@pytest.mark.parametrize("name", list(own_cases(Path())))
+@pytest.mark.timeout(600)
+def test_so_does_one_beside_a_teacher_in_a_layout_or_dtype_of_its_own(name, models, allocated):
+    found = [rank[name] for rank in allocated]
+    assert all(one["teacher's parameters"] for one in found)
+    _assert_as_planned(own_cases(models)[name], found)
+
+
+@pytest.mark.parametrize("name", list(expert_cases(Path())))
+@pytest.mark.timeout(600)
+def test_so_does_one_of_models_with_experts(name, models, allocated):
+    found = [rank[name] for rank in allocated]
+    assert all(one["routing of the last pass"] for one in found)
+    _assert_as_planned(expert_cases(models)[name], found)
+
+
+@pytest.mark.parametrize("name", list(dedicated_cases(Path())))
+@pytest.mark.timeout(600)
+def test_so_do_ranks_that_train_and_ranks_that_only_score(name, models, allocated_apart):
+    found = [rank[name] for rank in allocated_apart]
+    assert [one["stages"][0] is None for one in found] == [False, False, True, True]
+    _assert_as_planned(dedicated_cases(models)[name], found)

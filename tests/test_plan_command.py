@@ -53,22 +53,38 @@ def test_adapters_are_named_and_make_room(example, capsys):
     assert "the teacher is the student without its adapters" in out
 
 
-def test_a_teacher_of_experts_is_counted_and_a_student_is_not(example, capsys):
+def test_experts_of_teacher_and_student_are_counted(example, capsys):
     changes = ["teacher.model=models/Qwen3-235B-A22B", "parallel.tensor_model_parallel_size=4"]
     assert main([*example, *changes, "parallel.pipeline_model_parallel_size=2"]) == 0
     out = capsys.readouterr().out
-    assert "mixture of 128 experts. All are counted, cut over the tensor-parallel ranks." in out
+    assert "a mixture of 128 experts, of which a rank has 128 in each layer, each cut over 4 ranks." in out
     assert "stage 1" in out
     student = [
         "model=models/Qwen3-235B-A22B",
-        "parallel.tensor_model_parallel_size=4",
         "teacher.model=models/Qwen3-32B",
+        "train.max_tokens_per_micro_batch=null",
+        "parallel.tensor_model_parallel_size=4",
+        "parallel.expert_model_parallel_size=8",
+        "parallel.expert_tensor_parallel_size=1",
     ]
-    assert main([*example, *student]) == 2
-    assert "does not count a trained mixture of experts yet (model: qwen3_moe)" in capsys.readouterr().err
-    unpacked = ["train.max_tokens_per_micro_batch=null", "parallel.expert_model_parallel_size=2"]
-    assert main([*example, *changes, *unpacked, "--gpus", "8"]) == 2
-    assert "does not count experts on different ranks yet" in capsys.readouterr().err
+    assert main([*example, *student, "--gpus", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "16 ranks: TP 4 x DP 4 x EP 8, expert TP 1;" in out
+    assert "of which a rank has 16 in each layer. Tokens are taken to be spread evenly" in out
+
+
+def test_the_fewest_ranks_hold_a_copy_of_each_model(example, capsys):
+    colocated = ["parallel.tensor_model_parallel_size=2", "teacher.parallel.tensor_model_parallel_size=8"]
+    assert main([*example, *colocated]) == 0
+    out = capsys.readouterr().out
+    assert "8 ranks: TP 2 x DP 4;" in out
+    assert "teacher TP 8 x SP x PP 1 x DP 1 on the same ranks" in out
+    apart = ["teacher.ranks=dedicated", "teacher.parallel.pipeline_model_parallel_size=4"]
+    assert main([*example, *colocated, *apart, "teacher.bf16=false"]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 34 ranks: TP 2;" in out
+    assert "teacher in fp32, teacher TP 8 x SP x PP 4 x DP 1 on 32 ranks of its own" in out
+    assert "scoring 3" in out
 
 
 @pytest.mark.parametrize(
@@ -77,7 +93,15 @@ def test_a_teacher_of_experts_is_counted_and_a_student_is_not(example, capsys):
         (["--gpus", "12"], "does not divide the world of 12"),
         (["model=models/nowhere"], "there is no directory 'models/nowhere'"),
         (["parallel.tensor_model_parallel_size=3"], "does not divide num_attention_heads=16"),
-        (["teacher.bf16=false"], "does not count a teacher's pass in another dtype yet"),
+        (["teacher.ranks=dedicated", "--gpus", "8"], "and none remains for the student"),
+        (
+            ["train.max_tokens_per_micro_batch=null", "parallel.expert_model_parallel_size=2", "--gpus", "16"],
+            "no model of this run has experts",
+        ),
+        (
+            ["teacher.ranks=dedicated", "teacher.parallel.tensor_model_parallel_size=3"],
+            "does not divide num_attention_heads=64",
+        ),
         (["train.no_such=1"], "unknown key 'train.no_such'"),
     ],
 )

@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="renio plan RECIPE [key=value ...] [--gpus N] [--memory GIB]",
     )
     _add_recipe(command)
-    command.add_argument("--gpus", type=_positive, metavar="N", help="ranks of the job (default: one model copy)")
+    command.add_argument("--gpus", type=_positive, metavar="N", help="ranks of the job (default: the fewest that do)")
     command.add_argument("--memory", type=_gib, metavar="GIB", help="memory of each GPU in GiB (default: no verdict)")
     command.set_defaults(run=_run_plan)
 

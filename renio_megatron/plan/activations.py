@@ -9,50 +9,25 @@ with autograd's own list in tests/test_plan.py. The pipeline's formulas are Mega
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from renio_megatron.plan import mixture
 from renio_megatron.plan.models import PlannedModel
+from renio_megatron.plan.workload import Pieces
 from renio_megatron.settings import ParallelConfig, TrainConfig
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """The shape of a pass on one rank.
+def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False, is_balanced: bool = False) -> int:
+    """What one layer keeps for its backward pass; `selective` computes the core attention again.
 
-    Attributes:
-        tokens: of a micro-batch on this rank, all rows together.
-        row_length: of them in one row.
-        rows_joined: whether attention runs sequence by sequence and joins the outputs: packing, context parallelism.
-        tensor, context: ranks of those axes.
-        sequence_parallel: whether tensor-parallel ranks share the positions between their layers.
-        element: bytes of a number of the model.
-        fused_norm: whether the norm saves its input alone, as torch's CUDA kernel (2.9 and later) does. Elsewhere it is
-            composed of operations in fp32, which save more.
+    `is_balanced`: its experts have a load-balancing loss.
     """
-
-    tokens: int
-    row_length: int
-    rows_joined: bool
-    tensor: int
-    context: int
-    sequence_parallel: bool
-    element: int
-    fused_norm: bool = True
-
-    @property
-    def share(self) -> int:
-        """Ranks that share a tensor between the tensor-parallel layers."""
-        return self.tensor if self.sequence_parallel else 1
-
-
-def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False) -> int:
-    """What one layer keeps for its backward pass; `selective` computes the core attention again."""
     it, tokens, element = model.architecture, pieces.tokens, pieces.element
     queries, groups = _widths(model, pieces)
     hidden, is_frozen = tokens * it.hidden_size // pieces.share, model.is_frozen
     # Both norms' inputs, and their outputs as inputs of the two column-parallel layers.
     kept = 2 * _norm_bytes(hidden, it.hidden_size, pieces, is_frozen=is_frozen)
-    kept += hidden * element * (_reads(model, "q_proj", "k_proj", "v_proj") + _reads(model, "gate_proj", "up_proj"))
+    # A router keeps its input in any case.
+    is_read = model.experts is not None or _reads(model, "gate_proj", "up_proj")
+    kept += hidden * element * (_reads(model, "q_proj", "k_proj", "v_proj") + is_read)
     # The values are a view of the joint projection, which they keep alive.
     kept += tokens * _projection_width(model, pieces) * element
     if it.qk_layernorm:
@@ -61,7 +36,11 @@ def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False)
         kept += _norm_bytes(tokens * groups, it.kv_channels, pieces, is_copy=False, is_frozen=is_frozen)
     kept += 4 * pieces.row_length * it.kv_channels * element  # cosines and sines, for queries and for keys
     kept += _attention_bytes(model, pieces, selective=selective)
-    return kept + _mlp_bytes(model, pieces) + _adapter_bytes(model, pieces)
+    if model.experts is None:
+        kept += _mlp_bytes(model, pieces)
+    else:
+        kept += mixture.kept_bytes(model, pieces, is_balanced=is_balanced)
+    return kept + _adapter_bytes(model, pieces)
 
 
 def untouched_bytes(model: PlannedModel, pieces: Pieces) -> int:
@@ -89,7 +68,12 @@ def chunk_bytes(model: PlannedModel, pieces: Pieces, train: TrainConfig, num_lay
     `recompute_num_layers` layers, and computes as many again at a time; `block` keeps that of each of the first
     `recompute_num_layers` layers, and everything of the others.
     """
-    layer = layer_bytes(model, pieces, selective=train.recompute_granularity == "selective")
+    layer = layer_bytes(
+        model,
+        pieces,
+        selective=train.recompute_granularity == "selective",
+        is_balanced=train.moe_aux_loss_coeff > 0,
+    )
     if train.recompute_granularity != "full":
         return num_layers * layer, 0
     assert train.recompute_num_layers is not None  # the settings see to it
@@ -132,12 +116,16 @@ def forward_bytes(model: PlannedModel, pieces: Pieces) -> int:
     queries, groups = _widths(model, pieces)
     hidden = tokens * it.hidden_size
     around = 2 * hidden // pieces.share
-    attention = tokens * (_projection_width(model, pieces) + 4 * queries + 2 * groups)
-    return (around + max(attention, _mlp_entries(model, pieces) + hidden)) * pieces.element
+    attention = around + tokens * (_projection_width(model, pieces) + 4 * queries + 2 * groups)
+    if model.experts is not None:
+        return max(attention * pieces.element, mixture.forward_bytes(model, pieces))
+    return max(attention, around + _mlp_entries(model, pieces) + hidden) * pieces.element
 
 
 def backward_bytes(model: PlannedModel, pieces: Pieces) -> int:
     """Gradients of a layer's tensors that are alive together in its backward pass: the MLP's and two hidden states'."""
+    if model.experts is not None:
+        return mixture.backward_bytes(model, pieces)
     width = model.architecture.ffn_hidden_size // pieces.tensor
     return pieces.tokens * (3 * width + 2 * model.architecture.hidden_size) * pieces.element
 
@@ -195,12 +183,7 @@ def _attention_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool) ->
 
 def _mlp_entries(model: PlannedModel, pieces: Pieces) -> int:
     """Gate and up in one tensor, the activated gate, a copy of up, and their product."""
-    experts = model.experts
-    if experts is None:
-        return pieces.tokens * 5 * model.architecture.ffn_hidden_size // pieces.tensor
-    # Each token goes to several experts, as a row of its own there and back.
-    entries = 5 * experts.ffn_hidden_size // pieces.tensor + 2 * model.architecture.hidden_size
-    return pieces.tokens * experts.chosen * entries
+    return pieces.tokens * 5 * model.architecture.ffn_hidden_size // pieces.tensor
 
 
 def _mlp_bytes(model: PlannedModel, pieces: Pieces) -> int:

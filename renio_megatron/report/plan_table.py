@@ -1,4 +1,4 @@
-"""The table of `renio plan`: a line for each thing in memory, a column a pipeline rank."""
+"""The table of `renio plan`: a line for each thing in memory, a column for each kind of rank."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from renio_megatron.plan.memory import RankMemory
+from renio_megatron.plan.memory import HELD, PHASES, RankMemory
 
 MOST_COLUMNS = 4
 
 
 def plan_table(ranks: Sequence[RankMemory], memory: float | None, reserve: float) -> Table:
-    """What each pipeline rank holds, in GiB, or in MiB where all of it is little.
+    """What each kind of rank holds, in GiB, or in MiB where all of it is little.
 
     Args:
-        ranks: the plan. Of many pipeline ranks only the first, the largest and the last are shown.
+        ranks: the plan. Of many kinds only a few are shown, the largest among them.
         memory: bytes of a GPU; None leaves the last lines out.
         reserve: bytes of it that are left for what is not counted.
     """
-    largest = max(ranks, key=lambda rank: rank.peak)
-    shown = list(ranks) if len(ranks) <= MOST_COLUMNS else _distinct([ranks[0], largest, ranks[-1]])
+    largest, shown = max(ranks, key=lambda rank: rank.peak), _shown(ranks)
     unit, factor = ("GiB", 2**30) if (memory or largest.peak) >= 2**30 else ("MiB", 2**20)
 
     def line(label: str, values: Sequence[float | None], *, end: bool = False, style: str | None = None) -> None:
@@ -30,11 +29,11 @@ def plan_table(ranks: Sequence[RankMemory], memory: float | None, reserve: float
     table = Table(title=f"{unit} on each rank", title_justify="left")
     table.add_column("", no_wrap=True)
     for rank in shown:
-        table.add_column(f"stage {rank.pipeline_rank}" if len(ranks) > 1 else "any rank", justify="right", no_wrap=True)
-    held = list(largest.held)
+        table.add_column(_title(rank, ranks), justify="right", no_wrap=True)
+    held = [label for label in HELD if any(label in rank.held for rank in shown)]
     for label in held:
-        line(label, [rank.held[label] for rank in shown], end=label == held[-1])
-    for phase in ranks[-1].phases:  # the last pipeline rank has them all
+        line(label, [rank.held.get(label) for rank in shown], end=label == held[-1])
+    for phase in PHASES:
         labels = list(dict.fromkeys(label for rank in shown for label in rank.phases.get(phase, {})))
         for label in labels:
             values = [rank.phases.get(phase, {}).get(label) for rank in shown]
@@ -47,5 +46,33 @@ def plan_table(ranks: Sequence[RankMemory], memory: float | None, reserve: float
     return table
 
 
-def _distinct(ranks: Sequence[RankMemory]) -> list[RankMemory]:
-    return list({rank.pipeline_rank: rank for rank in ranks}.values())
+def _shown(ranks: Sequence[RankMemory]) -> list[RankMemory]:
+    """All, or of many the first, the largest and the last; where some only score, of either the largest and the last.
+
+    The last ranks that train have the loss, the last ones that score the teacher's logits.
+    """
+    if len(ranks) <= MOST_COLUMNS:
+        return list(ranks)
+    training = [rank for rank in ranks if rank.student_stage is not None]
+    scoring = [rank for rank in ranks if rank.student_stage is None]
+    if not scoring:
+        chosen = [ranks[0], max(ranks, key=lambda rank: rank.peak), ranks[-1]]
+    else:
+        chosen = [one for some in (training, scoring) for one in (max(some, key=lambda rank: rank.peak), some[-1])]
+    return [rank for rank in ranks if any(rank is one for one in chosen)]
+
+
+def _title(rank: RankMemory, ranks: Sequence[RankMemory]) -> str:
+    """A column's: its pipeline ranks, and where some ranks only score, what it does."""
+    mine, theirs = rank.student_stage, rank.teacher_stage
+    is_split = any(other.student_stage is None for other in ranks)
+    num_mine = len({other.student_stage for other in ranks} - {None})
+    num_theirs = len({other.teacher_stage for other in ranks} - {None})
+    if is_split:
+        who, stage, count = ("training", mine, num_mine) if mine is not None else ("scoring", theirs, num_theirs)
+        return f"{who} {stage}" if count > 1 else who
+    if all(other.student_stage == other.teacher_stage for other in ranks):
+        return f"stage {mine}" if num_mine > 1 else "any rank"
+    words = [f"stage {mine}"] if num_mine > 1 else []
+    words += [f"teacher's {theirs}"] if num_theirs > 1 else []
+    return "\n".join(words)

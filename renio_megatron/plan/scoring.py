@@ -1,0 +1,43 @@
+"""What a pass without gradient takes, of the teacher or of a student whose scores are computed again."""
+
+from __future__ import annotations
+
+from renio_megatron.chunk_size import chunk_size_for, token_bytes
+from renio_megatron.plan.activations import forward_bytes, tokens_bytes
+from renio_megatron.plan.parts import PlannedPart
+from renio_megatron.plan.workload import Reading
+from renio_megatron.settings import HeadConfig
+
+
+def scoring_bytes(part: PlannedPart, reading: Reading, head: HeadConfig) -> dict[str, int]:
+    """A layer's pass, and on the last pipeline rank log-probabilities of the completion tokens that it ends with."""
+    pieces = reading.pieces
+    found = {"a layer's pass": forward_bytes(part.model, pieces) + sent_bytes(part, reading)}
+    if part.is_last:
+        each = token_bytes(part.width, part.element, logit_bytes(part, head), num_models=1)
+        chunk = chunk_size_for(reading.rows, each, head.chunk_size)
+        hidden = part.model.architecture.hidden_size * part.element
+        found["logits"] = min(chunk, reading.rows) * each
+        found["rows for the head"] = reading.rows * hidden + gathered_bytes(part, reading)
+    return found
+
+
+def sent_bytes(part: PlannedPart, reading: Reading) -> int:
+    """A micro-batch's hidden states that go to the next stage, and are kept until their gradient comes back."""
+    is_sender = part.num_pipeline_ranks > 1 and (part.num_chunks > 1 or not part.is_last)
+    return tokens_bytes(part.model, reading.pieces) // reading.pieces.share if is_sender else 0
+
+
+def gathered_bytes(part: PlannedPart, reading: Reading) -> int:
+    """Hidden states of a whole micro-batch, where tensor-parallel ranks have shared them."""
+    return tokens_bytes(part.model, reading.pieces) if reading.pieces.sequence_parallel else 0
+
+
+def logit_bytes(part: PlannedPart, head: HeadConfig) -> int:
+    """Of a logit: fp32, or the model's where the recipe asks for it."""
+    return 4 if head.logits_dtype == "fp32" else part.element
+
+
+def with_scales(entries: int, recipe: str | None) -> int:
+    """Bytes of FP8 numbers; MXFP8 has a byte of scale for each 32, the other recipes' scales do not matter."""
+    return entries + (entries // 32 if recipe == "mxfp8" else 0)

@@ -1,0 +1,166 @@
+"""What a rank holds of the student: its weights and their optimiser, and the phases in which it works."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from renio_megatron.chunk_size import loss_buffer_bytes
+from renio_megatron.config import RunConfig
+from renio_megatron.plan.activations import (
+    backward_bytes,
+    chunk_bytes,
+    chunks_in_flight,
+    final_norm_bytes,
+    forward_bytes,
+    untouched_bytes,
+)
+from renio_megatron.plan.parts import PlannedPart, Tensors
+from renio_megatron.plan.scoring import gathered_bytes, logit_bytes, scoring_bytes, sent_bytes, with_scales
+from renio_megatron.plan.workload import Workload
+
+Payload = Callable[[bool], int]
+"""Whether a micro-batch's loss reads it now -> bytes of the teacher's hidden states on this rank's device."""
+
+
+class PlannedStudent:
+    """The arithmetic of one pipeline rank of the student."""
+
+    def __init__(self, config: RunConfig, part: PlannedPart, work: Workload) -> None:
+        self.part = part
+        self._config, self._work, self._reading = config, work, work.student
+
+    @property
+    def trained(self) -> Tensors:
+        """What has a gradient: all of it, or the adapters."""
+        return self.part.adapters() if self.part.model.is_frozen else self.part.tensors()
+
+    def held(self) -> dict[str, int]:
+        """What is there all the time."""
+        trained, copies = self.trained, self._fp8_copies()
+        states = 12 if self._config.train.bf16 else 8
+        return {
+            "parameters": (self.part.tensors().count + self.part.adapters().count) * self.part.element,
+            **({"parameters in FP8": copies} if copies else {}),
+            "gradients": sum(self._buffer(*group) for group in self._groups(trained)) * 4,
+            "optimiser": sum(self._optimised(*group) for group in self._groups(trained)) * states,
+        }
+
+    def sampling(self) -> dict[str, int]:
+        """Decoding: keys and values of whole sequences, the pass over the prompts, the draw from whole distributions.
+
+        Evaluation decodes in the same way, with all of the rank's problems together unless rollout.micro_batch_size
+        bounds them.
+        """
+        config, work, it = self._config, self._work, self.part.model.architecture
+        count, length = work.sampled, work.sampled_length
+        if config.evaluate.every:
+            # The data ranks' share, and the context ranks' of it.
+            problems = -(-config.evaluate.samples // self.part.copies)
+            decoded = min(config.rollout.micro_batch_size or problems, problems)
+            answer = config.evaluate.max_completion_length or config.rollout.max_completion_length
+            count, length = max(
+                ((count, length), (decoded, config.data.max_prompt_length + answer)), key=lambda pair: math.prod(pair)
+            )
+        pieces, prompt = self._reading.pieces, config.data.max_prompt_length
+        groups = max(1, it.num_query_groups // pieces.tensor) * it.kv_channels
+        whole = replace(pieces, tokens=count * prompt, row_length=prompt, context=1, sequence_parallel=False)
+        found = {
+            "key-value cache": 2 * count * length * groups * self.part.element * self.part.num_layers,
+            "a layer's pass": forward_bytes(self.part.model, whole),
+        }
+        if self.part.is_last:
+            # Logits twice in fp32; in fp64 divided, probabilities and sums; sorted, with places, for top-k and top-p.
+            is_sorted = config.rollout.top_k is not None or config.rollout.top_p is not None
+            found["drawing"] = count * self.part.vocab_size * (32 + (24 if is_sorted else 0))
+        return found
+
+    def update(self, payload: Payload) -> dict[str, dict[str, int]]:
+        """The phases from the student's own scores to the optimiser's step."""
+        phases = {}
+        if self._config.rollout.student_scores == "recompute":
+            phases["scores"] = scoring_bytes(self.part, self._reading, self._config.head)
+            if self.part.is_last:
+                phases["scores"]["payload"] = payload(False)
+        kept, again = self._activations()
+        if self.part.is_last:
+            phases["loss"] = self._loss(kept, payload(True))
+        phases["backward"] = self._backward(kept, again, payload(False))
+        # torch's AdamW makes the roots of all second moments at once; experts have an optimiser of their own.
+        roots = max(self._optimised(*group) for group in self._groups(self.trained)) * 4
+        phases["step"] = {"payload": payload(False), "temporaries": roots}
+        return phases
+
+    def _fp8_copies(self) -> int:
+        """What its weights take in FP8, as they are and transposed, beside those that the optimiser updates.
+
+        With fp8_param_gather there are no others; two bytes of FP8 are then in the place of two of bf16.
+        """
+        precision = self._config.precision
+        if precision.fp8_param_gather:
+            return 0
+        return 2 * with_scales(self.part.fp8_entries(precision), precision.fp8_recipe)
+
+    def _groups(self, trained: Tensors) -> list[tuple[Sequence[int], int]]:
+        """Parameters that share a gradient buffer and an optimiser, and how many ranks have copies of them."""
+        return [(trained.dense, self.part.copies), (trained.experts, self.part.expert_copies)]
+
+    def _buffer(self, tensors: Sequence[int], copies: int) -> int:
+        """Entries of DDP's gradient buffer. For the distributed optimiser every tensor begins at a multiple of 64, and
+        the end is one of 128 and of the ranks (Megatron's `_ParamAndGradBuffer`; one bucket)."""
+        if not self._config.parallel.use_distributed_optimizer:
+            return sum(tensors)
+        return _ceil(sum(_ceil(entries, 64) for entries in tensors), math.lcm(copies, 128))
+
+    def _optimised(self, tensors: Sequence[int], copies: int) -> int:
+        """Entries whose moments this rank has; context ranks share them like data ranks."""
+        if not self._config.parallel.use_distributed_optimizer:
+            return sum(tensors)
+        return -(-sum(tensors) // copies)
+
+    def _activations(self) -> tuple[int, int]:
+        """What the layers keep in Megatron's schedule at the most, and what computing some again takes on top."""
+        config, reading, part = self._config, self._reading, self.part
+        flying = chunks_in_flight(config.parallel, part.pipeline_rank, reading.num_micro_batches)
+        each, again = chunk_bytes(part.model, reading.pieces, config.train, part.layers_of_chunk)
+        kept = flying * (each + sent_bytes(part, reading))
+        if part.is_first:
+            kept += min(flying, reading.num_micro_batches) * reading.pieces.tokens * 8  # token ids
+            if config.train.recompute_granularity != "full":
+                kept -= min(flying, reading.num_micro_batches) * untouched_bytes(part.model, reading.pieces)
+        return kept, again
+
+    def _loss(self, kept: int, payload: int) -> dict[str, int]:
+        """The end of a micro-batch's forward pass on the last stage: `kept` of its layers, and the chunked loss."""
+        part, reading, head = self.part, self._reading, self._config.head
+        hidden = part.model.architecture.hidden_size
+        rows = reading.rows * hidden * part.element
+        return {
+            "activations": kept + final_norm_bytes(part.model, reading.pieces),
+            "rows for the head": rows + gathered_bytes(part, reading),
+            "payload": payload,
+            "buffers": loss_buffer_bytes(
+                reading.rows, part.width, part.element, logit_bytes(part, head), head.chunk_size
+            ),
+            "results": rows + (0 if part.model.is_frozen else part.width * hidden * 4),
+        }
+
+    def _backward(self, kept: int, again: int, payload: int) -> dict[str, int]:
+        """The beginning of a micro-batch's backward pass, whose widest gradient of a weight is on its way."""
+        part, is_frozen = self.part, self.part.model.is_frozen
+        # A tied head's meets the embedding's on one rank.
+        tied = part.model.architecture.tied and part.num_pipeline_ranks == 1 and not is_frozen
+        weight = self.trained.largest * part.element * (2 if tied else 1)
+        if part.is_last and not is_frozen:  # the loss has its own in fp32, and gives autograd zeros in its place
+            weight = max(weight, part.width * part.model.architecture.hidden_size * (4 + part.element))
+        return {
+            "activations": kept,
+            **({"layers again": again} if again else {}),
+            "gradients": backward_bytes(part.model, self._reading.pieces) + weight,
+            "payload": payload,
+        }
+
+
+def _ceil(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

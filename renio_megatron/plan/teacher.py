@@ -1,0 +1,171 @@
+"""What a rank holds of the teacher, and of its hidden states on their way to the loss."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from renio_megatron.config import RunConfig
+from renio_megatron.plan.activations import forward_bytes
+from renio_megatron.plan.parts import PlannedPart
+from renio_megatron.plan.scoring import scoring_bytes, with_scales
+from renio_megatron.plan.student import PlannedStudent
+from renio_megatron.plan.workload import Workload
+
+
+class PlannedTeacher(Protocol):
+    """The arithmetic of one rank."""
+
+    def held(self) -> dict[str, int]:
+        """What is there all the time."""
+
+    def phases(self) -> dict[str, dict[str, int]]:
+        """What scoring adds, from its pass to the moment when hidden states wait for the loss."""
+
+    def payload(self, in_use: bool) -> int:
+        """Hidden states on this rank's device after that, while the loss of a micro-batch reads them, or not."""
+
+
+class AlikeTeacher:
+    """A teacher in the student's layout (`megatron/teacher.py`): each rank scores what it trains."""
+
+    def __init__(self, config: RunConfig, part: PlannedPart, student: PlannedStudent, work: Workload) -> None:
+        self._config, self._part, self._student, self._work = config, part, student, work
+        self._row = part.model.architecture.hidden_size * part.element
+
+    def held(self) -> dict[str, int]:
+        """Its weights; none where it is the student's modules."""
+        teacher, student = self._config.teacher, self._student
+        if teacher.kind == "initial" and student.part.model.is_frozen:
+            return {"teacher's parameters": 0}
+        if teacher.kind == "current":
+            return {}
+        if teacher.kind == "ema":  # in fp32, and the head that the loss reads where it is trained and narrower
+            is_copied = self._part.element < 4 and not student.part.model.is_frozen
+            return {"teacher's average": student.trained.count * 4 + (head_bytes(self._part) if is_copied else 0)}
+        if teacher.offload is not None:
+            return {"teacher's LM head": head_bytes(self._part)}
+        return {"teacher's parameters": parameter_bytes(self._config, self._part)}
+
+    def phases(self) -> dict[str, dict[str, int]]:
+        """Its pass, after which hidden states may have to be put into the student's order."""
+        found = {"teacher": scoring_bytes(self._part, self._work.teacher, self._config.head)}
+        if self._part.is_last:
+            found["teacher"]["payload"] = self.payload(False)
+        found["teacher"] |= self._moved()
+        if self._part.is_last and self._work.is_realigned and self._config.teacher.payload_device == "device":
+            copy = self._work.teacher.step_tokens * self._row
+            found["ordering"] = {"payload": self.payload(False), "copy": copy}
+        return found
+
+    def payload(self, in_use: bool) -> int:
+        """The step's, or only those of the micro-batch `in_use` and what makes them again."""
+        if not self._part.is_last:
+            return 0
+        kind, reading = self._config.teacher.payload_device, self._work.student
+        if kind == "device":  # all of them, until the end of the step
+            return reading.step_rows * self._row
+        if not in_use:
+            return 0
+        again = forward_bytes(self._part.model, self._work.teacher.pieces) if kind == "recompute" else 0
+        return reading.rows * self._row + again
+
+    def _moved(self) -> dict[str, int]:
+        """What a pass puts into place."""
+        if self._config.teacher.kind == "ema" and self._part.element < 4:
+            return {"average in bf16": self._student.trained.count * self._part.element}
+        return moved_bytes(self._config, self._part)
+
+
+class DetachedTeacher:
+    """A teacher in a layout of its own (`megatron/detached_teacher.py`), on the student's ranks or on others."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        part: PlannedPart | None,
+        student: PlannedPart | None,
+        work: Workload,
+        *,
+        hidden_size: int,
+    ) -> None:
+        """A rank without a part of the teacher, or of the student, gives None; `hidden_size` is the teacher's."""
+        self._config, self._part, self._student, self._work = config, part, student, work
+        self._row = hidden_size * work.teacher.pieces.element
+        self._waits_here = config.teacher.payload_device == "device"
+        self._scores = part is not None and part.is_last
+        self._trains = student is not None and student.is_last
+
+    def held(self) -> dict[str, int]:
+        """The weights in the teacher's layout, and the LM head once more, cut at the student's vocabulary edges."""
+        found, head = {}, 0
+        if self._trains:
+            assert self._student is not None
+            head = self._student.width * self._row
+        if self._part is not None and self._config.teacher.offload is None:
+            found["teacher's parameters"] = parameter_bytes(self._config, self._part)
+        elif self._part is not None:  # its own head stays, too
+            head += head_bytes(self._part)
+        return found | ({"teacher's LM head": head} if head else {})
+
+    def phases(self) -> dict[str, dict[str, int]]:
+        """Its pass; hidden states of all its sequences in one table; and their way to the ranks that train them."""
+        found: dict[str, dict[str, int]] = {}
+        if self._part is not None:
+            found["teacher"] = scoring_bytes(self._part, self._work.teacher, self._config.head)
+            if self._scores:
+                found["teacher"]["hidden states"] = self._table
+                if self._table:
+                    found["ordering"] = {"hidden states": self._table, "copy": self._table}
+            found["teacher"] |= moved_bytes(self._config, self._part)
+        exchange = {}
+        if self._scores:
+            exchange["hidden states"] = self._table
+        if self._trains:
+            exchange["payload"] = self.payload(False)
+        if exchange:
+            # Of one micro-batch: what this rank gives; what arrives, and again in the order that was asked for.
+            travelling = self._work.given_rows * self._scores + 2 * self._piece * self._trains
+            found["exchange"] = exchange | {"rows on their way": travelling * self._row}
+        return found
+
+    def payload(self, in_use: bool) -> int:
+        """This tensor rank's pieces of the step's, and all of the micro-batch `in_use`, gathered from the others."""
+        if not self._trains:
+            return 0
+        reading, tensor = self._work.student, self._config.parallel.tensor_model_parallel_size
+        is_packed = self._config.train.max_tokens_per_micro_batch is not None
+        pieces = -(-reading.step_rows // tensor) if is_packed else reading.num_micro_batches * self._piece
+        is_whole = tensor == 1 and self._waits_here
+        used = reading.rows if in_use and not is_whole else 0
+        return (pieces * self._waits_here + used) * self._row
+
+    @property
+    def _piece(self) -> int:
+        """Rows of a micro-batch that wait on one of the student's tensor ranks."""
+        return -(-self._work.student.rows // self._config.parallel.tensor_model_parallel_size)
+
+    @property
+    def _table(self) -> int:
+        """Hidden states of all the sequences that the teacher's replica read; each tensor rank keeps its part."""
+        assert self._part is not None
+        rows = -(-self._work.teacher.step_tokens // self._part.parallel.tensor_model_parallel_size)
+        return rows * self._row if self._waits_here else 0
+
+
+def parameter_bytes(config: RunConfig, part: PlannedPart) -> int:
+    """Weights of the teacher's own; in FP8 they are kept in FP8 alone, and never transposed."""
+    precision = config.teacher_precision
+    entries = part.fp8_entries(precision)
+    return (part.tensors().count - entries) * part.element + with_scales(entries, precision.fp8_recipe)
+
+
+def head_bytes(part: PlannedPart) -> int:
+    """The LM head on a rank of the last stage; elsewhere none."""
+    return part.width * part.model.architecture.hidden_size * part.element * part.is_last
+
+
+def moved_bytes(config: RunConfig, part: PlannedPart) -> dict[str, int]:
+    """What a pass brings onto the device of weights that wait on the host: all but the LM head."""
+    if config.teacher.offload is None:
+        return {}
+    return {"teacher's parameters": part.tensors().count * part.element - head_bytes(part)}
