@@ -21,6 +21,7 @@ from renio_megatron.layout_rules import (
     check_recomputation,
     check_teacher_layout,
     fewest_ranks,
+    has_own_layout,
     num_scorers,
     teacher_parallel,
 )
@@ -171,7 +172,8 @@ def check_models(config: RunConfig | SftConfig) -> None:
         layouts[setting] = teacher_parallel(one.parallel, one.teacher)
         if one.teacher.kind == "separate":
             assert one.teacher.model is not None
-            models[setting] = _check_model(setting, one.teacher.model, layouts[setting], trained=False)
+            section = "teacher.parallel" if has_own_layout(one.parallel, one.teacher) else "parallel"
+            models[setting] = _check_model(setting, one.teacher.model, layouts[setting], trained=False, section=section)
         elif not shares_student(one):
             models[setting] = models["model"]
     check_experts(config, models, layouts)
@@ -211,7 +213,9 @@ def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
     }
 
 
-def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: bool) -> dict[str, Any]:
+def _check_model(
+    setting: str, name: str, parallel: ParallelConfig, *, trained: bool, section: str = "parallel"
+) -> dict[str, Any]:
     """What config.json of the model holds."""
     file = model_directory(name, setting) / "config.json"
     try:
@@ -230,7 +234,7 @@ def _check_model(setting: str, name: str, parallel: ParallelConfig, *, trained: 
         if content.get("num_key_value_heads") is None
         else _count(content, "num_key_value_heads", setting, file)
     )
-    check_cut(setting, str(file), counts, parallel, trained=trained)
+    check_cut(setting, str(file), counts, parallel, trained=trained, section=section)
     return dict(content)
 
 

@@ -137,7 +137,15 @@ def check_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int) 
     _check_interleaving(parallel, batch // (micro * data_ranks), is_packed)
 
 
-def check_cut(setting: str, file: str, counts: dict[str, int], parallel: ParallelConfig, *, trained: bool) -> None:
+def check_cut(
+    setting: str,
+    file: str,
+    counts: dict[str, int],
+    parallel: ParallelConfig,
+    *,
+    trained: bool,
+    section: str = "parallel",
+) -> None:
     """Raises `ConfigError` where a model cannot be cut as `parallel` asks.
 
     Args:
@@ -145,22 +153,23 @@ def check_cut(setting: str, file: str, counts: dict[str, int], parallel: Paralle
         counts: `num_attention_heads`, `num_key_value_heads` and `num_hidden_layers` of it.
         parallel: the layout.
         trained: False for a model without interleaved stages.
+        section: where the layout is set; for the message.
     """
     tensor = parallel.tensor_model_parallel_size
     heads, groups = counts["num_attention_heads"], counts["num_key_value_heads"]
     if heads % tensor:
         raise ConfigError(
-            f"{setting}: parallel.tensor_model_parallel_size={tensor} does not divide num_attention_heads={heads} of "
+            f"{setting}: {section}.tensor_model_parallel_size={tensor} does not divide num_attention_heads={heads} of "
             f"{file}. Choose a divisor."
         )
     if groups % tensor and tensor % groups:
         raise ConfigError(
-            f"{setting}: parallel.tensor_model_parallel_size={tensor} is neither a divisor nor a multiple of "
+            f"{setting}: {section}.tensor_model_parallel_size={tensor} is neither a divisor nor a multiple of "
             f"num_key_value_heads={groups} of {file}. Choose one that is."
         )
     stages = parallel.num_stages if trained else parallel.pipeline_model_parallel_size
     if counts["num_hidden_layers"] % stages:
-        what = f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
+        what = f"{section}.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
         if stages != parallel.pipeline_model_parallel_size:
             what += f" times virtual_pipeline_model_parallel_size={parallel.virtual_pipeline_model_parallel_size}"
         raise ConfigError(

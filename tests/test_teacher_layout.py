@@ -244,7 +244,8 @@ def test_settings_that_cannot_be_are_refused(overrides, words, tmp_path):
 
 def test_the_teacher_is_checked_in_its_own_layout(tmp_path):
     check_models(_recipe(tmp_path, f"{TP}=4"))
-    with pytest.raises(ConfigError, match=r"teacher.model: .*size=3 does not divide num_attention_heads"):
+    words = r"teacher\.model: teacher\.parallel\.tensor_model_parallel_size=3 does not divide num_attention_heads"
+    with pytest.raises(ConfigError, match=words):
         check_models(_recipe(tmp_path, f"{TP}=3"))
 
 
