@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from renio_megatron.assets import model_directory
 from renio_megatron.checkpoint_files import find_pretrained, latest_step, step_directory, steps
 from renio_megatron.errors import CheckpointError, ConfigError
+from renio_megatron.files import as_others_are
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.checkpoint import load_model_weights
 from renio_megatron.megatron.hf import hf_state
@@ -150,6 +151,7 @@ def _write_weights(state: dict[str, torch.Tensor], directory: Path) -> None:
         # Copies, because safetensors refuses tensors that share storage, as slices of a padded embedding do.
         tensors = {name: state[name].cpu().contiguous().clone() for name in names}
         save_file(tensors, directory / filename, metadata={"format": "pt"})
+        as_others_are(directory / filename)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

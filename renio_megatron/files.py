@@ -54,6 +54,13 @@ def sync_files(directory: Path) -> None:
     sync_directory(directory)
 
 
+def as_others_are(path: Path) -> None:
+    """Gives a file the permissions that a new one has; some libraries write files that nobody else may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 class Lock:
     """A file that one process at a time holds; it is free as soon as that process is gone, in whatever way.
 

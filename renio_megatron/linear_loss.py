@@ -239,6 +239,8 @@ class FinishedGradients(torch.autograd.Function):
 
 
 def _check_main_grad(main_grad: torch.Tensor | None, head: torch.Tensor) -> None:
+    if main_grad is not None and main_grad.dtype not in (torch.float32, torch.float64):
+        raise LayoutError(f"main_grad must be fp32, so that long sums keep their digits; got {main_grad.dtype}.")
     if main_grad is not None and (main_grad.shape != head.shape or main_grad.device != head.device):
         raise LayoutError(
             f"main_grad must be like student_head, {tuple(head.shape)} on {head.device}; got "

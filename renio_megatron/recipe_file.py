@@ -227,6 +227,11 @@ def _apply_overrides(flat: _Flat, keys: Keys, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{COMMAND_LINE}: {text!r} is not a setting. Write key=value, for example train.lr=1e-5.")
         if key not in types and key not in nested:
             _refuse_unknown(key, keys, COMMAND_LINE)
+        if not raw:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {key}= has no value. Write {key}=null for its default, "
+                f"or {key}=\"''\" for empty text."
+            )
         clash = next((old for old in given if old == key or old.startswith(f"{key}.")), None)
         if clash is not None:
             raise ConfigError(

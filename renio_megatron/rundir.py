@@ -158,10 +158,16 @@ class RunDirectory:
                 "Restore it, choose another output_dir, or start again with --fresh."
             ) from error
         if changed:
+            longer = [line for line in changed if line.startswith("train.train_iters:")]
+            more = (
+                f" A longer run goes on from this one's end with checkpoint.load={self.path} and another output_dir."
+                if longer
+                else ""
+            )
             listing = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
                 f"output_dir {str(self.path)!r} holds a run with other settings:{listing}\n"
-                "Use the old settings to continue it, choose another output_dir, or move it aside with --fresh."
+                f"Use the old settings to continue it, choose another output_dir, or move it aside with --fresh.{more}"
             )
 
     def _check_start(self, recipe: Recipe, fresh: bool) -> None:

@@ -222,9 +222,15 @@ def shards_that_are_not_the_vocabulary():
         "a gap": [(0, 4), (5, 9)],
         "twice": [(0, 5), (4, 9)],
         "an end": [(0, 4), (4, 8)],
+        "a gap, after a loss without": [(0, 4), (5, 9)],  # the first rank's shard is one that was right
     }
+    whole = VocabShard(*[(0, 4), (4, 9)][rank], 9, group)
     words = {"a gap": "[4, 5) are in no shard", "twice": "[4, 5) are in more than one", "an end": "[8, 9) are in no"}
+    words["a gap, after a loss without"] = words["a gap"]
     for name, cut in edges.items():
+        if "after" in name:
+            head = torch.ones(whole.width, 8)
+            linear_distillation_loss(ones, head, ones, head, token, token, 1, shard=whole)
         shard = VocabShard(*cut[rank], 9, group)
         head = torch.ones(shard.width, 8)
         try:

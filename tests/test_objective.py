@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,8 +189,8 @@ def test_reductions_by_hand():
 
 
 def test_columns_of_a_shard():
-    shard = VocabShard(3, 9, 7, group=object())
+    shard = VocabShard(3, 9, 7, group=SimpleNamespace(size=lambda: 2))
     assert (shard.width, shard.num_valid) == (6, 4)
     assert shard.local_columns(torch.tensor([2, 3, 6])).tolist() == [-1, 0, 3]
-    assert VocabShard(9, 12, 7, group=object()).num_valid == 0
+    assert VocabShard(9, 12, 7, group=SimpleNamespace(size=lambda: 2)).num_valid == 0
     assert gather_columns(torch.arange(6.0).view(2, 3), VocabShard(0, 3, 2)).tolist() == [[0.0, 1.0], [3.0, 4.0]]

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -109,7 +110,7 @@ def sharded(label, cut, ranks, beta, clip, impossible=None):
     sign = {0.0: 1, 1.0: -1}.get(beta, 0) if clip is None else 0
     parts = []
     for start, stop in edges:
-        shard = VocabShard(start, stop, student.shape[1], group=object())
+        shard = VocabShard(start, stop, student.shape[1], group=SimpleNamespace(size=lambda: 2))
         logits = [columns(x, start, stop).to(DEVICE) for x in (student, teacher)]
         parts.append((shard, logits, shard.local_columns(ids).to(DEVICE)))
     local = [

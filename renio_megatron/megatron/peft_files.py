@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.files import as_others_are
 from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.settings import LoraConfig
@@ -92,6 +93,7 @@ def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, model: Path,
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    as_others_are(directory / WEIGHTS)
 
 
 def read_adapter_config(directory: Path, setting: str) -> dict[str, Any]:

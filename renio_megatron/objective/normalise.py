@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from renio_megatron.errors import LayoutError
+
 
 def divide_and_cap(raw_B: torch.Tensor, mean: torch.Tensor, cap: float | None) -> torch.Tensor:
     """raw / mean, bounded from above by `cap` (None: not bounded).
@@ -28,9 +30,14 @@ def moving_average(mean: torch.Tensor, state: torch.Tensor | None, decay: float)
         state: the average before this batch; None before the first one, which the average then starts from.
         decay: share of the old average that is kept.
 
+    Raises:
+        LayoutError: a state that is not one number.
+
     >>> moving_average(torch.tensor(2.0), torch.tensor(4.0), decay=0.75).item()
     3.5
     """
     if state is None:
         return mean.clone()
+    if state.numel() != 1:
+        raise LayoutError(f"the state of a moving average is one number; got a tensor of shape {tuple(state.shape)}.")
     return decay * state.to(mean) + (1.0 - decay) * mean

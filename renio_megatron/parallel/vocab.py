@@ -47,10 +47,11 @@ class VocabShard:
                 f"a vocabulary shard needs 0 <= start <= stop and vocab_size >= 1; got start={self.start}, "
                 f"stop={self.stop}, vocab_size={self.vocab_size}."
             )
-        if self.group is None and (self.start != 0 or self.stop < self.vocab_size):
+        is_alone = self.group is None or self.group.size() == 1
+        if is_alone and (self.start != 0 or self.stop < self.vocab_size):
             raise LayoutError(
                 f"the shard [{self.start}, {self.stop}) does not hold all {self.vocab_size} columns, and there is no "
-                "group whose other ranks could. Pass group=, or logits of the whole vocabulary."
+                "group with other ranks that could. Pass group=, or logits of the whole vocabulary."
             )
 
     @property
@@ -103,8 +104,9 @@ def gather_in_rank_order(local: torch.Tensor, group: dist.ProcessGroup | None) -
 def gather_statistics(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     """Every rank's statistics [N, 7] in rank order, [R, N, 7]; one collective. Conjugate: none, no gradient.
 
-    A last row travels along that says which columns they are of. It is read once for each shard, so that a vocabulary
-    with a gap is found where its first loss is computed, and nobody waits for a GPU afterwards.
+    A last row travels along that says which columns they are of. On a GPU it is read once for each shard, so that a
+    vocabulary with a gap is found where its first loss is computed, and nobody waits afterwards: from then on the
+    device itself asserts that the other ranks' columns are still those.
 
     Raises:
         LayoutError: the ranks' columns are not the whole vocabulary, or some are there twice.
@@ -113,15 +115,20 @@ def gather_statistics(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
         return local[None]
     edges = local.new_tensor([[shard.start, shard.stop, shard.vocab_size, 0, 0, 0, 0]])
     gathered = gather_in_rank_order(torch.cat((local, edges)), shard.group)
+    everyones = gathered[:, -1, :3]
     key = (shard.group, shard.start, shard.stop, shard.vocab_size)
-    if key not in _KNOWN_SHARDS:
-        _check_cover(gathered[:, -1, :3].long().tolist(), shard.vocab_size)
-        _KNOWN_SHARDS.add(key)
+    if everyones.is_cuda and key in _KNOWN_SHARDS:
+        same = (everyones == _KNOWN_SHARDS[key].to(everyones)).all()
+        torch._assert_async(same, "the other ranks' vocabulary shards are not those of the first loss any more")
+        return gathered[:, :-1]
+    _check_cover(everyones.long().tolist(), shard.vocab_size)
+    if everyones.is_cuda:
+        _KNOWN_SHARDS[key] = everyones.clone()
     return gathered[:, :-1]
 
 
-_KNOWN_SHARDS: set[tuple[dist.ProcessGroup, int, int, int]] = set()
-"""Shards whose group was found to hold the whole vocabulary."""
+_KNOWN_SHARDS: dict[tuple[dist.ProcessGroup, int, int, int], torch.Tensor] = {}
+"""For a shard on a GPU the columns of all ranks of its group, once they were found to be the whole vocabulary."""
 
 
 def _check_cover(edges: list[list[int]], vocab_size: int) -> None:

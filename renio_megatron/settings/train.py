@@ -123,8 +123,14 @@ class TrainConfig:
         require_choice("train.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine"))
         if not self.moe_aux_loss_coeff >= 0:
             raise ConfigError(f"train.moe_aux_loss_coeff must be at least 0; got {self.moe_aux_loss_coeff}.")
-        if self.seed < 0:
-            raise ConfigError(f"train.seed must be at least 0; got {self.seed}.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"train.seed must lie in [0, 2**63); got {self.seed}.")
+        for name, beta in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
+            if not 0 <= beta < 1:
+                raise ConfigError(f"train.{name} must lie in [0, 1); got {beta}.")
+        for name in ("lr", "min_lr", "weight_decay", "clip_grad"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"train.{name} must be a number of at least 0; got {getattr(self, name)}.")
         if not 0 <= self.lr_warmup_iters < self.train_iters:
             raise ConfigError(
                 f"train.lr_warmup_iters must lie in [0, train_iters); got {self.lr_warmup_iters} "

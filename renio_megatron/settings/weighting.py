@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from renio_megatron.errors import ConfigError
 
 NORMALISATIONS = ("batch", "group", "ema", "none")
+MOST_EXPONENT = 80.0
+"""Largest logarithm of a raw weight: e^80 is 5.5e34, and a batch's sum of such is still a number in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,12 @@ class WeightingConfig:
             )
         if not 0.0 < self.temperature < float("inf"):
             raise ConfigError(f"weighting.temperature must be positive and finite; got {self.temperature}.")
+        if MOST_EXPONENT < self.ceiling / self.temperature < float("inf"):
+            raise ConfigError(
+                f"weighting.ceiling / weighting.temperature is {self.ceiling / self.temperature:g}. The largest raw "
+                f"weight is its exponential, which above {MOST_EXPONENT:g} fp32 cannot hold. Lower the ceiling, "
+                "or raise the temperature."
+            )
         if self.normalise not in NORMALISATIONS:
             raise ConfigError(
                 f"weighting.normalise must be one of {', '.join(NORMALISATIONS)}; got {self.normalise!r}."
