@@ -26,7 +26,7 @@ def measure(folder: Path) -> dict[str, dict[str, Any]]:
 def measure_dedicated(folder: Path) -> dict[str, dict[str, Any]]:
     """The same of each of the cases in which half of four ranks only score."""
     from renio_megatron.build import read_inputs
-    from renio_megatron.build_teacher import build_scorer
+    from renio_megatron.build_teacher import build_scorers
     from renio_megatron.megatron.start import start, stop
 
     found: dict[str, dict[str, Any]] = {}
@@ -41,7 +41,7 @@ def measure_dedicated(folder: Path) -> dict[str, dict[str, Any]]:
             num_scorers=num_scorers(config.parallel, config.teacher),
         )
         if layout.is_scorer:
-            teacher = build_scorer(config, read_inputs(config), layout)
+            (teacher,) = build_scorers(config, read_inputs(config), layout)
             found[name] = {"stages": (None, layout.pipeline.rank)}
             _watch_table(teacher, found[name])
             while teacher.serve():
