@@ -54,7 +54,7 @@ from renio_megatron.settings import LossConfig, WeightingConfig
         # exp(2.5) = 12.18
         ({"normalise": "none"}, 4, "weights: renio, raw: not divided by any mean, not capped, at most 12.18"),
         (
-            {"normalise": "none", "temperature": 1e-3},
+            {"normalise": "none", "ceiling": float("inf")},
             4,
             "weights: renio, raw: not divided by any mean, not capped, at most inf",
         ),
