@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.data.prompts import (
     PromptStream,
+    Room,
     check_views_differ,
     load_tokenizer,
     padding_id,
@@ -24,7 +25,7 @@ from renio_megatron.data.prompts import (
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
-from renio_megatron.inputs import Inputs, check_embedding, read_teachers, teacher_views, weights_of
+from renio_megatron.inputs import Inputs, TeacherInputs, check_embedding, read_teachers, teacher_views, weights_of
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
@@ -67,6 +68,7 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         config.data,
         teacher_views=teacher_views(config, tokenizer) if isinstance(config, RunConfig) else None,
         with_completions=isinstance(config, SftConfig),
+        room=_room(config, architecture, teachers),
     )
     first = stream.batch(0, _num_checked(source, config.train))
     for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
@@ -248,6 +250,12 @@ def _evaluator(
     return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, decoding, layout)
 
 
+def _room(config: RunConfig | SftConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> Room:
+    completion = config.rollout.max_completion_length if isinstance(config, RunConfig) else None
+    positions = {name: teacher.architecture.max_sequence_length for name, teacher in teachers.items()}
+    return Room(student.max_sequence_length, positions, completion, config.evaluate.max_completion_length or completion)
+
+
 def _num_checked(source: Source, train: TrainConfig) -> int:
     """Prompts that are built once at setup, so that a bad one is found before step 1.
 
@@ -264,6 +272,12 @@ def _stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
     stops = {int(tokenizer.eos_token_id)}
     path = model / "generation_config.json"
     if path.is_file():
-        more = json.loads(path.read_text()).get("eos_token_id") or []
-        stops.update(more if isinstance(more, list) else [more])
+        try:
+            more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
+            stops.update(int(token) for token in (more if isinstance(more, list) else [more]))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error}. It should hold a JSON object whose eos_token_id, if it has one, is a "
+                "token or a list of them. Mend it, or remove it: the tokenizer's end token then ends completions."
+            ) from error
     return tuple(sorted(stops))

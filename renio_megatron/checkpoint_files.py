@@ -47,12 +47,15 @@ def steps(root: Path) -> list[int]:
 def latest_step(root: Path) -> int | None:
     """Step of the checkpoint in force; None where there is none.
 
+    Without a tracker it is the newest: a job that dies between naming its first checkpoint and naming it in the tracker
+    leaves a whole one behind, and a copy may have lost the file.
+
     Raises:
         CheckpointError: the tracker names a checkpoint that is not there.
     """
     tracker = root / TRACKER
     if not tracker.is_file():
-        return None
+        return max(steps(root), default=None)
     text = tracker.read_text(errors="replace").strip()
     if not re.fullmatch("[0-9]+", text) or not step_directory(root, int(text)).is_dir():
         raise CheckpointError(
@@ -60,6 +63,17 @@ def latest_step(root: Path) -> int | None:
             f"directory that is there ({_listed(steps(root))}) into the file, or start again with --fresh."
         )
     return int(text)
+
+
+def adopt(root: Path, step: int) -> None:
+    """Writes the tracker that is missing beside the checkpoint of `step`, which is taken to be in force.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    if not (root / TRACKER).is_file():
+        logger.warning("%s is missing; going on from the newest checkpoint beside it, step %d", root / TRACKER, step)
+        write_atomically(root / TRACKER, f"{step}\n")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -76,8 +90,9 @@ def find_checkpoint(path: str | Path) -> Path:
         if step is not None:
             return step_directory(root, step).resolve()
     raise CheckpointError(
-        f"checkpoint.load={str(path)!r} holds no checkpoint: there is no {TRACKER} in it or in its `checkpoints`, and "
-        "it is no iter_ directory. Give a run's output_dir, its checkpoints directory, or one iter_ directory."
+        f"checkpoint.load={str(path)!r} holds no checkpoint: there is no iter_ directory in it or in its "
+        "`checkpoints`, and it is none itself. Give a run's output_dir, its checkpoints directory, or one iter_ "
+        "directory."
     )
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
 from renio_megatron.assets import model_directory
@@ -51,8 +53,9 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
         )
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"the destination {str(destination)!r} exists already. Choose another, or remove it.")
+    destination = destination.resolve()  # `.` has no name of its own to write beside
     checkpoint = _checkpoint(run.checkpoints, step)
-    config: Any = OmegaConf.load(run.config)
+    config = _settings(run.config)
     lora = _adapters_of(config)
     if merge and lora.r is None:
         raise ConfigError("--merge has nothing to merge: the run has no adapters (lora.r is null). Leave it out.")
@@ -104,6 +107,22 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
             f"{destination} cannot be written: {error.strerror or error}. Check disk and rights."
         ) from error
     return int(checkpoint.name.removeprefix("iter_"))
+
+
+def _settings(path: Path) -> Any:
+    """What `config.yaml` of a run holds.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        config = OmegaConf.load(path)
+        if isinstance(config, DictConfig) and "model" in config and "train" in config:
+            return config
+        problem = "it holds no `model` and `train`"
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        problem = " ".join(str(error).split())
+    raise CheckpointError(f"{path} cannot be read: {problem}. Restore it from a copy; the checkpoints are untouched.")
 
 
 def _adapters_of(config: Any) -> LoraConfig:

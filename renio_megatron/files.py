@@ -8,7 +8,10 @@ import fcntl
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+_BLOCK_BYTES = 4096
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -52,6 +55,20 @@ def sync_files(directory: Path) -> None:
         if path.is_file():
             sync_directory(path)  # a file's descriptor serves as well
     sync_directory(directory)
+
+
+def sampled(path: Path, count: int) -> Iterator[bytes]:
+    """What tells one large file from another: its name and size, and `count` blocks of it, the first to the last.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    yield f"{path.name} {size}".encode()
+    with path.open("rb") as stream:
+        for number in range(count):
+            stream.seek(max(0, size - _BLOCK_BYTES) * number // (count - 1))
+            yield stream.read(_BLOCK_BYTES)
 
 
 def as_others_are(path: Path) -> None:

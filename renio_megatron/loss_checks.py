@@ -71,6 +71,8 @@ def check_tokens(
 
     With `read_values` the indices are looked at, too; a GPU is waited for.
     """
+    if not isinstance(num_sequences, int) or num_sequences < 0:
+        raise LayoutError(f"num_sequences must be a whole number of at least 0; got {num_sequences!r}.")
     for name, index, limit in (("token_ids", token_ids, shard.vocab_size), ("owner", owner, num_sequences)):
         if index.shape != (rows,) or index.dtype != torch.int64:
             raise LayoutError(f"{name} must be int64 [{rows}]; got {index.dtype} {tuple(index.shape)}.")
@@ -81,6 +83,14 @@ def check_tokens(
     for name, values in (("weights", weights), ("sequence_lengths", sequence_lengths)):
         if values is not None and values.shape != (num_sequences,):
             raise LayoutError(f"{name} must be [{num_sequences}], a value a sequence; got {tuple(values.shape)}.")
+    if read_values and sequence_lengths is not None:
+        counts = torch.bincount(owner, minlength=num_sequences)
+        if (too_short := counts > sequence_lengths).any():
+            sequence = int(too_short.nonzero()[0])
+            raise LayoutError(
+                f"sequence_lengths says {float(sequence_lengths[sequence]):g} tokens for sequence {sequence}, and "
+                f"{int(counts[sequence])} of them are here. It counts the tokens of each whole sequence."
+            )
 
 
 def _check_floating(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -63,13 +63,13 @@ class Passes:
         """Pass 1 over logits [N, L], and the first exchange.
 
         Raises:
-            LayoutError: the group's shards are not the vocabulary; looked at once for each shard.
+            LayoutError: the group's shards are not the vocabulary, or of other tokens.
         """
         columns = self._shard.local_columns(token_ids)
         local = kernels.statistics(
             student_logits, teacher_logits, columns, cross_sign=self._cross_sign, **self._columns
         )
-        return merge_statistics(gather_statistics(local, self._shard), self._cross_sign)
+        return merge_statistics(gather_statistics(local, self._shard, token_ids), self._cross_sign)
 
     def totals_and_gradient(
         self,

@@ -164,6 +164,8 @@ def _load(path: Path) -> Mapping[Any, Any]:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{path}: {where}not valid YAML: {error.problem}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: cannot be read as a recipe: it is nested too deeply.") from error
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: cannot be read as a recipe: {_first_line(error)}.") from error
     if content == {} or content is None:
@@ -254,7 +256,7 @@ def _parse(key: str, raw: str, wanted: Any) -> Any:
     is_text = str in (wanted, *get_args(wanted))
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         if is_text:
             return raw
         raise ConfigError(f"{COMMAND_LINE}: {key}={raw} is not valid YAML: {_first_line(error)}.") from error

@@ -20,6 +20,7 @@ from renio_megatron.inputs import Inputs
 from renio_megatron.layout_rules import num_scorers, teacher_parallel
 from renio_megatron.megatron.start import bridge, start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
+from renio_megatron.origins import origins
 from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.rollout_log import RolloutObserver, RolloutSink
@@ -88,7 +89,8 @@ def run_recipe(
         for warning in warnings:
             logger.warning(warning)
     directory = RunDirectory(config.output_dir)
-    is_finished = on_main_rank(layout, lambda: directory.state(recipe, fresh)) == "finished"
+    begun = on_main_rank(layout, lambda: origins(config, inputs))
+    is_finished = on_main_rank(layout, lambda: directory.state(recipe, fresh, begun)) == "finished"
     if scorers:
         tell_scorers(is_finished, layout)
     if is_finished:
@@ -105,7 +107,7 @@ def run_recipe(
         say=say if layout.is_main else None,
     )
     # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
-    on_main_rank(layout, lambda: directory.open(recipe, fresh))
+    on_main_rank(layout, lambda: directory.open(recipe, fresh, begun))
     first = trainer.resume()
     purge_step = first + 1 if first else 0
     with ExitStack() as stack:

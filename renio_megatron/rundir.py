@@ -27,6 +27,7 @@ class RunDirectory:
         metrics: `metrics.jsonl`, one record a line, each with its `step`.
         rollouts: `rollouts.jsonl`, under `rollout.log` one completion a line.
         checkpoints, tensorboard: directories, made by those who write them.
+        origins: `origins.json`, digests of the files that the run began with, by the setting that names them.
         finished: `finished.json`, there once the run is complete.
         lock: `.lock`, held by the job that writes here, from `open` until its process ends.
     """
@@ -38,21 +39,24 @@ class RunDirectory:
         self.rollouts = self.path / "rollouts.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.origins = self.path / "origins.json"
         self.finished = self.path / "finished.json"
         self.lock = self.path / ".lock"
         self._lock: Lock | None = None
 
-    def state(self, recipe: Recipe, fresh: bool) -> str:
+    def state(self, recipe: Recipe, fresh: bool, origins: Mapping[str, str] | None = None) -> str:
         """The state of the run: `new`, `unfinished` (to be continued) or `finished`; writes nothing.
 
         Args:
             recipe: the present recipe; an existing directory must hold the same settings, but for those of
                 `recipe_rules.CHANGEABLE`.
             fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
+            origins: digests from `origins.origins`, which a run that goes on from its checkpoint must find unchanged;
+                None: not looked at.
 
         Raises:
-            ConfigError: the directory belongs to a run with other settings, or nothing is left to do after the
-                checkpoint that the run would start from.
+            ConfigError: the directory belongs to a run with other settings or other files behind them, or nothing is
+                left to do after the checkpoint that the run would start from.
             CheckpointError: the directory cannot be made, read or written, another job writes to it, or there is no
                 such checkpoint.
         """
@@ -70,15 +74,17 @@ class RunDirectory:
                 return "finished"
             if latest_step(self.checkpoints) is None:
                 self._check_start(recipe, fresh)
+            elif origins is not None:
+                self._check_origins(origins)
             return "unfinished"
 
-    def open(self, recipe: Recipe, fresh: bool) -> str:
+    def open(self, recipe: Recipe, fresh: bool, origins: Mapping[str, str] | None = None) -> str:
         """`state`, and a new run's directory with its `config.yaml`; an unfinished one's is brought up to date.
 
         Parents are made for a relative path only: a missing parent of an absolute one is more likely a typo or a disk
         that is not mounted. Arguments and errors as in `state`.
         """
-        state = self.state(recipe, fresh)
+        state = self.state(recipe, fresh, origins)
         with self._explained():
             if state == "new":
                 if self.config.is_file():
@@ -89,6 +95,8 @@ class RunDirectory:
             elif state == "unfinished":
                 self._hold()
                 self._note_changes(recipe)
+            if origins is not None and state != "finished" and latest_step(self.checkpoints) is None:
+                _write(self.origins, json.dumps(origins, indent=2) + "\n")
         return state
 
     def is_finished(self) -> bool:
@@ -140,7 +148,12 @@ class RunDirectory:
                     f"it holds {strangers[0]!r} and no config.yaml. "
                     "Choose another output_dir, or move its contents away."
                 )
-        elif self.path.exists() or self.path.is_symlink():
+        elif self.path.is_symlink() and not self.path.exists():
+            raise CheckpointError(
+                f"output_dir {str(self.path)!r} is a link to {str(self.path.readlink())!r}, which is not there. Make "
+                "that directory, or remove the link."
+            )
+        elif self.path.exists():
             raise CheckpointError(f"output_dir {str(self.path)!r} is a file. Choose another output_dir, or remove it.")
         elif self.path.is_absolute() and not parent.is_dir():
             raise CheckpointError(
@@ -168,6 +181,25 @@ class RunDirectory:
             raise ConfigError(
                 f"output_dir {str(self.path)!r} holds a run with other settings:{listing}\n"
                 f"Use the old settings to continue it, choose another output_dir, or move it aside with --fresh.{more}"
+            )
+
+    def _check_origins(self, origins: Mapping[str, str]) -> None:
+        """Raises `ConfigError` where a file behind the settings is another than when the run began."""
+        try:
+            begun = json.loads(self.origins.read_text(encoding="utf-8"))
+            changed = [setting for setting, digest in origins.items() if begun.get(setting, digest) != digest]
+        except FileNotFoundError:  # a run of an earlier version
+            return
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.origins} cannot be read: {error}. Restore it; or remove it, if the files that the run began "
+                "with are surely unchanged."
+            ) from error
+        if changed:
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} holds a run that began with other files: what these settings name has "
+                f"changed since: {', '.join(changed)}. Put back what was there to continue it; start again with "
+                f"--fresh; or go on from its newest checkpoint with checkpoint.load={self.path} and another output_dir."
             )
 
     def _check_start(self, recipe: Recipe, fresh: bool) -> None:

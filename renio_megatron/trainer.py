@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from renio_megatron.algorithms import Algorithm
@@ -12,6 +12,9 @@ from renio_megatron.errors import CheckpointError, NumericsError
 from renio_megatron.metrics import Observer
 from renio_megatron.records import Prompt
 from renio_megatron.roles import Keeper
+
+MOST_SKIPPED = 10
+"""Steps in a row that may be left out. Where three of ten are, by chance, ten in a row come once in 170,000 steps."""
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Trainer:
     step: int = 0
     cursor: int = 0
     stopped: bool = False
+    _skipped: int = field(default=0, init=False)
 
     def resume(self) -> int:
         """Takes up the newest checkpoint, where there is one; the step it is of, 0 for a new run.
@@ -72,7 +76,7 @@ class Trainer:
         """The rest of the run, or of its part until it is asked to stop; the last step's metrics.
 
         Raises:
-            NumericsError: a metric that is not finite.
+            NumericsError: a metric that is not finite, or `MOST_SKIPPED` steps in a row that were left out.
             CheckpointError: the state cannot be written.
         """
         metrics: dict[str, float] = {}
@@ -83,6 +87,7 @@ class Trainer:
             if self.evaluate is not None and self._is_due(self.evaluate_every):
                 metrics |= self.evaluate()
             self._tell(self.step, metrics)
+            self._check_progress(metrics)
             self.keeper.poll()
             self.stopped = self.step < self.train_iters and self.stop_requested()
             if self.stopped or self._is_due(self.save_interval):
@@ -102,6 +107,16 @@ class Trainer:
         if "tokens_per_s" in metrics:
             metrics["tokens_per_s"] /= seconds
         return metrics
+
+    def _check_progress(self, metrics: dict[str, float]) -> None:
+        """Raises `NumericsError` where steps are left out one after the other: what is wrong does not go away."""
+        self._skipped = self._skipped + 1 if metrics.get("train/skipped_frac") == 1.0 else 0
+        if self._skipped and self._skipped >= min(MOST_SKIPPED, self.train_iters):
+            raise NumericsError(
+                f"steps {self.step - self._skipped + 1} to {self.step} were all left out, because their gradients were "
+                "not finite (train.skip_nonfinite_steps): the student has stopped learning. Lower train.lr, check the "
+                "data and both models' weights for values that are not finite, or train in fp32."
+            )
 
     def _is_due(self, interval: int) -> bool:
         """Whether this step closes an interval, or the run."""

@@ -43,6 +43,7 @@ FLOORS = (
         "plan",
         "rundir",
         "inputs",
+        "origins",
         "build_teacher",
         "build",
         "run",

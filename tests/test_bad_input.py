@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import renio_megatron
 from renio_megatron.cli import launch, worker
 from renio_megatron.cli.main import main
+from tests.broken_models import save_broken_models
 from tests.multiprocess import run_ranks
-from tests.training_cases import save_models
 
 ROOT = Path(renio_megatron.__file__).parents[1]
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
@@ -30,54 +29,9 @@ PROBLEMS = [{"problem": f"^{digit}+5*3=", "solution": "+52*36", "answer": "6"} f
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`student`, `teacher`, a recipe that runs, and broken relatives of the student."""
     folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    recipe: dict[str, Any] = {
-        "model": str(folder / "student"),
-        "teacher": {"model": str(folder / "teacher")},
-        "rollout": {"max_completion_length": 4},
-        "train": {"train_iters": 1, "global_batch_size": 8, "micro_batch_size": 4},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "no_config").mkdir()
-    for name, changes in CONFIG_CHANGES.items():
-        _change(shutil.copytree(folder / "student", folder / name), **changes)
-    (shutil.copytree(folder / "student", folder / "no_weights") / "model.safetensors").unlink()
-    weights = shutil.copytree(folder / "student", folder / "cut_weights") / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    _other_tokenizer(shutil.copytree(folder / "teacher", folder / "other_tokenizer"))
+    save_broken_models(folder)
     return folder
-
-
-CONFIG_CHANGES: dict[str, dict[str, Any]] = {
-    "three_heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
-    "odd_groups": {"num_attention_heads": 6, "num_key_value_heads": 3},
-    "three_layers": {"num_hidden_layers": 3, "layer_types": None},
-    "mamba": {"model_type": "mamba"},
-    "no_heads": {"num_attention_heads": None},
-    "no_hidden_size": {"hidden_size": None},
-    "small_vocabulary": {"vocab_size": 12},
-    "other_mlp": {"intermediate_size": 48},
-    "other_groups": {"num_key_value_heads": 4},
-    "other_vocabulary": {"vocab_size": 32},
-}
-
-
-def _change(directory: Path, **changes: Any) -> None:
-    """Changes config.json; None removes a key."""
-    values = json.loads((directory / "config.json").read_text()) | changes
-    kept = {key: value for key, value in values.items() if value is not None or key not in changes}
-    (directory / "config.json").write_text(json.dumps(kept))
-
-
-def _other_tokenizer(directory: Path) -> None:
-    """A tokenizer of as many tokens, in another order."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate("$9876543210+-*=^#")}))
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="$", pad_token="#").save_pretrained(str(directory))
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +121,7 @@ def test_the_parent_finds_it_before_any_rank_starts(case, models, tmp_path, monk
         ("train: {learning_rat: 1.0}\n", ("recipe.yaml", "unknown key 'train.learning_rat'", "The keys of train are")),
         ("train: 3\n", ("recipe.yaml", "train is a section", "got 3")),
         ("train: {lr: [}\n", ("recipe.yaml", "line 4", "not valid YAML")),
+        (f"train: {'[' * 2000}{']' * 2000}\n", ("recipe.yaml", "nested too deeply")),
         (None, ("there is no recipe", "recipe.yaml'", "Give the path of a YAML file")),
     ],
 )
@@ -245,6 +200,14 @@ BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
     "an evaluation problem too long, far behind": (
         lambda folder: [*_evaluated(LONG)(folder), "data.max_prompt_length=100"],
         ("eval_path.jsonl:201: the student's prompt has 123 tokens", "data.max_prompt_length=100", "Raise it"),
+    ),
+    "a generation config that is no object": (
+        lambda _: ["model=MODELS/odd_generation"],
+        ("odd_generation/generation_config.json cannot be read", "eos_token_id", "Mend it, or remove it"),
+    ),
+    "a model of few positions": (
+        lambda folder: [*_rows("path")(folder), "teacher.model=MODELS/short", "rollout.max_completion_length=16"],
+        ("path.jsonl:", "the teacher's prompt of ", "the teacher was made for 16", "max_completion_length"),
     ),
     "a model without its width": (lambda _: ["model=MODELS/no_hidden_size"], ("no_hidden_size", "hidden_size")),
 }

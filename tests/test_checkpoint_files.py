@@ -13,6 +13,7 @@ import pytest
 from renio_megatron import stop
 from renio_megatron.checkpoint_files import (
     TRACKER,
+    adopt,
     damage,
     find_checkpoint,
     latest_step,
@@ -144,6 +145,30 @@ def test_partial_and_deleted_directories_are_no_checkpoints(tmp_path):
     assert new_partial(tmp_path, 2) != new_partial(tmp_path, 2), "an orphaned writer cannot share it"
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000009.bak", "iter_x"]
+
+
+def test_without_a_tracker_the_newest_is_in_force_and_named_again(tmp_path, caplog):
+    _save(tmp_path, 2)
+    _save(tmp_path, 4)
+    adopt(tmp_path, 4)
+    assert caplog.text == ""
+    (tmp_path / TRACKER).unlink()
+    assert latest_step(tmp_path) == 4
+    assert find_checkpoint(tmp_path).name == "iter_0000004"
+    adopt(tmp_path, 4)
+    assert (tmp_path / TRACKER).read_text() == "4\n"
+    assert "is missing; going on from the newest checkpoint beside it, step 4" in caplog.text
+
+
+def test_a_job_that_dies_before_its_first_checkpoint_is_named_goes_on_from_it(tmp_path, monkeypatch):
+    def die(*_):
+        raise Died
+
+    monkeypatch.setattr("renio_megatron.checkpoint_files.write_atomically", die)
+    with pytest.raises(Died):
+        _save(tmp_path, 2)
+    assert latest_step(tmp_path) == 2
+    assert _whole(tmp_path, 2)
 
 
 @pytest.mark.parametrize("text", ["", "7", "x", "4\n2", "release"])

@@ -157,6 +157,21 @@ def test_a_helper_process_ends_with_the_one_that_started_it():
         time.sleep(0.02)
 
 
+def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
+    rank = "from renio_megatron.cli.launch import end_with_parent, launcher; end_with_parent(launcher()); print('up')"
+
+    def code_and_words(launcher: str) -> tuple[int, str]:
+        environment = {**os.environ, "RENIO_LAUNCHER_PID": launcher}
+        done = subprocess.run(
+            [sys.executable, "-c", rank], env=environment, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout
+
+    assert code_and_words("1") == (128 + signal.SIGKILL, ""), "started by a process that another one has replaced"
+    assert code_and_words(str(os.getpid())) == (0, "up\n")
+    assert code_and_words("") == (0, "up\n"), "torchrun says nothing"
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the signal mask of a process in /proc")
 def test_a_helper_process_of_the_first_save_outlives_sigterm():
     code = (

@@ -241,6 +241,20 @@ def shards_that_are_not_the_vocabulary():
             yield name, 1.0, 0.0
 
 
+def tokens_that_differ():
+    group, rank = dist.group.WORLD, dist.get_rank()
+    shard, ones = VocabShard(*[(0, 4), (4, 9)][rank], 9, group), torch.ones(3, 8)
+    head, owner = torch.ones(shard.width, 8), torch.zeros(3, dtype=torch.int64)
+    ids = {"one token": [[0, 1, 2], [0, 1, 3]], "the order": [[0, 1, 2], [2, 1, 0]], "none": [[8, 1, 2], [8, 1, 2]]}
+    for name, each in ids.items():
+        try:
+            linear_distillation_loss(ones, head, ones, head, torch.tensor(each[rank]), owner, 1, shard=shard)
+        except LayoutError as error:
+            yield name, float(name == "none" or "have different token_ids" not in str(error)), 0.0
+        else:
+            yield name, float(name != "none"), 0.0
+
+
 GROUPS = {
     2: {
         **{
@@ -254,6 +268,7 @@ GROUPS = {
         "pieces of a sequence": pieces_of_a_sequence,
         "heads cut anew": heads_cut_anew,
         "same bits": same_bits_on_every_rank,
+        "other tokens": tokens_that_differ,
         "not the vocabulary": shards_that_are_not_the_vocabulary,
     },
     4: {

@@ -28,6 +28,8 @@ GOOD = {"student_logits": torch.zeros(2, 4), "teacher_logits": torch.zeros(2, 4)
         ({"owner": LONG + 1}, r"owner must lie in \[0, 2\)"),
         ({"weights": torch.ones(3)}, r"weights must be \[2\]"),
         ({"sequence_lengths": LONG[:1]}, r"sequence_lengths must be \[2\]"),
+        ({"sequence_lengths": LONG}, "says 0 tokens for sequence 0, and 1 of them are here"),
+        ({"num_sequences": 2.0}, r"num_sequences must be a whole number of at least 0; got 2\.0"),
     ],
 )
 def test_arguments_that_do_not_fit(change, message):

@@ -100,6 +100,11 @@ def test_five_steps_without_a_pivotal_token_are_told_once():
     ]
 
 
+def test_steps_that_were_left_out_say_nothing_about_pivotal_tokens():
+    assert told([{**NOBODY, "train/skipped_frac": 1.0}] * 30) == []
+    assert [step for step, _ in told([{**NOBODY, "train/skipped_frac": 0.0}] * 30)] == [5]
+
+
 @pytest.mark.parametrize("name", ["renio/unit_weight_frac", "renio/ceiling_frac"])
 def test_steps_must_follow_each_other(name):
     full = {name: 1.0}

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 from renio_megatron.data.chat import View, encode_view
 from renio_megatron.data.prompts import (
     PromptStream,
+    Room,
     check_same_tokenizer,
     check_views_differ,
     load_tokenizer,
@@ -45,12 +46,12 @@ def modchain_tokenizer(tmp_path_factory):
     return load_tokenizer(directory)
 
 
-def stream(path, rows, tokenizer=None, *, with_completions=False, **settings):
+def stream(path, rows, tokenizer=None, *, with_completions=False, room=None, **settings):
     file = path / "data.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(source="jsonl", path=str(file), eval_path=str(file), **settings)
     source = build_source(config, "train")
-    return PromptStream(source, tokenizer or characters(), config, with_completions=with_completions)
+    return PromptStream(source, tokenizer or characters(), config, with_completions=with_completions, room=room)
 
 
 def texts(prompt, tokenizer):
@@ -163,6 +164,28 @@ def test_prompt_lengths(tmp_path):
         stream(tmp_path, rows, max_prompt_length=5, teacher_template="{problem}{solution}").batch(0, 1)
     with pytest.raises(DataError, match="the student's prompt has no tokens"):
         stream(tmp_path, rows, student_template="").batch(0, 1)
+
+
+def test_sequences_fit_the_positions_that_the_models_were_made_for(tmp_path):
+    rows = [{"problem": "12345", "solution": "123", "answer": "1"}]
+    settings = {"teacher_template": "{problem}{solution}"}  # 5 tokens for the student, 8 for the teacher
+
+    def first(room, *, evaluation=False, **more):
+        prompts = stream(tmp_path, rows, room=room, **settings, **more)
+        return prompts.evaluation(1) if evaluation else prompts.batch(0, 1)
+
+    first(Room(student=8, teachers={"": 11}, completion=4))  # the last token is not read: 5 + 3, 8 + 3
+    words = r"data.jsonl:1: the student's prompt of 5 tokens and a completion of up to 4 need 8 positions.*made for 7"
+    with pytest.raises(DataError, match=words):
+        first(Room(student=7, teachers={"": 11}, completion=4))
+    with pytest.raises(DataError, match=r"the teacher's prompt of 8 tokens .* need 11 positions.*made for 10"):
+        first(Room(student=8, teachers={"": 10}, completion=4))
+    first(Room(student=8, teachers={"": 10}, completion=2, answer=4), evaluation=True)  # no teacher reads it
+    with pytest.raises(DataError, match="a completion of up to 5 need 9 positions"):
+        first(Room(student=8, completion=2, answer=5), evaluation=True)
+    first(Room(student=8), with_completions=True)  # 5 + 3 of the solution + the end token, which is not read
+    with pytest.raises(DataError, match="a completion of up to 4 need 8 positions"):
+        first(Room(student=7), with_completions=True)
 
 
 def test_text_that_the_tokenizer_does_not_know(tmp_path, modchain_tokenizer):

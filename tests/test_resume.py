@@ -58,6 +58,7 @@ def _all(folder: Path) -> dict[str, Any]:
         directory = folder / "replaced"
         shutil.copytree(folder / "whole", directory)
         (directory / "finished.json").unlink()
+        (directory / "origins.json").unlink()  # as a version before this file left it
         (directory / "config.yaml").write_text(to_yaml(run_config(folder, "replaced", model=str(folder / "tied"))))
     dist.barrier()
     from megatron.core import dist_checkpointing
@@ -65,6 +66,15 @@ def _all(folder: Path) -> dict[str, Any]:
     common = dist_checkpointing.load_common_state_dict(str(folder / "whole" / "checkpoints" / "iter_0000004"))
     found["checkpoint holds"] = {key: common[key] for key in ("run", "config")}
     found["replaced"] = error_of(lambda: run(run_config(folder, "replaced", model=str(folder / "tied"))))
+    if dist.get_rank() == 0:  # a run that is not over, and another teacher under the same path
+        shutil.copytree(folder / "whole", folder / "swapped")
+        (folder / "swapped" / "finished.json").unlink()
+        weights = folder / "teacher" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    dist.barrier()
+    found["another teacher"] = error_of(lambda: run(run_config(folder, "swapped")))
     return found
 
 
@@ -122,6 +132,12 @@ def test_a_checkpoint_of_another_model_is_refused(found: Any) -> None:
     for rank in found[1]:
         assert rank["replaced"].startswith("CheckpointError")
         assert "another architecture (tied: False there, True here)" in rank["replaced"]
+
+
+def test_another_teacher_under_the_same_path_is_refused(found: Any) -> None:
+    for rank in found[1]:
+        assert "a run that began with other files" in rank["another teacher"]
+        assert "has changed since: teacher.model. Put back what was there" in rank["another teacher"]
 
 
 def test_nan_on_one_rank_stops_all_and_changes_no_weight(found: Any) -> None:

@@ -13,7 +13,7 @@ from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.files import as_others_are
 from renio_megatron.objective.normalise import moving_average
 from renio_megatron.recipe_file import read_recipe
-from renio_megatron.settings import TrainConfig, WeightingConfig
+from renio_megatron.settings import RolloutConfig, TrainConfig, WeightingConfig
 
 NAN, INF = float("nan"), float("inf")
 
@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
     [
         ("clip_grad", -1.0, "train.clip_grad must be a number of at least 0; got -1.0"),
         ("clip_grad", NAN, "train.clip_grad must be a number of at least 0; got nan"),
-        ("lr", INF, "train.lr must be a number of at least 0; got inf"),
+        ("lr", INF, "train.lr must be above 0 and finite; got inf"),
         ("weight_decay", NAN, "train.weight_decay"),
         ("min_lr", -1e-3, "train.min_lr"),
         ("adam_beta1", 2.0, r"train.adam_beta1 must lie in \[0, 1\); got 2.0"),
@@ -35,6 +35,12 @@ NAN, INF = float("nan"), float("inf")
 def test_a_number_of_training_has_a_range(name, value, words):
     with pytest.raises(ConfigError, match=words):
         TrainConfig(**{name: value})
+
+
+def test_a_temperature_is_finite():
+    for value, words in ((INF, "above 0 and finite; got inf"), (NAN, "above 0; got nan"), (0.0, "above 0; got 0.0")):
+        with pytest.raises(ConfigError, match=rf"rollout\.temperature must be {words}"):
+            RolloutConfig(temperature=value)
 
 
 def test_the_largest_weight_is_a_number():

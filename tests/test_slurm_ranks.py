@@ -69,6 +69,12 @@ def test_half_of_torchruns_variables_is_an_error(name, missing, monkeypatch, cap
     assert f"{name} is set and {missing} is not" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("WORLD_SIZE", "-2"), ("RANK", "")])
+def test_a_rank_that_is_no_number_is_an_error(name, value):
+    with pytest.raises(ConfigError, match=rf"{name} must be a whole number; got '{value}'"):
+        rank_variables({"RANK": "0", "WORLD_SIZE": "2", name: value})
+
+
 def test_a_rank_without_an_address_is_an_error(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")

@@ -19,6 +19,9 @@ from renio_megatron.errors import ConfigError
 # Seconds that ranks which got SIGTERM have to finish a step and write a checkpoint, unless the user says otherwise.
 _SHUTDOWN_SECONDS = 3600
 
+# Tells ranks the process id of this one.
+_LAUNCHER = "RENIO_LAUNCHER_PID"
+
 # What a rank's environment says unless the user says otherwise.
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -78,8 +81,10 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
         num_ranks: processes to start.
 
     Raises:
+        ConfigError: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is no number.
         KeyboardInterrupt: Ctrl-C.
     """
+    seconds = _shutdown_seconds()
     quiet_environment()
     logger = logging.getLogger("torch.distributed.elastic")
     logger.addHandler(logging.NullHandler())
@@ -102,10 +107,9 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         if hasattr(config, "shutdown_timeout"):  # older versions of torch always wait 30 s
-            wanted = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-            config.shutdown_timeout = _SHUTDOWN_SECONDS if wanted is None else int(wanted)
+            config.shutdown_timeout = seconds
         try:
-            with _threads_shared_by(num_ranks):
+            with _threads_shared_by(num_ranks), _named_to_ranks():
                 elastic_launch(config, sys.executable)("-m", "renio_megatron.cli.worker", *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -115,6 +119,16 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
                 raise KeyboardInterrupt from error
             return 128 + int(error.sigval)
     return 0
+
+
+@contextlib.contextmanager
+def _named_to_ranks() -> Iterator[None]:
+    """Ranks that are started inside know this process, and end with it."""
+    os.environ[_LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[_LAUNCHER]
 
 
 @contextlib.contextmanager
@@ -133,14 +147,38 @@ def _threads_shared_by(num_ranks: int) -> Iterator[None]:
         del os.environ["OMP_NUM_THREADS"]
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int | None = None) -> None:
     """Asks the system to end this process with the one that started it, also where that is killed; on Linux only.
 
     Megatron's checkpoint writer starts a helper process, which would outlive a killed rank for good.
+
+    Args:
+        parent: process id of the one that started this one, where it is known: if that is gone already, this one ends
+            at once. The system tells only those that ask before.
     """
     with contextlib.suppress(AttributeError, OSError):
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def launcher() -> int | None:
+    """Process id of the `renio` command that started this rank; None where torchrun or srun did."""
+    text = os.environ.get(_LAUNCHER, "")
+    return int(text) if text.isdecimal() else None
+
+
+def _shutdown_seconds() -> int:
+    """Seconds from SIGTERM to SIGKILL for ranks.
+
+    Raises:
+        ConfigError: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is no whole number.
+    """
+    wanted = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
+    if not wanted.isdecimal():
+        raise ConfigError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT must be a whole number of seconds; got {wanted!r}.")
+    return int(wanted)
 
 
 def _report_signal(rank: int, number: int) -> int:

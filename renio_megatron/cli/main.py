@@ -293,8 +293,9 @@ def _run_export(arguments: argparse.Namespace) -> int:
     from renio_megatron.export import export_checkpoint
 
     destination = Path(arguments.destination)
+    written = destination.resolve()  # an export to `.` replaces the directory that this process stands in
     step = export_checkpoint(run_dir, destination, arguments.step, merge=arguments.merge)
-    what = "adapter" if (destination / "adapter_config.json").is_file() else "model"
+    what = "adapter" if (written / "adapter_config.json").is_file() else "model"
     print(f"{arguments.destination} holds the {what} of step {step}")
     return 0
 

@@ -22,7 +22,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     (from the job's number, so that two jobs on a node do not meet). MASTER_ADDR and MASTER_PORT that are set stay.
 
     Raises:
-        ConfigError: only some of the variables are there.
+        ConfigError: only some of the variables are there, or they are no numbers.
 
     >>> task = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
     >>> found = rank_variables({**task, "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "77"})
@@ -36,6 +36,9 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
             f"{given[0]} is set and {missing} is not: this looks like half of a rank. Start the ranks by torchrun or "
             f"srun, which set both, or unset {given[0]}."
         )
+    for name in given:
+        if not environment[name].isdecimal():
+            raise ConfigError(f"{name} must be a whole number; got {environment[name]!r}. Unset it, or use torchrun.")
     if given or not _is_task(environment):
         return {}
     missing_names = [name for name in _TASK if not environment.get(name)]

@@ -42,10 +42,10 @@ def main(argv: Sequence[str]) -> int:
 
 def run_rank(argv: Sequence[str]) -> NoReturn:
     """Runs `main` and ends the process; a failed rank ends at once, without waiting for communicators to close."""
-    from renio_megatron.cli.launch import end_with_parent, quiet_environment
+    from renio_megatron.cli.launch import end_with_parent, launcher, quiet_environment
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot end its ranks, which would train on
-        end_with_parent()
+        end_with_parent(launcher())
     quiet_environment()
     show_warnings()
     code = main(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,23 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Room:
+    """Positions that the models were made for, and what completions take of them.
+
+    Attributes:
+        student: of the student.
+        teachers: of each teacher, by the names of `teacher_routes.single_teachers`.
+        completion: tokens of the longest completion; None: each record's own.
+        answer: of the longest answer in an evaluation.
+    """
+
+    student: int
+    teachers: Mapping[str, int] = field(default_factory=dict)
+    completion: int | None = None
+    answer: int | None = None
+
+
 class PromptStream:
     """The run's prompts: position p is the same prompt in every run with the same settings, on every rank.
 
@@ -71,6 +89,7 @@ class PromptStream:
         teacher_views: how each of several teachers sees a problem, by the names that records call them; None: there is
             one, and it sees what `config` says.
         with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
+        room: what the models can read; None: not looked at.
     Raises:
         ConfigError: templates or chat settings that cannot work with this tokenizer.
         DataError: a solution is needed, and a record has none.
@@ -84,8 +103,10 @@ class PromptStream:
         *,
         teacher_views: Mapping[str, View] | None = None,
         with_completions: bool = False,
+        room: Room | None = None,
     ) -> None:
         check_chat(tokenizer, config)
+        self._room = room
         self.source = source
         self._tokenizer = tokenizer
         self._config = config
@@ -127,6 +148,12 @@ class PromptStream:
         for who, token_ids in (("student", student_ids), ("teacher", teacher_ids)):
             self._check_length(who, len(token_ids), record)
         completion_ids = self._completion(record) if self._with_completions else None
+        if self._room is not None:
+            longest = self._room.completion if is_taught else self._room.answer
+            longest = len(completion_ids or ()) if longest is None else longest
+            _check_room("student", self._room.student, len(student_ids), longest, record)
+            if is_taught and teacher in self._room.teachers:
+                _check_room("teacher", self._room.teachers[teacher], len(teacher_ids), longest, record)
         return Prompt(position, student_ids, teacher_ids, record.answer, completion_ids, record.metadata, teacher)
 
     def _teacher_of(self, record: Record) -> str:
@@ -157,6 +184,18 @@ class PromptStream:
     def _completion(self, record: Record) -> tuple[int, ...]:
         solution = solution_of(record, "fine-tuning uses it as the completion")
         return (*encode_text(solution, self._tokenizer, record.where), self._tokenizer.eos_token_id)
+
+
+def _check_room(who: str, positions: int, prompt: int, completion: int, record: Record) -> None:
+    """Raises `DataError` where a sequence reads positions that its model does not know; the last token is not read."""
+    needed = prompt + completion - 1
+    if needed > positions:
+        raise DataError(
+            f"{record.where}: the {who}'s prompt of {prompt} tokens and a completion of up to {completion} need "
+            f"{needed} positions; the {who} was made for {positions} (max_position_embeddings). Allow shorter "
+            "completions (rollout.max_completion_length, evaluate.max_completion_length), leave the record out, or "
+            "choose another model. If the model is known to work beyond, say so in its config.json."
+        )
 
 
 def check_views_differ(prompts: list[Prompt], kind: str) -> None:

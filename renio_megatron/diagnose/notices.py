@@ -82,8 +82,8 @@ class Notices:
         self._waiting = list(_CHECKS)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes a step's metrics; step 0, the evaluation before training, holds none of those that matter."""
-        if step == 0:
+        """Takes a step's metrics; step 0, the evaluation before training, and steps left out tell nothing."""
+        if step == 0 or metrics.get("train/skipped_frac"):
             return
         self._recent.append((step, metrics))
         for check in list(self._waiting):

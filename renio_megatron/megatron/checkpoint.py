@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import CheckpointException
 
 from renio_megatron.checkpoint_files import (
+    adopt,
     advice,
     damage,
     find_checkpoint,
@@ -207,6 +208,7 @@ class MegatronKeeper:
         step = latest_step(self._root)
         if step is not None:
             directory = step_directory(self._root, step)
+            adopt(self._root, step)
         elif self._settings.load is not None:
             directory = find_checkpoint(self._settings.load)
         else:

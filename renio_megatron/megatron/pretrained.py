@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint import CheckpointException
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.files import sampled
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf import Change, load_weights
 from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
@@ -32,7 +33,7 @@ from renio_megatron.megatron.te_modules import fill, is_quantised
 _OPTIMIZERS = ("optimizer.", "chained_")
 _MAX_NAMED = 3
 _SAMPLED_ROWS = 8
-_BLOCKS, _BLOCK_BYTES = 64, 4096
+_BLOCKS = 64
 
 
 def is_checkpoint(source: Path) -> bool:
@@ -126,12 +127,7 @@ def _blocks(directory: Path) -> Iterator[bytes]:
         for file in sorted(directory.iterdir()):
             if file.name != ".metadata" and file.suffix != ".distcp":
                 continue
-            size = file.stat().st_size
-            yield f"{file.name} {size}".encode()
-            with file.open("rb") as stream:
-                for number in range(_BLOCKS):
-                    stream.seek(max(0, size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
-                    yield stream.read(_BLOCK_BYTES)
+            yield from sampled(file, _BLOCKS)
     except OSError as error:
         raise ConfigError(f"the checkpoint {directory} cannot be read: {error}. Check its files.") from error
 

@@ -101,30 +101,50 @@ def gather_in_rank_order(local: torch.Tensor, group: dist.ProcessGroup | None) -
     return gathered
 
 
-def gather_statistics(local: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+def gather_statistics(local: torch.Tensor, shard: VocabShard, token_ids: torch.Tensor) -> torch.Tensor:
     """Every rank's statistics [N, 7] in rank order, [R, N, 7]; one collective. Conjugate: none, no gradient.
 
-    A last row travels along that says which columns they are of. On a GPU it is read once for each shard, so that a
-    vocabulary with a gap is found where its first loss is computed, and nobody waits afterwards: from then on the
-    device itself asserts that the other ranks' columns are still those.
+    A last row travels along that says which columns they are of, and of which sampled tokens. On a GPU it is read once
+    for each shard, so that a vocabulary with a gap is found where its first loss is computed, and nobody waits
+    afterwards: from then on the device itself asserts that the other ranks' columns are still those.
+
+    Args:
+        local: this rank's statistics.
+        shard: the columns that they are of.
+        token_ids: global ids of the sampled tokens, int64 [N].
 
     Raises:
-        LayoutError: the ranks' columns are not the whole vocabulary, or some are there twice.
+        LayoutError: the ranks' columns are not the whole vocabulary, some are there twice, or the ranks have different
+            tokens.
     """
     if shard.group is None or shard.group.size() == 1:
         return local[None]
     edges = local.new_tensor([[shard.start, shard.stop, shard.vocab_size, 0, 0, 0, 0]])
+    edges[0, 3] = _checksum(token_ids)
     gathered = gather_in_rank_order(torch.cat((local, edges)), shard.group)
-    everyones = gathered[:, -1, :3]
+    everyones, checksums = gathered[:, -1, :3], gathered[:, -1, 3]
+    same_tokens = (checksums == checksums[0]).all()
     key = (shard.group, shard.start, shard.stop, shard.vocab_size)
     if everyones.is_cuda and key in _KNOWN_SHARDS:
         same = (everyones == _KNOWN_SHARDS[key].to(everyones)).all()
         torch._assert_async(same, "the other ranks' vocabulary shards are not those of the first loss any more")
+        torch._assert_async(same_tokens, "the ranks of a tensor-parallel group have different token_ids")
         return gathered[:, :-1]
+    if not same_tokens:
+        raise LayoutError(
+            "the ranks of the tensor-parallel group have different token_ids. They hold columns of the same tokens' "
+            "logits: give all of them the same batch, in the same order."
+        )
     _check_cover(everyones.long().tolist(), shard.vocab_size)
     if everyones.is_cuda:
         _KNOWN_SHARDS[key] = everyones.clone()
     return gathered[:, :-1]
+
+
+def _checksum(token_ids: torch.Tensor) -> torch.Tensor:
+    """A whole number below 2^20, exact in fp32, that other tokens or another order hardly share; a scalar int64."""
+    factors = torch.arange(1, len(token_ids) + 1, device=token_ids.device) * 40503 % 65521
+    return ((token_ids + 1) * factors % 1048573).sum() % 1048573
 
 
 _KNOWN_SHARDS: dict[tuple[dist.ProcessGroup, int, int, int], torch.Tensor] = {}

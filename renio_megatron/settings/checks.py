@@ -8,10 +8,10 @@ from renio_megatron.errors import ConfigError
 
 
 def require_positive(section: str, **values: float | None) -> None:
-    """Raises `ConfigError` for the first value that is not above 0; None passes."""
+    """Raises `ConfigError` for the first value that is not above 0 and finite; None passes."""
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"{section}.{name} must be above 0; got {value}.")
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{section}.{name} must be above 0{' and finite' if value > 0 else ''}; got {value}.")
 
 
 def require_choice(key: str, value: str, choices: Iterable[str]) -> None:

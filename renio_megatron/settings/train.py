@@ -81,7 +81,7 @@ class TrainConfig:
             sequences, is added to the objective. 0: none, because a student that follows its teacher should route as
             that asks for, and config.json's router_aux_loss_coef is meant for pretraining.
         skip_nonfinite_steps: leave out a step whose gradient holds NaN or infinity, and count it in
-            `train/skipped_frac`, instead of stopping.
+            `train/skipped_frac`, instead of stopping. Ten in a row stop the run.
         deterministic_mode: as in Megatron, and torch's: the same bits from run to run in one layout, at some cost in
             speed on a GPU. On a CPU they are the same anyway.
         seed: of the sampler's draws and of random weights.

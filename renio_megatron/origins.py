@@ -1,0 +1,84 @@
+"""Which files a run reads, by their contents: a run that goes on must find what it began with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from renio_megatron.config import RunConfig, SftConfig
+from renio_megatron.errors import ConfigError
+from renio_megatron.files import sampled
+from renio_megatron.inputs import Inputs
+from renio_megatron.teacher_routes import ONLY, single_teachers
+
+_BLOCKS = 16  # of a file of weights; what is edited, trained or quantised differs nearly everywhere
+_MOST_READ = 2**30  # bytes of a file that are read whole
+
+
+def origins(config: RunConfig | SftConfig, inputs: Inputs) -> dict[str, str]:
+    """A digest of every file or directory that the rest of a run depends on, by the setting that names it.
+
+    Left out is what a checkpoint holds: the student's weights, a moving average of them, and adapters with the
+    fingerprint of their base. Files of data are read whole up to a gigabyte; of larger ones, and of weights, the size
+    and blocks from the first to the last.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    places = {"model (its tokenizer and config)": _descriptions(inputs.model)}
+    data = config.data
+    for setting, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
+        if path is not None:
+            places[setting] = _files(Path(path).expanduser())
+    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
+        section = "teacher" if name == ONLY else f"teacher.routes.{name}"
+        teacher, found = one.teacher, inputs.teachers[name]
+        is_copy = teacher.kind == "initial" and config.lora.r is None
+        if teacher.kind == "separate" or is_copy:
+            given = teacher.pretrained_checkpoint if teacher.kind == "separate" else config.pretrained_checkpoint
+            setting = "model" if is_copy else f"{section}.model"
+            if given is not None:
+                setting = "pretrained_checkpoint" if is_copy else f"{section}.pretrained_checkpoint"
+            places[setting] = _weights(found.weights)
+        if teacher.adapter is not None:
+            places[f"{section}.adapter"] = _weights(Path(teacher.adapter).expanduser())
+    try:
+        return {setting: _digest(parts) for setting, parts in places.items()}
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename} cannot be read: {error.strerror}. Check the file and its rights."
+        ) from error
+
+
+def _digest(parts: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _descriptions(directory: Path) -> Iterator[bytes]:
+    """What is beside a model's weights: config, tokenizer, chat template."""
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json"):
+            yield file.name.encode()
+            yield file.read_bytes()
+
+
+def _weights(directory: Path) -> Iterator[bytes]:
+    """Files of weights, in Hugging Face's, PEFT's and Megatron's directories."""
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".safetensors", ".distcp"):
+            yield from sampled(file, _BLOCKS)
+
+
+def _files(path: Path) -> Iterator[bytes]:
+    """A file, or what is in a directory and those in it."""
+    for file in [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()):
+        if file.stat().st_size > _MOST_READ:
+            yield from sampled(file, _BLOCKS)
+            continue
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                yield block
