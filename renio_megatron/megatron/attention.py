@@ -32,7 +32,7 @@ class Packing(PackedSeqParams):
 def packing_of(boundaries: Sequence[int], device: torch.device) -> Packing:
     """The description of a row whose sequences begin at `boundaries`, the last of which is the row's length."""
     cumulative = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    longest = max(stop - start for start, stop in itertools.pairwise(boundaries))
+    longest = max(_lengths(boundaries))
     return Packing(
         qkv_format="thd",
         cu_seqlens_q=cumulative,
@@ -84,14 +84,12 @@ class SdpaCoreAttention(MegatronModule):
         if self.config.context_parallel_size > 1:
             output = self._context_parallel(query, key, value, packed_seq_params)
         elif packed_seq_params is not None:
-            output = torch.cat(
-                [
-                    self._attend(query[start:stop], key[start:stop], value[start:stop])
-                    for start, stop in itertools.pairwise(packed_seq_params.boundaries)
-                ]
-            )
+            lengths = _lengths(packed_seq_params.boundaries)
+            # Split, not sliced: the gradient of so many slices would be a sum of so many whole rows.
+            pieces = zip(*(_heads_first(one).split(lengths, dim=2) for one in (query, key, value)), strict=True)
+            output = torch.cat([self._attend(*piece) for piece in pieces])
         else:
-            output = self._attend(query, key, value)
+            output = self._attend(*map(_heads_first, (query, key, value)))
         return output.squeeze(1) if is_packed else output.flatten(2)
 
     def _context_parallel(
@@ -103,33 +101,48 @@ class SdpaCoreAttention(MegatronModule):
         boundaries = (0, len(query) * size) if packing is None else packing.boundaries
         both = _GatherSequence.apply(torch.stack((key, value), dim=1), group)
         key, value = both[natural_order(boundaries, size).to(query.device)].unbind(1)
+        lengths = _lengths(boundaries)
+        chunks = [length // (2 * size) for length in lengths]
+        queries = iter(_heads_first(query).split([chunk for chunk in chunks for _ in range(2)], dim=2))
         outputs = []
-        for start, stop in itertools.pairwise(boundaries):
-            chunk = (stop - start) // (2 * size)
-            first = start // size  # of this rank's queries of the sequence
-            for half, number in enumerate((rank, 2 * size - 1 - rank)):
-                queries = query[first + half * chunk : first + (half + 1) * chunk]
-                seen = slice(start, start + (number + 1) * chunk)
-                outputs.append(self._attend(queries, key[seen], value[seen]))
+        for chunk, *whole in zip(
+            chunks, *(_heads_first(one).split(lengths, dim=2) for one in (key, value)), strict=True
+        ):
+            for number in (rank, 2 * size - 1 - rank):
+                seen = [one[:, :, : (number + 1) * chunk] for one in whole]
+                outputs.append(self._attend(next(queries), *seen))
         return torch.cat(outputs)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of queries that are the last positions of the keys' sequence: [queries, b, heads, head width]."""
-        queries, keys = query.shape[0], key.shape[0]
+        """Attention of queries that are the last positions of the keys' sequence, [queries, b, heads, head width].
+
+        Args:
+            query, key, value: [b, heads, queries | keys, head width].
+        """
+        queries, keys = query.shape[2], key.shape[2]
         mask = None
         if 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         # With a single query, every key is visible.
         output = scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
+            query,
+            key,
+            value,
             attn_mask=mask,
             is_causal=queries == keys and queries > 1,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return output.permute(2, 0, 1, 3).contiguous()
+
+
+def _lengths(boundaries: Sequence[int]) -> list[int]:
+    return [stop - start for start, stop in itertools.pairwise(boundaries)]
+
+
+def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
+    """[positions, b, heads, head width] -> [b, heads, positions, head width], a view."""
+    return tensor.permute(1, 2, 0, 3)
 
 
 class _GatherSequence(torch.autograd.Function):
