@@ -44,7 +44,7 @@ from renio_megatron.settings import (
     WeightingConfig,
 )
 from renio_megatron.settings.checks import require_choice
-from renio_megatron.teacher_routes import ONLY, shares_student, single_teachers
+from renio_megatron.teacher_routes import setting_of, shares_student, single_teachers
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", *MIXTURE_TYPES)
 
@@ -138,10 +138,24 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
         ConfigError: the file, a key, a value or a combination of values cannot be used.
     """
     require_choice("the kind of a recipe", kind, SCHEMAS)
-    config, explicit = read_recipe(SCHEMAS[kind], path, overrides)
-    check_settings(kind, config, explicit)
+    try:
+        config, explicit = read_recipe(SCHEMAS[kind], path, overrides)
+        check_settings(kind, config, explicit)
+    except ConfigError as error:
+        if kind == "train" and _reads_as_sft(path, overrides):
+            raise ConfigError(f"{error} (The recipe reads as one of `renio sft`: it names no teacher.)") from error
+        raise
     check_combinations(kind, config)
     return Recipe(config=config, explicit=explicit, kind=kind)
+
+
+def _reads_as_sft(path: str | Path, overrides: Sequence[str]) -> bool:
+    try:
+        config, explicit = read_recipe(SftConfig, path, overrides)
+        check_settings("sft", config, explicit)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
@@ -168,7 +182,7 @@ def check_models(config: RunConfig | SftConfig) -> None:
         check_adapters_cut(models["model"], config.parallel)
     layouts = {"model": config.parallel}
     for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
-        setting = "teacher.model" if name == ONLY else f"teacher.routes.{name}.model"
+        setting = setting_of(name, "model")
         layouts[setting] = teacher_parallel(one.parallel, one.teacher)
         if one.teacher.kind == "separate":
             assert one.teacher.model is not None

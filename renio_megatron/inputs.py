@@ -16,7 +16,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.records import Prompt, Rollout
-from renio_megatron.teacher_routes import ONLY, single_teachers
+from renio_megatron.teacher_routes import setting_of, single_teachers
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
     """
     found = {}
     for name, one in single_teachers(config).items():
-        teacher, section = one.teacher, "teacher" if name == ONLY else f"teacher.routes.{name}"
-        directory = student if teacher.model is None else model_directory(teacher.model, f"{section}.model")
+        teacher = one.teacher
+        directory = student if teacher.model is None else model_directory(teacher.model, setting_of(name, "model"))
         architecture = Architecture.from_directory(directory)
         if directory != student:
             check_same_tokenizer(tokenizer, load_tokenizer(directory))
         check_embedding(tokenizer, directory, architecture)
         own = weights
         if teacher.kind == "separate":
-            own = weights_of(directory, teacher.pretrained_checkpoint, f"{section}.pretrained_checkpoint")
+            own = weights_of(directory, teacher.pretrained_checkpoint, setting_of(name, "pretrained_checkpoint"))
         if own == directory:
             WeightFiles(directory).check(architecture)
         if teacher.adapter is not None:

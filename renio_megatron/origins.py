@@ -10,7 +10,7 @@ from renio_megatron.config import RunConfig, SftConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled
 from renio_megatron.inputs import Inputs
-from renio_megatron.teacher_routes import ONLY, single_teachers
+from renio_megatron.teacher_routes import setting_of, single_teachers
 
 _BLOCKS = 16  # of a file of weights; what is edited, trained or quantised differs nearly everywhere
 _MOST_READ = 2**30  # bytes of a file that are read whole
@@ -32,17 +32,14 @@ def origins(config: RunConfig | SftConfig, inputs: Inputs) -> dict[str, str]:
         if path is not None:
             places[setting] = _files(Path(path).expanduser())
     for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
-        section = "teacher" if name == ONLY else f"teacher.routes.{name}"
         teacher, found = one.teacher, inputs.teachers[name]
         is_copy = teacher.kind == "initial" and config.lora.r is None
         if teacher.kind == "separate" or is_copy:
             given = teacher.pretrained_checkpoint if teacher.kind == "separate" else config.pretrained_checkpoint
-            setting = "model" if is_copy else f"{section}.model"
-            if given is not None:
-                setting = "pretrained_checkpoint" if is_copy else f"{section}.pretrained_checkpoint"
-            places[setting] = _weights(found.weights)
+            key = "model" if given is None else "pretrained_checkpoint"
+            places[key if is_copy else setting_of(name, key)] = _weights(found.weights)
         if teacher.adapter is not None:
-            places[f"{section}.adapter"] = _weights(Path(teacher.adapter).expanduser())
+            places[setting_of(name, "adapter")] = _weights(Path(teacher.adapter).expanduser())
     try:
         return {setting: _digest(parts) for setting, parts in places.items()}
     except OSError as error:

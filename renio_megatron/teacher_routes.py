@@ -15,6 +15,15 @@ ONLY = ""
 """The name of a run's teacher where there is one."""
 
 
+def setting_of(name: str, key: str) -> str:
+    """The recipe's key of a teacher's setting.
+
+    >>> setting_of(ONLY, "model"), setting_of("math", "model")
+    ('teacher.model', 'teacher.routes.math.model')
+    """
+    return f"teacher.{key}" if name == ONLY else f"teacher.routes.{name}.{key}"
+
+
 def shares_student(config: Any) -> bool:
     """Whether the only teacher is the student's own modules, and so has no weights of its own."""
     kind = config.teacher.kind

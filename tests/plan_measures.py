@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from renio_megatron.config import RunConfig
-from renio_megatron.layout_rules import num_scorers, teacher_parallel
 from renio_megatron.records import Decoding, Prompt, Rollout
 from tests.plan_cases import COMPLETION, PROMPT, cases, dedicated_cases, expert_cases, own_cases
+from tests.scoring_ranks import answer, on_scoring_ranks
 
 
 def measure(folder: Path) -> dict[str, dict[str, Any]]:
@@ -25,36 +23,16 @@ def measure(folder: Path) -> dict[str, dict[str, Any]]:
 
 def measure_dedicated(folder: Path) -> dict[str, dict[str, Any]]:
     """The same of each of the cases in which half of four ranks only score."""
-    from renio_megatron.build import read_inputs
-    from renio_megatron.build_teacher import build_scorers
-    from renio_megatron.megatron.start import start, stop
 
-    found: dict[str, dict[str, Any]] = {}
-    port = int(os.environ["MASTER_PORT"])
-    dist.destroy_process_group()
-    for number, (name, config) in enumerate(dedicated_cases(folder).items()):
-        os.environ["MASTER_PORT"] = str(port + number)
-        layout = start(
-            config.parallel,
-            seed=config.train.seed,
-            scorers=teacher_parallel(config.parallel, config.teacher),
-            num_scorers=num_scorers(config.parallel, config.teacher),
-        )
-        if layout.is_scorer:
-            (teacher,) = build_scorers(config, read_inputs(config), layout)
-            found[name] = {"stages": (None, layout.pipeline.rank)}
-            _watch_table(teacher, found[name])
-            while teacher.serve():
-                pass
-            found[name] |= _teacher_bytes(teacher, set()) | _left_bytes([teacher._reader.part])
-            del teacher
-        else:
-            found[name] = _measured(config, folder)
-        stop()
-    os.environ["MASTER_PORT"] = str(port)
-    store = dist.FileStore(str(folder / "end"), 4)
-    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=4)
-    return found
+    def serve(teachers: list[Any], layout: Any) -> dict[str, Any]:
+        (teacher,) = teachers
+        seen: dict[str, Any] = {"stages": (None, layout.pipeline.rank)}
+        _watch_table(teacher, seen)
+        answer(teachers)
+        return seen | _teacher_bytes(teacher, set()) | _left_bytes([teacher._reader.part])
+
+    runs = dedicated_cases(folder)
+    return on_scoring_ranks(runs, folder, train=lambda config: _measured(config, folder), serve=serve)
 
 
 class Saved:

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from renio_megatron.config import RunConfig
 from renio_megatron.data.sources import build_source
-from renio_megatron.layout_rules import num_scorers, teacher_parallel
 from renio_megatron.settings import DataConfig, ParallelConfig, TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
 from renio_megatron.tasks.modchain import make_problem
 from tests.lora_run_cases import DISTRIBUTED, LORA
 from tests.resuming import run, run_config, same, train_config
+from tests.scoring_ranks import answer, on_scoring_ranks
 from tests.training_cases import layout_of, one_step, recipe
 
 WITH_SOLUTION = "{problem}{solution}"
@@ -116,38 +115,15 @@ def _weights_loaded(config: RunConfig) -> int:
 
 def run_own_layouts(folder: Path) -> dict[str, Any]:
     """Every case of 4 ranks; the number of calls on ranks that only score."""
-    from renio_megatron.build import read_inputs
-    from renio_megatron.build_teacher import build_scorers
-    from renio_megatron.megatron.start import start, stop
-    from renio_megatron.run import _serve
-
     together = {name: config for name, config in own_layout_cases(folder).items() if "dedicated" not in name}
     apart = {name: config for name, config in own_layout_cases(folder).items() if "dedicated" in name}
     found: dict[str, Any] = {name: one_step(config, folder) for name, config in together.items()}
-    port = int(os.environ["MASTER_PORT"])
-    dist.destroy_process_group()
-    for number, (name, config) in enumerate(apart.items()):
-        os.environ["MASTER_PORT"] = str(port + number)
-        layout = start(
-            config.parallel,
-            seed=config.train.seed,
-            scorers=teacher_parallel(config.parallel, config.teacher),
-            num_scorers=num_scorers(config.parallel, config.teacher),
-        )
-        if layout.is_scorer:
-            teachers, calls = build_scorers(config, read_inputs(config), layout), 0
-            while _serve(teachers):
-                calls += 1
-            found[name] = (len(teachers), calls)
-            del teachers
-        else:
-            found[name] = one_step(config, folder)
-        stop()
-    os.environ["MASTER_PORT"] = str(port)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "end of routes"), 4), rank=int(os.environ["RANK"]), world_size=4
+    return found | on_scoring_ranks(
+        apart,
+        folder,
+        train=lambda config: one_step(config, folder),
+        serve=lambda teachers, _: (len(teachers), answer(teachers)),
     )
-    return found
 
 
 STEPS = 4

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from renio_megatron.config import RunConfig
-from renio_megatron.layout_rules import num_scorers, teacher_parallel
 from renio_megatron.settings import ParallelConfig, TeacherConfig, TeacherParallelConfig
+from tests.scoring_ranks import answer, on_scoring_ranks
 from tests.training_cases import layout_of, one_step, recipe
 
 HIDDEN = 48
@@ -78,35 +75,10 @@ def run_colocated(folder: Path, names: list[str]) -> dict[str, Any]:
 
 
 def run_dedicated(folder: Path) -> dict[str, Any]:
-    """Every case on this rank: half of the ranks train, half serve; None for those that serve."""
-    from renio_megatron.build import read_inputs
-    from renio_megatron.build_teacher import build_scorers
-    from renio_megatron.megatron.start import start, stop
-    from renio_megatron.run import _serve
-
-    found: dict[str, Any] = {}
-    port = int(os.environ["MASTER_PORT"])
-    dist.destroy_process_group()
-    for number, (name, config) in enumerate(dedicated_cases(folder).items()):
-        os.environ["MASTER_PORT"] = str(port + number)
-        layout = start(
-            config.parallel,
-            seed=config.train.seed,
-            scorers=teacher_parallel(config.parallel, config.teacher),
-            num_scorers=num_scorers(config.parallel, config.teacher),
-        )
-        if layout.is_scorer:
-            teachers = build_scorers(config, read_inputs(config), layout)
-            passes = 0
-            while _serve(teachers):
-                passes += 1
-            found[name] = passes
-            del teachers
-        else:
-            found[name] = one_step(config, folder)
-        stop()
-    os.environ["MASTER_PORT"] = str(port)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "end"), 4), rank=int(os.environ["RANK"]), world_size=4
+    """Every case on this rank: half of the ranks train, half serve; these give the number of calls."""
+    return on_scoring_ranks(
+        dedicated_cases(folder),
+        folder,
+        train=lambda config: one_step(config, folder),
+        serve=lambda teachers, _: answer(teachers),
     )
-    return found

@@ -28,6 +28,7 @@ from renio_megatron.settings import (
     TeacherPrecisionConfig,
     TrainConfig,
 )
+from renio_megatron.teacher_routes import ONLY
 from tests.moe_cases import save_mixtures
 from tests.multiprocess import run_ranks
 from tests.plan_cases import cases, dedicated_cases, expert_cases, own_cases
@@ -53,7 +54,7 @@ def _config(student: str = "Qwen3-32B", teacher: str = "Qwen3-32B", **changes: A
 def _plan(config: RunConfig, world_size: int, **how: Any) -> list[RankMemory]:
     student = replace(read_model(config.model, "model"), lora=config.lora)
     teacher = read_model(config.teacher.model or config.model, "teacher.model")
-    return plan_memory(config, student, teacher, world_size, **how)
+    return plan_memory(config, student, {ONLY: teacher}, world_size, **how)
 
 
 @pytest.mark.parametrize(

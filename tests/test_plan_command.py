@@ -73,6 +73,22 @@ def test_experts_of_teacher_and_student_are_counted(example, capsys):
     assert "of which a rank has 16 in each layer. Tokens are taken to be spread evenly" in out
 
 
+def test_several_teachers_are_named_and_counted_together(example, capsys, tmp_path):
+    recipe = tmp_path / "routes.yaml"
+    text = EXAMPLE.read_text()
+    teacher = "teacher: {routes: {math: {model: models/Qwen3-32B}, code: {model: models/Qwen3-8B}}}"
+    text, count = re.subn(r"(?m)^teacher:.*\n(?:[ #].*\n)*", teacher + "\n", text)
+    assert count == 1
+    recipe.write_text(text)
+    records = ["data.source=jsonl", "data.path=a.jsonl", "data.task=null", "data.size=null", "data.teacher_key=subject"]
+    assert main(["plan", str(recipe), *records, "--gpus", "8", "--memory", "80"]) == 0
+    out = capsys.readouterr().out
+    assert "learns from math: models/Qwen3-32B, code: models/Qwen3-8B; 8 ranks: TP 8" in out
+    assert "each teacher is counted as if all sequences of a step were its own" in out
+    # 2 x (4,095,857,664 + 1,024,111,616) bytes, counted by hand in test_plan.py and test_plan_teachers.py
+    assert re.search(r"teacher's parameters +│ +9\.54 ", out)
+
+
 def test_the_fewest_ranks_hold_a_copy_of_each_model(example, capsys):
     colocated = ["parallel.tensor_model_parallel_size=2", "teacher.parallel.tensor_model_parallel_size=8"]
     assert main([*example, *colocated]) == 0

@@ -10,19 +10,22 @@ import pytest
 
 import renio_megatron
 from renio_megatron.config import RunConfig, smallest_world
-from renio_megatron.plan.memory import RankMemory, plan_memory, stages
+from renio_megatron.plan.memory import RankMemory, plan_memory, stages_of_ranks
 from renio_megatron.plan.mixture import forward_bytes, kept_bytes, left_bytes
 from renio_megatron.plan.models import read_model
 from renio_megatron.plan.workload import Pieces
 from renio_megatron.report.plan_table import plan_table
 from renio_megatron.settings import (
     DataConfig,
+    LoraConfig,
     ParallelConfig,
     RolloutConfig,
     TeacherConfig,
     TeacherParallelConfig,
+    TeacherRouteConfig,
     TrainConfig,
 )
+from renio_megatron.teacher_routes import ONLY
 
 MODELS = Path(renio_megatron.__file__).parents[1] / "tests" / "data" / "models"
 ROWS = 1025
@@ -49,10 +52,10 @@ def _config(student: str = "Qwen3-8B", teacher: str = "Qwen3-32B", **changes: An
 
 
 def _plan(config: RunConfig, world_size: int | None = None) -> list[RankMemory]:
-    student = read_model(config.model, "model")
+    student = replace(read_model(config.model, "model"), lora=config.lora)
     assert config.teacher.model is not None
     teacher = read_model(config.teacher.model, "teacher.model")
-    return plan_memory(config, student, teacher, world_size or smallest_world(config))
+    return plan_memory(config, student, {ONLY: teacher}, world_size or smallest_world(config))
 
 
 # Qwen3-235B-A22B on one of 8 tensor ranks: 94 layers, H 4096, 64 query and 4 key-value heads of 128, 128 experts of
@@ -167,6 +170,67 @@ def test_a_teacher_in_its_own_dtype(student, teacher):
     assert rank.held["parameters"] == (1 if student else 2) * plain.held["parameters"]
 
 
+def _routed(student: str = "Qwen3-8B", *, how: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+    """The student learns from itself as it started, from Qwen3-32B twice, and from Qwen3-1.7B."""
+    routes = {
+        "itself": TeacherRouteConfig(kind="initial", template="{problem} {solution}"),
+        "large": TeacherRouteConfig(model=str(MODELS / "Qwen3-32B")),
+        "again": TeacherRouteConfig(model=str(MODELS / "Qwen3-32B"), template="{problem} {solution}"),
+        "small": TeacherRouteConfig(model=str(MODELS / "Qwen3-1.7B")),
+    }
+    config = _config(student, own=changes.pop("own", {}), **changes)
+    teacher = replace(config.teacher, model=None, routes=routes, **(how or {}))
+    return replace(config, teacher=teacher, data=replace(config.data, source="jsonl", teacher_key="who"))
+
+
+def _plan_of_several(config: RunConfig, world_size: int, **models: str) -> list[RankMemory]:
+    student = replace(read_model(config.model, "model"), lora=config.lora)
+    names = {"itself": "Qwen3-8B", "large": "Qwen3-32B", "again": "Qwen3-32B", "small": "Qwen3-1.7B", **models}
+    teachers = {name: read_model(str(MODELS / model), name) for name, model in names.items()}
+    return plan_memory(config, student, teachers, world_size)
+
+
+def test_several_teachers_are_there_together_and_read_one_after_the_other():
+    (rank,) = _plan_of_several(_routed(), 2)
+    alone = {name: _plan(_config(teacher=name, own={}), 2)[0] for name in ("Qwen3-32B", "Qwen3-1.7B", "Qwen3-8B")}
+    held = {name: one.held["teacher's parameters"] for name, one in alone.items()}
+    assert rank.held["teacher's parameters"] == sum(held.values()), "the one that is there twice is loaded once"
+    assert {**rank.held, "teacher's parameters": 0} == {**alone["Qwen3-8B"].held, "teacher's parameters": 0}
+    assert rank.phases == alone["Qwen3-32B"].phases, "the largest decides, whosever the sequences are"
+
+
+def test_several_teachers_of_which_one_is_the_student_beside_ranks_that_only_score():
+    apart = {"ranks": "dedicated"}
+    config = _routed(own={"tensor_model_parallel_size": 4}, how=apart, lora=LoraConfig(r=8))
+    training, scoring = _plan_of_several(config, 6)
+    large, small = (
+        _plan(_config(teacher=name, own={"tensor_model_parallel_size": 4}, how=apart, lora=LoraConfig(r=8)), 6)
+        for name in ("Qwen3-32B", "Qwen3-1.7B")
+    )
+    both = large[1].held["teacher's parameters"] + small[1].held["teacher's parameters"]
+    assert scoring.held == {"teacher's parameters": both}
+    assert scoring.phases == large[1].phases
+    heads = 151_936 // 2 * (5120 + 2048) * 2
+    assert training.held["teacher's LM head"] == heads
+    assert training.held["teacher's parameters"] == 0, "the student without its adapters"
+    assert training.phases["exchange"] == large[0].phases["exchange"]
+    assert "teacher" in training.phases, "it scores its own sequences here"
+    columns = plan_table([training, scoring], None, 0).columns[1:]
+    assert [str(column.header) for column in columns] == ["training", "scoring"]
+
+
+def test_routers_results_of_every_model_stay():
+    """Those of the student's modules once, whoever reads with them."""
+    (dense,) = _plan_of_several(_routed(), 2)
+    assert "routing of the last pass" not in dense.held
+    (one,) = _plan_of_several(_routed(), 2, large="Qwen3-235B-A22B")
+    (single,) = _plan(_config(teacher="Qwen3-235B-A22B", own={}), 2)
+    assert one.held["routing of the last pass"] == single.held["routing of the last pass"]
+    config = _routed("Qwen3-235B-A22B", lora=LoraConfig(r=8, targets=["q_proj"]))
+    (shared,) = _plan_of_several(config, 2, itself="Qwen3-235B-A22B")
+    assert shared.held["routing of the last pass"] == single.held["routing of the last pass"]
+
+
 @pytest.mark.parametrize(
     ("mine", "theirs", "world", "expected"),
     [
@@ -180,7 +244,7 @@ def test_stages_meet_where_their_blocks_of_ranks_overlap(mine, theirs, world, ex
     config = _config(
         parallel=ParallelConfig(pipeline_model_parallel_size=mine), own={"pipeline_model_parallel_size": theirs}
     )
-    assert stages(config, world) == expected
+    assert list(dict.fromkeys(stages_of_ranks(config, world))) == expected
 
 
 def test_columns_are_named_by_what_their_ranks_hold():

@@ -16,6 +16,7 @@ import torch
 from renio_megatron.config import RunConfig, load_recipe
 from renio_megatron.plan.memory import plan_memory
 from renio_megatron.plan.models import read_model
+from renio_megatron.teacher_routes import ONLY
 from tests.multiprocess import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +128,7 @@ def test_adapters_save_the_memory_of_the_optimiser(whole: Run, adapted: Run, mod
         config = load_recipe("train", path, [f"model={model}"]).config
         assert isinstance(config, RunConfig)
         read = read_model(config.model, "model")
-        planned.append(plan_memory(config, replace(read, lora=config.lora), read, 2, fused_norm=False))
+        planned.append(plan_memory(config, replace(read, lora=config.lora), {ONLY: read}, 2, fused_norm=False))
     optimiser = max(all_of.held["optimiser"] - few.held["optimiser"] for all_of, few in zip(*planned, strict=True))
     assert optimiser > 600e6
     assert whole.peak - adapted.peak > optimiser

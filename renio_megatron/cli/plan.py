@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 
 from renio_megatron.config import RunConfig, check_models, check_world, load_recipe, smallest_world
-from renio_megatron.errors import ConfigError
 from renio_megatron.layout_rules import has_own_layout, teacher_words
 from renio_megatron.plan.memory import RESERVE, plan_memory
 from renio_megatron.plan.models import PlannedModel, read_model
 from renio_megatron.plan.workload import ranks_of, teacher_layout, workload
 from renio_megatron.report.plan_table import plan_table
 from renio_megatron.settings import ParallelConfig
+from renio_megatron.teacher_routes import setting_of, single_teachers
 
 DOES_NOT_FIT = 3
 """The exit code where the largest rank needs more than there is."""
@@ -30,22 +30,20 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     """
     config = load_recipe("train", path, overrides).config
     assert isinstance(config, RunConfig)
-    if config.teacher.routes:
-        raise ConfigError(
-            "renio plan does not count several teachers (teacher.routes). Plan with the largest of them as the only "
-            "one: teacher.kind and teacher.model in their place."
-        )
     ranks = world_size or smallest_world(config)
     check_world(config, ranks)
     check_models(config)
     student = read_model(config.model, "model")
-    teacher = student if config.teacher.model is None else read_model(config.teacher.model, "teacher.model")
-    found = plan_memory(config, replace(student, lora=config.lora), teacher, ranks)
+    teachers = {
+        name: student if one.teacher.model is None else read_model(one.teacher.model, setting_of(name, "model"))
+        for name, one in single_teachers(config).items()
+    }
+    found = plan_memory(config, replace(student, lora=config.lora), teachers, ranks)
     memory = None if memory_gib is None else memory_gib * 2**30
     reserve = RESERVE * (memory or 0)
 
     console = Console()
-    for text in (_layout(config, ranks), _work(config, ranks), *_notes(config, student, teacher)):
+    for text in (_layout(config, ranks), _work(config, ranks), *_notes(config, student, teachers)):
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(plan_table(found, memory, reserve))
     if memory is None:
@@ -89,7 +87,10 @@ def _layout(config: RunConfig, ranks: int) -> str:
     if has_own_layout(parallel, config.teacher):
         more.append(f"teacher {teacher_words(parallel, config.teacher, trainers)}")
     on = f"{ranks} ranks" if trainers == ranks else f"{trainers} of {ranks} ranks"
-    return f"{config.model} learns from {config.teacher.model or 'itself'}; {on}: {layout}; {', '.join(more)}"
+    named = (
+        f"{name + ': ' if name else ''}{one.teacher.model or 'itself'}" for name, one in single_teachers(config).items()
+    )
+    return f"{config.model} learns from {', '.join(named)}; {on}: {layout}; {', '.join(more)}"
 
 
 def _dtype(bf16: bool | None) -> str:
@@ -105,13 +106,16 @@ def _work(config: RunConfig, ranks: int) -> str:
     )
 
 
-def _notes(config: RunConfig, student: PlannedModel, teacher: PlannedModel) -> list[str]:
+def _notes(config: RunConfig, student: PlannedModel, teachers: Mapping[str, PlannedModel]) -> list[str]:
     """What the reader must know of this plan."""
-    notes = []
-    if config.lora.r is not None and config.teacher.kind == "initial":
-        notes.append("note: the teacher is the student without its adapters; it has no parameters of its own.")
-    both = ((student, config.parallel), (teacher, teacher_layout(config)))
-    notes += dict.fromkeys(_experts(model, parallel) for model, parallel in both if model.experts is not None)
+    notes, singles = [], single_teachers(config)
+    if config.lora.r is not None and any(one.teacher.kind == "initial" for one in singles.values()):
+        which = "teacher" if len(singles) == 1 else "teacher of kind `initial`"
+        notes.append(f"note: the {which} is the student without its adapters; it has no parameters of its own.")
+    if len(singles) > 1:
+        notes.append("note: each teacher is counted as if all sequences of a step were its own.")
+    models = [(student, config.parallel), *((teachers[name], teacher_layout(one)) for name, one in singles.items())]
+    notes += dict.fromkeys(_experts(model, parallel) for model, parallel in models if model.experts is not None)
     if config.parallel.context_parallel_size > 1:
         notes.append(
             "note: context parallelism masks its attention; where torch has no fused kernel for masked grouped queries "

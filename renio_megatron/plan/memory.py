@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from renio_megatron.config import RunConfig
@@ -13,7 +14,7 @@ from renio_megatron.plan.parts import PlannedPart
 from renio_megatron.plan.student import PlannedStudent
 from renio_megatron.plan.teacher import AlikeTeacher, DetachedTeacher, PlannedTeacher
 from renio_megatron.plan.workload import Workload, ranks_of, teacher_element, teacher_layout, workload
-from renio_megatron.teacher_routes import shares_student
+from renio_megatron.teacher_routes import same_weights, shares_student, single_teachers
 
 RESERVE = 0.1
 """Share of a GPU's memory that is left for what is not counted: CUDA's context, NCCL's buffers, gaps."""
@@ -59,92 +60,148 @@ class RankMemory:
         return sum(self.held.values()) + sum(self.phases[self.peak_phase].values())
 
 
+@dataclass(frozen=True)
+class _Teaching:
+    """One teacher of a run.
+
+    Attributes:
+        config: the run with this teacher alone.
+        model: the teacher.
+        work: what a step asks, where all sequences are this teacher's.
+        places: the pipeline ranks of student and teacher on each rank of the job; None where it has no part of a model.
+    """
+
+    config: RunConfig
+    model: PlannedModel
+    work: Workload
+    places: list[tuple[int | None, int | None]]
+
+
 def plan_memory(
-    config: RunConfig, student: PlannedModel, teacher: PlannedModel, world_size: int, *, fused_norm: bool = True
+    config: RunConfig,
+    student: PlannedModel,
+    teachers: Mapping[str, PlannedModel],
+    world_size: int,
+    *,
+    fused_norm: bool = True,
 ) -> list[RankMemory]:
     """What each kind of rank holds, in the order of the ranks; the largest decides.
 
+    Of several teachers each is taken to have all of the step's sequences: whose they are is the data's to say. Their
+    weights are there together; they read one after the other.
+
     Args:
         config: the recipe, checked against `world_size` and the models.
-        student, teacher: for teachers that are the student the same one twice; the student with config.lora.
+        student: with config.lora.
+        teachers: by the names of `teacher_routes.single_teachers`; the student for those that are the student.
         world_size: ranks of the job, those that only score included.
         fused_norm: as torch computes norms on CUDA; False on a CPU.
     """
-    work = workload(config, world_size, fused_norm=fused_norm)
-    trainers, readers = ranks_of(config, world_size)
-    vocab_size = min(student.architecture.vocab_size, teacher.architecture.vocab_size)
+    trainers, _ = ranks_of(config, world_size)
+    vocab_size = min(model.architecture.vocab_size for model in (student, *teachers.values()))
+    element, chunks = 2 if config.train.bf16 else 4, config.parallel.virtual_pipeline_model_parallel_size or 1
+    singles, teaching = single_teachers(config), []
+    for name in dict.fromkeys(same_weights(config).values()):
+        one = singles[name]
+        ranks = world_size if one.teacher.ranks == "dedicated" else trainers
+        here = stages_of_ranks(one, ranks)
+        here += [(None, None)] * (world_size - ranks)
+        teaching.append(_Teaching(one, teachers[name], workload(one, ranks, fused_norm=fused_norm), here))
 
     def student_part(stage: int) -> PlannedPart:
-        chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
-        element = work.student.pieces.element
         return PlannedPart(student, config.parallel, vocab_size, element, trainers, stage, chunks)
 
-    def teacher_part(stage: int) -> PlannedPart:
-        return PlannedPart(teacher, teacher_layout(config), vocab_size, teacher_element(config), readers, stage)
+    def teacher_part(one: _Teaching, stage: int | None) -> PlannedPart | None:
+        if stage is None:
+            return None
+        readers = ranks_of(one.config, world_size if one.config.teacher.ranks == "dedicated" else trainers)[1]
+        element = teacher_element(one.config)
+        return PlannedPart(one.model, teacher_layout(one.config), vocab_size, element, readers, stage)
 
-    return [
-        _rank_memory(
-            config,
-            None if mine is None else student_part(mine),
-            None if theirs is None else teacher_part(theirs),
-            work,
-            hidden_size=teacher.architecture.hidden_size,
-        )
-        for mine, theirs in stages(config, world_size)
-    ]
+    found = []
+    for places in dict.fromkeys(zip(*(one.places for one in teaching), strict=True)):
+        mine = next((stage for stage, _ in places if stage is not None), None)
+        parts = [teacher_part(one, stage) for one, (_, stage) in zip(teaching, places, strict=True)]
+        found.append(_rank_memory(config, None if mine is None else student_part(mine), teaching, parts))
+    return found
 
 
-def stages(config: RunConfig, world_size: int) -> list[tuple[int | None, int | None]]:
-    """The pipeline ranks of student and teacher that meet on a rank, each pair once, in the order of the ranks.
+def stages_of_ranks(config: RunConfig, world_size: int) -> list[tuple[int | None, int | None]]:
+    """The pipeline ranks of student and teacher on each rank of a run with one teacher.
 
     Pipeline ranks are consecutive blocks of ranks: Megatron's outermost axis.
     """
     mine, theirs = config.parallel.pipeline_model_parallel_size, teacher_layout(config).pipeline_model_parallel_size
+    trainers, readers = ranks_of(config, world_size)
     if config.teacher.ranks == "dedicated":
-        return [(stage, None) for stage in range(mine)] + [(None, stage) for stage in range(theirs)]
-    return list(dict.fromkeys((rank * mine // world_size, rank * theirs // world_size) for rank in range(world_size)))
+        training = [(rank * mine // trainers, None) for rank in range(trainers)]
+        return [*training, *((None, rank * theirs // readers) for rank in range(readers))]
+    return [(rank * mine // world_size, rank * theirs // world_size) for rank in range(world_size)]
 
 
 def _rank_memory(
-    config: RunConfig, student: PlannedPart | None, teacher: PlannedPart | None, work: Workload, *, hidden_size: int
+    config: RunConfig,
+    student: PlannedPart | None,
+    teaching: Sequence[_Teaching],
+    parts: Sequence[PlannedPart | None],
 ) -> RankMemory:
-    """Of a rank that holds these parts; `hidden_size` is the teacher's."""
-    scorer: PlannedTeacher
+    """Of a rank that holds these parts, one for each teacher."""
+    work = teaching[0].work
     learner = None if student is None else PlannedStudent(config, student, work)
-    if has_own_layout(config.parallel, config.teacher):
-        scorer = DetachedTeacher(config, teacher, student, work, hidden_size=hidden_size)
-    else:
-        assert teacher is not None
-        assert learner is not None
-        scorer = AlikeTeacher(config, teacher, learner, work)
+    scorers = [
+        _scorer(one, part, learner)
+        for one, part in zip(teaching, parts, strict=True)
+        if part is not None or has_own_layout(one.config.parallel, one.config.teacher)
+    ]
     held = {} if learner is None else learner.held()
-    held |= scorer.held() | _left_over(config, student, teacher, work)
-    phases = scorer.phases()
+    phases: dict[str, dict[str, int]] = {}
+    for scorer in scorers:
+        for label, size in scorer.held().items():
+            held[label] = held.get(label, 0) + size
+        for phase, sizes in scorer.phases().items():
+            there = phases.setdefault(phase, {})
+            there.update({label: max(size, there.get(label, 0)) for label, size in sizes.items()})
+    held |= _left_over(student, teaching, parts)
     if learner is not None:
-        phases |= {"sampling": learner.sampling(), **learner.update(scorer.payload)}
+        phases["sampling"] = learner.sampling()
+        phases |= learner.update(lambda in_use: max(scorer.payload(in_use) for scorer in scorers))
+    own = [
+        part.pipeline_rank
+        for one, part in zip(teaching, parts, strict=True)
+        if part is not None and has_own_layout(one.config.parallel, one.config.teacher)
+    ]
+    theirs = own or [part.pipeline_rank for part in parts if part is not None]
     return RankMemory(
         None if student is None else student.pipeline_rank,
-        None if teacher is None else teacher.pipeline_rank,
+        theirs[0] if theirs else None,
         {name: held[name] for name in HELD if name in held},
         {name: phases[name] for name in PHASES if name in phases},
     )
 
 
+def _scorer(one: _Teaching, part: PlannedPart | None, learner: PlannedStudent | None) -> PlannedTeacher:
+    if has_own_layout(one.config.parallel, one.config.teacher):
+        student = None if learner is None else learner.part
+        return DetachedTeacher(one.config, part, student, one.work, hidden_size=one.model.architecture.hidden_size)
+    assert part is not None
+    assert learner is not None
+    return AlikeTeacher(one.config, part, learner, one.work)
+
+
 def _left_over(
-    config: RunConfig, student: PlannedPart | None, teacher: PlannedPart | None, work: Workload
+    student: PlannedPart | None, teaching: Sequence[_Teaching], parts: Sequence[PlannedPart | None]
 ) -> dict[str, int]:
     """What passes leave in Megatron's hands: the buffer into which sequences are gathered, and the routers' results.
 
     Only products whose weight is trained gather into a buffer that stays.
     """
-    found = {}
-    if student is not None and work.student.pieces.sequence_parallel and not student.model.is_frozen:
-        found["gathered sequence"] = tokens_bytes(student.model, work.student.pieces)
-    routed = [
-        left_bytes(part.model, reading.pieces) * part.num_layers
-        for part, reading in ((student, work.student), (teacher, work.teacher))
-        if part is not None
-    ]
-    if any(routed):
-        found["routing of the last pass"] = max(routed) if shares_student(config) else sum(routed)
+    found, reading = {}, teaching[0].work.student
+    if student is not None and reading.pieces.sequence_parallel and not student.model.is_frozen:
+        found["gathered sequence"] = tokens_bytes(student.model, reading.pieces)
+    routed = 0 if student is None else left_bytes(student.model, reading.pieces) * student.num_layers
+    for one, part in zip(teaching, parts, strict=True):
+        theirs = 0 if part is None else left_bytes(part.model, one.work.teacher.pieces) * part.num_layers
+        routed = max(routed, theirs) if shares_student(one.config) else routed + theirs
+    if routed:
+        found["routing of the last pass"] = routed
     return found

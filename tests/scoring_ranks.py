@@ -1,0 +1,66 @@
+"""Runs in which a part of the ranks only scores, one after the other in one launch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from renio_megatron.config import RunConfig
+from renio_megatron.layout_rules import num_scorers, teacher_parallel
+
+
+def on_scoring_ranks(
+    runs: Mapping[str, RunConfig],
+    folder: Path,
+    *,
+    train: Callable[[RunConfig], Any],
+    serve: Callable[[list[Any], Any], Any],
+) -> dict[str, Any]:
+    """What each run gives on this rank, by name.
+
+    Every run has a world of its own, at a port of its own; afterwards the test's is joined again.
+
+    Args:
+        runs: by name.
+        folder: for a file that the ranks meet at; on every rank the same.
+        train: (config) -> what a rank that trains gives.
+        serve: (teachers, layout) -> what one that only scores gives, after it has answered until the others are done.
+    """
+    from renio_megatron.build import read_inputs
+    from renio_megatron.build_teacher import build_scorers
+    from renio_megatron.megatron.start import start, stop
+
+    found: dict[str, Any] = {}
+    port, world_size = int(os.environ["MASTER_PORT"]), dist.get_world_size()
+    dist.destroy_process_group()
+    for number, (name, config) in enumerate(runs.items()):
+        os.environ["MASTER_PORT"] = str(port + number)
+        layout = start(
+            config.parallel,
+            seed=config.train.seed,
+            scorers=teacher_parallel(config.parallel, config.teacher),
+            num_scorers=num_scorers(config.parallel, config.teacher),
+        )
+        if layout.is_scorer:
+            found[name] = serve(build_scorers(config, read_inputs(config), layout), layout)
+        else:
+            found[name] = train(config)
+        stop()
+    os.environ["MASTER_PORT"] = str(port)
+    store = dist.FileStore(str(folder / f"after {', '.join(runs)}"[:200]), world_size)
+    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=world_size)
+    return found
+
+
+def answer(teachers: list[Any]) -> int:
+    """Serves until the ranks that train are done; the number of calls that were answered."""
+    from renio_megatron.run import _serve
+
+    calls = 0
+    while _serve(teachers):
+        calls += 1
+    return calls
