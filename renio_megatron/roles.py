@@ -6,7 +6,7 @@ order and gets the same values, whichever stage computed them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +18,27 @@ from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout
 class Sampler(Protocol):
     """Draws completions from the present student."""
 
-    def sample(self, prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...]) -> list[Rollout]:
-        """One completion of each prompt, in order; a pure function of the weights, the prompts and `stream`."""
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        stream: tuple[int, ...],
+        on_group: Callable[[Sequence[Rollout]], None] | None = None,
+    ) -> list[Rollout]:
+        """One completion of each prompt, in order; a pure function of the weights, the prompts and `stream`.
+
+        `on_group` is shown parts of them as soon as they are there.
+        """
         ...
 
 
 class Teacher(Protocol):
     """Scores completions, and rebuilds its distribution for the loss."""
+
+    def hear(self, rollouts: Sequence[Rollout]) -> None:
+        """Told of a part of a step's rollouts, which may be read at once; `score` is asked about all of them later."""
+        ...
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
         """Log-probabilities of the sampled tokens and the payload of each of the student's micro-batches."""

@@ -124,7 +124,7 @@ def _watch(algorithm: Any, found: dict[str, Any]) -> None:
     learner, teacher = algorithm.learner, algorithm.teacher
     real_sample, real_score, real_update = algorithm.sampler.sample, teacher.score, learner.update
 
-    def sample(prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...]) -> list[Rollout]:
+    def sample(prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...], **_: Any) -> list[Rollout]:
         long = [_lengthened(prompt) for prompt in prompts]
         rollouts = real_sample(long, decoding, stream=stream)
         return [Rollout(r.prompt, *_completion(r)) for r in rollouts]

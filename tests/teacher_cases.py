@@ -161,7 +161,7 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
         found["student loss"].append(abs(values[0] - values[2]))
         return update(batches, loss, **kwargs)
 
-    def sample_twice(prompts: Any, decoding: Any, *, stream: Any) -> Any:
+    def sample_twice(prompts: Any, decoding: Any, *, stream: Any, **_: Any) -> Any:
         mine = sample(prompts, decoding, stream=stream)
         with weights.in_place():
             teachers = sample(prompts, decoding, stream=stream)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +69,27 @@ def dedicated_cases(folder: Path) -> dict[str, RunConfig]:
         "student DP2 packed, 2 copies of the teacher": recipe(
             folder, teacher=own(folder, 1, **alone, data_parallel_size=2), train=packed
         ),
+        # Read while the others are drawn: 3 + 3 + 2 sequences, and 2 + 2 on each data rank, which exchange some.
+        "student TP2, teacher TP2 of its own, in groups": recipe(
+            folder, parallel=tp, teacher=own(folder, 2, **alone), rollout=replace(base.rollout, micro_batch_size=3)
+        ),
+        "student DP2 packed, 2 copies of the teacher, in groups": recipe(
+            folder,
+            teacher=own(folder, 1, **alone, data_parallel_size=2),
+            train=packed,
+            rollout=replace(base.rollout, micro_batch_size=2),
+        ),
+        "student CP2, teacher PP2 of its own, in groups": recipe(
+            folder,
+            parallel=ParallelConfig(context_parallel_size=2),
+            teacher=own(folder, 1, 2, **alone),
+            rollout=replace(base.rollout, micro_batch_size=2),
+        ),
     }
+
+
+READS = (1, 1, 1, 3, 2, 1)
+"""Passes of the teacher in the cases of `dedicated_cases`; context-parallel ranks tell of all groups at once."""
 
 
 def run_colocated(folder: Path, names: list[str]) -> dict[str, Any]:
@@ -75,10 +99,51 @@ def run_colocated(folder: Path, names: list[str]) -> dict[str, Any]:
 
 
 def run_dedicated(folder: Path) -> dict[str, Any]:
-    """Every case on this rank: half of the ranks train, half serve; these give the number of calls."""
-    return on_scoring_ranks(
-        dedicated_cases(folder),
-        folder,
-        train=lambda config: one_step(config, folder),
-        serve=lambda teachers, _: answer(teachers),
-    )
+    """Every case on this rank: half of the ranks train, half serve; these give the number of steps and of passes.
+
+    Where sequences are drawn in groups, the second group is held up until the first one was read.
+    """
+    cases = dedicated_cases(folder)
+    names = iter(cases)
+
+    def train(config: RunConfig) -> dict[str, Any]:
+        is_held_up = READS[list(cases).index(name := next(names))] > 1
+        with _held_up_until(folder / f"read {name}") if is_held_up else contextlib.nullcontext():
+            return one_step(config, folder)
+
+    def serve(teachers: list[Any], _: Any) -> tuple[int, int]:
+        (teacher,), name, passes = teachers, next(names), 0
+        read = teacher._read
+
+        def count(*args: Any) -> None:
+            nonlocal passes
+            read(*args)
+            passes += 1
+            (folder / f"read {name}").touch()
+
+        teacher._read = count
+        return answer(teachers), passes
+
+    return on_scoring_ranks(cases, folder, train=train, serve=serve)
+
+
+@contextlib.contextmanager
+def _held_up_until(file: Path) -> Iterator[None]:
+    """Every group of sequences but the first is drawn only when the file is there."""
+    from renio_megatron.megatron.sampler import MegatronSampler
+
+    decode, calls = MegatronSampler._decode, itertools.count()
+
+    def wait_and_decode(*args: Any) -> Any:
+        limit = time.monotonic() + 60.0
+        is_first = next(calls) == 0
+        while not is_first and not file.exists():
+            assert time.monotonic() < limit, "nothing was read while the others were drawn"
+            time.sleep(0.01)
+        return decode(*args)
+
+    MegatronSampler._decode = wait_and_decode  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MegatronSampler._decode = decode  # type: ignore[method-assign]

@@ -42,7 +42,7 @@ def _end_token(folder: Path) -> int:
 def draw_lengths(lengths: Sequence[int], end: int) -> Any:
     """A sampler's `sample`: prompt i gets lengths[i] tokens; below the limit the last one is the end token."""
 
-    def sample(prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...]) -> list[Rollout]:
+    def sample(prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...], **_: Any) -> list[Rollout]:
         rollouts = []
         for prompt in prompts:
             length, random_ = lengths[prompt.index % len(lengths)], random.Random(prompt.index)

@@ -215,7 +215,7 @@ class Roles:
         return Distillation(
             SimpleNamespace(sample=self.sample),
             SimpleNamespace(
-                score=self.score_teacher, head=IDENTITY, after_update=lambda **told: self.asked.append(told)
+                hear=None, score=self.score_teacher, head=IDENTITY, after_update=lambda **told: self.asked.append(told)
             ),
             SimpleNamespace(arrange=self.arrange, score=self.score_student, update=self.update),
             layout=Layout(),
@@ -228,7 +228,7 @@ class Roles:
             grader=grader,
         )
 
-    def sample(self, prompts: Any, decoding: Decoding, *, stream: tuple[int, ...]) -> list[Rollout]:
+    def sample(self, prompts: Any, decoding: Decoding, *, stream: tuple[int, ...], on_group: Any) -> list[Rollout]:
         self.asked.append(("sample", [prompt.index for prompt in prompts], decoding, stream))
         return [
             Rollout(prompt, tokens, torch.full((len(tokens),), self.sampled_logp), finished)

@@ -73,7 +73,8 @@ class Distillation:
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimiser step on this rank's prompts."""
         clock = [time.perf_counter()]
-        rollouts = self._balance(self.sampler.sample(prompts, self._decoding, stream=(step,)))
+        drawn = self.sampler.sample(prompts, self._decoding, stream=(step,), on_group=self.teacher.hear)
+        rollouts = self._balance(drawn)
         clock.append(time.perf_counter())
         batches = self.learner.arrange(rollouts)
         teacher = self.teacher.score(rollouts, batches)

@@ -65,6 +65,9 @@ class RoutedTeachers:
         self._parts = list(teachers)
         self._part_of_name = {name: self._parts.index(first) for name, first in same.items()}
 
+    def hear(self, rollouts: Sequence[Rollout]) -> None:
+        """Nothing: ranks that only score answer one teacher's questions after the other's."""
+
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> RoutedScores:
         """Every teacher's scores of its own sequences; each is called, also where this rank has none for it."""
         part_of = torch.tensor([self._part_of_name[rollout.prompt.teacher] for rollout in rollouts])

@@ -8,8 +8,8 @@ sequence; and, once, the LM head, cut at the student's vocabulary edges. Logits 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,16 +22,16 @@ from renio_megatron.megatron.payload import Scattered, gather_pieces
 from renio_megatron.megatron.pipeline import run_forward, share_tokens
 from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
 from renio_megatron.parallel.bridge import Bridge
-from renio_megatron.parallel.exchange import RowExchange, gather_rows, sum_over
+from renio_megatron.parallel.exchange import RowExchange, RowsOf, gather_rows, sum_over
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.seats import Agenda, Seats
+from renio_megatron.parallel.seats import Agenda, Register, Seats
 from renio_megatron.parallel.vocab import VocabShard
 from renio_megatron.records import LmHead, MicroBatch, Prompt, Rollout, TeacherScores
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
 
-_THE_END = (-1, -1)
-"""In the place of a sequence's lengths: nothing more will be asked."""
+_GROUP, _ALL, _END = 0, 1, 2
+"""What the student's ranks want: some sequences read; what was read of a step's; nothing more."""
 
 HEAD_BYTES = 64 * 2**20
 """Of the LM head that a rank asks for at a time."""
@@ -54,6 +54,14 @@ class Reader:
         """The teacher's groups in force, and its weights where they are used."""
         with contextlib.nullcontext() if self.place is None else self.place.entered(), self.weights.in_place():
             yield
+
+
+@dataclass
+class _Heard:
+    """Sequences that were read, and on a rank of the teacher's last stage what was kept: numbers, scores and states."""
+
+    agenda: Agenda
+    kept: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
 
 
 class DetachedTeacher:
@@ -104,6 +112,7 @@ class DetachedTeacher:
             self._arrangement = reader.part.arrangement(
                 pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch
             )
+        self._heard: list[_Heard] = []
         self._head = self._fetch_head(shard)
 
     averages: Averages = ()
@@ -118,11 +127,23 @@ class DetachedTeacher:
         assert self._head is not None
         return self._head
 
+    def hear(self, rollouts: Sequence[Rollout]) -> None:
+        """Lets ranks that only score read a part of a step's rollouts while the student draws the others.
+
+        Without such ranks everything is read by `score`.
+
+        Args:
+            rollouts: some of this student rank's; every rank calls it equally often.
+        """
+        if self._bridge is not None:
+            self._bridge.call()
+            self._read(Agenda(self._seats, self._announce(_GROUP, rollouts)[1]), rollouts)
+
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
         """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
 
         Args:
-            rollouts: this student rank's.
+            rollouts: this student rank's, all of them; of what was heard before, nothing is missing and nothing new.
             student_batches: the same as micro-batches, whose rows the payload follows.
 
         Raises:
@@ -130,17 +151,19 @@ class DetachedTeacher:
         """
         student = self._student
         assert student is not None
+        if not self._heard:
+            if self._bridge is not None:
+                self._bridge.call()
+            self._read(Agenda(self._seats, self._announce(_GROUP, rollouts)[1]), rollouts)
         if self._bridge is not None:
             self._bridge.call()
-        agenda = self._agenda(rollouts)
-        assert agenda is not None  # only `close` says so, after the last call
-        if not agenda.num_sequences:  # one of several teachers, of whose sequences there are none in this step
+        register, logp_of, states_of = self._found(self._announce(_ALL, rollouts)[1])
+        if not register.num_sequences:  # one of several teachers, of whose sequences there are none in this step
             return TeacherScores(torch.zeros(0, device=self._device), [], sent_bytes=0)
-        logp_of, states_of = self._read(agenda, rollouts)
         batches = list(student_batches) if student.pipeline.is_last else []
-        first = agenda.first_completion_token(student.data.rank)
+        first = register.first_completion_token(student.data.rank)
         pieces = [_piece(first + batch.token_index.cpu(), student) for batch in batches]
-        exchange = RowExchange(pieces, agenda.scorer_of, self._seats.axis, self._device)
+        exchange = RowExchange(pieces, register.scorer_of, self._seats.axis, self._device)
         logp = [exchange.fetch(number, logp_of, 1, torch.float32) for number in range(exchange.num_rounds)]
         whole = [
             gather_pieces(part, len(batch.token_index), student.tensor)[:, 0]
@@ -164,16 +187,20 @@ class DetachedTeacher:
         return TeacherScores(flat, payload, sum(at_once) + max(payload.whole_bytes), sent)
 
     def serve(self) -> bool:
-        """The teacher's side of one `score`; False, and nothing more, where the student is done."""
+        """The teacher's side of a step, from the first `hear` to `score`; False, and no more, where nothing follows."""
         assert self._bridge is not None
-        self._bridge.wait_for_call()
-        agenda = self._agenda([])
-        if agenda is None:
+        while True:
+            self._bridge.wait_for_call()
+            wish, sequences = self._announce(_END, [])
+            if wish != _GROUP:
+                break
+            self._read(Agenda(self._seats, sequences), [])
+        if wish == _END:
             return False
-        if not agenda.num_sequences:
+        register, logp_of, states_of = self._found(sequences)
+        if not register.num_sequences:
             return True
-        logp_of, states_of = self._read(agenda, [])
-        exchange = RowExchange([], agenda.scorer_of, self._seats.axis, self._device)
+        exchange = RowExchange([], register.scorer_of, self._seats.axis, self._device)
         for number in range(exchange.num_rounds):
             exchange.fetch(number, logp_of, 1, torch.float32)
         before = exchange.bytes_sent
@@ -186,36 +213,27 @@ class DetachedTeacher:
         """Lets ranks that only score go; on every rank of the student."""
         if self._bridge is not None:
             self._bridge.call()
-            self._announce([_THE_END])
+            self._announce(_END, [])
 
-    def _agenda(self, rollouts: Sequence[Rollout]) -> Agenda | None:
-        """What there is to read, as every rank's speaker says; None at the end."""
-        lengths = self._announce(
-            [(len(rollout.prompt.teacher_ids), len(rollout.completion_ids)) for rollout in rollouts]
-        )
-        is_end = any(_THE_END in map(tuple, rows.tolist()) for rows in lengths)
-        return None if is_end else Agenda(self._seats, lengths)
+    def _announce(self, wish: int, rollouts: Sequence[Rollout]) -> tuple[int, list[torch.Tensor]]:
+        """(what the speakers want, every rank's sequences as of an `Agenda`); only speakers say any."""
+        rows = [(one.prompt.index, len(one.prompt.teacher_ids), len(one.completion_ids)) for one in rollouts]
+        speaks = self._seats.axis.rank in self._seats.speakers
+        table = torch.tensor([(wish, 0, 0), *rows] if speaks else [], dtype=torch.int64, device=self._device)
+        said = gather_rows(table.reshape(-1, 3), self._seats.axis)
+        return int(said[self._seats.speakers[0]][0, 0]), [rows[1:] for rows in said]
 
-    def _announce(self, lengths: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """Every rank's lengths of sequences, [n, 2]; only speakers say any."""
-        table = torch.tensor(lengths if self._speaks else [], dtype=torch.int64, device=self._device).reshape(-1, 2)
-        return gather_rows(table, self._seats.axis)
-
-    @property
-    def _speaks(self) -> bool:
-        return self._seats.axis.rank in self._seats.speakers
-
-    def _read(
-        self, agenda: Agenda, rollouts: Sequence[Rollout]
-    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-        """The teacher's pass over its share; gives log-probabilities [n, 1] and hidden states [n, H] by number."""
+    def _read(self, agenda: Agenda, rollouts: Sequence[Rollout]) -> None:
+        """The teacher's pass over its share of an agenda's sequences, whose results wait until `_found`."""
         reader = self._reader
+        self._heard.append(heard := _Heard(agenda))
         share = [] if reader is None else agenda.shares[reader.part.layout.data.rank]
-        wanted = agenda.view_tokens(share)
-        exchange = RowExchange([wanted], agenda.speaker_of, self._seats.axis, self._device)
+        if not agenda.ids:
+            return
+        exchange = RowExchange([agenda.view_tokens(share)], agenda.speaker_of, self._seats.axis, self._device)
         tokens = exchange.fetch(0, self._tokens_of(agenda, rollouts), 1, torch.int64)[:, 0].tolist()
         if reader is None or not share:
-            return _nothing, _nothing
+            return
         micro_batches = [
             micro_batch.to(self._device)
             for micro_batch in collate(_sequences(agenda, share, tokens), view="teacher", arrangement=self._arrangement)
@@ -233,28 +251,40 @@ class DetachedTeacher:
 
         numbers_of = agenda.completion_tokens(share)
         with reader.entered():
-            kept = run_forward(part, micro_batches, keep)
+            heard.kept = run_forward(part, micro_batches, keep)
+
+    def _found(self, sequences: list[torch.Tensor]) -> tuple[Register, RowsOf, RowsOf]:
+        """Where a step's hidden states are; log-probabilities [n, 1] and hidden states [n, H] of this rank by number.
+
+        What was heard is forgotten.
+        """
+        heard, self._heard = self._heard, []
+        register = Register(self._seats, sequences, [one.agenda for one in heard])
+        kept = [
+            (register.renumbered(which, numbers), logp, states)
+            for which, one in enumerate(heard)
+            for numbers, logp, states in one.kept
+        ]
+        heard.clear()
         if not kept:
-            return _nothing, _nothing
+            return register, _nothing, _nothing
         numbers, order = torch.cat([numbers for numbers, _, _ in kept]).sort()
         tables = [torch.cat([values[column] for values in kept]) for column in (1, 2)]
         kept.clear()
 
-        def rows_of(table: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def rows_of(table: torch.Tensor) -> RowsOf:
             return lambda asked: table[order[torch.searchsorted(numbers, asked)].to(table.device)]
 
-        return rows_of(tables[0]), rows_of(tables[1])
+        return register, rows_of(tables[0]), rows_of(tables[1])
 
-    def _tokens_of(self, agenda: Agenda, rollouts: Sequence[Rollout]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _tokens_of(self, agenda: Agenda, rollouts: Sequence[Rollout]) -> RowsOf:
         """Gives tokens of the teacher's view of this rank's sequences by number."""
         flat = [token for rollout in rollouts for token in (*rollout.prompt.teacher_ids, *rollout.completion_ids)]
         table = torch.tensor(flat, dtype=torch.int64)[:, None]
         first = 0 if self._student is None else agenda.first_view_token(self._student.data.rank)
         return lambda asked: table[asked - first]
 
-    def _fetch_states(
-        self, exchange: RowExchange, number: int, states_of: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def _fetch_states(self, exchange: RowExchange, number: int, states_of: RowsOf) -> torch.Tensor:
         return self._put(exchange.fetch(number, states_of, self._width, self._dtype))
 
     def _put(self, rows: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ position), and every tensor rank draws from the same gathered logits, so all lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,15 +39,25 @@ class MegatronSampler:
         self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=part.layout.device)
         self._pad_id = pad_id
 
-    def sample(self, prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...]) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        stream: tuple[int, ...],
+        on_group: Callable[[Sequence[Rollout]], None] | None = None,
+    ) -> list[Rollout]:
         """One completion of each prompt, in order.
 
         Args:
             prompts: this rank's prompts.
             decoding: how to draw.
             stream: non-negative integers, for example (step,); another stream draws other completions.
+            on_group: shown every group of completions that were drawn together, before the next group is begun; once
+                all of them where other ranks take part in a group's drawing, which must not be held up.
         """
-        context = self._part.layout.context
+        context, experts = self._part.layout.context, self._part.layout.experts
+        is_shared = context.size > 1 or (self._part.architecture.experts is not None and experts.size > 1)
         # Neighbours in length decode together: less forced feeding of prompt tokens. Ranks that share the sequences
         # decode different ones, because nothing of a completion's draws depends on who draws it.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
@@ -59,12 +69,17 @@ class MegatronSampler:
                 chosen = mine[start : start + size]
                 decoded = self._decode([prompts[i] for i in chosen], decoding, stream)
                 rollouts.update(zip(chosen, decoded, strict=True))
+                if on_group is not None and not is_shared:
+                    on_group(decoded)
             self._accompany()
         if context.size > 1:
             everyones: list[dict[int, Rollout]] = [{} for _ in range(context.size)]
             dist.all_gather_object(everyones, rollouts, group=context.group)
             rollouts = {i: rollout for part in everyones for i, rollout in part.items()}
-        return [rollouts[i] for i in range(len(prompts))]
+        drawn = [rollouts[i] for i in range(len(prompts))]
+        if on_group is not None and is_shared:
+            on_group(drawn)
+        return drawn
 
     def _any_goes_on(self, goes_on: bool) -> bool:
         """Whether a rank that shares experts with this one makes another pass; each asks before each of its passes."""

@@ -60,6 +60,9 @@ class MegatronTeacher:
         """Follows the student, where the teacher does; `skipped`: its step was left out."""
         self.weights.after_update(skipped=skipped)
 
+    def hear(self, rollouts: Sequence[Rollout]) -> None:
+        """Nothing to do: the ranks that would read them are drawing."""
+
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
         """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
 

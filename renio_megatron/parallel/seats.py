@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,34 +46,33 @@ class Seats:
 
 
 class Agenda:
-    """Which of the teacher's replicas reads which sequence, and where everything of it is found.
+    """Which of the teacher's replicas reads which of some sequences, and where their tokens are found.
 
-    Sequences are counted over the whole batch, in the order of the student's replicas. Tokens of the teacher's view
-    (prompt and completion) and completion tokens are counted in that order, too.
+    Sequences are counted in the order of the student's replicas. Tokens of the teacher's view (prompt and completion)
+    and completion tokens are counted in that order, too.
 
     Attributes:
+        ids: of the sequences.
         shares: the sequences of each of the teacher's replicas, ascending.
+        reader: the replica of each sequence, int64 [n].
+        completion_starts: number of the first completion token of each sequence, and of none behind the last.
     """
 
-    def __init__(self, seats: Seats, lengths: list[torch.Tensor]) -> None:
-        """`lengths` of every rank's sequences, [n, 2]: prompt and completion tokens; the speakers' alone have rows."""
+    def __init__(self, seats: Seats, sequences: list[torch.Tensor]) -> None:
+        """`sequences` of every rank, [n, 3]: id, prompt and completion tokens; the speakers' alone have rows."""
         self._seats = seats
-        mine = [lengths[rank].cpu() for rank in seats.speakers]
+        mine = [sequences[rank].cpu() for rank in seats.speakers]
         self._first = _starts([len(part) for part in mine])
         table = torch.cat(mine)
-        self._prompts, self._completions = table[:, 0].tolist(), table[:, 1].tolist()
-        self._view_starts = _starts(table.sum(1).tolist())
-        self._completion_starts = _starts(self._completions)
-        self.shares = _shares(table.sum(1).tolist(), len(seats.scorers))
-        self._reader = torch.empty(len(table), dtype=torch.int64)
+        self.ids: list[int] = table[:, 0].tolist()
+        self._lengths = [(prompt, completion) for prompt, completion in table[:, 1:].tolist()]
+        costs = table[:, 1:].sum(1).tolist()
+        self._view_starts = _starts(costs)
+        self.completion_starts = _starts(table[:, 2].tolist())
+        self.shares = _shares(costs, len(seats.scorers))
+        self.reader = torch.empty(len(table), dtype=torch.int64)
         for replica, share in enumerate(self.shares):
-            self._reader[share] = replica
-        self._scorers = torch.tensor(seats.scorers)
-
-    @property
-    def num_sequences(self) -> int:
-        """Of the whole batch."""
-        return len(self._prompts)
+            self.reader[share] = replica
 
     def speaker_of(self, view_tokens: torch.Tensor) -> torch.Tensor:
         """The ranks that have tokens of the teacher's view, by number [n]."""
@@ -80,33 +80,70 @@ class Agenda:
         replicas = _which(sequences, self._first)
         return torch.tensor(self._seats.speakers)[replicas]
 
-    def scorer_of(self, completion_tokens: torch.Tensor) -> torch.Tensor:
-        """The ranks that have the teacher's hidden states of completion tokens, by number [n].
-
-        A replica's tensor ranks all have them; they take turns.
-        """
-        sequences = _which(completion_tokens, self._completion_starts)
-        return self._scorers[self._reader[sequences], completion_tokens % self._scorers.shape[1]]
-
     def view_tokens(self, sequences: list[int]) -> torch.Tensor:
         """Numbers of all tokens of some sequences, one after the other."""
         return _ranges(self._view_starts, sequences)
 
     def completion_tokens(self, sequences: list[int]) -> torch.Tensor:
         """Numbers of all completion tokens of some sequences, one after the other."""
-        return _ranges(self._completion_starts, sequences)
+        return _ranges(self.completion_starts, sequences)
 
     def lengths_of(self, sequence: int) -> tuple[int, int]:
         """Prompt and completion tokens."""
-        return self._prompts[sequence], self._completions[sequence]
+        return self._lengths[sequence]
 
     def first_view_token(self, replica: int) -> int:
         """Number of the first token of a student's replica."""
         return self._view_starts[self._first[replica]]
 
+
+class Register:
+    """Where the hidden states of a step's sequences are found, which were read by several agendas.
+
+    Sequences and completion tokens are counted in the order of the student's replicas, as these train them: they may
+    have exchanged sequences since an agenda was made.
+    """
+
+    def __init__(self, seats: Seats, sequences: list[torch.Tensor], agendas: Sequence[Agenda]) -> None:
+        """`sequences` as of an `Agenda`, of the whole step."""
+        mine = [sequences[rank].cpu() for rank in seats.speakers]
+        self._first = _starts([len(part) for part in mine])
+        table = torch.cat(mine)
+        self._starts = _starts(table[:, 2].tolist())
+        self._scorers = torch.tensor(seats.scorers)
+        self._reader = torch.full((len(table),), -1, dtype=torch.int64)
+        self._shift = torch.zeros(len(table), dtype=torch.int64)  # from a number here to that of its agenda
+        number_of = {sequence: number for number, sequence in enumerate(table[:, 0].tolist())}
+        self._moves = []
+        for agenda in agendas:
+            numbers = torch.tensor([number_of[sequence] for sequence in agenda.ids], dtype=torch.int64)
+            shift = torch.tensor(agenda.completion_starts[:-1], dtype=torch.int64) - torch.tensor(self._starts)[numbers]
+            self._reader[numbers], self._shift[numbers] = agenda.reader, shift
+            self._moves.append((agenda.completion_starts, shift))
+        assert not len(table) or int(self._reader.min()) >= 0, "a sequence that no agenda had"
+
+    @property
+    def num_sequences(self) -> int:
+        """Of the whole batch."""
+        return len(self._reader)
+
+    def scorer_of(self, completion_tokens: torch.Tensor) -> torch.Tensor:
+        """The ranks that have the teacher's hidden states of completion tokens, by number [n].
+
+        A replica's tensor ranks all have them; they take turns, by the numbers of the agenda.
+        """
+        sequences = _which(completion_tokens, self._starts)
+        turns = (completion_tokens + self._shift[sequences]) % self._scorers.shape[1]
+        return self._scorers[self._reader[sequences], turns]
+
+    def renumbered(self, agenda: int, completion_tokens: torch.Tensor) -> torch.Tensor:
+        """Numbers here of completion tokens by their numbers in one of the agendas, [n]."""
+        starts, shift = self._moves[agenda]
+        return completion_tokens - shift[_which(completion_tokens, starts)]
+
     def first_completion_token(self, replica: int) -> int:
         """Number of the first completion token of a student's replica."""
-        return self._completion_starts[self._first[replica]]
+        return self._starts[self._first[replica]]
 
 
 def _shares(costs: list[int], count: int) -> list[list[int]]:
