@@ -159,16 +159,16 @@ def _watch(algorithm: Any, found: dict[str, Any]) -> None:
 
 def _watch_table(teacher: Any, found: dict[str, Any]) -> None:
     """Notes what a detached teacher's hidden states take before they travel."""
-    read = teacher._read
+    find = teacher._found
 
     def watched(*args: Any) -> Any:
-        logp_of, states_of = read(*args)
+        register, logp_of, states_of = find(*args)
         cells = [cell.cell_contents for cell in states_of.__closure__ or ()]
         tables = [cell for cell in cells if torch.is_tensor(cell) and cell.is_floating_point()]
         found["hidden states"] = _storages(tables)
-        return logp_of, states_of
+        return register, logp_of, states_of
 
-    teacher._read = watched
+    teacher._found = watched
 
 
 def _teacher_bytes(teacher: Any, own: set[int]) -> dict[str, int]:

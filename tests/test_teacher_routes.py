@@ -262,16 +262,13 @@ def test_only_records_whose_teacher_reads_it_need_a_solution(models, tmp_path):
     assert longer == [name in ("shown", "itself") for name in MIXED]
 
 
-@pytest.mark.parametrize("command", ["plan", "compare-precision"])
-def test_commands_for_one_teacher_say_so(command, load, models, tmp_path):
+def test_the_command_for_one_teacher_says_so(load, models, tmp_path):
     from renio_megatron.cli.compare_precision import compare_precision
-    from renio_megatron.cli.plan import plan
 
     whole = {"math": {"model": str(models / "teacher")}, "self": ROUTES["self"]}
     load(model=str(models / "student"), teacher={"routes": whole})
-    path = str(tmp_path / "recipe.yaml")
-    with pytest.raises(ConfigError, match=f"renio {command}.*teacher.routes"):
-        plan(path, [], world_size=None, memory_gib=None) if command == "plan" else compare_precision(path, [], None)
+    with pytest.raises(ConfigError, match=r"renio compare-precision.*teacher\.routes"):
+        compare_precision(str(tmp_path / "recipe.yaml"), [], None)
 
 
 def test_metrics_and_rollouts_carry_the_teachers_name(tmp_path):

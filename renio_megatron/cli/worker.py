@@ -19,6 +19,8 @@ from renio_megatron.errors import RenioError, RunStopped
 # other rank ends first, whoever started the ranks ends this one, and one message is printed instead of many.
 _PATIENCE = 1.0
 
+_STOPPED = 128 + signal.SIGTERM
+
 # What gloo says where a peer is gone, or has closed its connections after waiting too long for a third rank.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
 
@@ -41,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_rank(argv: Sequence[str]) -> NoReturn:
-    """Runs `main` and ends the process; a failed rank ends at once, without waiting for communicators to close."""
+    """Runs `main` and ends the process; a failed rank ends at once, without waiting for communicators to close.
+
+    Where all ranks end together, done or stopped, libraries may tidy up.
+    """
     from renio_megatron.cli.launch import end_with_parent, launcher, quiet_environment
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot end its ranks, which would train on
@@ -49,11 +54,11 @@ def run_rank(argv: Sequence[str]) -> NoReturn:
     quiet_environment()
     show_warnings()
     code = main(argv)
-    if code:
+    if code not in (0, _STOPPED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    raise SystemExit(0)
+    raise SystemExit(code)
 
 
 class _Console(logging.Handler):
@@ -108,7 +113,7 @@ def _guard(run: Callable[[], int | None]) -> int:
             print(stopped, flush=True)
             if path := os.environ.get("RENIO_STOP_FILE"):  # for a script that queues the run again
                 Path(path).touch()
-        return 128 + signal.SIGTERM
+        return _STOPPED
     except RenioError as error:
         if (seconds := _turn(rank, error)) is not None:
             time.sleep(seconds)
