@@ -322,6 +322,26 @@ def test_the_packing_benchmark_counts_the_tokens_of_both_kinds_of_rows():
     assert "71 tokens (+0.0%)" in packed
 
 
+def test_the_overlap_benchmark_measures_both_ways_of_reading():
+    command = "overlap.py --groups 2 --steps 1 --hidden 64 --layers 1"
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT / "benchmarks",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    deaf, hearing = (line.split() for line in done.stdout.splitlines()[2:])
+    assert " ".join(deaf[1:-3]) == "after the last was drawn"
+    assert " ".join(hearing[1:-3]) == "while the next is drawn"
+    for row in (deaf, hearing):
+        step, drawing, waiting = map(float, row[-3:])
+        assert step > drawing + waiting > 0
+
+
 def test_the_steps_of_random_models_are_steps_of_the_trainer(tmp_path):
     """Tokens are counted by hand, and the loss falls."""
     options = "--student tiny --teacher tiny --sequences 4 --prompt 8 --completion 8 --steps 3 --fp32"
