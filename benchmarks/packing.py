@@ -1,6 +1,6 @@
 """Packed rows against padded ones: tokens computed and seconds of a step, teacher's and student's passes and update.
 
-    python benchmarks/packing.py [--sequences 128] [--max-tokens 4096] [--steps 5]
+    python benchmarks/packing.py [--sequences 128] [--max-tokens 8192] [--steps 5]
 
 One process; prompts of uniformly drawn lengths (--skewed: log-uniform), completions of 24 tokens; the modular chain's
 student and teacher.
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--shortest", type=int, default=10)
     parser.add_argument("--longest", type=int, default=400)
     parser.add_argument("--skewed", action="store_true", help="log-uniform lengths: most prompts are short")
-    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
