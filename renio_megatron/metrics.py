@@ -61,7 +61,7 @@ METRICS: dict[str, Metric] = {
     "rollout/truncated_frac": Metric("1", "mean", "share of completions that were cut before their end token"),
     "time/step_s": Metric("s", "max", "whole step, on the first rank"),
     "time/rollout_s": Metric("s", "max", "sampling of the completions, on the first rank"),
-    "time/teacher_s": Metric("s", "max", "scoring by the teacher, on the first rank"),
+    "time/teacher_s": Metric("s", "max", "scoring by the teacher after all are drawn, on the first rank"),
     "time/train_s": Metric("s", "max", "forward, backward and optimiser, on the first rank"),
     "teacher/*/sequences_frac": Metric(
         "1", "mean", "of several teachers: share of the step's sequences that it scored"
