@@ -146,7 +146,7 @@ def run_killed(recipe: Path, run: Path, log: Path, kinds: list[str], num_steps: 
     for number, kind in enumerate(kinds):
         job = Job(recipe, run, log)
         goal = num_steps * number // len(kinds) - draw.choice((0, 1, 2))
-        if not _wait_for_moment(job, kind, goal, draw):
+        if not _wait_for_moment(job, kind, goal, min(goal + 3, num_steps - 2), draw):
             job.kill()
             problems.append(f"kill {number + 1}: the run had ended with exit code {job.process.returncode}; see {log}")
             break
@@ -170,17 +170,23 @@ def run_killed(recipe: Path, run: Path, log: Path, kinds: list[str], num_steps: 
     return problems
 
 
-def _wait_for_moment(job: Job, kind: str, goal: int, draw: random.Random) -> bool:
-    """Waits for a moment that a kill of this kind may come at; False where the command ended before."""
+def _wait_for_moment(job: Job, kind: str, goal: int, most: int, draw: random.Random) -> bool:
+    """Waits for a moment that a kill of this kind may come at; False where the command ended before.
+
+    It comes when step `most` is done at the latest: a quick machine must leave steps for the kills that follow.
+    """
+
+    def pause(seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        return job.wait_until(lambda: time.monotonic() > end or job.last_step() >= most)
+
     if kind == "anywhere" and draw.random() < 0.25:
-        end = time.monotonic() + draw.uniform(0.0, 12.0)
-        return job.wait_until(lambda: time.monotonic() > end)
+        return pause(draw.uniform(0.0, 12.0))
     arrived = job.wait_until(lambda: job.last_step() >= max(goal, 0))
     if kind == "inside save" and arrived:
         part = draw.choice(("common.pt", ".distcp", ".metadata", "metadata.json"))
         return job.wait_until(lambda: any(name.endswith(part) for name in job.being_written()))
-    time.sleep(draw.uniform(0.0, 0.5))
-    return arrived and job.process.poll() is None
+    return arrived and pause(draw.uniform(0.0, 0.5))
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
