@@ -293,21 +293,10 @@ def test_the_command_writes_a_table_a_json_file_and_a_picture(tmp_path, capsys, 
     assert printed.count("ours, overwriting") > 2 and "not measured" in printed
 
 
-@pytest.mark.slow
-def test_the_command_as_a_program(tmp_path):
-    command = [sys.executable, "benchmarks/loss.py", *SMALL, "--divergences", "1:none", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    check_files(tmp_path)
-    assert "Collectives of one rank of two" in done.stdout
-
-
-def test_the_packing_benchmark_counts_the_tokens_of_both_kinds_of_rows():
-    """2 prompts of 5 and 20 tokens, completions of 24 (the last is not computed): 28 + 43 tokens, padded 2 x 43."""
-    command = "packing.py --sequences 2 --shortest 5 --longest 20 --max-tokens 64 --steps 1"
+def run_program(command: str, *more: str) -> str:
+    """What a benchmark prints; `more` are words that may hold spaces."""
     done = subprocess.run(
-        [sys.executable, *command.split()],
+        [sys.executable, *command.split(), *more],
         cwd=ROOT / "benchmarks",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -316,25 +305,29 @@ def test_the_packing_benchmark_counts_the_tokens_of_both_kinds_of_rows():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    title, padded, packed = done.stdout.splitlines()
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_as_a_program(tmp_path):
+    printed = run_program("loss.py", *SMALL, "--divergences", "1:none", "--out", str(tmp_path))
+    check_files(tmp_path)
+    assert "Collectives of one rank of two" in printed
+
+
+def test_the_packing_benchmark_counts_the_tokens_of_both_kinds_of_rows():
+    """2 prompts of 5 and 20 tokens, completions of 24 (the last is not computed): 28 + 43 tokens, padded 2 x 43."""
+    printed = run_program("packing.py --sequences 2 --shortest 5 --longest 20 --max-tokens 64 --steps 1")
+    title, padded, packed = printed.splitlines()
     assert title.endswith("71 tokens exist")
     assert "86 tokens (+21.1%)" in padded
     assert "71 tokens (+0.0%)" in packed
 
 
+@pytest.mark.slow
 def test_the_overlap_benchmark_measures_both_ways_of_reading():
-    command = "overlap.py --groups 2 --steps 1 --hidden 64 --layers 1"
-    done = subprocess.run(
-        [sys.executable, *command.split()],
-        cwd=ROOT / "benchmarks",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    deaf, hearing = (line.split() for line in done.stdout.splitlines()[2:])
+    printed = run_program("overlap.py --groups 2 --steps 1 --hidden 64 --layers 1")
+    deaf, hearing = (line.split() for line in printed.splitlines()[2:])
     assert " ".join(deaf[1:-3]) == "after the last was drawn"
     assert " ".join(hearing[1:-3]) == "while the next is drawn"
     for row in (deaf, hearing):
@@ -345,18 +338,7 @@ def test_the_overlap_benchmark_measures_both_ways_of_reading():
 def test_the_steps_of_random_models_are_steps_of_the_trainer(tmp_path):
     """Tokens are counted by hand, and the loss falls."""
     options = "--student tiny --teacher tiny --sequences 4 --prompt 8 --completion 8 --steps 3 --fp32"
-    command = ["step.py", *options.split(), "--out", str(tmp_path / "step.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT / "benchmarks",
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_program(f"step.py {options} --out", str(tmp_path / "step.json"))
     figures = json.loads((tmp_path / "step.json").read_text())
     assert {name: phase["tokens"] for name, phase in figures["phases"].items()} == {
         "rollout": 4 * 8,
