@@ -20,6 +20,7 @@ from renio_megatron.files import as_others_are
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.checkpoint import load_model_weights
 from renio_megatron.megatron.hf import hf_state
+from renio_megatron.megatron.hf_files import description_files
 from renio_megatron.megatron.model import build_model
 from renio_megatron.megatron.peft_files import adapter_state, merged, write_adapter
 from renio_megatron.megatron.pretrained import fingerprint, load_pretrained
@@ -95,7 +96,8 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if is_whole:
-            _copy_description(source, partial)
+            for path in description_files(source):
+                shutil.copyfile(path, partial / path.name)
             _write_weights(_lossless(state, partial / "config.json"), partial)
         else:
             write_adapter(state, lora, source.resolve(), partial)
@@ -139,13 +141,6 @@ def _checkpoint(root: Path, step: int | None) -> Path:
     if not directory.is_dir():
         raise CheckpointError(f"there is no checkpoint of step {step} in {root}; there are {steps(root)}.")
     return directory
-
-
-def _copy_description(source: Path, destination: Path) -> None:
-    """Everything but weights: config, generation config, tokenizer, chat template."""
-    for path in sorted(source.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, destination / path.name)
 
 
 def _lossless(state: dict[str, torch.Tensor], config_path: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from renio_megatron.config import RunConfig, SftConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled
 from renio_megatron.inputs import Inputs
+from renio_megatron.megatron.hf_files import description_files
 from renio_megatron.teacher_routes import setting_of, single_teachers
 
 _BLOCKS = 16  # of a file of weights; what is edited, trained or quantised differs nearly everywhere
@@ -56,11 +57,10 @@ def _digest(parts: Iterator[bytes]) -> str:
 
 
 def _descriptions(directory: Path) -> Iterator[bytes]:
-    """What is beside a model's weights: config, tokenizer, chat template."""
-    for file in sorted(directory.iterdir()):
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json"):
-            yield file.name.encode()
-            yield file.read_bytes()
+    """What is beside a model's weights."""
+    for file in description_files(directory):
+        yield file.name.encode()
+        yield file.read_bytes()
 
 
 def _weights(directory: Path) -> Iterator[bytes]:

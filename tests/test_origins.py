@@ -14,7 +14,7 @@ from renio_megatron.assets import model_directory
 from renio_megatron.build import read_inputs
 from renio_megatron.config import RunConfig, load_recipe
 from renio_megatron.errors import CheckpointError, ConfigError
-from renio_megatron.origins import origins
+from renio_megatron.origins import _digest, _files, origins
 from renio_megatron.rundir import RunDirectory
 
 ROWS = [{"problem": f"^{a}+1=", "solution": f"{a + 1}", "answer": f"{a + 1}"} for a in range(1, 8)]
@@ -108,6 +108,11 @@ def test_a_file_of_any_size_and_a_directory_are_read(folder, monkeypatch):
     assert sampled["data.path"] != before["data.path"]
     _one_answer(folder / "train.jsonl")
     assert found(folder)["data.path"] != sampled["data.path"]
+    (folder / "data" / "train").mkdir(parents=True)  # as datasets.save_to_disk writes it
+    (folder / "data" / "train" / "rows.arrow").write_bytes(b"1")
+    whole = _digest(_files(folder / "data"))
+    (folder / "data" / "train" / "rows.arrow").write_bytes(b"2")
+    assert _digest(_files(folder / "data")) != whole
 
 
 def test_a_run_directory_refuses_other_files_once_there_is_a_checkpoint(folder):

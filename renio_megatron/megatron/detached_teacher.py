@@ -136,8 +136,7 @@ class DetachedTeacher:
             rollouts: some of this student rank's; every rank calls it equally often.
         """
         if self._bridge is not None:
-            self._bridge.call()
-            self._read(Agenda(self._seats, self._announce(_GROUP, rollouts)[1]), rollouts)
+            self._read(self._ask(_GROUP, rollouts), rollouts)
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
         """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
@@ -152,12 +151,8 @@ class DetachedTeacher:
         student = self._student
         assert student is not None
         if not self._heard:
-            if self._bridge is not None:
-                self._bridge.call()
-            self._read(Agenda(self._seats, self._announce(_GROUP, rollouts)[1]), rollouts)
-        if self._bridge is not None:
-            self._bridge.call()
-        register, logp_of, states_of = self._found(self._announce(_ALL, rollouts)[1])
+            self._read(self._ask(_GROUP, rollouts), rollouts)
+        register, logp_of, states_of = self._found(self._ask(_ALL, rollouts))
         if not register.num_sequences:  # one of several teachers, of whose sequences there are none in this step
             return TeacherScores(torch.zeros(0, device=self._device), [], sent_bytes=0)
         batches = list(student_batches) if student.pipeline.is_last else []
@@ -194,7 +189,7 @@ class DetachedTeacher:
             wish, sequences = self._announce(_END, [])
             if wish != _GROUP:
                 break
-            self._read(Agenda(self._seats, sequences), [])
+            self._read(sequences, [])
         if wish == _END:
             return False
         register, logp_of, states_of = self._found(sequences)
@@ -212,8 +207,13 @@ class DetachedTeacher:
     def close(self) -> None:
         """Lets ranks that only score go; on every rank of the student."""
         if self._bridge is not None:
+            self._ask(_END, [])
+
+    def _ask(self, wish: int, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        """The student's side of `_announce`: wakes ranks that only score, where there are such ranks."""
+        if self._bridge is not None:
             self._bridge.call()
-            self._announce(_END, [])
+        return self._announce(wish, rollouts)[1]
 
     def _announce(self, wish: int, rollouts: Sequence[Rollout]) -> tuple[int, list[torch.Tensor]]:
         """(what the speakers want, every rank's sequences as of an `Agenda`); only speakers say any."""
@@ -223,9 +223,9 @@ class DetachedTeacher:
         said = gather_rows(table.reshape(-1, 3), self._seats.axis)
         return int(said[self._seats.speakers[0]][0, 0]), [rows[1:] for rows in said]
 
-    def _read(self, agenda: Agenda, rollouts: Sequence[Rollout]) -> None:
-        """The teacher's pass over its share of an agenda's sequences, whose results wait until `_found`."""
-        reader = self._reader
+    def _read(self, sequences: list[torch.Tensor], rollouts: Sequence[Rollout]) -> None:
+        """The teacher's pass over its share of sequences; these rollouts are here. Results wait for `_found`."""
+        reader, agenda = self._reader, Agenda(self._seats, sequences)
         self._heard.append(heard := _Heard(agenda))
         share = [] if reader is None else agenda.shares[reader.part.layout.data.rank]
         if not agenda.ids:

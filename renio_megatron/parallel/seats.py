@@ -61,9 +61,7 @@ class Agenda:
     def __init__(self, seats: Seats, sequences: list[torch.Tensor]) -> None:
         """`sequences` of every rank, [n, 3]: id, prompt and completion tokens; the speakers' alone have rows."""
         self._seats = seats
-        mine = [sequences[rank].cpu() for rank in seats.speakers]
-        self._first = _starts([len(part) for part in mine])
-        table = torch.cat(mine)
+        table, self._first = _table(seats, sequences)
         self.ids: list[int] = table[:, 0].tolist()
         self._lengths = [(prompt, completion) for prompt, completion in table[:, 1:].tolist()]
         costs = table[:, 1:].sum(1).tolist()
@@ -106,9 +104,7 @@ class Register:
 
     def __init__(self, seats: Seats, sequences: list[torch.Tensor], agendas: Sequence[Agenda]) -> None:
         """`sequences` as of an `Agenda`, of the whole step."""
-        mine = [sequences[rank].cpu() for rank in seats.speakers]
-        self._first = _starts([len(part) for part in mine])
-        table = torch.cat(mine)
+        table, self._first = _table(seats, sequences)
         self._starts = _starts(table[:, 2].tolist())
         self._scorers = torch.tensor(seats.scorers)
         self._reader = torch.full((len(table),), -1, dtype=torch.int64)
@@ -144,6 +140,12 @@ class Register:
     def first_completion_token(self, replica: int) -> int:
         """Number of the first completion token of a student's replica."""
         return self._starts[self._first[replica]]
+
+
+def _table(seats: Seats, sequences: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """(the sequences of all of the student's replicas [n, 3], number of each replica's first one)."""
+    mine = [sequences[rank].cpu() for rank in seats.speakers]
+    return torch.cat(mine), _starts([len(part) for part in mine])
 
 
 def _shares(costs: list[int], count: int) -> list[list[int]]:

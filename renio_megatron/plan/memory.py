@@ -68,12 +68,14 @@ class _Teaching:
         config: the run with this teacher alone.
         model: the teacher.
         work: what a step asks, where all sequences are this teacher's.
+        readers: ranks that hold the teacher.
         places: the pipeline ranks of student and teacher on each rank of the job; None where it has no part of a model.
     """
 
     config: RunConfig
     model: PlannedModel
     work: Workload
+    readers: int
     places: list[tuple[int | None, int | None]]
 
 
@@ -104,9 +106,9 @@ def plan_memory(
     for name in dict.fromkeys(same_weights(config).values()):
         one = singles[name]
         ranks = world_size if one.teacher.ranks == "dedicated" else trainers
-        here = stages_of_ranks(one, ranks)
-        here += [(None, None)] * (world_size - ranks)
-        teaching.append(_Teaching(one, teachers[name], workload(one, ranks, fused_norm=fused_norm), here))
+        here = stages_of_ranks(one, ranks) + [(None, None)] * (world_size - ranks)
+        work = workload(one, ranks, fused_norm=fused_norm)
+        teaching.append(_Teaching(one, teachers[name], work, ranks_of(one, ranks)[1], here))
 
     def student_part(stage: int) -> PlannedPart:
         return PlannedPart(student, config.parallel, vocab_size, element, trainers, stage, chunks)
@@ -114,9 +116,8 @@ def plan_memory(
     def teacher_part(one: _Teaching, stage: int | None) -> PlannedPart | None:
         if stage is None:
             return None
-        readers = ranks_of(one.config, world_size if one.config.teacher.ranks == "dedicated" else trainers)[1]
-        element = teacher_element(one.config)
-        return PlannedPart(one.model, teacher_layout(one.config), vocab_size, element, readers, stage)
+        layout, element = teacher_layout(one.config), teacher_element(one.config)
+        return PlannedPart(one.model, layout, vocab_size, element, one.readers, stage)
 
     found = []
     for places in dict.fromkeys(zip(*(one.places for one in teaching), strict=True)):

@@ -128,7 +128,7 @@ class TrainConfig:
         for name, beta in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
             if not 0 <= beta < 1:
                 raise ConfigError(f"train.{name} must lie in [0, 1); got {beta}.")
-        for name in ("lr", "min_lr", "weight_decay", "clip_grad"):
+        for name in ("min_lr", "weight_decay", "clip_grad"):  # lr is above 0
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"train.{name} must be a number of at least 0; got {getattr(self, name)}.")
         if not 0 <= self.lr_warmup_iters < self.train_iters:
