@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,10 +38,11 @@ def on_scoring_ranks(
     from renio_megatron.megatron.start import start, stop
 
     found: dict[str, Any] = {}
-    port, world_size = int(os.environ["MASTER_PORT"]), dist.get_world_size()
+    port, world_size, ports = os.environ["MASTER_PORT"], dist.get_world_size(), _free_ports(len(runs))
+    dist.broadcast_object_list(ports, src=0)
     dist.destroy_process_group()
-    for number, (name, config) in enumerate(runs.items()):
-        os.environ["MASTER_PORT"] = str(port + number)
+    for own_port, (name, config) in zip(ports, runs.items(), strict=True):
+        os.environ["MASTER_PORT"] = str(own_port)
         layout = start(
             config.parallel,
             seed=config.train.seed,
@@ -50,9 +54,21 @@ def on_scoring_ranks(
         else:
             found[name] = train(config)
         stop()
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ["MASTER_PORT"] = port
     store = dist.FileStore(str(folder / f"after {', '.join(runs)}"[:200]), world_size)
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=world_size)
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at; below those from which the system serves whoever connects to somewhere."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(16000, 32000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            break
     return found
 
 
