@@ -22,7 +22,8 @@ DTYPES = {
     "bf16, teacher fp32": (torch.bfloat16, torch.float32),
     "fp32, teacher bf16": (torch.float32, torch.bfloat16),
 }
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+"""Without a GPU and without the interpreter the cases run through PyTorch's passes."""
 
 
 def problem(seed, *, rows=5, width=75, sequences=3, spread=1.5, dtypes=DTYPES["fp32"]):

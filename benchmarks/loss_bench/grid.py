@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,7 @@ class Bench:
     copy_rate: float = 0.0
     rows: list[Row] = field(default_factory=list)
     left_out: int = 0
+    schemes: Sequence[Scheme] = field(default_factory=lambda: SCHEMES)
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.device)
@@ -88,20 +89,28 @@ class Bench:
 
     def cell(self, cell: Cell) -> list[Row]:
         """The rows of one cell, one for each scheme of its kind; also added to `rows`."""
-        schemes = [scheme for scheme in SCHEMES if scheme.kind == cell.kind]
-        measure.free(self.device)
         if time.monotonic() > self.deadline:
             self.left_out += 1
             return []
+        return list(self.rows_of(cell))
+
+    def rows_of(self, cell: Cell, is_wanted: Callable[[Scheme], bool] = lambda scheme: True) -> Iterator[Row]:
+        """The same one by one, as they are measured; only of schemes that are wanted."""
+        schemes = [scheme for scheme in self.schemes if scheme.kind == cell.kind and is_wanted(scheme)]
+        measure.free(self.device)
         try:
-            problem = make_problem(cell, self.device)
+            problem = make_problem(cell, self.device) if schemes else None
         except torch.cuda.OutOfMemoryError:
-            found = [_row(cell, scheme, "OOM") for scheme in schemes]
-        else:
+            problem = None
+        exact = gemm = None
+        if problem is not None:
             exact, gemm = Exact(problem), self._bare_gemms(problem)
-            found = [self.scheme(scheme, problem, exact, gemm) for scheme in schemes]
-        self.rows += found
-        return found
+        for scheme in schemes:
+            row = _row(cell, scheme, "OOM")
+            if problem is not None and exact is not None:
+                row = self.scheme(scheme, problem, exact, gemm)
+            self.rows.append(row)
+            yield row
 
     def _bare_gemms(self, problem: Problem) -> tuple[float, float] | None:
         """`measure.bare_gemms`; None without heads, or where one buffer for all logits does not fit."""

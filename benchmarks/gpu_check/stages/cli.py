@@ -1,0 +1,90 @@
+"""The product as a person runs it: a first step beside the same on the CPU, and `renio train`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+
+from gpu_check.program import output_of
+from gpu_check.record import Record
+from gpu_check.unit import Setting, Unit, require
+
+LIMITS = {
+    "fp32": {"loss": 1e-3, "grad_norm": 1e-3, "weights": 1e-3},
+    "bf16": {"loss": 5e-2, "grad_norm": 5e-2, "weights": 0.2},
+}
+"""Relative difference from the CPU's fp32: of fp32 the bound of the reference layouts with room for another device's
+sums, of bf16 what docs/layouts.md grants it. A token near the threshold may change sides in bf16, and moves its
+sequence's mean of a few pivotal tokens by tenths of a nat."""
+
+
+def units(setting: Setting) -> list[Unit]:
+    """First what is compared, then what is run."""
+    dtypes = (True,) if setting.toy else (True, False)
+    return [
+        *(Unit(f"first step, {model}", partial(first_step, model=model)) for model in ("modchain", "smollm2")),
+        *(Unit(f"renio train, {'bf16' if bf16 else 'fp32'}", partial(train, bf16=bf16)) for bf16 in dtypes),
+    ]
+
+
+def first_step(record: Record, setting: Setting, model: str) -> None:
+    """Loss, gradient norm, weights and log-probabilities on committed rollouts, against the CPU's in fp32."""
+    command = [sys.executable, "-m", "gpu_check.scores", model, *(["--toy"] if setting.toy else [])]
+    with ThreadPoolExecutor() as together:
+        found = [together.submit(output_of, setting, command, **env) for env in ({}, {"CUDA_VISIBLE_DEVICES": ""})]
+    here, there = (json.loads(one.result().splitlines()[-1]) for one in found)
+    truth = there["fp32"]
+    assert truth["device"] == "cpu"
+    wrong = []
+    for dtype, limits in LIMITS.items():
+        for device, found in ((setting.device.type, here[dtype]), ("CPU alone", there[dtype])):
+            if device == "CPU alone" and dtype == "fp32":
+                continue
+            for name, limit in limits.items():
+                label = f"{model}, {dtype} on {device}, {name}, relative difference"
+                try:
+                    require(record, label, _relative(found[name], truth[name]), limit)
+                except Exception as error:  # the other comparisons still say something
+                    wrong.append(str(error))
+            for name in ("student_logp", "teacher_logp"):
+                difference = torch.tensor(found[name]).double() - torch.tensor(truth[name]).double()
+                label = f"{model}, {dtype} on {device}, {name}, RMS difference"
+                record.add(label, float(difference.square().mean().sqrt()), "nats")
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
+def _relative(found: Any, truth: Any) -> float:
+    """The largest difference over the largest value."""
+    found, truth = torch.tensor(found).double(), torch.tensor(truth).double()
+    return float((found - truth).abs().max() / truth.abs().max())
+
+
+def train(record: Record, setting: Setting, bf16: bool) -> None:
+    """`renio train` on the modular chain: what it reaches and what a step takes."""
+    name = f"renio train, {'bf16' if bf16 else 'fp32'}"
+    steps, samples = (2, 16) if setting.toy else (20, 512)
+    folder = setting.folder / f"modchain-{'bf16' if bf16 else 'fp32'}"
+    settings = (
+        "parallel.tensor_model_parallel_size=1", f"train.bf16={str(bf16).lower()}", f"train.train_iters={steps}",
+        f"evaluate.every={steps}", f"evaluate.samples={samples}", f"checkpoint.save_interval={steps}",
+        f"output_dir={folder.resolve()}",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "renio_megatron.cli.main", "train", "examples/modchain.yaml", *settings]
+    said = output_of(setting, command)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [row["eval/accuracy_greedy"] for row in rows if "eval/accuracy_greedy" in row]
+    record.add(f"{name}, greedy accuracy before", accuracy[0], "1", said=said.splitlines()[:12])
+    record.add(f"{name}, greedy accuracy after {steps} steps", accuracy[-1], "1")
+    times = [row["time/step_s"] for row in rows if "time/step_s" in row]
+    record.add(f"{name}, first step", times[0], "s")
+    record.add(f"{name}, a step", statistics.median(times[1:]), "s")
+    for phase in ("rollout", "teacher", "train"):
+        found = [row[f"time/{phase}_s"] for row in rows if f"time/{phase}_s" in row]
+        record.add(f"{name}, {phase}", statistics.median(found[1:]), "s")
