@@ -126,7 +126,7 @@ def random_model(part: ModelPart, seed: int) -> ModelPart:
 
 
 def cast_roles(options: argparse.Namespace, layout: Layout, peaks: dict[str, float]) -> Distillation:
-    """The trainer's step over two random models."""
+    """The trainer's step over two random models, its kernels tuned."""
     parallel, head, weighting = ParallelConfig(), HeadConfig(), WeightingConfig()
     bf16 = not options.fp32
     train = TrainConfig(
@@ -144,7 +144,7 @@ def cast_roles(options: argparse.Namespace, layout: Layout, peaks: dict[str, flo
     learner = MegatronLearner(random_model(part, 1), train, parallel, head, temperature=1.0, pad_id=0)
     scorer = MegatronTeacher(TeacherWeights(random_model(teacher_part, 2)), train, head, temperature=1.0, pad_id=0)
     sampler = MegatronSampler(part, seed=1, temperature=1.0, stop_ids=(), pad_id=0)
-    return Distillation(
+    distillation = Distillation(
         Watched(sampler, layout, peaks, "rollout"),
         Watched(scorer, layout, peaks, "teacher"),
         Watched(learner, layout, peaks, "train"),
@@ -156,6 +156,8 @@ def cast_roles(options: argparse.Namespace, layout: Layout, peaks: dict[str, flo
         recompute_student_scores=False,
         lr_at=lambda step: 1e-5,
     )
+    distillation.tune(options.max_tokens, say=print)
+    return distillation
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
