@@ -25,7 +25,15 @@ from renio_megatron.data.prompts import (
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
-from renio_megatron.inputs import Inputs, TeacherInputs, check_embedding, read_teachers, teacher_views, weights_of
+from renio_megatron.inputs import (
+    Inputs,
+    TeacherInputs,
+    check_embedding,
+    most_completion_tokens,
+    read_teachers,
+    teacher_views,
+    weights_of,
+)
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
@@ -122,7 +130,7 @@ def build_trainer(
         checkpoints: where they go.
         observers: told of every step's metrics.
         rollout_observers: told of every step's rollouts of this rank and of their weights.
-        say: takes the progress lines of weights that take long to load.
+        say: takes the progress lines of weights that take long to load, and a line about kernels that were tuned.
     """
     from renio_megatron.megatron.checkpoint import MegatronKeeper
     from renio_megatron.megatron.pretrained import fingerprint
@@ -137,6 +145,7 @@ def build_trainer(
         averages = teacher.averages
     else:
         algorithm, averages = Sft(learner, layout=layout, lr_at=lr_at), ()
+    algorithm.tune(most_completion_tokens(config, inputs), say)
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,

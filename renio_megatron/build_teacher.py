@@ -9,11 +9,12 @@ from typing import Any
 
 from renio_megatron.algorithms.routing import RoutedTeachers
 from renio_megatron.config import RunConfig
-from renio_megatron.inputs import Inputs, TeacherInputs
+from renio_megatron.inputs import Inputs, TeacherInputs, most_completion_tokens
 from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_parallel
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.settings import ParallelConfig, TrainConfig
 from renio_megatron.teacher_routes import ONLY, same_weights, single_teachers
+from renio_megatron.tune import tuning_reported
 
 
 def build_teacher(
@@ -68,11 +69,15 @@ def build_scorers(
 ) -> list[Any]:
     """The `DetachedTeacher`s of a rank that only scores, in the order in which they are asked."""
     teachers, same = single_teachers(config), same_weights(config)
-    return [
+    built = [
         _detached_teacher(teachers[name], inputs, name, layout, None, say)
         for name in dict.fromkeys(same.values())
         if num_scorers(config.parallel, teachers[name].teacher)
     ]
+    with tuning_reported(layout.device):
+        for teacher in built:
+            teacher.tune(most_completion_tokens(config, inputs))
+    return built
 
 
 def _detached_teacher(

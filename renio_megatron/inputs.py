@@ -9,7 +9,7 @@ from typing import Any
 
 from renio_megatron.assets import model_directory
 from renio_megatron.checkpoint_files import find_pretrained
-from renio_megatron.config import RunConfig
+from renio_megatron.config import RunConfig, SftConfig
 from renio_megatron.data.chat import View, check_chat, teacher_view
 from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load_tokenizer
 from renio_megatron.errors import ConfigError
@@ -62,6 +62,16 @@ class Inputs:
     eval_grader: Callable[[Rollout], bool | None] | None
     stop_ids: tuple[int, ...]
     pad_id: int
+
+
+def most_completion_tokens(config: RunConfig | SftConfig, inputs: Inputs) -> int:
+    """Completion tokens that no micro-batch exceeds, of either model: a packed row's, or those of sequences as long as
+    they may be."""
+    if config.train.max_tokens_per_micro_batch is not None:
+        return config.train.max_tokens_per_micro_batch
+    given = inputs.architecture.max_sequence_length
+    longest = config.rollout.max_completion_length if isinstance(config, RunConfig) else given
+    return config.train.micro_batch_size * longest
 
 
 def weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:

@@ -13,6 +13,7 @@ import torch
 
 from renio_megatron.metrics import Tally
 from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.settings import LossConfig
 
 
 class Sampler(Protocol):
@@ -62,6 +63,10 @@ class Teacher(Protocol):
         """Told after each of the student's steps, which a teacher may follow; `skipped` where it was left out."""
         ...
 
+    def tune(self, num_tokens: int) -> None:
+        """Tunes the kernels of `score`, for micro-batches of at most `num_tokens` completion tokens."""
+        ...
+
 
 class StepLoss(Protocol):
     """The loss of one micro-batch; called where the student's LM head is."""
@@ -92,6 +97,11 @@ class Learner(Protocol):
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
         """One optimiser step; returns the step's loss metrics, equal on every rank."""
+        ...
+
+    def tune(self, num_tokens: int, loss: LossConfig | None, *, scores: bool = False) -> None:
+        """Tunes the kernels of `update` with this loss (None: cross-entropy), and with `scores` of `score`, for
+        micro-batches of at most `num_tokens` completion tokens."""
         ...
 
 

@@ -25,6 +25,7 @@ FLOORS = (
         "loss",
         "token_logp",
         "linear_loss",
+        "tune",
         "learning_rate",
         "data",
         "tasks",

@@ -196,6 +196,9 @@ class Step:
             recompute_student_scores=False,
             lr_at=lambda step: lr,
         )
+        began = time.perf_counter()
+        self._distillation.tune(work.max_tokens)
+        self.tuning_seconds = time.perf_counter() - began
 
     @staticmethod
     def decoding(completion: int) -> Decoding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from renio_megatron.records import Prompt
@@ -10,6 +10,10 @@ from renio_megatron.records import Prompt
 
 class Algorithm(Protocol):
     """What the trainer repeats."""
+
+    def tune(self, num_tokens: int, say: Callable[[str], None] | None = None) -> None:
+        """Tunes the kernels of the steps to come, for micro-batches of at most `num_tokens` completion tokens."""
+        ...
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimiser step on this rank's prompts; metrics, equal on every rank.

@@ -23,6 +23,7 @@ from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout
 from renio_megatron.roles import Learner, Sampler, StepLoss, Teacher
 from renio_megatron.scores import SampleWeights, applied_cap, sample_weights
 from renio_megatron.settings import HeadConfig, LossConfig, WeightingConfig
+from renio_megatron.tune import tuning_reported
 
 
 class Distillation:
@@ -69,6 +70,19 @@ class Distillation:
         self._recompute, self._lr_at, self._grader = recompute_student_scores, lr_at, grader
         self._is_balanced, self._on_rollouts = is_balanced, on_rollouts
         self._weighting_state: torch.Tensor | None = None
+
+    def tune(self, num_tokens: int, say: Callable[[str], None] | None = None) -> None:
+        """Tunes the kernels of the steps to come, on a GPU. No collectives.
+
+        The few rows of `renio/pivot_gradient_frac` are never timed.
+
+        Args:
+            num_tokens: the most completion tokens that a micro-batch can have.
+            say: takes a line about it; None: the log does.
+        """
+        with tuning_reported(self._layout.device, say):
+            self.teacher.tune(num_tokens)
+            self.learner.tune(num_tokens, self._loss, scores=self._recompute)
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimiser step on this rank's prompts."""

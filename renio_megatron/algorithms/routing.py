@@ -103,6 +103,11 @@ class RoutedTeachers:
         for teacher in self._teachers.values():
             teacher.after_update(skipped=skipped)
 
+    def tune(self, num_tokens: int) -> None:
+        """Tunes every teacher's kernels."""
+        for teacher in self._teachers.values():
+            teacher.tune(num_tokens)
+
     def close(self) -> None:
         """Lets every teacher go."""
         for teacher in self._teachers.values():

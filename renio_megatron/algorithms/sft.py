@@ -14,6 +14,7 @@ from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import LmHead, MicroBatch, Prompt, Rollout
 from renio_megatron.roles import Learner
 from renio_megatron.token_logp import cross_entropy
+from renio_megatron.tune import tuning_reported
 
 
 class Sft:
@@ -22,6 +23,11 @@ class Sft:
     def __init__(self, learner: Learner, *, layout: Layout, lr_at: Callable[[int], float]) -> None:
         """`layout` is this rank's place, `lr_at` gives a step's learning rate."""
         self.learner, self._layout, self._lr_at = learner, layout, lr_at
+
+    def tune(self, num_tokens: int, say: Callable[[str], None] | None = None) -> None:
+        """Tunes the kernels of the steps to come; as `Distillation.tune`."""
+        with tuning_reported(self._layout.device, say):
+            self.learner.tune(num_tokens, None)
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimiser step on this rank's prompts."""

@@ -29,6 +29,7 @@ __all__ = [
     "statistics",
     "sums_and_gradient",
     "token_statistics",
+    "tunes",
     "weighted_gradient",
     "working_dtype",
 ]
@@ -67,6 +68,16 @@ def _implementation(arguments: tuple[Any, ...]) -> ModuleType:
     if why is not None and wanted:
         raise ConfigError(f"RENIO_KERNELS=triton, but the kernels cannot run: {why}. Unset it, or set it to torch.")
     return torch_ops if triton_ops is None or why is not None else triton_ops
+
+
+def tunes(device: torch.device) -> bool:
+    """Whether functions here time their kernels at their first large calls on `device`.
+
+    >>> tunes(torch.device("cpu"))
+    False
+    """
+    is_wanted = device.type == "cuda" and os.environ.get("RENIO_KERNELS") != "torch"
+    return is_wanted and not torch.are_deterministic_algorithms_enabled() and _triton_ops() is not None
 
 
 @functools.cache

@@ -178,7 +178,8 @@ def weighted_gradient(
     def trial(cut: Cut, rows: int) -> torch.Tensor:
         return run(cut, rows, out.new_empty(rows, width))
 
-    key = ("weighted_gradient", form, entry_clip is None, student_logits.dtype, teacher_logits.dtype, width)
+    dtypes = (student_logits.dtype, teacher_logits.dtype, out.dtype)
+    key = ("weighted_gradient", form, entry_clip is None, *dtypes, width)
     return run(choose_cut(key, rows, width, student_logits.device, trial), rows, out)
 
 

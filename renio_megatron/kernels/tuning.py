@@ -49,7 +49,8 @@ def choose_cut(key: Hashable, rows: int, width: int, device: torch.device, trial
     under `torch.use_deterministic_algorithms` (another cut sums in another order) and inside a CUDA graph.
 
     Args:
-        key: what the speed depends on: kernel, variant, dtypes, width.
+        key: what the speed depends on: kernel, variant, dtypes, width. `tune` asks for a run's keys before its first
+            step.
         rows, width: of the call, [rows, width] entries.
         trial: runs the kernel with a cut on so many of the rows; nothing but its time is used.
     """
@@ -65,6 +66,16 @@ def choose_cut(key: Hashable, rows: int, width: int, device: torch.device, trial
         _fastest[key] = min(OFFERED, key=lambda cut: _milliseconds(functools.partial(trial, cut, few)))
         _log.debug("%s runs as %s", key, _fastest[key])
     return _fastest[key]
+
+
+def num_tuned() -> int:
+    """How many keys have a fastest cut, on all devices."""
+    return len(_fastest)
+
+
+def give_back_memory() -> None:
+    """Returns what trials took of a device's memory, which torch keeps for later otherwise."""
+    torch.cuda.empty_cache()
 
 
 def _milliseconds(run: Callable[[], object]) -> float:

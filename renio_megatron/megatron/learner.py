@@ -28,8 +28,9 @@ from renio_megatron.metrics import Tally
 from renio_megatron.parallel.batch import reduce_tally, sum_pieces
 from renio_megatron.records import MicroBatch, Rollout
 from renio_megatron.roles import StepLoss
-from renio_megatron.settings import HeadConfig, ParallelConfig, TrainConfig
+from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
+from renio_megatron.tune import tune_cross_entropy, tune_loss, tune_scores
 
 _DEFAULT_HEAD = HeadConfig()
 
@@ -134,6 +135,21 @@ class MegatronLearner:
             metrics |= self.part.routing.metrics()
         skipped = {"train/skipped_frac": 0.0} if skip else {}
         return {**metrics, **skipped, "grad_norm": float(grad_norm), "lr": lr}
+
+    def tune(self, num_tokens: int, loss: LossConfig | None, *, scores: bool = False) -> None:
+        """Tunes the kernels of `update` with this loss (None: cross-entropy), and with `scores` of `score`, for
+        micro-batches of at most `num_tokens` completion tokens. Without an LM head here there is nothing to tune."""
+        part = self.part
+        if not part.layout.pipeline.is_last:
+            return
+        dtype, device = part.config.params_dtype, part.layout.device
+        shared: dict[str, Any] = {"hidden_dtype": dtype, "num_tokens": num_tokens, "device": device}
+        if scores:
+            tune_scores(part.shard, self._head, self._temperature, **shared)
+        if loss is None:
+            tune_cross_entropy(part.shard, **shared)
+        else:
+            tune_loss(part.shard, loss, self._head, hidden_size=part.config.hidden_size, **shared)
 
     def gradients(self, micro_batches: Sequence[MicroBatch], loss: StepLoss) -> dict[str, torch.Tensor]:
         """The gradient that `update` would hand to the optimiser, unclipped; the weights stay as they are.

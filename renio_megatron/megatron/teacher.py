@@ -14,6 +14,7 @@ from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
 from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
+from renio_megatron.tune import tune_scores
 
 
 class MegatronTeacher:
@@ -99,6 +100,19 @@ class MegatronTeacher:
         payload = Kept(align(rows, micro_batches, student_batches, layout.context.group), layout.device)
         sizes = payload.part_bytes
         return TeacherScores(logp, payload, max(sizes) if self._payload_device == "host" else sum(sizes))
+
+    def tune(self, num_tokens: int) -> None:
+        """Tunes the kernels of `score`, for micro-batches of at most `num_tokens` completion tokens."""
+        part = self._part
+        if part.layout.pipeline.is_last:
+            tune_scores(
+                part.shard,
+                self._head_config,
+                self._temperature,
+                hidden_dtype=part.config.params_dtype,
+                num_tokens=num_tokens,
+                device=part.layout.device,
+            )
 
     def close(self) -> None:
         """Nothing to do: nobody waits for this teacher."""

@@ -78,6 +78,7 @@ def one_step(record: Record, setting: Setting, ready: Ready, number: int) -> Non
     step = ready.step()
     if number == 1:
         record.add("models built", torch.cuda.memory_allocated() if setting.is_cuda else None, "B", **step.backends)
+        record.add("kernels tuned before the first step", step.tuning_seconds, "s")
     taken = step.run(number)
     for phase, found in taken.phases.items():
         record.add(f"step {number}, {phase}, time", found.seconds, "s")

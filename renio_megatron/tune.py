@@ -1,0 +1,139 @@
+"""Kernels tuned before a run's first step, so that no step pays for it.
+
+On CUDA a kernel is compiled and timed, cut by cut, at its first large call of each kind (`kernels.tuning`). Here such
+calls are made beforehand, on random logits and through the functions that a step goes through, so that both ask for the
+same. Nothing happens where nothing would be timed: on the CPU, under `torch.use_deterministic_algorithms`, with
+`RENIO_KERNELS=torch`, and for calls that the run's micro-batches are too short for. No collectives; the state of the
+random numbers stays as it is.
+
+A trial has no more entries than the calls that a step would time, and takes up to about 1 GB of the device's memory for
+the moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from renio_megatron import kernels
+from renio_megatron.chunks import logits_dtype_of
+from renio_megatron.parallel.vocab import VocabShard
+from renio_megatron.passes import Passes
+from renio_megatron.settings import HeadConfig, LossConfig
+from renio_megatron.token_logp import cross_entropy, token_logp
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def tuning_reported(device: torch.device, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Afterwards the device's spare memory is given back, and `say`, or the log, is told what was tuned meanwhile and
+    how many seconds it took; nothing where nothing was."""
+    if not kernels.tunes(device):
+        yield
+        return
+    from renio_megatron.kernels import tuning
+
+    before, start = tuning.num_tuned(), time.perf_counter()
+    yield
+    tuning.give_back_memory()
+    count, seconds = tuning.num_tuned() - before, time.perf_counter() - start
+    if count:
+        cuts = count * len(tuning.OFFERED)
+        (say or _log.info)(f"tuned {count} kernels in {seconds:.1f} s, {cuts} cuts compiled and timed")
+
+
+def tune_loss(
+    shard: VocabShard,
+    loss: LossConfig,
+    head: HeadConfig,
+    *,
+    hidden_dtype: torch.dtype,
+    hidden_size: int,
+    num_tokens: int,
+    device: torch.device,
+) -> None:
+    """Tunes what `linear_distillation_loss` will ask for, forward and backward.
+
+    Args:
+        shard: the student's columns on this rank; its group is not used.
+        loss, head: the run's.
+        hidden_dtype, hidden_size: of the student's final hidden states, [N, H].
+        num_tokens: the most completion tokens that a micro-batch can have on this rank.
+        device: where this rank computes.
+    """
+    if not kernels.tunes(device):
+        return
+    logits_dtype = logits_dtype_of(head, hidden_dtype)
+    rows = _trial_rows(shard.width, shard.num_valid, min(num_tokens, head.chunk_size or num_tokens))
+    if rows:
+        passes, token_ids = Passes(loss, _alone(shard)), _token_ids(rows, device)
+        student, teacher = (_random(rows, shard.width, logits_dtype, device, seed=seed) for seed in (0, 1))
+        # As in the loss: the gradient takes the logits' place, or has a narrower one of its own.
+        out = student if logits_dtype == hidden_dtype else torch.empty_like(student, dtype=hidden_dtype)
+        normalisers = passes.normalisers(student, teacher, token_ids)
+        # No scale may be 0: the kernel passes over such rows.
+        passes.totals_and_gradient(student, teacher, normalisers, torch.ones_like(normalisers.cross), out)
+        del student, teacher, out
+    rows = _trial_rows(hidden_size, hidden_size, num_tokens)
+    if rows:  # not by 1, which costs no pass
+        kernels.scale_rows_(_random(rows, hidden_size, hidden_dtype, device), torch.tensor(0.5, device=device))
+
+
+def tune_scores(
+    shard: VocabShard,
+    head: HeadConfig,
+    temperature: float,
+    *,
+    hidden_dtype: torch.dtype,
+    num_tokens: int,
+    device: torch.device,
+) -> None:
+    """Tunes what `linear_token_logp` will ask for, of the student or of a teacher whose columns here are `shard`; the
+    other arguments as in `tune_loss`."""
+    if not kernels.tunes(device):
+        return
+    rows = _trial_rows(shard.width, shard.num_valid, min(num_tokens, head.chunk_size or num_tokens))
+    if rows:
+        logits = _random(rows, shard.width, logits_dtype_of(head, hidden_dtype), device)
+        token_logp(logits, _token_ids(rows, device), _alone(shard), temperature=temperature)
+
+
+def tune_cross_entropy(shard: VocabShard, *, hidden_dtype: torch.dtype, num_tokens: int, device: torch.device) -> None:
+    """Tunes what `cross_entropy` will ask for, forward and backward; arguments as in `tune_loss`."""
+    if not kernels.tunes(device):
+        return
+    rows = _trial_rows(shard.width, shard.num_valid, num_tokens)
+    if rows:
+        logits = _random(rows, shard.width, hidden_dtype, device).requires_grad_()
+        with torch.enable_grad():
+            total = cross_entropy(logits, _token_ids(rows, device), _alone(shard), overwrite_logits=True)
+            (0.5 * total).backward()  # not by 1, which costs no pass
+
+
+def _alone(shard: VocabShard) -> VocabShard:
+    """A whole vocabulary of as many columns, of which as many are padding: nobody else is asked."""
+    return VocabShard(0, shard.width, shard.num_valid)
+
+
+def _trial_rows(width: int, num_valid: int, most_rows: int) -> int:
+    """Rows of `width` columns, of which `num_valid` are read, that are enough to be timed; 0 where calls of up to
+    `most_rows` never are."""
+    from renio_megatron.kernels.tuning import TRIAL_ENTRIES
+
+    is_timed = num_valid > 0 and most_rows * width >= TRIAL_ENTRIES
+    return -(-TRIAL_ENTRIES // num_valid) if is_timed else 0
+
+
+def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Standard normal numbers [rows, columns], from a generator of their own."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(rows, columns, dtype=dtype, device=device).normal_(generator=generator)
+
+
+def _token_ids(rows: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(rows, dtype=torch.int64, device=device)
