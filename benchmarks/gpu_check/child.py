@@ -17,7 +17,7 @@ from gpu_check.record import Record
 LEAST_SECONDS = 5.0
 """Left over, no unit is begun: it would be cut off."""
 FAULT, NO_TIME, BROKEN = 1, 3, 4
-"""Exit codes: a unit had a fault; the time did not suffice; the device answers this process no more, another may."""
+"""Exit codes: a unit had a fault; the time did not suffice; the stage is to go on in a fresh process."""
 
 
 def main(arguments: list[str]) -> int:
@@ -70,8 +70,12 @@ def main(arguments: list[str]) -> int:
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+                left = torch.cuda.memory_allocated()
             except Exception as error:  # after an illegal access nothing works in this process
                 print(f"  the device answers no more: {error}", flush=True)
+                return BROKEN
+            if left > getattr(module, "LEAVES_AT_MOST", left):
+                print(f"  {left / 2**30:.1f} GiB are still taken: another process goes on", flush=True)
                 return BROKEN
     record.close()
     return FAULT if failed else 0

@@ -254,6 +254,9 @@ class Step:
 
     def close(self) -> None:
         """Leaves the world and lets go of the models."""
+        for model in self.learner.models:
+            # Megatron's hooks hold the model, and torch the hooks, where Python's collector does not look.
+            getattr(model, "grad_accs", []).clear()
         self._distillation = self.learner = self.teacher = self.sampler = None  # type: ignore[assignment]
         stop()
         gc.collect()  # modules and Megatron's hooks hold each other

@@ -28,6 +28,8 @@ FIGURES = (
 )
 """Of `diagnose.precision.score_errors`: what needs no divergence."""
 OF_A_STEP = ("divergence/token_relative", "divergence/mean_relative")
+LEAVES_AT_MOST = 4 << 30
+"""Bytes of the device's memory after a unit; above, the next one gets a process of its own."""
 
 
 def obstacle(setting: Setting) -> str | None:
