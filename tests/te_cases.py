@@ -124,7 +124,8 @@ def start_everything(parallel):
 
 
 def reference(root, family):
-    """Gradients by Hugging Face name, log-probabilities and samples of the local spec on one rank of the model."""
+    """Gradients by Hugging Face name, log-probabilities, samples and parameters' names of the local spec on one rank of
+    the model."""
     from renio_megatron.megatron.hf import to_hf
     from renio_megatron.megatron.hf_slices import hf_names
 
@@ -138,7 +139,7 @@ def reference(root, family):
         gradient = gradient[:VOCAB] if "embedding" in name or "output_layer" in name else gradient
         parts = to_hf(name, gradient, part.architecture)
         by_hf_name.update(zip(hf_names(name, part.architecture), parts, strict=True))
-    return by_hf_name, logp, sample
+    return by_hf_name, logp, sample, set(gradients)
 
 
 def gradient_difference(part, gradients, by_hf_name):
@@ -159,9 +160,11 @@ def gradient_difference(part, gradients, by_hf_name):
 def same_as_local(root):
     """By family, layout and arrangement: how far gradients, log-probabilities and samples are from the local spec's."""
     te_standin.install()
+    from renio_megatron.megatron.hf_slices import local_name
+
     found = {}
     for family in FAMILIES:
-        by_hf_name, logp, sample = reference(root, family)
+        by_hf_name, logp, sample, names = reference(root, family)
         for name, sizes in LAYOUTS.items():
             parallel = ParallelConfig(**sizes)
             layout = start_everything(parallel)
@@ -174,6 +177,10 @@ def same_as_local(root):
                     part.fp8_multiple = 16  # all that FP8 does to shapes, and nothing that it does to numbers
                 mine = sample_of(part)
                 found[family, name, limit, padded] = {
+                    "strange names": {
+                        local_name(name) for name, _ in part.named_parameters() if name.startswith("decoder.")
+                    }
+                    - names,
                     "kinds": sorted({type(m).__name__ for m in part.chunks[0].modules()} & EXPECTED_KINDS),
                     "logp": float((logp_of(part, train) - logp).abs().max()),
                     "tokens": [ids for ids, _ in mine] == [ids for ids, _ in sample],

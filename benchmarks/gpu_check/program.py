@@ -14,8 +14,8 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What this process may have set for itself; the port is taken."""
 
 
-def output_of(setting: Setting, command: list[str], **environment: str) -> str:
-    """What a program prints.
+def output_of(setting: Setting, command: list[str], *, with_errors: bool = False, **environment: str) -> str:
+    """What a program prints, standard error after standard output's last line where `with_errors`.
 
     Raises:
         RuntimeError: it failed; the end of what it said.
@@ -28,9 +28,11 @@ def output_of(setting: Setting, command: list[str], **environment: str) -> str:
         env={**inherited, **environment},
         capture_output=True,
         text=True,
+        encoding="utf-8",
+        errors="replace",  # libraries write what they like
         timeout=SECONDS * (5 if setting.toy else 1),
         check=False,
     )
     if done.returncode != 0:
         raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
-    return done.stdout
+    return done.stdout + (done.stderr if with_errors else "")

@@ -1,5 +1,5 @@
 """A first step's loss, weights and log-probabilities on the rollouts of `rollouts.jsonl`, as JSON on standard output:
-`python -m gpu_check.scores MODEL [--toy]`, on a GPU where torch sees one, in fp32 and in bf16.
+`python -m gpu_check.scores MODEL... [--toy]`, on a GPU where torch sees one, in fp32 and in bf16.
 
 Models: `modchain`, the two that ship; `smollm2`, of the shape of SmolLM2-135M with weights drawn from a seed on the
 host, so that every device has the same, taught by another of the same shape.
@@ -69,9 +69,11 @@ def scores_of(model: str, *, bf16: bool, toy: bool) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints both precisions' answers in the last line."""
-    model, toy = arguments[0], "--toy" in arguments
-    found = {name: scores_of(model, bf16=name == "bf16", toy=toy) for name in ("fp32", "bf16")}
+    """Prints every model's answers in both precisions, in the last line."""
+    models, toy = [name for name in arguments if name != "--toy"], "--toy" in arguments
+    found = {
+        model: {name: scores_of(model, bf16=name == "bf16", toy=toy) for name in ("fp32", "bf16")} for model in models
+    }
     print(json.dumps(found))
 
 

@@ -32,7 +32,12 @@ def run(command: list[str], log: Path, seconds: float) -> int | None:
     """The exit code of `command`, which prints here and into `log`; None where it was ended after `seconds`."""
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_die_with_parent
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",  # libraries write what they like; a reader that stops would stop the stage, too
+            preexec_fn=_die_with_parent,
         )
         reader = threading.Thread(target=_copy, args=(process, file), daemon=True)
         reader.start()

@@ -249,6 +249,7 @@ class _Comparison:
         from renio_megatron.algorithms.distillation import WeightedDivergence
         from renio_megatron.data.collate import flat_completions
         from renio_megatron.diagnose.precision import Scores
+        from renio_megatron.megatron.hf_slices import local_name
         from renio_megatron.megatron.pipeline import share_tokens
         from renio_megatron.scores import sample_weights
 
@@ -273,7 +274,8 @@ class _Comparison:
             config.head,
             on_divergence=seen.__setitem__,
         )
-        gradients = learner.gradients(self._batches, loss)
+        # In another dtype the layers may be another backend's, which names some parameters otherwise.
+        gradients = {local_name(name): one for name, one in learner.gradients(self._batches, loss).items()}
         divergence = share_tokens([seen[index] for index in sorted(seen)], self._batches, self._layout)
         mine = Scores(
             student_logp, teacher.scores.logp, divergence, sample.is_pivotal, sample.raw_weights, sample.weights

@@ -29,6 +29,11 @@ _IN_LAYER: dict[str, tuple[str, ...]] = {
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
 
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 _OF_EXPERTS: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
     # family: (router, experts, parts of an expert)
@@ -53,6 +58,20 @@ _OUTSIDE: dict[str, tuple[str, ...]] = {
 _CUT_BY_COLUMNS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Parameters whose rows are tokens; they may have more rows than the vocabulary."""
+
+
+def local_name(name: str) -> str:
+    """The name that a parameter has where the layers are Megatron's own, whichever they are here.
+
+    >>> local_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight")
+    'decoder.layers.3.pre_mlp_layernorm.weight'
+    >>> local_name("output_layer.weight")
+    'output_layer.weight'
+    """
+    match = _LAYER.fullmatch(name)
+    if match is None or match[2] not in _FUSED_NORMS:
+        return name
+    return f"decoder.layers.{match[1]}.{_FUSED_NORMS[match[2]]}"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 
 from gpu_check.program import output_of
 from gpu_check.record import Record
-from gpu_check.unit import Setting, Unit, require
+from gpu_check.unit import Setting, Unit, Wrong, require
 
+MODELS = ("modchain", "smollm2")
 LIMITS = {
     "fp32": {"loss": 1e-3, "grad_norm": 1e-3, "weights": 1e-3},
     "bf16": {"loss": 5e-2, "grad_norm": 5e-2, "weights": 0.2},
@@ -28,36 +29,44 @@ def units(setting: Setting) -> list[Unit]:
     """First what is compared, then what is run."""
     dtypes = (True,) if setting.toy else (True, False)
     return [
-        *(Unit(f"first step, {model}", partial(first_step, model=model)) for model in ("modchain", "smollm2")),
+        Unit("first step", first_step),
         *(Unit(f"renio train, {'bf16' if bf16 else 'fp32'}", partial(train, bf16=bf16)) for bf16 in dtypes),
     ]
 
 
-def first_step(record: Record, setting: Setting, model: str) -> None:
+def first_step(record: Record, setting: Setting) -> None:
     """Loss, gradient norm, weights and log-probabilities on committed rollouts, against the CPU's in fp32."""
-    command = [sys.executable, "-m", "gpu_check.scores", model, *(["--toy"] if setting.toy else [])]
+    command = [sys.executable, "-m", "gpu_check.scores", *MODELS, *(["--toy"] if setting.toy else [])]
     with ThreadPoolExecutor() as together:
         found = [together.submit(output_of, setting, command, **env) for env in ({}, {"CUDA_VISIBLE_DEVICES": ""})]
     here, there = (json.loads(one.result().splitlines()[-1]) for one in found)
-    truth = there["fp32"]
-    assert truth["device"] == "cpu"
     wrong = []
-    for dtype, limits in LIMITS.items():
-        for device, found in ((setting.device.type, here[dtype]), ("CPU alone", there[dtype])):
-            if device == "CPU alone" and dtype == "fp32":
-                continue
-            for name, limit in limits.items():
-                label = f"{model}, {dtype} on {device}, {name}, relative difference"
-                try:
-                    require(record, label, _relative(found[name], truth[name]), limit)
-                except Exception as error:  # the other comparisons still say something
-                    wrong.append(str(error))
-            for name in ("student_logp", "teacher_logp"):
-                difference = torch.tensor(found[name]).double() - torch.tensor(truth[name]).double()
-                label = f"{model}, {dtype} on {device}, {name}, RMS difference"
-                record.add(label, float(difference.square().mean().sqrt()), "nats")
+    for model in MODELS:
+        truth = there[model]["fp32"]
+        assert truth["device"] == "cpu"
+        for device, dtype, answer in (
+            (setting.device.type, "fp32", here[model]["fp32"]),
+            (setting.device.type, "bf16", here[model]["bf16"]),
+            ("CPU alone", "bf16", there[model]["bf16"]),
+        ):
+            label = f"{model}, {dtype} on {device}"
+            wrong += _beside(record, label, answer, truth, LIMITS[dtype])
     if wrong:
-        raise RuntimeError("; ".join(wrong))
+        raise Wrong("; ".join(wrong))
+
+
+def _beside(record: Record, label: str, found: Any, truth: Any, limits: dict[str, float]) -> list[str]:
+    """Writes how far an answer is from the truth; what is beyond its limit, in words."""
+    wrong = []
+    for name, limit in limits.items():
+        try:
+            require(record, f"{label}, {name}, relative difference", _relative(found[name], truth[name]), limit)
+        except Wrong as error:  # the other comparisons still say something
+            wrong.append(str(error))
+    for name in ("student_logp", "teacher_logp"):
+        difference = torch.tensor(found[name]).double() - torch.tensor(truth[name]).double()
+        record.add(f"{label}, {name}, RMS difference", float(difference.square().mean().sqrt()), "nats")
+    return wrong
 
 
 def _relative(found: Any, truth: Any) -> float:

@@ -5,14 +5,13 @@ precision reads the same tokens; and the modular chain's trained models by `reni
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpu_check.program import output_of
+from gpu_check.machine import ROOT
 from gpu_check.record import Record
 from gpu_check.unit import Setting, Unit
 
@@ -118,21 +117,23 @@ def fp32(record: Record, setting: Setting) -> None:
 
 
 def chain(record: Record, setting: Setting, recipe: str) -> None:
-    """Every figure of `renio compare-precision` for the modular chain."""
+    """Every figure of `renio compare-precision` for the modular chain; in this process, which saves the imports."""
+    from renio_megatron.cli.compare_precision import compare_precision
+    from renio_megatron.cli.launch import become_single_rank
+
+    become_single_rank()
     folder = setting.folder / f"precision-{recipe}"
-    chosen = [
+    emulated = "false" if setting.is_cuda else "true"
+    overrides = [
         f"{section}.{key}"
         for section in ("precision", "teacher_precision")
-        for key in ("fp8=hybrid", f"fp8_recipe={recipe}", f"emulate_fp8={'false' if setting.is_cuda else 'true'}")
+        for key in ("fp8=hybrid", f"fp8_recipe={recipe}", f"emulate_fp8={emulated}")
     ]
-    command = [
-        *(sys.executable, "-m", "renio_megatron.cli.main", "compare-precision", "examples/modchain.yaml"),
-        *("parallel.tensor_model_parallel_size=1", "train.bf16=true", *chosen),
-        *("--prompts", "16" if setting.toy else "64", "--output", str(folder.resolve())),
-    ]
-    output_of(setting, command)
+    size = 16 if setting.toy else 64
+    overrides += ["parallel.tensor_model_parallel_size=1", "train.bf16=true", f"train.global_batch_size={size}"]
+    compare_precision(str(ROOT / "examples" / "modchain.yaml"), overrides, str(folder))
     found = json.loads((folder / "precision.json").read_text())
-    facts = {key: value for key, value in found.items() if key not in ("variants", "settings")}
+    facts = {key: value for key, value in found.items() if key not in ("variants", "settings", "recipe")}
     record.add(f"modular chain, {recipe}, tokens", found["tokens"], "1", **facts)
     for name, figures in found["variants"].items():
         for key, value in figures.items():

@@ -36,17 +36,16 @@ def imports(record: Record, setting: Setting) -> None:
     from renio_megatron.megatron.backend import te_problem
     from renio_megatron.megatron.start import check_transformer_engine
 
-    for name in ("renio_megatron", "megatron.core", "transformers"):
+    began = time.monotonic()
+    is_there = check_transformer_engine()  # before Megatron, which imports it, too
+    if (problem := te_problem()) is not None and is_there:
+        raise RuntimeError(f"Transformer Engine is there and does not import: {problem}")
+    why = {} if is_there else {"why": "it is not installed"}
+    record.add("import transformer_engine", time.monotonic() - began if is_there else None, "s", **why)
+    for name in ("megatron.core", "transformers"):
         began = time.monotonic()
         importlib.import_module(name)
         record.add(f"import {name}", time.monotonic() - began, "s")
-    began = time.monotonic()
-    if not check_transformer_engine():
-        record.add("import transformer_engine", None, "s", why="it is not installed")
-        return
-    if (problem := te_problem()) is not None:
-        raise RuntimeError(f"Transformer Engine is there and does not import: {problem}")
-    record.add("import transformer_engine", time.monotonic() - began, "s")
 
 
 def rates(record: Record, setting: Setting) -> None:

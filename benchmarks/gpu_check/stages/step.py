@@ -3,6 +3,9 @@ operations and bytes alone would take and what `renio plan` counts; how long the
 
 from __future__ import annotations
 
+import atexit
+import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gpu_check.program import output_of
 from gpu_check.record import Record
 from gpu_check.unit import Setting, Unit, seconds
 
@@ -23,6 +27,7 @@ def units(setting: Setting) -> list[Unit]:
     count = 2 if setting.toy else STEPS
     return [
         Unit("rates", rates),
+        Unit("attention", attention),
         Unit("targets", partial(targets, ready=ready)),
         *(Unit(f"step {number}", partial(one_step, ready=ready, number=number)) for number in range(1, count + 1)),
         Unit("waits", partial(waits, ready=ready)),
@@ -47,6 +52,7 @@ class Ready:
             from step_bench.roles import Step
 
             self._step = Step(*(SHAPES[name] for name in self.models), self.work)
+            atexit.register(self._step.close)
         return self._step
 
 
@@ -59,6 +65,27 @@ def rates(record: Record, setting: Setting) -> None:
     source = torch.randn(1 << (16 if toy else 30), device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     record.add("copy", 2 * source.nbytes / seconds(lambda: target.copy_(source), device), "B/s")
+
+
+def attention(record: Record, setting: Setting) -> None:
+    """What attention of a packed row takes by each way there is, and what Transformer Engine says of its choice."""
+    if not setting.is_cuda:
+        record.add("attention of a packed row", None, "s", why="needs a GPU")
+        return
+    debug = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
+    said = output_of(setting, [sys.executable, "-m", "gpu_check.attention"], with_errors=True, **debug)
+    lines = said.splitlines()
+    found = json.loads(next(line for line in lines if line.startswith('{"Transformer Engine')))
+    words = ("Disabling FusedAttention", "Available backends", "Selected backend", "Running with")
+    chosen = list(dict.fromkeys(line[:600] for line in lines if any(word in line for word in words)))
+    record.add("attention, Transformer Engine's choice", None, "1", why="see the detail", said=chosen[:12])
+    for name, figures in found.items():
+        for key, value in figures.items():
+            if key == "error" and isinstance(value, str):
+                record.add(f"attention, {name}", None, "s", why=value)
+            else:
+                unit = {"bytes": "B", "error": "1"}.get(key, "s")
+                record.add(f"attention, {name}, {key}", value, unit)
 
 
 def targets(record: Record, setting: Setting, ready: Ready) -> None:
