@@ -19,6 +19,8 @@ import types
 import torch
 import torch.distributed as dist
 
+from tests import te_optimizers
+
 VERSION = "2.12.0"
 PRODUCTS: list[tuple[str, int, bool]] = []
 """(weight's shape as rows x columns, rows of the input, whether in FP8) of every forward product so far."""
@@ -55,6 +57,7 @@ def install():
         "ops": {name: type(name, (torch.nn.Module,), {}) for name in ("Sequential", "FusibleOperation")},
         "tensor": {"QuantizedTensor": QuantizedTensor, "__path__": []},
         "module": {"__path__": []},
+        "optimizers": te_optimizers.NAMES,
         "router": dict.fromkeys(
             ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
         ),
