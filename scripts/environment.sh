@@ -19,6 +19,17 @@ version_of() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
 }
 
+# find_python_3_12: the first interpreter that really is 3.12; a pyenv shim may be there and run nothing.
+find_python_3_12() {
+    local candidate
+    for candidate in python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3; do
+        if [ "$(version_of "$candidate")" = 3.12 ]; then
+            echo "$candidate"
+            return
+        fi
+    done
+}
+
 # choose_venv: sets $venv. Without PYTHON it is .venv, whatever made it.
 choose_venv() {
     venv="$root/.venv"
@@ -31,14 +42,14 @@ choose_venv() {
     fi
 }
 
-# install_project EXTRAS: $venv with the project and its extras ("" or "[test,gym]"), once for each state of the files
-# that say what to install.
+# install_project EXTRAS [CONSTRAINTS VENV]: $venv with the project and its extras ("" or "[test,gym]"), once for each
+# state of the files that say what to install.
 install_project() {
-    local extras="$1" python="${PYTHON:-python3}"
+    local extras="$1" constraints="${2:-$root/constraints.txt}" python="${PYTHON:-python3}"
     command -v "$python" >/dev/null || fail "there is no '$python'. Install Python 3.10 or newer, or name one: PYTHON=/path/to/python $0"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "'$python' is $("$python" --version 2>&1); Python 3.10 or newer is needed. Name one: PYTHON=/path/to/python $0"
-    choose_venv
+    if [ -n "${3:-}" ]; then venv="$3"; else choose_venv; fi
     if [ ! -x "$venv/bin/python" ]; then
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
             fail "'$python' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"
@@ -46,15 +57,15 @@ install_project() {
         "$python" -m venv "$venv" || { rm -rf "$venv"; fail "python -m venv failed; see above."; }
     fi
     local stamp="$venv/.renio-installed" state
-    state="$extras $(cat "$root/constraints.txt" "$root/pyproject.toml" | cksum)"
+    state="$extras $(cat "$constraints" "$root/pyproject.toml" | cksum)"
     if [ -f "$stamp" ] && grep -qxF "$state" "$stamp"; then
         return
     fi
     echo "installing into $venv (PyTorch is the largest part)"
     # torch first and exactly: another package's open range would pick the newest build.
-    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" torch setuptools ||
+    "$venv/bin/python" -m pip install --quiet -c "$constraints" torch setuptools ||
         fail "pip could not install torch; see above. A proxy or a mirror goes into pip's environment variables."
-    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root$extras" ||
+    "$venv/bin/python" -m pip install --quiet -c "$constraints" -e "$root$extras" ||
         fail "pip could not install the project; see above."
     echo "$state" >>"$stamp"
 }

@@ -10,23 +10,12 @@ source scripts/environment.sh
 files=(tests/test_doctests.py tests/test_shim.py tests/test_training.py tests/test_layout_matrix.py tests/test_resharding.py
     tests/test_checkpoint.py tests/test_te_spec.py)
 
-# find_python: the first interpreter that really is 3.12; a pyenv shim may be there and run nothing.
-find_python() {
-    local candidate
-    for candidate in python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3; do
-        if [ "$(version_of "$candidate")" = 3.12 ]; then
-            echo "$candidate"
-            return
-        fi
-    done
-}
-
 if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ] && .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
         echo "second lane: left out, .venv is Python $(version_of .venv/bin/python) already"
         exit 0
     fi
-    PYTHON="$(find_python)"
+    PYTHON="$(find_python_3_12)"
     if [ -z "$PYTHON" ]; then
         echo "second lane: left out, there is no Python 3.12 on PATH or under pyenv"
         exit 0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import renio_megatron
-from tests.jobs import descendants
+from tests.jobs import descendants, python_path
 
 ROOT = Path(renio_megatron.__file__).parents[1]
 RECIPE = str(ROOT / "examples" / "modchain.yaml")
@@ -40,7 +40,7 @@ class Cluster:
         self._processes: list[subprocess.Popen[str]] = []
         left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in os.environ.items() if name not in left_out}
-        self.environment = {**kept, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.environment = {**kept, "PYTHON": sys.executable, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
     def __enter__(self) -> Cluster:
         return self
@@ -110,7 +110,7 @@ def slurm_commands(folder: Path) -> str:
         path = folder / "bin" / name
         path.write_text(
             f'#!/bin/sh\necho "$@" >>"{folder}/{name}.txt"\n'
-            f'PYTHONPATH="{ROOT}" exec "{sys.executable}" -m tests.clusters {name} "$@"\n'
+            f'PYTHONPATH="{python_path()}" exec "{sys.executable}" -m tests.clusters {name} "$@"\n'
         )
         path.chmod(0o755)
     return str(folder / "bin")

@@ -27,13 +27,11 @@ from typing import Any
 
 import yaml
 
-import renio_megatron
 from renio_megatron.checkpoint_files import latest_step
-from tests.jobs import descendants
+from tests.jobs import descendants, python_path
 from tests.resuming import TIMES, same, tensors
 from tests.training_cases import VOCAB_SIZE, save_models
 
-ROOT = Path(renio_megatron.__file__).parents[1]
 SAVE_INTERVAL = 3
 LIMIT = 180.0
 """Seconds after which a command that neither ends nor gets anywhere is a failure."""
@@ -54,7 +52,7 @@ class Job:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "renio_megatron.cli.main", "train", str(self.recipe)],
-                env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -20,6 +20,13 @@ import renio_megatron
 ROOT = Path(renio_megatron.__file__).parents[1]
 LIMIT = 60.0  # seconds from a fault to the end of everything
 
+
+def python_path(*folders: str | Path) -> str:
+    """PYTHONPATH of a process that a test starts: these folders, the source tree, and what this process was given."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join(map(str, (*folders, ROOT, *([given] if given else []))))
+
+
 # Stands in every process that has it on its path; on the ranks RANKS, PATCH changes what renio_megatron.build imports.
 INJECTION = """
 import os, sys
@@ -84,10 +91,10 @@ class Job:
             recipe[name] = {**recipe.get(name, {}), **section}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        paths = environment.pop("PATHS", "")
+        paths = python_path(*filter(None, [environment.pop("PATHS", "")]))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "renio_megatron.cli.main", "train", str(folder / "recipe.yaml")],
-            env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{paths}{os.pathsep}{ROOT}", **environment},
+            env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
             stdout=(folder / "stdout.txt").open("w"),
             stderr=self._log.open("w"),
             start_new_session=True,

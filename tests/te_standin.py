@@ -19,6 +19,8 @@ import types
 import torch
 import torch.distributed as dist
 
+from tests import te_optimizers
+
 VERSION = "2.12.0"
 PRODUCTS: list[tuple[str, int, bool]] = []
 """(weight's shape as rows x columns, rows of the input, whether in FP8) of every forward product so far."""
@@ -33,7 +35,8 @@ class Quantization:
 
 
 def install():
-    """Puts the package into sys.modules; before anything imports megatron."""
+    """Puts the package into sys.modules; before anything imports megatron. The real one's library stays out."""
+    sys.modules["transformer_engine_torch"] = None
     package = _module("transformer_engine", __version__=VERSION, __path__=[])
     common = _module("transformer_engine.common", __path__=[])
     common.recipe = _module("transformer_engine.common.recipe", Format=Format, **RECIPES)
@@ -55,6 +58,7 @@ def install():
         "ops": {name: type(name, (torch.nn.Module,), {}) for name in ("Sequential", "FusibleOperation")},
         "tensor": {"QuantizedTensor": QuantizedTensor, "__path__": []},
         "module": {"__path__": []},
+        "optimizers": te_optimizers.NAMES,
         "router": dict.fromkeys(
             ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
         ),
@@ -63,7 +67,7 @@ def install():
         setattr(pytorch, name, _module(f"transformer_engine.pytorch.{name}", **values))
     base = _module("transformer_engine.pytorch.module.base", get_dummy_wgrad=None, TransformerEngineBaseModule=Base)
     pytorch.module.base = base
-    pytorch.tensor.float8_tensor = _module("transformer_engine.pytorch.tensor.float8_tensor", Float8Tensor=_Never)
+    pytorch.tensor.float8_tensor = _module("transformer_engine.pytorch.tensor.float8_tensor", Float8Tensor=GlobalState)
 
 
 def _module(name, **values):
@@ -71,10 +75,6 @@ def _module(name, **values):
     module.__dict__.update(values)
     sys.modules[name] = module
     return module
-
-
-class _Never:
-    """A class without instances."""
 
 
 class Format(enum.Enum):

@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 
-import renio_megatron
 from renio_megatron.cli import launch, worker
 from renio_megatron.cli.main import main
 from tests.broken_models import save_broken_models
+from tests.jobs import python_path
 from tests.multiprocess import run_ranks
 
-ROOT = Path(renio_megatron.__file__).parents[1]
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 PROBLEMS = [{"problem": f"^{digit}+5*3=", "solution": "+52*36", "answer": "6"} for digit in range(10)]
 
@@ -350,7 +349,7 @@ def test_two_real_ranks_tell_it_once_and_leave_nothing(settings, fragments, mode
     if not any(text.startswith("output_dir") for text in settings):
         settings.append(f"output_dir={tmp_path / 'run'}")
     command = [sys.executable, "-m", "renio_megatron.cli.main", "train", str(models / "recipe.yaml"), *settings]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.objective.reference import reference_objective
+from tests.jobs import python_path
 from tests.multiprocess import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -298,7 +299,7 @@ def run_program(command: str, *more: str) -> str:
     done = subprocess.run(
         [sys.executable, *command.split(), *more],
         cwd=ROOT / "benchmarks",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=240,

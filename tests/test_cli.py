@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,7 @@ import renio_megatron
 from renio_megatron.cli import launch, worker
 from renio_megatron.cli.main import main
 from renio_megatron.errors import ConfigError, DataError
-
-ROOT = Path(renio_megatron.__file__).parents[1]
+from tests.jobs import python_path
 
 # Stands in for renio_megatron.run and .export in every process that has it on its path; FAKE names the behaviour.
 FAKE_RUN = """
@@ -61,7 +59,7 @@ def environment(tmp_path):
     (tmp_path / "fake" / "sitecustomize.py").write_text(FAKE_RUN)
     left_out = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "PYTHONWARNINGS", "RENIO_TRACEBACK")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return {**kept, "PYTHONPATH": f"{tmp_path / 'fake'}{os.pathsep}{ROOT}"}
+    return {**kept, "PYTHONPATH": python_path(tmp_path / "fake")}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from renio_megatron.cli.main import main
 from renio_megatron.cli.plan import DOES_NOT_FIT
 from renio_megatron.errors import ConfigError
 from renio_megatron.plan.models import read_model
+from tests.jobs import python_path
 
 ROOT = Path(renio_megatron.__file__).parents[1]
 MODELS = ROOT / "tests" / "data" / "models"
@@ -158,7 +159,7 @@ def test_a_plan_does_without_torch():
         f"main(['plan', {str(EXAMPLE)!r}, 'model={MODELS}/Qwen3-1.7B', 'teacher.model={MODELS}/Qwen3-32B'])\n"
         "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.start import check_transformer_engine
+from tests import te_imports
+from tests.jobs import python_path
 from tests.multiprocess import run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim does nothing where CUDA is")
@@ -20,6 +25,7 @@ EXPECTED_CALLS = {
     "torch.tensor(device='cuda')",
     "torch.zeros(device='cuda')",
     "torch.cuda.current_stream",  # asked for by the DDP of megatron-core 0.19
+    "functions of Transformer Engine or Apex",  # where one of them is installed
 }
 EXPECTED_WITH_EXPERTS = EXPECTED_CALLS | {
     "torch.cuda.stream",
@@ -94,6 +100,60 @@ def install_twice_and_train():
     return changed, changed_again, (calls, metrics), (set(cpu.CALLS), with_experts)
 
 
+OPTIMIZER = """
+import importlib, json, sys, types
+if {has_te}:
+    from tests import te_standin
+    te_standin.install()
+    sys.modules["transformer_engine.pytorch.module.base"].get_workspace = None
+    sys.modules["transformer_engine.pytorch.cpp_extensions"] = types.SimpleNamespace(general_gemm=None)
+else:
+    sys.modules.update(dict.fromkeys(("transformer_engine", "transformer_engine_torch", "apex", "amp_C")))
+from renio_megatron.megatron import cpu
+import megatron.core.optimizer
+from megatron.core.transformer.moe import moe_utils
+before = [megatron.core.optimizer.Adam.__name__, getattr(moe_utils, "te_general_gemm", None) is None]
+cpu.install()
+names = ("optimizer", "optimizer.distrib_optimizer", "optimizer.optimizer", "optimizer.clip_grads")
+found = {{name: vars(importlib.import_module("megatron.core." + name)) for name in names}}
+found = {{
+    name: {{
+        key: getattr(value, "__qualname__", repr(value))
+        for key, value in values.items()
+        if not key.startswith("_") and (value is None or isinstance(value, bool) or hasattr(value, "__qualname__"))
+    }}
+    for name, values in found.items()
+}}
+patched = cpu.CALLS["functions of Transformer Engine or Apex"]
+print(json.dumps([before, patched, found, getattr(moe_utils, "te_general_gemm", None)]))
+"""
+
+
+def test_the_optimizer_is_the_one_of_an_environment_without_transformer_engine():
+    """Every class, function and flag of the modules is what Megatron chooses itself where nothing else imports."""
+    answers = []
+    for has_te in (True, False):
+        code = OPTIMIZER.format(has_te=has_te)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": python_path()},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads(done.stdout.splitlines()[-1]))
+    (with_te, patched_once, found, product), (without_te, not_patched, expected, _) = answers
+    assert (with_te, without_te) == (["FusedAdam", False], ["AdamW", True])
+    assert (patched_once, not_patched, product) == (1, 0, None)
+    for name, values in expected.items():
+        extra = {"multi_tensor_l2norm", "multi_tensor_scale", "multi_tensor_scale_tensor"}  # imported, then renamed
+        assert {key: value for key, value in found[name].items() if key not in extra} == {
+            key: value for key, value in values.items() if key in found[name]
+        }
+
+
 def train_one_step(*, experts=False):
     from renio_megatron.algorithms.sft import token_cross_entropy
     from renio_megatron.megatron.architecture import Architecture, Experts
@@ -149,17 +209,25 @@ def test_a_training_step_needs_only_known_patches(two_ranks):
         assert with_experts[0] >= EXPECTED_WITH_EXPERTS - EXPECTED_CALLS
 
 
-@pytest.mark.parametrize(("source", "message"), [("raise RuntimeError('half')", "RuntimeError: half"), ("", None)])
-def test_a_broken_transformer_engine_is_named(tmp_path, monkeypatch, source, message):
-    from renio_megatron.errors import ConfigError
-    from renio_megatron.megatron.start import check_transformer_engine
-
-    (tmp_path / "transformer_engine.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+@pytest.mark.parametrize(
+    ("source", "pytorch", "message"),
+    [
+        ("raise RuntimeError('half')", "", "RuntimeError: half"),
+        ("", "import a_package_that_is_missing", "transformer_engine.pytorch .* named 'a_package_that_is_missing'"),
+        ("", None, "No module named 'transformer_engine.pytorch'"),
+        ("", "", None),
+    ],
+)
+def test_a_broken_transformer_engine_is_named(tmp_path, monkeypatch, source, pytorch, message):
+    te_imports.put(monkeypatch, tmp_path, source, pytorch)
     if message is None:
         assert check_transformer_engine() is True
-        del sys.modules["transformer_engine"]
     else:
         with pytest.raises(ConfigError, match=message):
             check_transformer_engine()
+    te_imports.forget(monkeypatch)
+
+
+def test_a_missing_transformer_engine_is_not_missed(monkeypatch):
+    te_imports.hide(monkeypatch)
+    assert check_transformer_engine() is False

@@ -21,7 +21,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
-from tests import te_cases, te_start_cases, training_cases
+from tests import te_cases, te_imports, te_start_cases, training_cases
 from tests.multiprocess import run_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -132,11 +132,10 @@ def test_recomputation_under_fp8_changes_nothing(fp8):
 @pytest.fixture(params=[None, "raise RuntimeError('half of it')"])
 def te_installed(request, tmp_path, monkeypatch):
     """Whether an import of Transformer Engine finds nothing or fails; what stands there."""
-    if request.param is not None:
-        (tmp_path / "transformer_engine").mkdir()
-        (tmp_path / "transformer_engine" / "__init__.py").write_text(request.param)
-        monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    if request.param is None:
+        te_imports.hide(monkeypatch)
+    else:
+        te_imports.put(monkeypatch, tmp_path, request.param)
     backend.te_problem.cache_clear()
     yield request.param
     backend.te_problem.cache_clear()

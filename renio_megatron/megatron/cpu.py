@@ -1,6 +1,6 @@
 """Makes megatron-core run on a machine without CUDA, over gloo. Does nothing where CUDA is.
 
-megatron-core names the GPU in four ways, and asks gloo for what it lacks; each gets one patch, and every call that
+megatron-core names the GPU in five ways, and asks gloo for what it lacks; each gets one patch, and every call that
 needed one is counted in `CALLS`, so that a test notices when a new version asks for something else:
 
     A  functions of torch.cuda (current_device, synchronize, RNG state, streams) and Tensor.cuda
@@ -8,6 +8,8 @@ needed one is counted in `CALLS`, so that a test notices when a new version asks
     C  the optimiser asks for type strings 'torch.cuda.FloatTensor': Tensor.type answers so, to that package alone
     D  experts' token counts are copied to the host on a CUDA stream, and only where they are on a GPU
     E  tensor ranks of an expert gather and reduce-scatter pieces of different lengths, which gloo does not
+    F  the optimiser, its norm and scaling, and the router's products are Transformer Engine's or Apex's wherever one of
+       them imports, GPU or not, and theirs are CUDA kernels: modules get what Megatron takes where neither imports
 
 The patches change torch for the whole process. They are installed at program start, never on import.
 """
@@ -48,6 +50,28 @@ _MODULES_WITH_LITERAL_CUDA = (
     "utils",
 )
 
+_WITHOUT_THEM: dict[str, dict[str, Any]] = {
+    "optimizer": {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True},
+    "optimizer.distrib_optimizer": {
+        "Adam": torch.optim.Adam,
+        "HAVE_APEX_OR_TE": False,
+        "USING_TE_OPTIMIZER": False,
+        "USING_APEX_OPTIMIZER": False,
+    },
+    "optimizer.optimizer": {
+        "multi_tensor_applier": "local_multi_tensor_applier",
+        "multi_tensor_scale_impl": "local_multi_tensor_scale",
+    },
+    "optimizer.clip_grads": {
+        "multi_tensor_applier": "local_multi_tensor_applier",
+        "l2_norm_impl": "local_multi_tensor_l2_norm",
+        "multi_tensor_scale_impl": "local_multi_tensor_scale",
+        "multi_tensor_scale_tensor_impl": None,  # megatron-core 0.19 has it
+    },
+    "transformer.moe.moe_utils": {"te_general_gemm": None},
+}
+"""What Megatron's modules hold where neither package of patch F imports; a text names a function of its `utils`."""
+
 _installed = False
 
 
@@ -68,6 +92,7 @@ def install() -> None:
     _replace(torch.cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext())
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _report_cuda_types_to_the_optimizer()
+    _compute_without_other_packages()
     stand_in = _TorchOnCpu()
     for name in _MODULES_WITH_LITERAL_CUDA:
         module = importlib.import_module("megatron.core." + name)
@@ -178,3 +203,15 @@ def _report_cuda_types_to_the_optimizer() -> None:
         return answer
 
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _compute_without_other_packages() -> None:
+    if importlib.import_module("megatron.core.optimizer").USING_PYTORCH_OPTIMIZER:
+        return
+    CALLS["functions of Transformer Engine or Apex"] += 1
+    functions = importlib.import_module("megatron.core.utils")
+    for name, values in _WITHOUT_THEM.items():
+        module = importlib.import_module("megatron.core." + name)
+        for key, value in values.items():
+            if hasattr(module, key):
+                setattr(module, key, getattr(functions, value) if isinstance(value, str) else value)

@@ -108,20 +108,29 @@ def check_transformer_engine() -> bool:
     """Whether Transformer Engine imports; it is optional.
 
     Raises:
-        ConfigError: it is installed, but broken. megatron-core would die with it at its own import.
+        ConfigError: it is installed, but broken, or a package that its modules for torch need is missing. megatron-core
+            would die with it at its own import.
     """
     try:
         importlib.import_module("transformer_engine")
     except ImportError:
         return False
     except Exception as error:  # half an installation raises RuntimeError, OSError or AttributeError
-        problem = ConfigError(
-            f"transformer_engine is installed but cannot be imported ({type(error).__name__}: {error}), and "
-            "megatron-core imports it where it is there. Uninstall it, or use an image that comes with it."
-        )
-        problem.shared = True  # type: ignore[attr-defined]
-        raise problem from error
+        raise _broken_transformer_engine("transformer_engine", error) from error
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        raise _broken_transformer_engine("transformer_engine.pytorch", error) from error
     return True
+
+
+def _broken_transformer_engine(name: str, error: Exception) -> ConfigError:
+    problem = ConfigError(
+        f"transformer_engine is installed but {name} cannot be imported ({type(error).__name__}: {error}), and "
+        "megatron-core imports it where it is there. Uninstall it, or use an image that comes with it."
+    )
+    problem.shared = True  # type: ignore[attr-defined]
+    return problem
 
 
 def stop() -> None:
