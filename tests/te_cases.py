@@ -69,8 +69,9 @@ def build(directory, layout, parallel, precision, train=None, *, trained=True):
     return part
 
 
-def step_of(part, train, parallel, precision=None):
-    """(metrics of one step, gradients of this rank's parameters) of fine-tuning on this rank's share of the batch."""
+def step_of(part, train, parallel, precision=None, steps=1):
+    """(metrics of the last step, gradients of this rank's parameters) of fine-tuning on this rank's share of the
+    batch."""
     from renio_megatron.algorithms.sft import token_cross_entropy
     from renio_megatron.megatron.learner import MegatronLearner
 
@@ -84,7 +85,8 @@ def step_of(part, train, parallel, precision=None):
 
     learner.optimizer.step = look_and_step
     batch = learner.arrange(rollouts()[data.rank :: data.size])
-    return learner.update(batch, token_cross_entropy, step=1, lr=1e-2), seen
+    found = [learner.update(batch, token_cross_entropy, step=step, lr=1e-2) for step in range(1, steps + 1)]
+    return found[-1], seen
 
 
 def logp_of(part, train):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,32 @@ from tests.training_cases import layout_of, recipe
 
 
 def run_all(root: Path) -> dict[str, Any]:
-    """Both."""
+    """All of it."""
     te_standin.install()
-    return {"checkpoint": from_a_checkpoint(root), **beside_adapters(root)}
+    return {"attention": warnings_of_attention(root), "checkpoint": from_a_checkpoint(root), **beside_adapters(root)}
+
+
+def warnings_of_attention(root: Path) -> list[int]:
+    """Warnings of two steps each: attention that is fused, that is not, and of Megatron's own layers."""
+    import logging
+
+    from tests.te_cases import LOCAL, step_of
+
+    parallel, train = ParallelConfig(tensor_model_parallel_size=2), TrainConfig(micro_batch_size=2)
+    layout, said, counts = start_everything(parallel), [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("renio_megatron.megatron.learner").addHandler(handler)
+    chosen = types.ModuleType("transformer_engine.pytorch.attention.choice")
+    sys.modules[chosen.__name__] = chosen
+    for is_slow, precision in ((False, TE), (True, TE), (True, LOCAL)):
+        chosen._attention_backends = {"use_unfused_attention": is_slow, "use_fused_attention": not is_slow}
+        part = build(root / "qwen3", layout, parallel, precision, train)
+        step_of(part, train, parallel, steps=2)
+        counts.append(sum("without a fused kernel" in message for message in said))
+        said.clear()
+    del sys.modules[chosen.__name__]
+    return counts if layout.is_main else [*counts, "not the main rank"]
 
 
 def from_a_checkpoint(root: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -349,26 +348,3 @@ def test_the_steps_of_random_models_are_steps_of_the_trainer(tmp_path):
     losses = figures["losses"]
     assert len(losses) == 3 and all(loss > 0 for loss in losses)
     assert losses[2] < losses[0]
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_gpu_check_shows_each_part_and_goes_on_after_a_failure(tmp_path):
-    """With an interpreter that fails at everything, both parts are tried and both failures are in the summary."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "called: $*"\nexit 3\n')
-    python.chmod(0o755)
-    done = subprocess.run(
-        [str(ROOT / "scripts" / "gpu_check.sh")],
-        env={**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    lines = done.stdout.splitlines()
-    summary = lines[lines.index(next(line for line in lines if line.startswith("== summary"))) :]
-    names = [line.partition(":")[0] for line in summary if "FAILED (3)" in line]
-    tried = ["device", "tests", "benchmark", "step", "profile"]
-    assert [name for name in names if name != "sanitizer"] == tried, done.stdout
-    assert "step_fp8: not run, Transformer Engine does not import" in done.stdout
-    assert "benchmarks/loss.py --quick" in (tmp_path / "out" / "benchmark.txt").read_text()

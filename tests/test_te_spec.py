@@ -68,6 +68,10 @@ def started(root):
     return run_ranks(te_start_cases.run_all, 2, root, timeout=200.0)
 
 
+def test_attention_without_a_fused_kernel_is_said_once_by_one_rank(started):
+    assert [found["attention"] for found in started] == [[0, 1, 0], [0, 0, 0, "not the main rank"]]
+
+
 def test_weights_in_fp8_and_their_fp32_copies_begin_from_a_checkpoint(started):
     for found in started:
         assert found["checkpoint"]["same"] and found["checkpoint"]["number"] > 16

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 they run on the CPU, in a process of their own, because the i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -312,47 +313,50 @@ FREE_BYTES = 20 << 30
 """What `beyond_32_bits` needs of a GPU's memory."""
 
 
-def beyond_32_bits():
+BEYOND = tuple(itertools.product((0.0, 0.3, 1.0), (None, 0.05)))
+"""(beta, clip) of its losses."""
+
+
+def beyond_32_bits(losses=BEYOND):
     """V = 151,936 in bf16, so many rows that offsets pass 2^31; in place; first, last and middle rows."""
     from renio_megatron.kernels import tuning
 
     vocab, rows = 151936, 14400
     looked_at = [0, rows // 2, rows - 1]
-    for beta in (0.0, 0.3, 1.0):
-        for clip in (None, 0.05):
-            tuning._fastest.clear()  # so that the cuts are timed
-            generator = torch.Generator("cuda").manual_seed(3)
-            student, teacher = (
-                torch.randn(rows, vocab, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(2.0)
-                for _ in range(2)
-            )
-            kept = [x[looked_at].cpu().double() for x in (student, teacher)]
-            ids = torch.randint(0, vocab - 100, (rows,), generator=generator, device="cuda")
-            owner = torch.arange(rows, device="cuda") // (rows // 8)
-            out = distillation_loss(
-                student.requires_grad_(),
-                teacher,
-                *(ids, owner, 8, LossConfig(beta=beta, entry_clip=clip)),
-                shard=VocabShard(0, vocab, vocab - 100),
-                weights=torch.ones(8, device="cuda"),
-                overwrite_logits=True,
-            )
-            out.loss.backward()
-            label = f"beta {beta}, clip {clip}"
-            yield f"{label}: kernels that were not timed", float(len(tuning._fastest) < 2), 0.0
-            valid = [x[:, : vocab - 100] for x in kept]
-            expected, exempt = oracle(
-                *valid, ids.cpu()[looked_at], torch.arange(3), 3, beta=beta, entry_clip=clip, uniform=True
-            )
-            values = expected["token_divergence"]
-            found = worst(out.token_divergence[looked_at].cpu(), values)
-            yield f"{label}: divergence", found, 1e-5 * float(values.max())
-            wanted = expected["gradient"] * 3 / rows
-            gradient = student.grad[looked_at].cpu().double()
-            difference = (gradient[:, : vocab - 100] - wanted).abs() - rounding(wanted, torch.bfloat16)
-            yield f"{label}: gradient", float(difference[~exempt].max()), 1e-5 * float(wanted.abs().max())
-            yield f"{label}: padding", float(gradient[:, vocab - 100 :].abs().sum()), 0.0
-            del student, teacher, out
+    for beta, clip in losses:
+        tuning._fastest.clear()  # so that the cuts are timed
+        generator = torch.Generator("cuda").manual_seed(3)
+        student, teacher = (
+            torch.randn(rows, vocab, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(2.0)
+            for _ in range(2)
+        )
+        kept = [x[looked_at].cpu().double() for x in (student, teacher)]
+        ids = torch.randint(0, vocab - 100, (rows,), generator=generator, device="cuda")
+        owner = torch.arange(rows, device="cuda") // (rows // 8)
+        out = distillation_loss(
+            student.requires_grad_(),
+            teacher,
+            *(ids, owner, 8, LossConfig(beta=beta, entry_clip=clip)),
+            shard=VocabShard(0, vocab, vocab - 100),
+            weights=torch.ones(8, device="cuda"),
+            overwrite_logits=True,
+        )
+        out.loss.backward()
+        label = f"beta {beta}, clip {clip}"
+        yield f"{label}: kernels that were not timed", float(len(tuning._fastest) < 2), 0.0
+        valid = [x[:, : vocab - 100] for x in kept]
+        expected, exempt = oracle(
+            *valid, ids.cpu()[looked_at], torch.arange(3), 3, beta=beta, entry_clip=clip, uniform=True
+        )
+        values = expected["token_divergence"]
+        found = worst(out.token_divergence[looked_at].cpu(), values)
+        yield f"{label}: divergence", found, 1e-5 * float(values.max())
+        wanted = expected["gradient"] * 3 / rows
+        gradient = student.grad[looked_at].cpu().double()
+        difference = (gradient[:, : vocab - 100] - wanted).abs() - rounding(wanted, torch.bfloat16)
+        yield f"{label}: gradient", float(difference[~exempt].max()), 1e-5 * float(wanted.abs().max())
+        yield f"{label}: padding", float(gradient[:, vocab - 100 :].abs().sum()), 0.0
+        del student, teacher, out
 
 
 GROUPS = {

@@ -37,7 +37,7 @@ def run(command: list[str], log: Path, seconds: float) -> int | None:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",  # libraries write what they like; a reader that stops would stop the stage, too
-            preexec_fn=_die_with_parent,
+            preexec_fn=_become_stage,
         )
         reader = threading.Thread(target=_copy, args=(process, file), daemon=True)
         reader.start()
@@ -82,9 +82,13 @@ def _copy(process: subprocess.Popen[str], file) -> None:
         file.flush()
 
 
-def _die_with_parent() -> None:
-    """In the child, before it becomes the stage: it ends with this process, also where that is killed."""
+def die_with_parent() -> None:
+    """In a child, before it becomes its program: it ends with the thread that started it, also where that is killed."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _become_stage() -> None:
+    die_with_parent()
     os.setsid()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from renio_megatron.megatron.pipeline import (
     run_forward_backward,
     share_tokens,
 )
+from renio_megatron.megatron.te_modules import slow_attention
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.batch import reduce_tally, sum_pieces
 from renio_megatron.records import MicroBatch, Rollout
@@ -31,6 +33,8 @@ from renio_megatron.roles import StepLoss
 from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
 from renio_megatron.tune import tune_cross_entropy, tune_loss, tune_scores
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_HEAD = HeadConfig()
 
@@ -88,6 +92,7 @@ class MegatronLearner:
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         config.grad_scale_func = self.optimizer.scale_loss
         self._is_stale = False
+        self._has_looked = part.backend != "te" or not part.layout.is_main
         if parallel.overlap_param_gather:
             part.settle = self._gather_parameters
 
@@ -118,6 +123,7 @@ class MegatronLearner:
             NumericsError: NaN or infinity in a loss or gradient; the weights are then left as they were.
         """
         tallies = self._accumulate(micro_batches, loss, step)
+        self._look_at_attention()
         skip = self._train.skip_nonfinite_steps
         bad = self._bad_gradient()
         if skip and bad[0]:
@@ -205,6 +211,13 @@ class MegatronLearner:
             return run_forward_backward(part, self.models, micro_batches, loss_of)
         finally:
             part.routing.end_step()
+
+    def _look_at_attention(self) -> None:
+        """Warns once, after a pass has chosen it, where Transformer Engine's attention is its slow one."""
+        if not self._has_looked:
+            self._has_looked = True
+            if (warning := slow_attention()) is not None:
+                logger.warning(warning)
 
     def _gather_parameters(self) -> None:
         """Every rank's share of the weights, everywhere: with overlap_param_gather they are stale after a step.

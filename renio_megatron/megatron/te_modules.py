@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,27 @@ def whole_sequences(chunk: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, (group, ranks, stream, kind) in zip(attentions, before, strict=True):
             module.set_context_parallel_group(group, ranks, stream, kind)
+
+
+def slow_attention() -> str | None:
+    """That Transformer Engine's last attention ran without a fused kernel, in words; None where it had one, or where
+    nothing is known of it.
+
+    It falls back without a word: to a matrix of scores that is made, masked and kept.
+    """
+    for name, module in list(sys.modules.items()):
+        chosen = getattr(module, "_attention_backends", None) if name.startswith(_ATTENTION) else None
+        if isinstance(chosen, dict) and chosen.get("use_unfused_attention"):
+            return (
+                "Transformer Engine computes attention without a fused kernel: several times slower, and each "
+                "layer keeps its scores, which `renio plan` does not count. NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why. "
+                "Usual causes: two versions of cuDNN in one process (put the one that torch brings first in "
+                "LD_LIBRARY_PATH), or no flash-attn. precision.backend=local does without Transformer Engine."
+            )
+    return None
+
+
+_ATTENTION = "transformer_engine.pytorch.attention"
 
 
 def is_quantised(parameter: torch.nn.Parameter) -> bool:

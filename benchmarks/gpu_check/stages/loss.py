@@ -1,4 +1,4 @@
-"""The losses beside other implementations: the quick grid of `benchmarks/loss.py`, a cell a unit, and its bars."""
+"""The losses beside other implementations: the quick grid of `benchmarks/loss.py`, a cell a unit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from gpu_check.record import Record
 from gpu_check.unit import Setting, Unit
-from loss_bench import bars
 from loss_bench.grid import Bench, Grid, cpu_grid, quick_grid
 from loss_bench.problem import Cell
 from loss_bench.schemes import COMPILED, SCHEMES, Scheme
@@ -30,12 +29,13 @@ def units(setting: Setting) -> list[Unit]:
         return bench[0]
 
     cells = sorted(grid.cells(), key=_place)
+    in_order = [Unit(cell.title, partial(_cell, cell=cell, ready=ready)) for cell in cells]
+    telling = sum(cell.tp == 1 and _place(cell)[1] < len(TELLING) for cell in cells)
     return [
         Unit("copy rate", lambda record, setting: record.add("copy", ready().copy_rate, "B/s")),
-        *(Unit(cell.title, partial(_cell, cell=cell, ready=ready)) for cell in cells if cell.tp == 1),
+        *in_order[:telling],
         Unit("memory of the fused form", partial(_memory, grid=grid, ready=ready)),
-        Unit("bars", _bars),  # of whole vocabularies
-        *(Unit(cell.title, partial(_cell, cell=cell, ready=ready)) for cell in cells if cell.tp > 1),
+        *in_order[telling:],
     ]
 
 
@@ -81,11 +81,3 @@ def _memory(record: Record, setting: Setting, grid: Grid, ready: Any) -> None:
     for row in ready().fused_memory(grid):
         name = f"memory, {row['scheme']}, {row['tokens']} tokens, {row['head']} head"
         record.add(name, row.get("extra_bytes"), "B", row=row, **_why(row))
-
-
-def _bars(record: Record, setting: Setting) -> None:
-    """What ours must reach, of the rows that stand: 1 reached, 0 missed, none where a row is missing."""
-    rows = [detail["row"] for detail in record.details() if "row" in detail]
-    for bar in bars.judge(rows, is_cuda=setting.is_cuda):
-        value = {"pass": 1.0, "FAIL": 0.0}.get(bar.verdict)
-        record.add(f"bar: {bar.name}", value, "1", needed=bar.needed, measured=bar.measured, verdict=bar.verdict)
