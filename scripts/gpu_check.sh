@@ -16,5 +16,10 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
+"$PYTHON" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ["torch", "psutil", "yaml"])))' || {
+    echo "error: '$PYTHON' lacks the project's packages. ./scripts/test.sh makes .venv with them; or name an interpreter" \
+        "that has them: PYTHON=/path/to/python $0" >&2
+    exit 2
+}
 export PYTHONPATH="$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m gpu_check ${OUT:+--out "$OUT"} "$@"

@@ -157,6 +157,22 @@ def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
 
 
 @pytest.mark.timeout(120)
+def test_without_a_gpu_it_says_what_to_do_once(tmp_path):
+    done = check(tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert done.stdout.count("torch sees no GPU here; --toy runs every stage") == 1
+
+
+def test_an_interpreter_without_the_packages_is_refused(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    python.chmod(0o755)
+    done = check(tmp_path, "--toy", PYTHON=str(python))
+    assert done.returncode == 2
+    assert "lacks the project's packages" in done.stderr and "PYTHON=/path/to/python" in done.stderr
+
+
+@pytest.mark.timeout(120)
 def test_where_it_is_asked_to_end_its_stage_ends_too(tmp_path):
     process = subprocess.Popen(
         [str(SCRIPT), "--toy", "smoke"],

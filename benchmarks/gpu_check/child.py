@@ -16,8 +16,8 @@ from gpu_check.record import Record
 
 LEAST_SECONDS = 5.0
 """Left over, no unit is begun: it would be cut off."""
-FAULT, NO_TIME, BROKEN = 1, 3, 4
-"""Exit codes: a unit had a fault; the time did not suffice; the stage is to go on in a fresh process."""
+FAULT, NO_DEVICE, NO_TIME, BROKEN = 1, 2, 3, 4
+"""Exit codes: a unit had a fault; there is no GPU; the time did not suffice; a fresh process is to go on."""
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         print("error: torch sees no GPU here; --toy runs every stage at toy size on a CPU", file=sys.stderr)
-        return 2
+        return NO_DEVICE
     from gpu_check.unit import Setting
 
     setting = Setting(torch.device("cpu") if toy else torch.device("cuda", 0), toy, folder)

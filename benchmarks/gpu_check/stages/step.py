@@ -17,7 +17,7 @@ from gpu_check.program import output_of
 from gpu_check.record import Record
 from gpu_check.unit import Setting, Unit, seconds
 
-STEPS = 6
+STEPS = 4
 """The first of them compiles and chooses kernels, and allocates."""
 
 
