@@ -22,6 +22,8 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 SMOLLM2_ROPE_THETA = 100_000.0
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""A tokenizer's attribute -> the file's name for it."""
 
 
 def import_gguf(gguf: str | Path, directory: str | Path) -> Path:
@@ -63,6 +65,20 @@ def check_smollm2(config: Any, tokenizer: Any) -> None:
         raise CheckpointError(f"The GGUF file does not hold SmolLM2-135M-Instruct as expected: {'; '.join(wrong)}.")
 
 
+def set_special_tokens(tokenizer: Any, gguf: Path) -> None:
+    """Gives a tokenizer the special tokens that the file names by their ids.
+
+    transformers 5.17 takes the first token of a text for the last one, too, and no padding; a run with that end token
+    would never end a completion.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for attribute, name in SPECIAL_TOKENS.items():
+        if (field := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(field.contents())))
+
+
 def _load(gguf: Path) -> tuple[Any, Any]:
     try:
         import accelerate  # noqa: F401
@@ -78,6 +94,7 @@ def _load(gguf: Path) -> tuple[Any, Any]:
         options["quantization_config"] = packed(dequantize=True)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    set_special_tokens(tokenizer, gguf)
     # save_pretrained refuses a model that still says it is quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
