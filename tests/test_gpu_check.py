@@ -247,6 +247,22 @@ def test_after_a_fault_the_other_units_run_and_the_fault_is_kept(tmp_path, monke
     assert child.main(arguments) == 0, "nothing is left to do"
 
 
+def test_the_driver_is_asked_for_the_gpu(tmp_path, monkeypatch):
+    """A program in nvidia-smi's place; one that fails, or answers less than it was asked, says nothing."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "H100, 580.1, 80 GiB, 345 MHz, 1980 MHz, 2619 MHz, 700 W"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    found = command.machine.header("x", toy=False)
+    assert (found["gpu"], found["driver"]) == ("H100", "580.1")
+    assert found["machine"]["power.limit"] == "700 W" and "name" not in found["machine"]
+    assert command.machine.header("x", toy=True)["gpu"] is None
+    for text in ("exit 9", "echo H100"):
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        found = command.machine.header("x", toy=False)
+        assert (found["gpu"], found["driver"], set(found["machine"])) == (None, None, {"cpu_count"})
+
+
 def test_numbers_that_are_none_are_outside_every_limit(tmp_path):
     with pytest.raises(Wrong):
         require(Record(tmp_path / "x.json", HEADER), "a", float("nan"), 1.0)

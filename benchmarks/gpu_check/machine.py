@@ -5,30 +5,33 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from gpu_check.record import now
+from loss_bench.driver import ask_driver, version_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *("torch", "triton", "megatron-core", "transformers", "numpy", "transformer-engine", "liger-kernel"),
     *("nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-nccl-cu13"),
 )
+FIELDS = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+"""What the driver is asked for."""
 
 
 def header(command: str, *, toy: bool) -> dict[str, Any]:
     """The facts of a stage's file."""
-    gpu, driver, more = _gpu()
+    told = ask_driver(FIELDS)
+    versions = {name: found for name in PACKAGES if (found := version_of(name)) is not None}
+    gpu, driver = told.pop("name", None), told.pop("driver_version", None)
     return {
         "commit": commit(),
         "gpu": None if toy else gpu,
         "driver": driver,
-        "versions": {"python": platform.python_version(), **_versions()},
-        "machine": {"cpu_count": os.cpu_count(), **more},
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"cpu_count": os.cpu_count(), **told},
         "command": command,
         "date": now()[:10],
         "toy": toy,
@@ -53,30 +56,3 @@ def commit() -> str:
 def _git(*arguments: str) -> bytes:
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, timeout=20, check=True).stdout
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _gpu() -> tuple[str | None, str | None, dict[str, str]]:
-    """Name, driver, and clocks and power limit as the driver tells them."""
-    fields = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
-    if shutil.which("nvidia-smi") is None:
-        return None, None, {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:
-        return None, None, {}
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    if done.returncode != 0 or len(values) != len(fields):
-        return None, None, {}
-    told = dict(zip(fields, values, strict=True))
-    return told.pop("name"), told.pop("driver_version"), told

@@ -6,8 +6,8 @@ import os
 import subprocess
 
 from gpu_check.machine import ROOT
-from gpu_check.supervise import die_with_parent
 from gpu_check.unit import Setting
+from renio_megatron.cli.launch import end_with_parent
 
 SECONDS = 60.0
 """That a program may take on a GPU machine; five times as long at toy size, where a laptop may be busy."""
@@ -33,7 +33,7 @@ def output_of(setting: Setting, command: list[str], *, with_errors: bool = False
         errors="replace",  # libraries write what they like
         timeout=SECONDS * (5 if setting.toy else 1),
         check=False,
-        preexec_fn=die_with_parent,
+        preexec_fn=end_with_parent,
     )
     if done.returncode != 0:
         raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from renio_megatron.cli.launch import end_with_parent
+
 GRACE_SECONDS = 3.0
 """From SIGTERM to SIGKILL."""
 
@@ -82,13 +84,7 @@ def _copy(process: subprocess.Popen[str], file) -> None:
         file.flush()
 
 
-def die_with_parent() -> None:
-    """In a child, before it becomes its program: it ends with the thread that started it, also where that is killed."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
 def _become_stage() -> None:
-    die_with_parent()
+    """In the child, before it becomes the stage: it ends with this process, also where that is killed."""
+    end_with_parent()
     os.setsid()

@@ -5,16 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shutil
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import renio_megatron
+from loss_bench.driver import ask_driver, version_of
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -25,8 +23,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "renio_megatron": renio_megatron.__version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "liger_kernel": _version("liger-kernel"),
+        "triton": version_of("triton"),
+        "liger_kernel": version_of("liger-kernel"),
         "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -43,13 +41,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu() -> str:
     """The processor's model."""
     path = Path("/proc/cpuinfo")
@@ -60,10 +51,4 @@ def _cpu() -> str:
 
 def clocks() -> dict[str, str]:
     """Driver, clocks and power limit as the driver tells them; nothing where it does not."""
-    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    return dict(zip(fields, values, strict=True)) if done.returncode == 0 and len(values) == len(fields) else {}
+    return ask_driver(("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"))

@@ -29,7 +29,6 @@ from renio_megatron.parallel.vocab import VocabShard
 from renio_megatron.records import LmHead, MicroBatch, Prompt, Rollout, TeacherScores
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
-from renio_megatron.tune import tune_scores
 
 _GROUP, _ALL, _END = 0, 1, 2
 """What the student's ranks want: some sequences read; what was read of a step's; nothing more."""
@@ -184,16 +183,8 @@ class DetachedTeacher:
 
     def tune(self, num_tokens: int) -> None:
         """Tunes the kernels that read the teacher's logits, where a rank has some; see `MegatronTeacher.tune`."""
-        part = None if self._reader is None else self._reader.part
-        if part is not None and part.layout.pipeline.is_last:
-            tune_scores(
-                part.shard,
-                self._head_config,
-                self._temperature,
-                hidden_dtype=part.config.params_dtype,
-                num_tokens=num_tokens,
-                device=part.layout.device,
-            )
+        if self._reader is not None:
+            self._reader.part.tune_scores(self._head_config, self._temperature, num_tokens)
 
     def serve(self) -> bool:
         """The teacher's side of a step, from the first `hear` to `score`; False, and no more, where nothing follows."""

@@ -32,7 +32,7 @@ from renio_megatron.records import MicroBatch, Rollout
 from renio_megatron.roles import StepLoss
 from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
-from renio_megatron.tune import tune_cross_entropy, tune_loss, tune_scores
+from renio_megatron.tune import tune_cross_entropy, tune_loss
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class MegatronLearner:
         dtype, device = part.config.params_dtype, part.layout.device
         shared: dict[str, Any] = {"hidden_dtype": dtype, "num_tokens": num_tokens, "device": device}
         if scores:
-            tune_scores(part.shard, self._head, self._temperature, **shared)
+            part.tune_scores(self._head, self._temperature, num_tokens)
         if loss is None:
             tune_cross_entropy(part.shard, **shared)
         else:

@@ -45,7 +45,8 @@ from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
 from renio_megatron.records import LmHead
-from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from renio_megatron.settings import HeadConfig, LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from renio_megatron.tune import tune_scores
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 
@@ -140,6 +141,13 @@ class ModelPart:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         out = hidden_rows.new_empty(len(hidden_rows), weight.shape[0], dtype=dtype)
         return kernels.project_rows(hidden_rows, weight, out)
+
+    def tune_scores(self, head: HeadConfig, temperature: float, num_tokens: int) -> None:
+        """Tunes the kernels that read this model's logits of sampled tokens, for micro-batches of at most `num_tokens`
+        completion tokens. Without an LM head here there is nothing to tune."""
+        if self.layout.pipeline.is_last:
+            dtype, device = self.config.params_dtype, self.layout.device
+            tune_scores(self.shard, head, temperature, hidden_dtype=dtype, num_tokens=num_tokens, device=device)
 
     def arrangement(self, pad_id: int, micro_batch_size: int, max_tokens: int | None) -> Arrangement:
         """How sequences must be arranged for this layout; `max_tokens` packs them."""

@@ -14,7 +14,6 @@ from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
 from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
-from renio_megatron.tune import tune_scores
 
 
 class MegatronTeacher:
@@ -103,16 +102,7 @@ class MegatronTeacher:
 
     def tune(self, num_tokens: int) -> None:
         """Tunes the kernels of `score`, for micro-batches of at most `num_tokens` completion tokens."""
-        part = self._part
-        if part.layout.pipeline.is_last:
-            tune_scores(
-                part.shard,
-                self._head_config,
-                self._temperature,
-                hidden_dtype=part.config.params_dtype,
-                num_tokens=num_tokens,
-                device=part.layout.device,
-            )
+        self._part.tune_scores(self._head_config, self._temperature, num_tokens)
 
     def close(self) -> None:
         """Nothing to do: nobody waits for this teacher."""
