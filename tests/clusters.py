@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import renio_megatron
+from tests import warm
 from tests.jobs import descendants, python_path
 
 ROOT = Path(renio_megatron.__file__).parents[1]
@@ -40,7 +41,7 @@ class Cluster:
         self._processes: list[subprocess.Popen[str]] = []
         left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in os.environ.items() if name not in left_out}
-        self.environment = {**kept, "PYTHON": sys.executable, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+        self.environment = {**kept, "PYTHON": str(warm.interpreter(folder)), "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
     def __enter__(self) -> Cluster:
         return self
@@ -55,7 +56,7 @@ class Cluster:
 
     def start(self, *command: str, log: str, **environment: str) -> subprocess.Popen[str]:
         """A process whose two outputs go to the file `log`."""
-        process = subprocess.Popen(
+        process = warm.Popen(
             command,
             cwd=self.folder,
             env=self.environment | environment,

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from renio_megatron.checkpoint_files import latest_step
+from tests import warm
 from tests.jobs import descendants, python_path
 from tests.resuming import TIMES, same, tensors
 from tests.training_cases import VOCAB_SIZE, save_models
@@ -50,7 +51,7 @@ class Job:
     def __post_init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = warm.Popen(
                 [sys.executable, "-m", "renio_megatron.cli.main", "train", str(self.recipe)],
                 env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
                 stdout=log,

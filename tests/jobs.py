@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 import renio_megatron
+from tests import warm
 
 ROOT = Path(renio_megatron.__file__).parents[1]
 LIMIT = 60.0  # seconds from a fault to the end of everything
@@ -92,7 +92,7 @@ class Job:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         paths = python_path(*filter(None, [environment.pop("PATHS", "")]))
-        self.process = subprocess.Popen(
+        self.process = warm.Popen(
             [sys.executable, "-m", "renio_megatron.cli.main", "train", str(folder / "recipe.yaml")],
             env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
             stdout=(folder / "stdout.txt").open("w"),
@@ -107,11 +107,11 @@ class Job:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id of the launcher's descendants that are ranks."""
+        """Rank -> process id of the launcher's children that are ranks; a warm child has its rank as its name."""
         return {
-            int(variables["RANK"]): pid
+            int(name[5:]): pid
             for pid in descendants(self.process.pid)
-            if "RANK" in (variables := _environment(pid)) and "renio_megatron.cli.worker" in _command(pid)
+            if (name := _stat(pid)[0]).startswith("rank ") and _stat(pid)[2] == self.process.pid
         }
 
     def wait_for(self, step: int, seconds: float = 150.0) -> None:
@@ -161,7 +161,7 @@ def descendants(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = _stat(int(entry.name))[2]
     found, waiting = [], [pid]
     while waiting:
         parent = waiting.pop()
@@ -171,24 +171,18 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _environment(pid: int) -> dict[str, str]:
+def _stat(pid: int) -> tuple[str, str, int]:
+    """Name, state and parent of a process; empty where it is gone."""
     with contextlib.suppress(OSError):
-        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-        return dict(entry.split("=", 1) for entry in entries if "=" in entry)
-    return {}
-
-
-def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
+        before, _, after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+        state, parent = after.split()[:2]
+        return before.partition("(")[2], state, int(parent)
+    return "", "", 0
 
 
 def _is_alive(pid: int) -> bool:
     """Whether the process runs; a zombie does not."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+    return _stat(pid)[1] not in ("", "Z")
 
 
 def assert_gone(pids: dict[int, int], world_size: int = 2) -> None:

@@ -1,31 +1,34 @@
 """Runs a function on several gloo ranks, each a process, and turns whatever happens to one into a failed test.
 
 A rank that raises, dies or hangs ends the launch: the others are killed and the caller gets the rank's traceback.
-Launching costs seconds (every rank imports torch), so a test file launches its ranks once and runs all cases in them.
+Ranks are forked from a process that has imported Megatron (`warm.py`), so that a launch costs little; still, a test
+file launches its ranks once and runs all cases in them, because process groups and models cost something, too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests import warm
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = "launch.pickle"
 POLL_SECONDS = 0.02
 GRACE_SECONDS = 1.0
 
@@ -34,7 +37,9 @@ class RankError(AssertionError):
     """A rank raised, died or did not finish; the message holds its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, fresh: bool = False
+) -> list[Any]:
     """What `function(*args)` returns on each of `world_size` ranks, in rank order.
 
     Args:
@@ -43,59 +48,56 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         world_size: number of processes.
         args: picklable.
         timeout: seconds for everything, imports included.
+        fresh: for functions that have something to do before Megatron is imported: the ranks import it themselves.
 
     Raises:
         RankError: as soon as one rank has failed, or when the time is up.
     """
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
-        folder, port = Path(name), _free_port()
-        shared = (function, world_size, args, folder, timeout, port)
-        processes = [
-            # Not daemons: megatron-core's checkpoint writer starts processes of its own.
-            context.Process(target=_rank_main, args=(rank, *shared))
-            for rank in range(world_size)
-        ]
+        folder = Path(name)
+        call = pickle.dumps((function, args))
+        (folder / LAUNCH).write_bytes(pickle.dumps((_environment(world_size), sys.path, call, timeout)))
+        program = [sys.executable, "-m", "tests.multiprocess", name]
+        start = subprocess.Popen if fresh else warm.Popen
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         deadline = time.monotonic() + timeout
+        processes: list[subprocess.Popen] = []
         try:
-            with _environment(OMP_NUM_THREADS="1"):
-                for process in processes:
-                    process.start()
+            for rank in range(world_size):
+                processes.append(start([*program, str(rank)], env=environment))
             problem = _wait(processes, deadline)
             if problem:
                 raise RankError(f"{problem} in {function.__module__}.{function.__qualname__}\n{_reports(folder)}")
             return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
         finally:
             for process in processes:
-                if process.is_alive():
-                    process.kill()
+                process.kill()
             for process in processes:
-                if process.pid is not None:
-                    process.join()
+                process.wait()
 
 
-def _wait(processes: list[BaseProcess], deadline: float) -> str | None:
+def _wait(processes: list[subprocess.Popen], deadline: float) -> str | None:
     """Waits for all ranks; what went wrong, or None."""
-    while any(process.is_alive() for process in processes):
-        broken = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+    while any(process.poll() is None for process in processes):
+        broken = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
         if broken:
             # Its peers may be about to fail, too; their tracebacks are worth a moment.
             _wait_briefly(processes)
             break
         if time.monotonic() > deadline:
-            hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            hung = [rank for rank, process in enumerate(processes) if process.poll() is None]
             for rank in hung:
-                os.kill(processes[rank].pid or 0, signal.SIGUSR1)  # each writes its stack
+                processes[rank].send_signal(signal.SIGUSR1)  # each writes its stack
             time.sleep(GRACE_SECONDS / 2)
             return f"timeout: ranks {hung} of {len(processes)} did not finish"
         time.sleep(POLL_SECONDS)
-    broken = [(rank, process.exitcode) for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
-    return "; ".join(f"rank {rank} of {len(processes)} {_ending(code or 0)}" for rank, code in broken) or None
+    ends = enumerate(process.returncode for process in processes)
+    return "; ".join(f"rank {rank} of {len(processes)} {_ending(code)}" for rank, code in ends if code) or None
 
 
-def _wait_briefly(processes: list[BaseProcess]) -> None:
+def _wait_briefly(processes: list[subprocess.Popen]) -> None:
     end = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < end and any(process.is_alive() for process in processes):
+    while time.monotonic() < end and any(process.poll() is None for process in processes):
         time.sleep(POLL_SECONDS)
 
 
@@ -112,26 +114,33 @@ def _reports(folder: Path) -> str:
     return "\n".join(f"--- rank {path.stem} ({path.suffix[1:]})\n{path.read_text()}" for path in [*errors, *stacks])
 
 
-def _rank_main(
-    rank: int, function: Callable[..., Any], world_size: int, args: tuple, folder: Path, timeout: float, port: int
-) -> None:
+def _environment(world_size: int) -> dict[str, str]:
+    """Of every rank, but for its number."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+
+
+def _rank_main(folder: Path, rank: int) -> None:
     """One rank's whole life."""
     stack = (folder / f"{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    environment, path, call, timeout = pickle.loads((folder / LAUNCH).read_bytes())
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.path[:] = path
     torch.set_num_threads(1)
     try:
+        function, args = pickle.loads(call)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/store",
             rank=rank,
-            world_size=world_size,
+            world_size=int(environment["WORLD_SIZE"]),
             timeout=timedelta(seconds=timeout),
         )
         result = function(*args)
@@ -150,16 +159,5 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables while children start."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+if __name__ == "__main__":
+    _rank_main(Path(sys.argv[1]), int(sys.argv[2]))

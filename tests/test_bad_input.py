@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from renio_megatron.cli import launch, worker
 from renio_megatron.cli.main import main
+from tests import warm
 from tests.broken_models import save_broken_models
 from tests.jobs import python_path
 from tests.multiprocess import run_ranks
@@ -350,8 +350,6 @@ def test_two_real_ranks_tell_it_once_and_leave_nothing(settings, fragments, mode
         settings.append(f"output_dir={tmp_path / 'run'}")
     command = [sys.executable, "-m", "renio_megatron.cli.main", "train", str(models / "recipe.yaml"), *settings]
     environment = {**os.environ, "PYTHONPATH": python_path()}
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = warm.run(command, env=environment, cwd=tmp_path, timeout=120)
     _check(done.returncode, done.stderr, fragments)
     assert _tree(tmp_path) == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.objective.reference import reference_objective
+from tests import warm
 from tests.jobs import python_path
 from tests.multiprocess import run_ranks
 
@@ -295,14 +295,11 @@ def test_the_command_writes_a_table_a_json_file_and_a_picture(tmp_path, capsys, 
 
 def run_program(command: str, *more: str) -> str:
     """What a benchmark prints; `more` are words that may hold spaces."""
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, *command.split(), *more],
         cwd=ROOT / "benchmarks",
         env={**os.environ, "PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
         timeout=240,
-        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

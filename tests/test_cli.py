@@ -11,6 +11,7 @@ import renio_megatron
 from renio_megatron.cli import launch, worker
 from renio_megatron.cli.main import main
 from renio_megatron.errors import ConfigError, DataError
+from tests import warm
 from tests.jobs import python_path
 
 # Stands in for renio_megatron.run and .export in every process that has it on its path; FAKE names the behaviour.
@@ -76,9 +77,7 @@ def recipe(tmp_path):
 def renio(environment, tmp_path):
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "renio_megatron.cli.main", *arguments]
-        return subprocess.run(
-            command, env=environment | variables, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False
-        )
+        return warm.run(command, env=environment | variables, cwd=tmp_path, timeout=90)
 
     return run
 
@@ -258,7 +257,7 @@ def test_a_rank_that_is_killed_is_named(renio, recipe):
 
 def test_ctrl_c_ends_all_ranks(environment, recipe, tmp_path):
     command = [sys.executable, "-m", "renio_megatron.cli.main", "sft", recipe, "--nproc", "1"]
-    process = subprocess.Popen(
+    process = warm.Popen(
         command, env=environment | {"FAKE": "wait"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None

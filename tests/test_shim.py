@@ -192,7 +192,7 @@ def train_one_step(*, experts=False):
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return run_ranks(install_twice_and_train, 2, timeout=180.0)
+    return run_ranks(install_twice_and_train, 2, timeout=180.0, fresh=True)
 
 
 def test_an_installation_patches_and_a_second_one_does_not(two_ranks):

@@ -17,6 +17,7 @@ from renio_megatron.config import RunConfig, load_recipe
 from renio_megatron.plan.memory import plan_memory
 from renio_megatron.plan.models import read_model
 from renio_megatron.teacher_routes import ONLY
+from tests import warm
 from tests.multiprocess import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,9 +67,7 @@ def carried_out(recipe: Path, model: Path, directory: Path) -> Run:
     """An example's two steps on two pipeline stages; a sequence at a time, or activations would hide the rest."""
     command = [sys.executable, "-m", "renio_megatron.cli.main", "train", str(recipe)]
     command += [f"model={model}", f"output_dir={directory}", "train.micro_batch_size=1"]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, timeout=900, check=False
-    )
+    done = warm.run([sys.executable, "-c", MEASURED, *command], timeout=900)
     assert done.returncode == 0, done.stderr
     return Run(directory, int(done.stdout.split()[-1]))
 
@@ -109,7 +108,7 @@ def test_the_exported_model_generates(run: Path, model: Path, tmp_path: Path) ->
 
     exported = tmp_path / "exported"
     command = [sys.executable, "-m", "renio_megatron.cli.main", "export", str(run), str(exported)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, timeout=300)
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(exported)
     network = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
@@ -140,7 +139,7 @@ def test_the_exported_adapter_generates(adapted: Run, model: Path, tmp_path: Pat
 
     exported = tmp_path / "exported"
     command = [sys.executable, "-m", "renio_megatron.cli.main", "export", str(adapted.directory), str(exported)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = warm.run(command, timeout=300)
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -38,12 +38,12 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(root):
-    return run_ranks(te_cases.same_as_local, 2, root, timeout=280.0)
+    return run_ranks(te_cases.same_as_local, 2, root, timeout=280.0, fresh=True)
 
 
 @pytest.fixture(scope="module")
 def fp8(root):
-    return run_ranks(te_cases.in_fp8, 2, root, timeout=280.0)
+    return run_ranks(te_cases.in_fp8, 2, root, timeout=280.0, fresh=True)
 
 
 def test_a_model_of_transformer_engine_computes_what_a_local_one_does(compared):
@@ -57,7 +57,7 @@ def test_a_model_of_transformer_engine_computes_what_a_local_one_does(compared):
 
 
 def test_a_distillation_step_is_that_of_transformers(root):
-    for found in run_ranks(te_cases.distil, 2, root, timeout=200.0):
+    for found in run_ranks(te_cases.distil, 2, root, timeout=200.0, fresh=True):
         for key, one in found.items():
             assert max(one["loss_error"], one["weight_error"], one["gradient_error"]) < 1e-5, (key, one)
             assert one["raw_weights_not_1"] > 0
@@ -65,7 +65,7 @@ def test_a_distillation_step_is_that_of_transformers(root):
 
 @pytest.fixture(scope="module")
 def started(root):
-    return run_ranks(te_start_cases.run_all, 2, root, timeout=200.0)
+    return run_ranks(te_start_cases.run_all, 2, root, timeout=200.0, fresh=True)
 
 
 def test_attention_without_a_fused_kernel_is_said_once_by_one_rank(started):
@@ -89,7 +89,7 @@ def test_a_student_with_adapters_has_local_layers_beside_a_teacher_of_transforme
 
 
 def test_exports_and_checkpoints_of_either_backend_hold_the_same_tensors(root):
-    for found in run_ranks(te_cases.exported, 2, root, timeout=280.0):
+    for found in run_ranks(te_cases.exported, 2, root, timeout=280.0, fresh=True):
         assert len(found) == 14
         assert all(value is True for value in found.values()), found
 

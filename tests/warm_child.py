@@ -1,0 +1,180 @@
+"""What a forked child does to be as good as a fresh interpreter with its own command line (see warm.py)."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import multiprocessing.resource_tracker
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+_PATH = [folder for folder in sys.path[1:] if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+_filters: list[Any] = []
+
+
+def remember_filters() -> None:
+    """What libraries did to the filters of warnings when they were imported."""
+    _filters[:] = warnings.filters
+
+
+def become(
+    *, arguments: list[str], environment: dict[str, str], directory: str, new_session: bool, outputs: list[int]
+) -> NoReturn:
+    """Runs `python ARGUMENTS` in this process, with its three files, and ends it."""
+    if arguments[0] == "-u":
+        arguments, environment = arguments[1:], {**environment, "PYTHONUNBUFFERED": "1"}
+    _take_place(environment, directory, new_session, outputs)
+    subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
+    code = 1
+    try:
+        code = _exit_code(arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        if code < 0:
+            signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        os._exit(code)
+    raise AssertionError("unreachable")
+
+
+def _take_place(environment: dict[str, str], directory: str, new_session: bool, outputs: list[int]) -> None:
+    """Files, session, directory, environment, signals, threads and seeds."""
+    kept = [os.dup(output) if output <= 2 else output for output in outputs]
+    for number, output in enumerate(kept):
+        os.dup2(output, number)
+    os.closerange(3, 4096)
+    if new_session:
+        os.setsid()
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    buffering = {"line_buffering": True} if os.isatty(1) else {}
+    if environment.get("PYTHONUNBUFFERED"):
+        buffering = {"write_through": True}
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(  # type: ignore[misc]
+        open(1, "wb", closefd=False),
+        encoding="utf-8",
+        **buffering,  # noqa: SIM115
+    )
+    sys.stderr = sys.__stderr__ = io.TextIOWrapper(  # type: ignore[misc]
+        open(2, "wb", closefd=False),
+        encoding="utf-8",
+        errors="backslashreplace",
+        line_buffering=True,  # noqa: SIM115
+    )
+    warnings.filters[:] = _filters  # type: ignore[index]
+    warnings._processoptions(list(filter(None, environment.get("PYTHONWARNINGS", "").split(","))))  # type: ignore
+    if "RANK" in environment and Path("/proc/self/comm").exists():
+        Path("/proc/self/comm").write_text(f"rank {environment['RANK']}")  # the only name that a process can change
+    tracker = multiprocessing.resource_tracker._resource_tracker  # type: ignore[attr-defined]
+    tracker._fd = tracker._pid = None  # the parent's
+    _threads_and_seeds(environment)
+
+
+def _threads_and_seeds(environment: dict[str, str]) -> None:
+    """As at the start of a process; `random` seeds itself after a fork."""
+    import numpy as np
+    import torch
+
+    given = environment.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(int(given) if given.isdecimal() else len(os.sched_getaffinity(0)))
+    np.random.seed()
+
+
+def _exit_code(arguments: list[str]) -> int:
+    """Runs the program; negative where a signal is to end the process."""
+    try:
+        try:
+            _run(arguments)
+            code = 0
+        except SystemExit as end:
+            code = _code_of(end)
+        except KeyboardInterrupt:
+            traceback.print_exc()
+            code = -signal.SIGINT
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        return code
+    except SystemExit as end:
+        return _code_of(end)
+
+
+def _code_of(end: SystemExit) -> int:
+    if end.code is None:
+        return 0
+    if isinstance(end.code, int):
+        return end.code & 0xFF
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _run(arguments: list[str]) -> None:
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    kind, first = arguments[0], "" if arguments[0] == "-c" else str(Path.cwd())
+    if kind not in ("-m", "-c"):
+        first = str(Path(kind).resolve().parent)
+    sys.path[:] = [first, *given, *(path for path in _PATH if path not in given)]
+    for folder in given:  # what an interpreter imports at its start
+        if (Path(folder) / "sitecustomize.py").is_file():
+            runpy.run_path(str(Path(folder) / "sitecustomize.py"))
+            break
+    if kind == "-m":
+        sys.argv[:] = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv[:] = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv[:] = arguments
+        runpy.run_path(kind, run_name="__main__")
+
+
+_execute_child = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+
+
+def _fork_or_execute(self: Any, args: Any, executable: Any, *rest: Any) -> None:
+    """Of a child's own `subprocess.Popen`: its Python programs are forked in turn, others are executed."""
+    from tests.warm import is_warm
+
+    _preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
+    pipes, (_, _, _, _, _, new_session, *_) = pipes_and_rest[:6], pipes_and_rest[6:]
+    if shell or pass_fds or not is_warm(args):
+        _execute_child(self, args, executable, *rest)
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    p2cread, _, _, c2pwrite, _, errwrite = pipes
+    outputs = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
+    self.pid = os.fork()
+    if self.pid == 0:
+        # Its own copy of the package, as a fresh interpreter has.
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("renio_megatron", "sitecustomize")]:
+            del sys.modules[name]
+        become(
+            arguments=[os.fspath(argument) for argument in args[1:]],
+            environment=dict(os.environ if env is None else env),
+            directory=os.fspath(cwd) if cwd is not None else str(Path.cwd()),
+            new_session=bool(new_session),
+            outputs=outputs,
+        )
+    self._child_created = True
+    self._close_pipe_fds(*pipes)
