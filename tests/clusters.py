@@ -41,7 +41,12 @@ class Cluster:
         self._processes: list[subprocess.Popen[str]] = []
         left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in os.environ.items() if name not in left_out}
-        self.environment = {**kept, "PYTHON": str(warm.interpreter(folder)), "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+        self.environment = {
+            **kept,
+            "PYTHON": str(warm.interpreter(folder)),
+            "PYTHONPATH": python_path(),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def __enter__(self) -> Cluster:
         return self

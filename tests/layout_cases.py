@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.records import Rollout
-from renio_megatron.settings import DataConfig, HeadConfig, ParallelConfig, TrainConfig, WeightingConfig
+from renio_megatron.settings import DataConfig, HeadConfig, ParallelConfig, TeacherConfig, TrainConfig, WeightingConfig
 from tests.training_cases import recipe
 
-BATCH = 8
+GROUP = 2
 TEMPERATURE = 1.1
 EMA_BEFORE, EMA_DECAY = 1.7, 0.75
 SMALL_PACK, LARGE_PACK = 32, 1000
@@ -43,6 +43,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "sequence_parallel": True,
     },
 }
+MODELS = (
+    ("teacher", 4, 48, False, 0.15),
+    ("deep", 4, 32, False, 0.08),
+    ("deep_tied", 4, 32, True, 0.08),
+    ("shallow_teacher", 2, 48, False, 0.15),
+    ("shallow", 2, 32, False, 0.08),
+    ("shallow_tied", 2, 32, True, 0.08),
+)
+"""As those of training_cases. A pipeline's stages have several layers or chunks, which takes 4; elsewhere 2 do."""
 FOUR_RANKS = ("CP2 x TP2 + SP", "DP2 x TP2", "TP2 x PP2 + SP")
 
 _OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -57,7 +66,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 WEIGHTINGS = {
     "batch": WeightingConfig(threshold=0.3, ceiling=1.5),
-    "group": WeightingConfig(threshold=0.3, ceiling=1.5, normalise="group", group_size=4),
+    "group": WeightingConfig(threshold=0.3, ceiling=1.5, normalise="group", group_size=GROUP),
     "ema": WeightingConfig(threshold=0.3, ceiling=1.5, normalise="ema", ema_decay=EMA_DECAY),
 }
 
@@ -70,6 +79,16 @@ class Case:
     variant: str
     tied: bool
     packed: bool
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a step; in bf16 more of them, whose errors of rounding cancel."""
+        return 8 if self.variant == "bf16" else 4
+
+    @property
+    def deep(self) -> bool:
+        """Whether the layers are shared out to stages."""
+        return "PP" in self.layout
 
     @property
     def name(self) -> str:
@@ -101,12 +120,13 @@ def run_case(case: Case, folder: Path, references: dict[Any, Reference]) -> dict
     parallel, train = VARIANTS[case.variant]
     config = recipe(
         folder,
-        model=str(folder / ("deep_tied" if case.tied else "deep")),
+        model=str(folder / f"{'deep' if case.deep else 'shallow'}{'_tied' if case.tied else ''}"),
+        teacher=TeacherConfig(model=str(folder / ("teacher" if case.deep else "shallow_teacher"))),
         parallel=ParallelConfig(**LAYOUTS[case.layout], **parallel),
         data=DataConfig(seed=5, max_prompt_length=20),
         train=TrainConfig(
             train_iters=1,
-            global_batch_size=BATCH,
+            global_batch_size=case.batch_size,
             lr=1e-3,
             seed=7,
             max_tokens_per_micro_batch=SMALL_PACK if case.packed else None,
@@ -151,7 +171,7 @@ def run_case(case: Case, folder: Path, references: dict[Any, Reference]) -> dict
         # The loss in chunks of all lengths, the teacher's hidden states from every place where they may wait.
         algorithm._head = HeadConfig(chunk_size=(None, 1, 7)[number % 3])
         algorithm.teacher._payload_device = payload_devices[(number + case.packed) % len(payload_devices)]
-        _set_micro_batches(algorithm, case, is_large, BATCH // layout.data.size)
+        _set_micro_batches(algorithm, case, is_large, case.batch_size // layout.data.size)
         learner.optimizer.step = lambda is_last=is_last: look(and_step=is_last)
         metrics = trainer.run()
         found = _compare(case, config, seen, metrics, name, layout, learner.part, references)
@@ -257,8 +277,8 @@ def weights_by_hand(log_ratio: list[torch.Tensor], weighting: WeightingConfig) -
     if weighting.normalise == "ema":
         return [weight / (EMA_DECAY * EMA_BEFORE + (1 - EMA_DECAY) * mean) for weight in raw]
     if weighting.normalise == "group":
-        groups = [raw[i : i + 4] for i in range(0, len(raw), 4)]
-        return [min(weight / (sum(group) / 4), 10.0) for group in groups for weight in group]
+        groups = [raw[i : i + GROUP] for i in range(0, len(raw), GROUP)]
+        return [min(weight / (sum(group) / GROUP), 10.0) for group in groups for weight in group]
     return [min(weight / mean, 10.0) for weight in raw]
 
 
@@ -296,9 +316,10 @@ def _compare(
     # In bf16 a token may lie on the other side of the threshold: weights follow from the run's own ratios there.
     ratios = [ratio for _, _, _, ratio in batch] if bf16 else reference.log_ratio
     expected = torch.tensor(weights_by_hand(ratios, WEIGHTINGS[weighting]))
-    loss = float((expected * reference.divergence).sum() / BATCH)
+    loss = float((expected * reference.divergence).sum() / case.batch_size)
     gradients = {
-        name: torch.einsum("b,b...->...", expected / BATCH, gradient) for name, gradient in reference.gradients.items()
+        name: torch.einsum("b,b...->...", expected / case.batch_size, gradient)
+        for name, gradient in reference.gradients.items()
     }
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
     return {

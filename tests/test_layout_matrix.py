@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layout_cases import LAYOUTS, VARIANTS, Case, cases, run_matrix
+from tests.layout_cases import LAYOUTS, MODELS, VARIANTS, Case, cases, run_matrix
 from tests.multiprocess import run_ranks
 from tests.training_cases import save_models
 
@@ -30,7 +30,7 @@ def tolerance(case: Case) -> float:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """Case -> largest error over the ranks; two launches."""
     folder = tmp_path_factory.mktemp("layouts")
-    save_models(folder)
+    save_models(folder, MODELS)
     merged: dict[str, dict[str, float]] = {}
     for world_size in (2, 4):
         by_rank = run_ranks(run_matrix, world_size, folder, world_size, timeout=700)
@@ -46,13 +46,14 @@ def test_step_equals_the_single_process_reference(case: Case, results: dict[str,
     assert found["grad_norm"] < tolerance(case)
     assert found["loss"] < tolerance(case)
     assert found["weight"] < 1e-5
-    assert found["unlike_1"] > 4  # weights that are all 1 would prove nothing
+    assert found["unlike_1"] > 2  # weights that are all 1 would prove nothing
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_layout_draws_the_same_rollouts(tied: bool, results: dict[str, dict[str, float]]) -> None:
-    chosen = [case.name for case in ALL if case.tied == tied and case.variant != "bf16"]
-    assert len({results[name]["tokens"] for name in chosen}) == 1
+    for deep in (False, True):
+        chosen = [case.name for case in ALL if (case.tied, case.deep) == (tied, deep) and case.variant != "bf16"]
+        assert len({results[name]["tokens"] for name in chosen}) == 1
 
 
 def test_the_document_shows_every_layout(results: dict[str, dict[str, float]]) -> None:

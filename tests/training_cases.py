@@ -7,6 +7,7 @@ are transformers', the objective is `objective/reference.py` in autograd.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,11 @@ MODELS = (
 """Name, layers, hidden size, tied embeddings, noise; bf16 rounds rough models badly, also in a single process."""
 
 
-def save_models(folder: Path) -> None:
-    """`MODELS`, of one vocabulary, with random weights."""
+def save_models(folder: Path, models: Sequence[tuple[str, int, int, bool, float]] = MODELS) -> None:
+    """Models of one vocabulary, with random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    for seed, (name, layers, hidden, tied, noise) in enumerate(MODELS):
+    for seed, (name, layers, hidden, tied, noise) in enumerate(models):
         config = Qwen3Config(
             vocab_size=VOCAB_SIZE,
             hidden_size=hidden,

@@ -63,21 +63,7 @@ def _take_place(environment: dict[str, str], directory: str, new_session: bool, 
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    buffering = {"line_buffering": True} if os.isatty(1) else {}
-    if environment.get("PYTHONUNBUFFERED"):
-        buffering = {"write_through": True}
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(  # type: ignore[misc]
-        open(1, "wb", closefd=False),
-        encoding="utf-8",
-        **buffering,  # noqa: SIM115
-    )
-    sys.stderr = sys.__stderr__ = io.TextIOWrapper(  # type: ignore[misc]
-        open(2, "wb", closefd=False),
-        encoding="utf-8",
-        errors="backslashreplace",
-        line_buffering=True,  # noqa: SIM115
-    )
+    _open_streams(unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
     warnings.filters[:] = _filters  # type: ignore[index]
     warnings._processoptions(list(filter(None, environment.get("PYTHONWARNINGS", "").split(","))))  # type: ignore
     if "RANK" in environment and Path("/proc/self/comm").exists():
@@ -85,6 +71,17 @@ def _take_place(environment: dict[str, str], directory: str, new_session: bool, 
     tracker = multiprocessing.resource_tracker._resource_tracker  # type: ignore[attr-defined]
     tracker._fd = tracker._pid = None  # the parent's
     _threads_and_seeds(environment)
+
+
+def _open_streams(*, unbuffered: bool) -> None:
+    """The three files as an interpreter opens them."""
+    raw = [os.fdopen(number, "rb" if number == 0 else "wb", closefd=False) for number in range(3)]
+    shown = os.isatty(1)
+    out = io.TextIOWrapper(raw[1], encoding="utf-8", line_buffering=shown, write_through=unbuffered)
+    err = io.TextIOWrapper(raw[2], encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(raw[0])  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = out  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = err  # type: ignore[misc]
 
 
 def _threads_and_seeds(environment: dict[str, str]) -> None:
