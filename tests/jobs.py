@@ -107,12 +107,13 @@ class Job:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id of the launcher's children that are ranks; a warm child has its rank as its name."""
-        return {
-            int(name[5:]): pid
-            for pid in descendants(self.process.pid)
-            if (name := _stat(pid)[0]).startswith("rank ") and _stat(pid)[2] == self.process.pid
-        }
+        """Rank -> process id of the launcher's children that are ranks: their names say so."""
+        found = {}
+        for pid in descendants(self.process.pid):
+            name, _, parent = _stat(pid)
+            if parent == self.process.pid and (rank := name.partition(" r")[2]):
+                found[int(rank)] = pid
+        return found
 
     def wait_for(self, step: int, seconds: float = 150.0) -> None:
         """Until the metrics of a step are written."""

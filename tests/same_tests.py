@@ -1,6 +1,6 @@
-"""Whether this tree has every test of another commit, and skips and calls slow none that was not: scripts/same_tests.sh.
+"""Whether every test of another commit is here, and none is skipped or slow that was not: scripts/same_tests.sh.
 
-As a pytest plugin it writes what is collected; as a program it collects both trees, each with its own files, and compares.
+As a pytest plugin it writes what is collected; as a program it collects both trees, each with its own files.
 Tests are known by their names with classes and parameters, whatever file they are in.
 """
 

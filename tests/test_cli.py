@@ -82,6 +82,7 @@ def renio(environment, tmp_path):
     return run
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_does_without_torch(environment):
     code = (
         "import sys; from renio_megatron.cli.main import main\n"

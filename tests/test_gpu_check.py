@@ -21,6 +21,7 @@ from gpu_check import child, supervise
 from gpu_check.record import Record, read
 from gpu_check.tables import write_tables
 from gpu_check.unit import Unit, Wrong, require
+from tests import warm
 from tests.jobs import ROOT, python_path
 
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
@@ -37,8 +38,8 @@ pytestmark = [
 def environment(folder: Path, **more: str) -> dict[str, str]:
     """Of a run whose results go to `folder`; ranks' variables of this process left out."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    own = {"OUT": str(folder), "PYTHON": sys.executable, "PYTHONPATH": python_path(), "GPU_CHECK_COMMIT": "abc"}
-    return {**kept, **own, "OMP_NUM_THREADS": "1", **more}
+    own = {"OUT": str(folder), "PYTHON": str(warm.interpreter(folder)), "PYTHONPATH": python_path()}
+    return {**kept, **own, "GPU_CHECK_COMMIT": "abc", "OMP_NUM_THREADS": "1", **more}
 
 
 def check(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -53,11 +54,12 @@ def check(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedPro
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Those that were started for `folder`, whoever's children they are now."""
+    """Those that were started for `folder`, or are warm for this file, whoever's children they are now."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("OUT") == str(folder):
+            is_ours = process.name().startswith(warm.names()) or process.environ().get("OUT") == str(folder)
+            if process.status() != psutil.STATUS_ZOMBIE and is_ours:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -124,7 +126,7 @@ def test_killed_at_five_moments_it_loses_nothing(whole, tmp_path):
         process = subprocess.Popen(
             [str(SCRIPT), "--toy"], env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        time.sleep(draw.uniform(2.0, 14.0))
+        time.sleep(draw.uniform(0.5, 6.0))
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert nothing_is_left(tmp_path)

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from tests.multiprocess import RankError, run_ranks
 
+pytestmark = pytest.mark.alone
+
 
 def sum_of_ranks(start):
     total = torch.tensor(float(start + dist.get_rank()))
@@ -39,6 +41,7 @@ def die_on_rank_1():
 @pytest.fixture(scope="module")
 def launch_seconds():
     """How long a launch takes on this machine now; limits follow from it."""
+    run_ranks(sum_of_ranks, 2, 0)  # the imports, once for all launches
     begin = time.monotonic()
     assert run_ranks(sum_of_ranks, 2, 10) == [(0, torch.tensor(21.0), "1", 1), (1, torch.tensor(21.0), "1", 1)]
     return time.monotonic() - begin

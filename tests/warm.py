@@ -6,6 +6,7 @@ and ended like any other. It differs from a fresh interpreter in three ways: lib
 nothing of what their import warns about, and it ends without tearing its modules down. Whoever looks at one of these
 things, or at the start itself, uses `subprocess`.
 
+A process is named `warm SERVER`, or `warm SERVER rRANK` where it is a rank: `/proc/PID/environ` stays the server's.
 `interpreter(folder)` is a program to give to scripts as their Python.
 """
 
@@ -30,10 +31,10 @@ _START_SECONDS = 240.0  # for the imports, on a machine that is busy
 
 
 class Popen(subprocess.Popen):
-    """A Python program, forked by the server; `preexec_fn`, `pass_fds`, users and groups are not for it.
+    """A Python program, forked by the server.
 
-    Where the server cannot be (no Unix, or a GPU, whose driver does not survive a fork), or where the command is not of
-    this interpreter, this is `subprocess.Popen`.
+    It is `subprocess.Popen` where the server cannot be (no Unix, or a GPU, whose driver does not survive a fork), where
+    the command is not of this interpreter, and with `preexec_fn`, `pass_fds` or `shell`.
     """
 
     _connection: socket.socket | None = None
@@ -41,9 +42,9 @@ class Popen(subprocess.Popen):
 
     def _execute_child(self, args, executable, *rest):  # type: ignore[no-untyped-def]
         """Takes the place of fork and exec; its arguments are those of `subprocess`."""
-        _preexec, _close, _fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
+        preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
         pipes, (_, _, _, _, _, new_session, *_) = pipes_and_rest[:6], pipes_and_rest[6:]
-        if shell or not is_warm(args):
+        if shell or preexec or pass_fds or not is_warm(args):
             super()._execute_child(args, executable, *rest)
             return
         p2cread, _, _, c2pwrite, _, errwrite = pipes
@@ -116,7 +117,7 @@ def interpreter(folder: Path) -> Path:
 
     It passes SIGTERM, SIGINT and SIGHUP on, and where it is killed the process is, too.
     """
-    path = folder / "python"
+    path = folder / "warm-python"
     path.write_text(
         f"#!{sys.executable} -SE\nimport sys\nsys.path.append({str(ROOT / 'tests')!r})\n"
         f"from warm_stub import main\nmain({_server()!r}, {sys.executable!r})\n"
@@ -169,9 +170,19 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@functools.cache
+def names() -> str:
+    """What the names of this process's warm processes begin with."""
+    return f"warm {_server_process().pid}"
+
+
 def _server() -> str:
-    """The address of this process's server, which is started, and ends with this process."""
+    """The address of this process's server."""
+    return _server_process().args[-1]
+
+
+@functools.cache
+def _server_process() -> subprocess.Popen[bytes]:
+    """The server, which is started, and ends with this process."""
     folder = tempfile.TemporaryDirectory(prefix="renio_warm_")
     address = str(Path(folder.name) / "socket")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "RENIO_", "PYTEST_"))}
@@ -194,4 +205,4 @@ def _server() -> str:
     assert process.stdout is not None
     if process.stdout.readline() != b"ready\n":
         raise RuntimeError(f"the server of warm processes ended with {process.wait()}")
-    return address
+    return process

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _PATH = [folder for folder in sys.path[1:] if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+_SERVER = os.getpid()
 _filters: list[Any] = []
 
 
@@ -66,8 +67,9 @@ def _take_place(environment: dict[str, str], directory: str, new_session: bool, 
     _open_streams(unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
     warnings.filters[:] = _filters  # type: ignore[index]
     warnings._processoptions(list(filter(None, environment.get("PYTHONWARNINGS", "").split(","))))  # type: ignore
-    if "RANK" in environment and Path("/proc/self/comm").exists():
-        Path("/proc/self/comm").write_text(f"rank {environment['RANK']}")  # the only name that a process can change
+    if Path("/proc/self/comm").exists():  # the only name of a process that it can change: 15 letters
+        rank = f" r{environment['RANK']}" if "RANK" in environment else ""
+        Path("/proc/self/comm").write_text(f"warm {_SERVER}{rank}")
     tracker = multiprocessing.resource_tracker._resource_tracker  # type: ignore[attr-defined]
     tracker._fd = tracker._pid = None  # the parent's
     _threads_and_seeds(environment)
@@ -75,7 +77,8 @@ def _take_place(environment: dict[str, str], directory: str, new_session: bool, 
 
 def _open_streams(*, unbuffered: bool) -> None:
     """The three files as an interpreter opens them."""
-    raw = [os.fdopen(number, "rb" if number == 0 else "wb", closefd=False) for number in range(3)]
+    size = 0 if unbuffered else -1
+    raw = [open(0, "rb", closefd=False), *(open(number, "wb", size, closefd=False) for number in (1, 2))]  # noqa: SIM115
     shown = os.isatty(1)
     out = io.TextIOWrapper(raw[1], encoding="utf-8", line_buffering=shown, write_through=unbuffered)
     err = io.TextIOWrapper(raw[2], encoding="utf-8", errors="backslashreplace", line_buffering=True)
@@ -149,12 +152,16 @@ _execute_child = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
 def _fork_or_execute(self: Any, args: Any, executable: Any, *rest: Any) -> None:
-    """Of a child's own `subprocess.Popen`: its Python programs are forked in turn, others are executed."""
+    """Of a child's own `subprocess.Popen`: its Python programs are forked in turn, others are executed.
+
+    So are those that another thread than the main one starts, which would be the only one to go on in the child.
+    """
     from tests.warm import is_warm
 
-    _preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
+    preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
     pipes, (_, _, _, _, _, new_session, *_) = pipes_and_rest[:6], pipes_and_rest[6:]
-    if shell or pass_fds or not is_warm(args):
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if shell or pass_fds or not in_main_thread or not is_warm(args):
         _execute_child(self, args, executable, *rest)
         return
     for stream in (sys.stdout, sys.stderr):
@@ -163,6 +170,8 @@ def _fork_or_execute(self: Any, args: Any, executable: Any, *rest: Any) -> None:
     outputs = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
     self.pid = os.fork()
     if self.pid == 0:
+        if preexec is not None:
+            preexec()
         # Its own copy of the package, as a fresh interpreter has.
         for name in [name for name in sys.modules if name.partition(".")[0] in ("renio_megatron", "sitecustomize")]:
             del sys.modules[name]
