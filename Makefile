@@ -10,10 +10,10 @@ check:  ## lint, format, types, architecture
 	$(PYTHON) -m pytest -q tests/test_architecture.py
 
 test:  ## everything that runs without a GPU
-	$(PYTHON) -m pytest
+	./scripts/test.sh
 
 test-fast:
-	$(PYTHON) -m pytest -m "not slow"
+	./scripts/test.sh --fast
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu

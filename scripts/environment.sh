@@ -69,3 +69,29 @@ install_project() {
         fail "pip could not install the project; see above."
     echo "$state" >>"$stamp"
 }
+
+# run_tests [--fast] [OPTION ...]: pytest of $venv, TEST_WORKERS files at a time (2), then the tests that nothing may run
+# beside; the worse of the two statuses. That one of the two has no test is no failure.
+run_tests() {
+    local arguments=() marks=() worst=0 some=0
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --fast) marks+=("not slow") ;;
+            -m) marks+=("(${2:?-m needs an expression})") && shift ;;
+            *) arguments+=("$1") ;;
+        esac
+        shift
+    done
+    _run_marked "not alone" -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder
+    _run_marked "alone"
+    [ "$some" = 1 ] || { echo "error: no test was run" >&2 && return 5; }
+    return "$worst"
+}
+
+_run_marked() {
+    local code=0 mark chosen="$1"
+    for mark in ${marks[@]+"${marks[@]}"}; do chosen+=" and $mark"; done
+    "$venv/bin/python" -m pytest -m "$chosen" "${@:2}" ${arguments[@]+"${arguments[@]}"} || code=$?
+    [ "$code" = 5 ] || some=1
+    [ "$code" = 5 ] || [ "$code" -le "$worst" ] || worst=$code
+}

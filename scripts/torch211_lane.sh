@@ -36,7 +36,7 @@ with=0 without=0
 if compgen -G "$wheels/transformer_engine*.whl" >/dev/null; then
     install_te
     echo "torch 2.11 lane: with Transformer Engine"
-    PYTHONPATH="$te${PYTHONPATH:+:$PYTHONPATH}" "$venv/bin/python" -m pytest "$@" || with=$?
+    PYTHONPATH="$te${PYTHONPATH:+:$PYTHONPATH}" run_tests "$@" || with=$?
 else
     echo "torch 2.11 lane: no wheels of Transformer Engine in $wheels, so only the half without it runs. Put" \
         "transformer_engine, transformer_engine_cu13 and transformer_engine_torch there, built beside torch 2.11 for" \
@@ -44,7 +44,7 @@ else
     with="$only_without"
 fi
 echo "torch 2.11 lane: without Transformer Engine"
-"$venv/bin/python" -m pytest "$@" || without=$?
+run_tests "$@" || without=$?
 # A failure says more than a half that was left out.
 if [ "$without" != 0 ] && { [ "$with" = 0 ] || [ "$with" = "$only_without" ]; }; then
     exit "$without"

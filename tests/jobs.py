@@ -107,11 +107,12 @@ class Job:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id of the launcher's children that are ranks: their names say so."""
+        """Rank -> process id of the launcher's children that are ranks; a warm one has it in its name alone."""
         found = {}
         for pid in descendants(self.process.pid):
             name, _, parent = _stat(pid)
-            if parent == self.process.pid and (rank := name.partition(" r")[2]):
+            rank = name.partition(" r")[2] if name.startswith("warm ") else _environment(pid).get("RANK")
+            if parent == self.process.pid and rank:
                 found[int(rank)] = pid
         return found
 
@@ -170,6 +171,13 @@ def descendants(pid: int) -> list[int]:
         found += children
         waiting += children
     return found
+
+
+def _environment(pid: int) -> dict[str, str]:
+    with contextlib.suppress(OSError):
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    return {}
 
 
 def _stat(pid: int) -> tuple[str, str, int]:

@@ -29,7 +29,7 @@ MOVES = {  # name: the layout that saves, the layout that goes on
     "distributed EP2 -> EP1": ({**EP2, **OVERLAP}, OVERLAP),
     "EP2 -> itself": (EP2, EP2),
 }
-STEPS, SAVED = 6, 4
+STEPS, SAVED = 5, 3
 
 
 def run_all(folder: Path) -> dict[str, Any]:

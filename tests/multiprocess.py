@@ -7,7 +7,6 @@ file launches its ranks once and runs all cases in them, because process groups 
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import pickle
 import signal
@@ -16,19 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from tests import warm
+from tests.rank import LAUNCH
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = "launch.pickle"
 POLL_SECONDS = 0.02
 GRACE_SECONDS = 1.0
 
@@ -57,7 +51,7 @@ def run_ranks(
         folder = Path(name)
         call = pickle.dumps((function, args))
         (folder / LAUNCH).write_bytes(pickle.dumps((_environment(world_size), sys.path, call, timeout)))
-        program = [sys.executable, "-m", "tests.multiprocess", name]
+        program = [sys.executable, "-m", "tests.rank", name]
         start = subprocess.Popen if fresh else warm.Popen
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         deadline = time.monotonic() + timeout
@@ -125,39 +119,7 @@ def _environment(world_size: int) -> dict[str, str]:
     }
 
 
-def _rank_main(folder: Path, rank: int) -> None:
-    """One rank's whole life."""
-    stack = (folder / f"{rank}.stack").open("w")
-    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
-    environment, path, call, timeout = pickle.loads((folder / LAUNCH).read_bytes())
-    os.environ.clear()
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    sys.path[:] = path
-    torch.set_num_threads(1)
-    try:
-        function, args = pickle.loads(call)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=int(environment["WORLD_SIZE"]),
-            timeout=timedelta(seconds=timeout),
-        )
-        result = function(*args)
-        (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
-        dist.barrier()  # nobody leaves while a peer still talks to it
-        dist.destroy_process_group()
-    except BaseException:
-        (folder / f"{rank}.error").write_text(traceback.format_exc())
-        sys.stderr.flush()
-        os._exit(1)  # no clean-up that could wait for a peer
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-if __name__ == "__main__":
-    _rank_main(Path(sys.argv[1]), int(sys.argv[2]))

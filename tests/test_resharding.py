@@ -59,11 +59,11 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "overlapping DP2 -> itself": (_OVERLAP, _OVERLAP),
 }
 """Name: the layout that saves, the layout that goes on; both on two ranks."""
-STEPS, SAVED = 14, 4
+STEPS, SAVED = 7, 3
 
 
 def _moves(folder: Path) -> dict[str, Any]:
-    """Each move: four steps in one layout, ten more in the other; beside them a whole run in one layout."""
+    """Each move: three steps in one layout, four more in the other; beside them a whole run in one layout."""
     model = str(folder / "deep")
 
     def config(name: str, parallel: dict[str, Any], *, packed: bool = False) -> Any:

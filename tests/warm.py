@@ -22,12 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = struct.Struct("q")
-_START_SECONDS = 240.0  # for the imports, on a machine that is busy
 
 
 class Popen(subprocess.Popen):
@@ -44,7 +45,7 @@ class Popen(subprocess.Popen):
         """Takes the place of fork and exec; its arguments are those of `subprocess`."""
         preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
         pipes, (_, _, _, _, _, new_session, *_) = pipes_and_rest[:6], pipes_and_rest[6:]
-        if shell or preexec or pass_fds or not is_warm(args):
+        if shell or preexec or pass_fds or not is_warm(args) or (server := _server()) is None:
             super()._execute_child(args, executable, *rest)
             return
         p2cread, _, _, c2pwrite, _, errwrite = pipes
@@ -55,7 +56,7 @@ class Popen(subprocess.Popen):
             "directory": os.fspath(cwd) if cwd is not None else str(Path.cwd()),
             "new_session": bool(new_session),
         }
-        self._connection = ask(_server(), request, outputs)
+        self._connection = ask(server.address, request, outputs)
         self.pid = NUMBER.unpack(_read(self._connection, NUMBER.size))[0]
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
@@ -113,14 +114,17 @@ def run(command: list[str], *, timeout: float, check: bool = False, **kwargs: An
 
 
 def interpreter(folder: Path) -> Path:
-    """A program in `folder` that runs `python ARGUMENTS` as a warm process, for scripts that start one by name.
+    """A program, in `folder`, that runs `python ARGUMENTS` as a warm process, for scripts that start one by name.
 
     It passes SIGTERM, SIGINT and SIGHUP on, and where it is killed the process is, too.
     """
+    server = _server()
+    if server is None:
+        return Path(sys.executable)
     path = folder / "warm-python"
     path.write_text(
         f"#!{sys.executable} -SE\nimport sys\nsys.path.append({str(ROOT / 'tests')!r})\n"
-        f"from warm_stub import main\nmain({_server()!r}, {sys.executable!r})\n"
+        f"from warm_stub import main\nmain({server.address!r}, {sys.executable!r})\n"
     )
     path.chmod(0o755)
     return path
@@ -138,8 +142,6 @@ def is_warm(command: Any) -> bool:
         and len(command) > 1
         and os.fspath(command[0]) == sys.executable
         and is_program(os.fspath(command[1 + (command[1] == "-u")]))
-        and hasattr(os, "fork")
-        and not _has_gpu()
     )
 
 
@@ -163,26 +165,27 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return found
 
 
-@functools.cache
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def names() -> str:
     """What the names of this process's warm processes begin with."""
-    return f"warm {_server_process().pid}"
+    server = _server()
+    return f"warm {server.pid if server else 0}"
 
 
-def _server() -> str:
-    """The address of this process's server."""
-    return _server_process().args[-1]
+@dataclass(frozen=True)
+class Server:
+    """Where this process's server listens, and its process id."""
+
+    address: str
+    pid: int
 
 
 @functools.cache
-def _server_process() -> subprocess.Popen[bytes]:
-    """The server, which is started, and ends with this process."""
+def _server() -> Server | None:
+    """This process's server, started at the first call, which ends with it; None where there can be none."""
+    import torch
+
+    if not hasattr(os, "fork") or torch.cuda.is_available():  # a GPU's driver does not survive a fork
+        return None
     folder = tempfile.TemporaryDirectory(prefix="renio_warm_")
     address = str(Path(folder.name) / "socket")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "RENIO_", "PYTEST_"))}
@@ -193,16 +196,19 @@ def _server_process() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,  # its end is the server's
         stdout=subprocess.PIPE,
         start_new_session=True,
+        text=True,
     )
+    assert process.stdin is not None and process.stdout is not None
+    answer = process.stdout.readline().strip()
+    if answer != "ready":
+        warnings.warn(f"tests start every process anew, which is slow: {answer or 'the server ended'}", stacklevel=2)
+        return None
+    atexit.register(_end, process, folder)
+    return Server(address, process.pid)
 
-    def end() -> None:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
-        folder.cleanup()
 
-    atexit.register(end)
-    assert process.stdout is not None
-    if process.stdout.readline() != b"ready\n":
-        raise RuntimeError(f"the server of warm processes ended with {process.wait()}")
-    return process
+def _end(process: subprocess.Popen[str], folder: tempfile.TemporaryDirectory[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+    folder.cleanup()
