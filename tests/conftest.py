@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -25,6 +26,14 @@ LONGEST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--shuffle`: tests of one file must not need those of another, in whatever order files come."""
     parser.addoption("--shuffle", type=int, metavar="SEED", help="take the files in a random order")
+
+
+def pytest_configure() -> None:
+    """A worker of several has one core."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ WHOLE, ADAPTED = (ROOT / "examples" / f"smollm2_gsm_{name}.yaml" for name in ("o
 LENGTH = 6
 SHORT = (
     f"rollout.max_completion_length={LENGTH}",
-    "train.global_batch_size=4",
+    "train.global_batch_size=2",
     "train.micro_batch_size=1",  # or activations would hide what else is held
     "weighting.threshold=0.1",  # a few tokens have to decide
 )

@@ -1,6 +1,6 @@
 """Models of Transformer Engine's modules, through a stand-in that computes on the CPU, and the errors without it.
 
-Launches of 2 ranks: all layouts in full precision, a distillation step, checkpoints, FP8. What the stand-in promises of
+One launch of 2 ranks: layouts in full precision, a distillation step, checkpoints, FP8. What the stand-in promises of
 Transformer Engine is written in tests/te_standin.py; nothing here has met the real one.
 """
 
@@ -24,6 +24,7 @@ from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrec
 from tests import te_cases, te_imports, te_start_cases, training_cases
 from tests.multiprocess import run_ranks
 
+pytestmark = pytest.mark.timeout(600)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 TE_KINDS = ["RMSNorm", "TEDotProductAttention", "TELayerNormColumnParallelLinear", "TERowParallelLinear"]
 
@@ -36,14 +37,29 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def compared(root):
-    return run_ranks(te_cases.same_as_local, 2, root, timeout=280.0, fresh=True)
+def _everything(root):
+    return {
+        "started": te_start_cases.run_all(root),  # first: of what is said once
+        "compared": te_cases.same_as_local(root),
+        "distilled": te_cases.distil(root),
+        "exported": te_cases.exported(root),
+        "fp8": te_cases.in_fp8(root),
+    }
 
 
 @pytest.fixture(scope="module")
-def fp8(root):
-    return run_ranks(te_cases.in_fp8, 2, root, timeout=280.0, fresh=True)
+def found_by_ranks(root):
+    return run_ranks(_everything, 2, root, timeout=580.0, fresh=True)
+
+
+@pytest.fixture(scope="module")
+def compared(found_by_ranks):
+    return [found["compared"] for found in found_by_ranks]
+
+
+@pytest.fixture(scope="module")
+def fp8(found_by_ranks):
+    return [found["fp8"] for found in found_by_ranks]
 
 
 def test_a_model_of_transformer_engine_computes_what_a_local_one_does(compared):
@@ -56,16 +72,16 @@ def test_a_model_of_transformer_engine_computes_what_a_local_one_does(compared):
             assert max(one["logp"], one["sampled logp"], one["gradient"]) < 1e-5, (key, one)
 
 
-def test_a_distillation_step_is_that_of_transformers(root):
-    for found in run_ranks(te_cases.distil, 2, root, timeout=200.0, fresh=True):
+def test_a_distillation_step_is_that_of_transformers(found_by_ranks):
+    for found in (ranks["distilled"] for ranks in found_by_ranks):
         for key, one in found.items():
             assert max(one["loss_error"], one["weight_error"], one["gradient_error"]) < 1e-5, (key, one)
             assert one["raw_weights_not_1"] > 0
 
 
 @pytest.fixture(scope="module")
-def started(root):
-    return run_ranks(te_start_cases.run_all, 2, root, timeout=200.0, fresh=True)
+def started(found_by_ranks):
+    return [found["started"] for found in found_by_ranks]
 
 
 def test_attention_without_a_fused_kernel_is_said_once_by_one_rank(started):
@@ -88,8 +104,8 @@ def test_a_student_with_adapters_has_local_layers_beside_a_teacher_of_transforme
         assert "precision.backend=local" in found["asked for te"]
 
 
-def test_exports_and_checkpoints_of_either_backend_hold_the_same_tensors(root):
-    for found in run_ranks(te_cases.exported, 2, root, timeout=280.0, fresh=True):
+def test_exports_and_checkpoints_of_either_backend_hold_the_same_tensors(found_by_ranks):
+    for found in (ranks["exported"] for ranks in found_by_ranks):
         assert len(found) == 14
         assert all(value is True for value in found.values()), found
 

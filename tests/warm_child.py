@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread
 import contextlib
 import io
 import multiprocessing.resource_tracker
@@ -152,16 +153,12 @@ _execute_child = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
 def _fork_or_execute(self: Any, args: Any, executable: Any, *rest: Any) -> None:
-    """Of a child's own `subprocess.Popen`: its Python programs are forked in turn, others are executed.
-
-    So are those that another thread than the main one starts, which would be the only one to go on in the child.
-    """
+    """Of a child's own `subprocess.Popen`: its Python programs are forked in turn, others are executed."""
     from tests.warm import is_warm
 
     preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
     pipes, (_, _, _, _, _, new_session, *_) = pipes_and_rest[:6], pipes_and_rest[6:]
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if shell or pass_fds or not in_main_thread or not is_warm(args):
+    if shell or pass_fds or not is_warm(args):
         _execute_child(self, args, executable, *rest)
         return
     for stream in (sys.stdout, sys.stderr):
@@ -170,6 +167,7 @@ def _fork_or_execute(self: Any, args: Any, executable: Any, *rest: Any) -> None:
     outputs = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
     self.pid = os.fork()
     if self.pid == 0:
+        concurrent.futures.thread._threads_queues.clear()  # pools of the parent, this thread's own among them
         if preexec is not None:
             preexec()
         # Its own copy of the package, as a fresh interpreter has.
