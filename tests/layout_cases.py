@@ -169,7 +169,7 @@ def run_case(case: Case, folder: Path, references: dict[Any, Reference]) -> dict
         algorithm._weighting = WEIGHTINGS[name]
         algorithm._weighting_state = torch.tensor(EMA_BEFORE, dtype=torch.float64) if name == "ema" else None
         # The loss in chunks of all lengths, the teacher's hidden states from every place where they may wait.
-        algorithm._head = HeadConfig(chunk_size=(None, 1, 7)[number % 3])
+        algorithm._head = HeadConfig(chunk_size=(None, 3, 7)[number % 3])
         algorithm.teacher._payload_device = payload_devices[(number + case.packed) % len(payload_devices)]
         _set_micro_batches(algorithm, case, is_large, case.batch_size // layout.data.size)
         learner.optimizer.step = lambda is_last=is_last: look(and_step=is_last)

@@ -15,15 +15,18 @@ from tests.lora_run_cases import DISTRIBUTED, LORA
 from tests.resuming import error_of, run, run_config, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of
 
-STEPS = 4
+STEPS, CUT_OFF = 4, 3
+"""Of an average by hand, and of a run that is cut off before its last one."""
 LAYOUTS = {"TP2": layout_of(2), "PP2": layout_of(1, 2)}
 TRAINED = {"full": LoraConfig(), "LoRA": replace(LORA, alpha=30.0)}
 DECAY = 0.7
 """Low, so that a few steps move the average away from both the start and the student."""
 
 
-def config_of(folder: Path, name: str, kind: str = "ema", trained: str = "full", **changes: Any) -> Any:
-    """Four steps with a teacher of one kind, a checkpoint after the second; `changes` replace sections."""
+def config_of(
+    folder: Path, name: str, kind: str = "ema", trained: str = "full", steps: int = STEPS, **changes: Any
+) -> Any:
+    """Some steps with a teacher of one kind, a checkpoint after the second; `changes` replace sections."""
     teacher = {
         "separate": TeacherConfig(model=str(folder / "teacher")),
         "ema": TeacherConfig(kind="ema", ema_decay=DECAY),
@@ -32,7 +35,7 @@ def config_of(folder: Path, name: str, kind: str = "ema", trained: str = "full",
         "model": str(folder / "deep"),
         "teacher": teacher,
         "data": DataConfig(seed=5, teacher_template="{problem}{solution}"),
-        "train": train_config(train_iters=STEPS, lr=1e-2),
+        "train": train_config(train_iters=steps, lr=1e-2),
         "evaluate": EvaluateConfig(),
         "lora": TRAINED[trained],
     }
@@ -52,7 +55,7 @@ def built(config: Any, folder: Path) -> tuple[Any, Any, Any]:
 
 
 def run_all(folder: Path) -> dict[str, Any]:
-    """Every kind x what is trained x layout: a whole run, and one that is stopped before step 4 and gone on with."""
+    """Every kind x what is trained x layout: a whole run, and one that is stopped before its last step and resumed."""
     found: dict[str, Any] = {}
     cases = [
         (f"{kind}, {trained}, {layout}", kind, trained, {"parallel": parallel})
@@ -65,9 +68,9 @@ def run_all(folder: Path) -> dict[str, Any]:
         ("ema, full, PP2 tied", "ema", "full", {"parallel": LAYOUTS["PP2"], "model": str(folder / "deep_tied")})
     )
     for name, kind, trained, changes in cases:
-        found[name] = run_and_look(config_of(folder, name, kind, trained, **changes))
-        cut_off = config_of(folder, f"{name}, cut off", kind, trained, **changes)
-        run(cut_off, stop_before=STEPS)
+        found[name] = run_and_look(config_of(folder, name, kind, trained, CUT_OFF, **changes))
+        cut_off = config_of(folder, f"{name}, cut off", kind, trained, CUT_OFF, **changes)
+        run(cut_off, stop_before=CUT_OFF)
         found[f"{name}, cut off"] = run_and_look(cut_off)
     return found
 

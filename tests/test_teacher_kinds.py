@@ -12,7 +12,7 @@ from renio_megatron.settings.teacher import TEACHER_KINDS
 from tests.lora_run_cases import DISTRIBUTED
 from tests.multiprocess import run_ranks
 from tests.resuming import rows, same
-from tests.teacher_cases import LAYOUTS, TRAINED, averages_by_hand, moved, run_all
+from tests.teacher_cases import CUT_OFF, LAYOUTS, TRAINED, averages_by_hand, moved, run_all
 from tests.training_cases import save_models
 
 pytestmark = pytest.mark.timeout(1200)
@@ -43,7 +43,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(name: str, folder: Path,
         assert bool(whole["averages"]) == name.startswith("ema")
     assert rows(folder, name) == rows(folder, f"{name}, cut off")
     losses = [row["loss"] for row in rows(folder, name)]
-    assert len(losses) == 4
+    assert len(losses) == CUT_OFF
     assert losses[0] > 0
 
 

@@ -79,7 +79,7 @@ def on_ranks():
 def test_two_tensor_ranks_in_the_interpreter(monkeypatch):
     for name, value in INTERPRETED.items():
         monkeypatch.setenv(name, value)
-    for measured in run_ranks(on_ranks, 2):
+    for measured in run_ranks(on_ranks, 2, fresh=True):
         within_limits(measured)
 
 

@@ -29,7 +29,7 @@ ENDS = {
     "is killed": "import os; os.kill(os.getpid(), 9)",
     "is asked to end": "import os; os.kill(os.getpid(), 15)",
     "handles that": "import os, signal; signal.signal(15, lambda *_: print('heard')); os.kill(os.getpid(), 15)",
-    "is interrupted": "import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)",
+    "is interrupted": "import os; import signal as s; s.signal(2, s.default_int_handler); os.kill(os.getpid(), 2)",
     "writes at its end": "import atexit; atexit.register(print, 'last'); print('first')",
     "has a thread": "import threading, time; threading.Thread(target=lambda: (time.sleep(.2), print('done'))).start()",
 }
@@ -104,6 +104,18 @@ def test_its_programs_are_its_own_children() -> None:
         [sys.executable, "-c", PARENT.replace("CHILD", repr(CHILD))], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.communicate(timeout=100)[0] == f"{process.pid} 3 word\n5\n"
+
+
+TIDY = """
+import os, subprocess, sys, tempfile
+with tempfile.TemporaryDirectory() as name:
+    assert subprocess.run([sys.executable, "-c", "import renio_megatron"]).returncode == 0
+    print(os.path.isdir(name))
+"""
+
+
+def test_the_end_of_a_child_tidies_nothing_of_its_parents() -> None:
+    assert warm.run([sys.executable, "-c", TIDY], timeout=100).stdout == "True\n"
 
 
 SLEEPS = "print('here', flush=True); import time; time.sleep(600)"

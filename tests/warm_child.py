@@ -6,7 +6,9 @@ import atexit
 import concurrent.futures.thread
 import contextlib
 import io
+import logging
 import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -14,7 +16,9 @@ import subprocess
 import sys
 import threading
 import traceback
+import types
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -143,10 +147,29 @@ def _run(arguments: list[str]) -> None:
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif kind == "-c":
         sys.argv[:] = ["-c", *arguments[2:]]
-        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        _run_text(arguments[1], "<string>")
     else:
         sys.argv[:] = arguments
-        runpy.run_path(kind, run_name="__main__")
+        _run_text(Path(kind).read_text(encoding="utf-8"), kind, __file__=str(Path(kind).resolve()))
+
+
+def _run_text(text: str, name: str, **attributes: str) -> None:
+    """As the main module."""
+    main = types.ModuleType("__main__")
+    vars(main).update(attributes)
+    sys.modules["__main__"] = main
+    exec(compile(text, name, "exec"), vars(main))
+
+
+def _forget_parent() -> None:
+    """What the parent would do at its end is not this process's to do, nor are its modules of the package."""
+    atexit._clear()
+    atexit.register(logging.shutdown)
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    concurrent.futures.thread._threads_queues.clear()  # pools of threads, this one's own among them
+    for name in [name for name in sys.modules if name.partition(".")[0] == "renio_megatron"]:
+        del sys.modules[name]
 
 
 _execute_child = subprocess.Popen._execute_child  # type: ignore[attr-defined]
@@ -167,12 +190,9 @@ def _fork_or_execute(self: Any, args: Any, executable: Any, *rest: Any) -> None:
     outputs = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
     self.pid = os.fork()
     if self.pid == 0:
-        concurrent.futures.thread._threads_queues.clear()  # pools of the parent, this thread's own among them
+        _forget_parent()
         if preexec is not None:
             preexec()
-        # Its own copy of the package, as a fresh interpreter has.
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("renio_megatron", "sitecustomize")]:
-            del sys.modules[name]
         become(
             arguments=[os.fspath(argument) for argument in args[1:]],
             environment=dict(os.environ if env is None else env),
