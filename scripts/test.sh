@@ -2,7 +2,8 @@
 # Installs what the tests need into .venv and runs them, two files at a time; other options go to pytest.
 #   ./scripts/test.sh           all tests
 #   ./scripts/test.sh --fast    without those marked slow
-#   TEST_WORKERS=4              so many files at a time (default: 2)
+#   ./scripts/test.sh --shuffle 7          the files in a random order
+#   TEST_WORKERS=4 ./scripts/test.sh       so many files at a time (default: 2)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_project "[test,gym,smollm2]"

@@ -111,6 +111,44 @@ def test_the_second_lane_needs_no_second_run_where_the_first_is_new_enough(tmp_p
     assert second_lane(tmp_path, PYTHON=str(other))[1][1] == f"test.sh with {other}: {FILES}"
 
 
+PYTEST = """#!/bin/sh
+echo "$*"
+case "$4" in "not alone"*) exit $BESIDE ;; *) exit $ALONE ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beside", "alone", "expected"),
+    [
+        ([], 0, 0, (0, ["not alone -n 2 --dist loadfile --no-loadscope-reorder", "alone"])),
+        (["--fast", "-x"], 0, 5, (0, ["not alone and not slow -n 2 {} -x", "alone and not slow -x"])),
+        (["tests/a.py", "-m", "gpu or slow"], 5, 1, (1, ["not alone and (gpu or slow) -n 2 {} tests/a.py", None])),
+        (["-k", "a b"], 2, 1, (2, ["not alone -n 2 {} -k a b", "alone -k a b"])),
+        (["-k", "none"], 5, 5, (5, [None, None])),
+    ],
+)
+def test_tests_that_are_timed_run_after_the_others(tmp_path, arguments, beside, alone, expected):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(PYTEST)
+    python.chmod(0o755)
+    script = f'source "{ROOT}/scripts/environment.sh"; venv="{tmp_path}"; run_tests "$@"'
+    done = subprocess.run(
+        ["bash", "-euc", script, "bash", *arguments],
+        env={**os.environ, "BESIDE": str(beside), "ALONE": str(alone)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    code, lines = expected
+    said = [line.removeprefix("-m pytest -m ") for line in done.stdout.splitlines()]
+    assert done.returncode == code
+    assert len(said) == 2
+    for found, line in zip(said, lines, strict=True):
+        assert line is None or found == line.format("--dist loadfile --no-loadscope-reorder")
+    assert ("no test was run" in done.stderr) == (code == 5)
+
+
 MAKER = """#!/bin/sh
 # A Python 3.12 whose environments note in calls.txt what they are asked to do.
 case "$1 $2" in

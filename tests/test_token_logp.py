@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,12 +106,12 @@ def sharded():
     return results
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def measurements():
     return run_ranks(sharded, RANKS)
 
 
 @pytest.mark.parametrize("cut", VOCABULARY_CUTS)
-def test_shards(cut):
-    for measured in measurements():
+def test_shards(cut, measurements):
+    for measured in measurements:
         check(measured[cut])

@@ -34,8 +34,8 @@ NUMBER = struct.Struct("q")
 class Popen(subprocess.Popen):
     """A Python program, forked by the server.
 
-    It is `subprocess.Popen` where the server cannot be (no Unix, or a GPU, whose driver does not survive a fork), where
-    the command is not of this interpreter, and with `preexec_fn`, `pass_fds` or `shell`.
+    It is `subprocess.Popen` where there is no server (another system than Linux, or a GPU), where the command is not of
+    this interpreter, and with `preexec_fn`, `pass_fds` or `shell`.
     """
 
     _connection: socket.socket | None = None
@@ -184,7 +184,7 @@ def _server() -> Server | None:
     """This process's server, started at the first call, which ends with it; None where there can be none."""
     import torch
 
-    if not hasattr(os, "fork") or torch.cuda.is_available():  # a GPU's driver does not survive a fork
+    if not sys.platform.startswith("linux") or torch.cuda.is_available():  # a GPU's driver does not survive a fork
         return None
     folder = tempfile.TemporaryDirectory(prefix="renio_warm_")
     address = str(Path(folder.name) / "socket")

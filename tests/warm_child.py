@@ -72,9 +72,8 @@ def _take_place(environment: dict[str, str], directory: str, new_session: bool, 
     _open_streams(unbuffered=bool(environment.get("PYTHONUNBUFFERED")))
     warnings.filters[:] = _filters  # type: ignore[index]
     warnings._processoptions(list(filter(None, environment.get("PYTHONWARNINGS", "").split(","))))  # type: ignore
-    if Path("/proc/self/comm").exists():  # the only name of a process that it can change: 15 letters
-        rank = f" r{environment['RANK']}" if "RANK" in environment else ""
-        Path("/proc/self/comm").write_text(f"warm {_SERVER}{rank}")
+    rank = f" r{environment['RANK']}" if "RANK" in environment else ""
+    Path("/proc/self/comm").write_text(f"warm {_SERVER}{rank}")  # the only name that a process can change: 15 letters
     tracker = multiprocessing.resource_tracker._resource_tracker  # type: ignore[attr-defined]
     tracker._fd = tracker._pid = None  # the parent's
     _threads_and_seeds(environment)
