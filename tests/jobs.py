@@ -162,8 +162,7 @@ def descendants(pid: int) -> list[int]:
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = _stat(int(entry.name))[2]
+            parents[int(entry.name)] = _stat(int(entry.name))[2]
     found, waiting = [], [pid]
     while waiting:
         parent = waiting.pop()

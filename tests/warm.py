@@ -23,12 +23,40 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = struct.Struct("q")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `subprocess` was asked to start: the child's three files, and what else makes its place."""
+
+    request: dict[str, Any]
+    outputs: list[int]
+    pipes: tuple[int, ...]
+    preexec: Callable[[], None] | None
+
+
+def read_start(args: Any, rest: Sequence[Any]) -> Start | None:
+    """Of the arguments of `subprocess.Popen._execute_child`, less the second; None where that has to do it itself."""
+    preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
+    pipes, (_, _, _, _, _, new_session, *_) = pipes_and_rest[:6], pipes_and_rest[6:]
+    if shell or pass_fds or not is_warm(args):
+        return None
+    p2cread, _, _, c2pwrite, _, errwrite = pipes
+    request = {
+        "arguments": [os.fspath(argument) for argument in args[1:]],
+        "environment": dict(os.environ if env is None else env),
+        "directory": os.fspath(cwd) if cwd is not None else str(Path.cwd()),
+        "new_session": bool(new_session),
+    }
+    outputs = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
+    return Start(request, outputs, tuple(pipes), preexec)
 
 
 class Popen(subprocess.Popen):
@@ -43,23 +71,14 @@ class Popen(subprocess.Popen):
 
     def _execute_child(self, args, executable, *rest):  # type: ignore[no-untyped-def]
         """Takes the place of fork and exec; its arguments are those of `subprocess`."""
-        preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
-        pipes, (_, _, _, _, _, new_session, *_) = pipes_and_rest[:6], pipes_and_rest[6:]
-        if shell or preexec or pass_fds or not is_warm(args) or (server := _server()) is None:
+        start = read_start(args, rest)
+        if start is None or start.preexec is not None or (server := _server()) is None:
             super()._execute_child(args, executable, *rest)
             return
-        p2cread, _, _, c2pwrite, _, errwrite = pipes
-        outputs = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
-        request = {
-            "arguments": [os.fspath(argument) for argument in args[1:]],
-            "environment": dict(os.environ if env is None else env),
-            "directory": os.fspath(cwd) if cwd is not None else str(Path.cwd()),
-            "new_session": bool(new_session),
-        }
-        self._connection = ask(server.address, request, outputs)
+        self._connection = ask(server.address, start.request, start.outputs)
         self.pid = NUMBER.unpack(_read(self._connection, NUMBER.size))[0]
         self._child_created = True
-        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+        self._close_pipe_fds(*start.pipes)  # type: ignore[attr-defined]
 
     def _ended(self, wait: bool) -> bool:
         """Whether the server has said how the process ended, which is then `returncode`."""

@@ -22,6 +22,8 @@ import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.warm import read_start
+
 _PATH = [folder for folder in sys.path[1:] if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 _SERVER = os.getpid()
 _filters: list[Any] = []
@@ -51,7 +53,6 @@ def become(
             signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         os._exit(code)
-    raise AssertionError("unreachable")
 
 
 def _take_place(environment: dict[str, str], directory: str, new_session: bool, outputs: list[int]) -> None:
@@ -176,28 +177,17 @@ _execute_child = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 def _fork_or_execute(self: Any, args: Any, executable: Any, *rest: Any) -> None:
     """Of a child's own `subprocess.Popen`: its Python programs are forked in turn, others are executed."""
-    from tests.warm import is_warm
-
-    preexec, _close, pass_fds, cwd, env, _info, _flags, shell, *pipes_and_rest = rest
-    pipes, (_, _, _, _, _, new_session, *_) = pipes_and_rest[:6], pipes_and_rest[6:]
-    if shell or pass_fds or not is_warm(args):
+    start = read_start(args, rest)
+    if start is None:
         _execute_child(self, args, executable, *rest)
         return
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    p2cread, _, _, c2pwrite, _, errwrite = pipes
-    outputs = [given if given != -1 else own for given, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
     self.pid = os.fork()
     if self.pid == 0:
         _forget_parent()
-        if preexec is not None:
-            preexec()
-        become(
-            arguments=[os.fspath(argument) for argument in args[1:]],
-            environment=dict(os.environ if env is None else env),
-            directory=os.fspath(cwd) if cwd is not None else str(Path.cwd()),
-            new_session=bool(new_session),
-            outputs=outputs,
-        )
+        if start.preexec is not None:
+            start.preexec()
+        become(**start.request, outputs=start.outputs)
     self._child_created = True
-    self._close_pipe_fds(*pipes)
+    self._close_pipe_fds(*start.pipes)
