@@ -70,13 +70,12 @@ install_project() {
     echo "$state" >>"$stamp"
 }
 
-# run_tests [--fast] [OPTION ...]: pytest of $venv, TEST_WORKERS files at a time (2), then the tests that nothing may run
+# run_tests [OPTION ...]: pytest of $venv, TEST_WORKERS files at a time (2), then the tests that nothing may run
 # beside; the worse of the two statuses. That one of the two has no test is no failure.
 run_tests() {
     local arguments=() marks=() worst=0 some=0
     while [ $# -gt 0 ]; do
         case "$1" in
-            --fast) marks+=("not slow") ;;
             -m) marks+=("(${2:?-m needs an expression})") && shift ;;
             *) arguments+=("$1") ;;
         esac

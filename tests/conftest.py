@@ -1,12 +1,17 @@
-"""Fixtures that every test may use, and the order of the files."""
+"""Fixtures that every test may use, the order of the files, and what `--fast` takes."""
 
 from __future__ import annotations
 
+import collections
+import gc
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.multiprocess import Ranks
 
 LONGEST = (
     "test_layout_matrix",
@@ -26,18 +31,35 @@ LONGEST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--shuffle`: tests of one file must not need those of another, in whatever order files come."""
     parser.addoption("--shuffle", type=int, metavar="SEED", help="take the files in a random order")
+    parser.addoption("--fast", action="store_true", help="no slow tests, and of each matrix one case in a few")
 
 
 def pytest_configure() -> None:
-    """A worker of several has one core."""
+    """A worker of several has one core. What is imported for collecting stays, and is not looked through again."""
+    gc.disable()
     if "PYTEST_XDIST_WORKER" in os.environ:
         import torch
 
         torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """Rubbish is collected from here on."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where only tests marked `alone` are wanted, files without any need not be imported."""
+    if not config.option.markexpr.startswith("alone") or collection_path.suffix != ".py":
+        return None
+    return True if "mark.alone" not in collection_path.read_text(encoding="utf-8") else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Whole files, the longest first, or at random."""
+    if config.getoption("--fast"):
+        _leave_out(config, items)
     files = list(dict.fromkeys(item.path for item in items))
     places = {name: place for place, name in enumerate(LONGEST)}
     if (seed := config.getoption("--shuffle")) is None:
@@ -46,6 +68,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         random.Random(seed).shuffle(files)
     order = {path: place for place, path in enumerate(files)}
     items.sort(key=lambda item: order[item.path])
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests; of `matrix(n)` all cases but the n-th, 2n-th, ...: of a test that is one case, that one."""
+    numbers: dict[str, int] = collections.Counter()
+    left_out = []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        numbers[function] += 1
+        mark = item.get_closest_marker("matrix")
+        if item.get_closest_marker("slow") or (mark is not None and numbers[function] % mark.args[0]):
+            left_out.append(item)
+    dropped = set(left_out)
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    """Two ranks for the tests of a file."""
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Ranks]:
+    """Four ranks for the tests of a file."""
+    with Ranks(4) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="session")

@@ -106,14 +106,11 @@ def cases(world_size: int) -> Iterator[Case]:
                     yield Case(layout, variant, tied, packed)
 
 
-def run_matrix(folder: Path, world_size: int) -> dict[str, dict[str, float]]:
-    """Case -> largest errors on this rank."""
-    references: dict[Any, Reference] = {}
-    return {case.name: run_case(case, folder, references) for case in cases(world_size)}
+def run_case(case: Case, folder: Path) -> dict[str, float]:
+    """Steps of every weighting with the smallest and the largest micro-batch, each against the reference.
 
-
-def run_case(case: Case, folder: Path, references: dict[Any, Reference]) -> dict[str, float]:
-    """Steps of every weighting with the smallest and the largest micro-batch, each against the reference."""
+    The result is the largest of this rank's errors.
+    """
     from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.start import start
 
@@ -174,7 +171,7 @@ def run_case(case: Case, folder: Path, references: dict[Any, Reference]) -> dict
         _set_micro_batches(algorithm, case, is_large, case.batch_size // layout.data.size)
         learner.optimizer.step = lambda is_last=is_last: look(and_step=is_last)
         metrics = trainer.run()
-        found = _compare(case, config, seen, metrics, name, layout, learner.part, references)
+        found = _compare(case, config, seen, metrics, name, layout, learner.part)
         errors = {key: max(errors[key], found[key]) for key in errors}
         if is_last:
             errors["grad_norm"] = abs(metrics["grad_norm"] - found["reference_norm"]) / found["reference_norm"]
@@ -239,6 +236,10 @@ class Reference:
     gradients: dict[str, torch.Tensor]
 
 
+_references: dict[Any, Reference] = {}
+"""Of models and rollouts, which most layouts share."""
+
+
 def reference_of(config: Any, rollouts: list[Rollout], *, bf16: bool) -> Reference:
     """Runs both models on each rollout alone; with `bf16` from weights that were rounded to it."""
     from transformers import AutoModelForCausalLM
@@ -290,7 +291,6 @@ def _compare(
     weighting: str,
     layout: Any,
     part: Any,
-    references: dict[Any, Reference],
 ) -> dict[str, float]:
     """Errors of one step on this rank."""
     shares: list[Any] = [None] * layout.data.size
@@ -309,10 +309,10 @@ def _compare(
     rollouts = [rollout for _, rollout, _, _ in batch]
     weights = torch.tensor([weight for _, _, weight, _ in batch])
     bf16 = case.variant == "bf16"
-    key = (case.tied, bf16, tuple(rollout.completion_ids for rollout in rollouts))
-    if key not in references:
-        references[key] = reference_of(config, rollouts, bf16=bf16)
-    reference = references[key]
+    key = (config.model, bf16, tuple(rollout.completion_ids for rollout in rollouts))
+    if key not in _references:
+        _references[key] = reference_of(config, rollouts, bf16=bf16)
+    reference = _references[key]
     # In bf16 a token may lie on the other side of the threshold: weights follow from the run's own ratios there.
     ratios = [ratio for _, _, _, ratio in batch] if bf16 else reference.log_ratio
     expected = torch.tensor(weights_by_hand(ratios, WEIGHTINGS[weighting]))

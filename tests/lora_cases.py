@@ -213,13 +213,13 @@ def whole_adapters(student: Any) -> dict[tuple[str, str], torch.nn.Parameter]:
     return found
 
 
-def run_lora(folder: Path, world_size: int = 2) -> dict[str, dict[str, float]]:
-    """Case or mutant of so many ranks -> errors on this one."""
-    cases, mutants = (CASES, MUTANTS) if world_size == 2 else (FOUR_RANKS, MUTANTS_OF_FOUR)
-    found = {name: run_case(case, folder) for name, case in cases.items()}
-    for name, (case_name, mutate, _) in mutants.items():
-        found[name] = run_case(cases[case_name], folder, mutate)
-    return found
+def run_named(name: str, folder: Path) -> dict[str, float]:
+    """Errors on this rank of one of `CASES` or `FOUR_RANKS`, or of one of the mutants."""
+    cases, mutants = {**CASES, **FOUR_RANKS}, {**MUTANTS, **MUTANTS_OF_FOUR}
+    if name in cases:
+        return run_case(cases[name], folder)
+    case_name, mutate, _ = mutants[name]
+    return run_case(cases[case_name], folder, mutate)
 
 
 def config_of(case: Case, folder: Path) -> Any:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from renio_megatron.checkpoint_files import step_directory
 from renio_megatron.settings import CheckpointConfig, DataConfig, LoraConfig, ParallelConfig, TeacherConfig
-from tests.resuming import error_of, run, run_config, tensors, train_config
-from tests.training_cases import VOCAB_SIZE, layout_of
+from tests.resuming import error_of, run, run_config, train_config
+from tests.training_cases import layout_of
 
 LORA = LoraConfig(r=3, alpha=6.0)
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -26,28 +26,30 @@ def config_of(folder: Path, name: str, **changes: Any) -> Any:
     return run_config(folder, name, **{"lora": LORA, "parallel": TP2_SP, "model": str(folder / "deep"), **changes})
 
 
-def run_all(folder: Path) -> dict[str, Any]:
-    """Everything on two ranks."""
-    found: dict[str, Any] = {}
-    for name, parallel in (("whole", TP2_SP), ("distributed", DISTRIBUTED)):
-        found[name] = run(config_of(folder, name, parallel=parallel))
-        cut_off = config_of(folder, f"{name}, cut off", parallel=parallel)
-        run(cut_off, stop_before=4)
-        found[f"{name}, cut off"] = run(cut_off)
-    moved = config_of(
-        folder,
-        "moved",
-        train=train_config(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-    )
-    run(moved, stop_before=4)
-    found["moved"] = run(replace(moved, parallel=layout_of(1, 2)))
-    found["keys"] = sorted(tensors(step_directory(folder / "whole" / "checkpoints", 5), VOCAB_SIZE))
-    found["refused"] = _refused(folder)
-    found["self"] = _self_teacher(folder)
-    return found
+LAYOUTS = {"whole": TP2_SP, "distributed": DISTRIBUTED}
 
 
-def _refused(folder: Path) -> dict[str, str]:
+def run_whole(name: str, folder: Path) -> dict[str, Any]:
+    """A run in one of `LAYOUTS`."""
+    return run(config_of(folder, name, parallel=LAYOUTS[name]))
+
+
+def run_cut_off(name: str, folder: Path) -> dict[str, Any]:
+    """The same, stopped and gone on with."""
+    config = config_of(folder, f"{name}, cut off", parallel=LAYOUTS[name])
+    run(config, stop_before=4)
+    return run(config)
+
+
+def run_moved(folder: Path) -> dict[str, Any]:
+    """A run that goes on in another layout, with recomputation."""
+    train = train_config(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    config = config_of(folder, "moved", train=train)
+    run(config, stop_before=4)
+    return run(replace(config, parallel=layout_of(1, 2)))
+
+
+def refused(folder: Path) -> dict[str, str]:
     adapters = CheckpointConfig(load=str(step_directory(folder / "whole" / "checkpoints", 2)))
     other = replace(LORA, r=2)
     messages = {
@@ -78,7 +80,7 @@ def _other_base(folder: Path) -> str:
     return error_of(lambda: run(config))
 
 
-def _self_teacher(folder: Path) -> dict[str, Any]:
+def self_teacher(folder: Path) -> dict[str, Any]:
     """Scores of the teacher that is the student without adapters, beside those of a second copy of the weights."""
     from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.build_teacher import build_teacher

@@ -15,15 +15,9 @@ from tests.lora_cases import (
     Case,
     config_of,
     peft_student,
-    run_lora,
     set_adapters,
     whole_adapters,
 )
-
-
-def run_all(folder: Path) -> dict[str, dict[str, float]]:
-    """`run_lora`, and what is here."""
-    return {**run_lora(folder), "sft": run_sft(folder), "overlap": run_overlap(folder)}
 
 
 def run_sft(folder: Path) -> dict[str, float]:

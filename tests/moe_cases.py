@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -221,18 +221,23 @@ def _whole_rows(begin: Any) -> Any:
     return mutated
 
 
-def run_cases(folder: Path, cases: dict[str, Case], mutants: Sequence[str] = ()) -> dict[str, dict[str, float]]:
-    """Case or mutant -> errors on this rank."""
-    references: dict[Any, Any] = {}
-    found = {name: run_case(case, folder, references) for name, case in cases.items()}
-    for name in mutants:
-        case, what, value, _ = MUTANTS[name]
-        with replaced(what, value):
-            found[name] = run_case(CASES[case], folder, references)
-    return found
+_references: dict[Any, Any] = {}
+"""Steps of a single process, which most layouts share."""
 
 
-def run_case(case: Case, folder: Path, references: dict[Any, Any]) -> dict[str, float]:
+def run_named(name: str, folder: Path) -> dict[str, float]:
+    """`run_case` of one of `CASES` or `CASES_ON_4`."""
+    return run_case({**CASES, **CASES_ON_4}[name], folder)
+
+
+def run_mutant(name: str, folder: Path) -> dict[str, float]:
+    """`run_case` of a mutant's case, while it is one."""
+    case, what, value, _ = MUTANTS[name]
+    with replaced(what, value):
+        return run_case(CASES[case], folder)
+
+
+def run_case(case: Case, folder: Path) -> dict[str, float]:
     """One optimiser step; this rank's errors against the single process, which runs once for equal steps."""
     from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.start import start
@@ -265,9 +270,9 @@ def run_case(case: Case, folder: Path, references: dict[Any, Any]) -> dict[str, 
     rollouts, weights = [one[1] for one in batch], torch.tensor([one[2] for one in batch])
     tokens, coefficient = tuple(r.completion_ids for r in rollouts), config.train.moe_aux_loss_coeff
     key = (config.model, config.teacher.model, config.train.bf16, coefficient, tokens)
-    if key not in references:
-        references[key] = reference_step(config, rollouts, given_weights=weights if config.train.bf16 else None)
-    reference = references[key]
+    if key not in _references:
+        _references[key] = reference_step(config, rollouts, given_weights=weights if config.train.bf16 else None)
+    reference = _references[key]
     errors = gradient_errors(seen["gradients"], reference["gradients"], learner.part)
     own_logp = torch.cat([rollout.logp for rollout in rollouts])
     return {

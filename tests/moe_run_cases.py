@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from renio_megatron.records import Rollout
 from renio_megatron.settings import CheckpointConfig, EvaluateConfig, LoraConfig, ParallelConfig
-from tests.moe_cases import CP2, EP2, MIXTURES, OVERLAP, PP2, TP2_SP, Case, config_of
+from tests.moe_cases import CP2, EP2, OVERLAP, PP2, TP2_SP, Case, config_of
 from tests.moe_reference import reference_step
 from tests.resuming import run, run_config, train_config
 from tests.training_cases import VOCAB_SIZE
@@ -30,46 +30,38 @@ MOVES = {  # name: the layout that saves, the layout that goes on
     "EP2 -> itself": (EP2, EP2),
 }
 STEPS, SAVED = 5, 3
+SAVED_IN = ("EP2", "TP2")
+TUNED = {"EP2": EP2, "CP2": CP2, "SP": TP2_SP}
 
 
-def run_all(folder: Path) -> dict[str, Any]:
-    """Everything on two ranks."""
-    return {
-        "logits": {name: logits_by_layout(folder, name) for name in MIXTURES},
-        "sft": {name: fine_tune(folder, parallel) for name, parallel in (("EP2", EP2), ("CP2", CP2), ("SP", TP2_SP))},
-        "lora": adapters_on_attention(folder),
-        "sampled": uneven_sampling(folder),
-        "moves": moves(folder),
-    }
+def logits_in(layout_name: str, name: str, folder: Path) -> tuple[Any, int, int]:
+    """(logits where they are made, bytes that the rank read, bytes of its parameters).
 
-
-def logits_by_layout(folder: Path, name: str) -> dict[str, Any]:
-    """Layout -> (logits where they are made, bytes that the rank read, bytes of its parameters)."""
+    In a layout of `SAVED_IN` a checkpoint of the weights is left, which `export_all` exports.
+    """
     from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.start import start
     from tests.test_hf import logits_of, save_checkpoint
 
-    found, architecture = {}, Architecture.from_directory(folder / name)
-    for layout_name, sizes in LAYOUTS.items():
-        parallel = ParallelConfig(**sizes)
-        layout = start(parallel, seed=0)
-        part = build_model(
-            architecture, layout, parallel, train_config(), vocab_size=VOCAB_SIZE, trained=False, initialise=False
-        )
-        with torch.no_grad():
-            for _, parameter in part.named_parameters():
-                parameter.fill_(float("nan"))  # the memory may have held it
-        num_bytes = load_weights(part, folder / name)
-        part.train(False)
-        own_bytes = sum(parameter.numel() * 4 for _, parameter in part.named_parameters())
-        found[layout_name] = logits_of(part, rows()), num_bytes, own_bytes
-        if layout_name in ("EP2", "TP2"):
-            trained = build_model(architecture, layout, parallel, train_config(), vocab_size=VOCAB_SIZE)
-            load_weights(trained, folder / name)
-            save_checkpoint(trained, folder / "exports" / f"{name}, {layout_name}", 1, None)
-    return found
+    architecture, parallel = Architecture.from_directory(folder / name), ParallelConfig(**LAYOUTS[layout_name])
+    layout = start(parallel, seed=0)
+    part = build_model(
+        architecture, layout, parallel, train_config(), vocab_size=VOCAB_SIZE, trained=False, initialise=False
+    )
+    with torch.no_grad():
+        for _, parameter in part.named_parameters():
+            parameter.fill_(float("nan"))  # the memory may have held it
+    num_bytes = load_weights(part, folder / name)
+    part.train(False)
+    own_bytes = sum(parameter.numel() * 4 for _, parameter in part.named_parameters())
+    logits = logits_of(part, rows())
+    if layout_name in SAVED_IN:
+        trained = build_model(architecture, layout, parallel, train_config(), vocab_size=VOCAB_SIZE)
+        load_weights(trained, folder / name)
+        save_checkpoint(trained, folder / "exports" / f"{name}, {layout_name}", 1, None)
+    return logits, num_bytes, own_bytes
 
 
 def rows() -> list[list[int]]:
@@ -78,13 +70,13 @@ def rows() -> list[list[int]]:
     return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (7, 3, 12, 5, 9, 1)]
 
 
-def fine_tune(folder: Path, parallel: dict[str, Any]) -> dict[str, float]:
+def fine_tune(layout_name: str, folder: Path) -> dict[str, float]:
     """Errors of a step whose denominator counts tokens."""
     from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.config import SftConfig
     from renio_megatron.megatron.start import start
 
-    given = config_of(Case(parallel), folder)
+    given = config_of(Case(TUNED[layout_name]), folder)
     config = SftConfig(
         model=given.model, data=given.data, parallel=given.parallel, train=given.train, output_dir=given.output_dir
     )
@@ -141,32 +133,33 @@ def uneven_sampling(folder: Path) -> dict[str, Any]:
     return found
 
 
-def moves(folder: Path) -> dict[str, Any]:
-    """Each move: some steps in one layout, the rest in the other; beside them a whole run in one layout.
+def whole(name: str, folder: Path) -> dict[str, Any]:
+    """A run in one layout: "whole", or "whole EP2"."""
+    return run(_moved(name, EP2 if name.endswith("EP2") else {}, folder))
 
-    The evaluation has one problem: a rank that shares its experts has none of its own.
-    """
 
-    def config(name: str, parallel: dict[str, Any]) -> Any:
-        return run_config(
-            folder,
-            name,
-            model=str(folder / "qwen"),
-            parallel=ParallelConfig(**parallel),
-            train=train_config(train_iters=STEPS, lr=1e-3, micro_batch_size=2, moe_aux_loss_coeff=0.1),
-            checkpoint=CheckpointConfig(save_interval=SAVED),
-            evaluate=EvaluateConfig(every=SAVED, samples=1),
-        )
+def move(name: str, folder: Path) -> dict[str, Any]:
+    """Some steps in one layout, the rest in the other."""
+    first, second = MOVES[name]
+    assert run(_moved(name, first, folder), stop_before=SAVED + 2)["outcome"] == "stopped"
+    return run(_moved(name, second, folder))
 
-    found: dict[str, Any] = {"whole": run(config("whole", {})), "whole EP2": run(config("whole EP2", EP2))}
-    for name, (first, second) in MOVES.items():
-        assert run(config(name, first), stop_before=SAVED + 2)["outcome"] == "stopped"
-        found[name] = run(config(name, second))
-    return found
+
+def _moved(name: str, parallel: dict[str, Any], folder: Path) -> Any:
+    """The evaluation has one problem: a rank that shares its experts has none of its own."""
+    return run_config(
+        folder,
+        name,
+        model=str(folder / "qwen"),
+        parallel=ParallelConfig(**parallel),
+        train=train_config(train_iters=STEPS, lr=1e-3, micro_batch_size=2, moe_aux_loss_coeff=0.1),
+        checkpoint=CheckpointConfig(save_interval=SAVED),
+        evaluate=EvaluateConfig(every=SAVED, samples=1),
+    )
 
 
 def export_all(folder: Path) -> list[str]:
-    """Exports the checkpoints of `logits_by_layout`, on one rank; their names."""
+    """Exports the checkpoints of `logits_in`, on one rank; their names."""
     from renio_megatron.export import export_checkpoint
     from renio_megatron.megatron.start import start
 

@@ -1,8 +1,9 @@
-"""Runs a function on several gloo ranks, each a process, and turns whatever happens to one into a failed test.
+"""Runs functions on several gloo ranks, each a process, and turns whatever happens to one into a failed test.
 
-A rank that raises, dies or hangs ends the launch: the others are killed and the caller gets the rank's traceback.
-Ranks are forked from a process that has imported Megatron (`warm.py`), so that a launch costs little; still, a test
-file launches its ranks once and runs all cases in them, because process groups and models cost something, too.
+A rank that raises, dies or hangs ends the call: all ranks are killed and the caller gets the rank's traceback. Ranks
+are forked from a process that has imported Megatron (`warm.py`), so that a launch costs little. Where a file has many
+cases, its ranks stay (`Ranks`) and are called for each: only the cases of selected tests are computed, process groups
+are kept, and a case that fails takes no other with it.
 """
 
 from __future__ import annotations
@@ -23,58 +24,159 @@ from tests import warm
 from tests.rank import LAUNCH
 
 ROOT = Path(__file__).resolve().parents[1]
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.005
 GRACE_SECONDS = 1.0
+MANY_THREADS = 500
+"""Every process group has some, and torch gives none back: beyond this many a rank is slow, and the next one is new."""
 
 
 class RankError(AssertionError):
     """A rank raised, died or did not finish; the message holds its traceback."""
 
 
+class Ranks:
+    """So many ranks, started at the first call: `ranks(function, *args)` is what it returns on each, in rank order.
+
+    Leave it with `with`, or with `close`. Between calls the ranks keep what their modules and libraries remember, but
+    nothing may depend on that: they are new after a call that failed, and where they have become slow. After a call
+    that hung there is no next one.
+
+    Args:
+        world_size: number of processes.
+        timeout: seconds for a call, the first one's imports included, and of torch.distributed's operations.
+        fresh: for functions that have something to do before Megatron is imported: the ranks import it themselves.
+    """
+
+    def __init__(self, world_size: int, *, timeout: float = 240.0, fresh: bool = False) -> None:
+        self._size, self._timeout, self._fresh = world_size, timeout, fresh
+        self._processes: list[subprocess.Popen] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._calls = 0
+        self._hung = ""
+        self._kept: dict[Any, list[Any]] = {}
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls a function on every rank.
+
+        Args:
+            function: module-level; torch.distributed is initialised (gloo) when it is called. RANK, WORLD_SIZE,
+                LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set, for libraries that read them.
+            args: picklable.
+
+        Raises:
+            RankError: as soon as one rank has failed, or when the time is up.
+        """
+        name = f"{function.__module__}.{function.__qualname__}"
+        if self._hung:
+            raise RankError(f"{name} was not called: its ranks hung in {self._hung}")
+        if any(_threads(process.pid) > MANY_THREADS for process in self._processes):
+            self._kill()
+        if self._folder is None:
+            self._start()
+        assert self._folder is not None
+        folder = Path(self._folder.name)
+        (folder / f"{self._calls}.call").write_bytes(pickle.dumps((function, args)))
+        results = [folder / f"{self._calls}.{rank}.result" for rank in range(self._size)]
+        self._calls += 1
+        try:
+            for process in self._processes:
+                _tell(process)
+            problem = _wait(self._processes, time.monotonic() + self._timeout, lambda: all(map(Path.exists, results)))
+            if problem:
+                self._hung = name if problem.startswith("timeout") else ""
+                raise RankError(f"{problem} in {name}\n{_reports(folder)}")
+        except BaseException:
+            self._kill()
+            raise
+        found = []
+        for result in results:
+            found.append(pickle.loads(result.read_bytes()))
+            result.unlink()
+        return found
+
+    def once(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The call, or what the same one gave before; arguments are hashable."""
+        key = (function, args)
+        if key not in self._kept:
+            self._kept[key] = self(function, *args)
+        return self._kept[key]
+
+    def close(self) -> None:
+        """Lets the ranks leave.
+
+        Raises:
+            RankError: if one of them cannot.
+        """
+        if self._folder is None:
+            return
+        try:
+            for process in self._processes:
+                assert process.stdin is not None
+                process.stdin.close()
+            if problem := _wait(self._processes, time.monotonic() + self._timeout):
+                raise RankError(f"{problem} at its end\n{_reports(Path(self._folder.name))}")
+        finally:
+            self._kill()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.close() if kind is None else self._kill()
+
+    def _start(self) -> None:
+        self._folder, self._calls = tempfile.TemporaryDirectory(), 0
+        name = self._folder.name
+        (Path(name) / LAUNCH).write_bytes(pickle.dumps((_environment(self._size), sys.path, self._timeout)))
+        program = [sys.executable, "-m", "tests.rank", name]
+        start = subprocess.Popen if self._fresh else warm.Popen
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        for rank in range(self._size):
+            self._processes.append(start([*program, str(rank)], env=environment, stdin=subprocess.PIPE))
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._processes, self._folder = [], None
+
+
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, fresh: bool = False
 ) -> list[Any]:
-    """What `function(*args)` returns on each of `world_size` ranks, in rank order.
-
-    Args:
-        function: module-level; torch.distributed is initialised (gloo, `timeout`) when it is called. RANK, WORLD_SIZE,
-            LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set, for libraries that read them.
-        world_size: number of processes.
-        args: picklable.
-        timeout: seconds for everything, imports included.
-        fresh: for functions that have something to do before Megatron is imported: the ranks import it themselves.
-
-    Raises:
-        RankError: as soon as one rank has failed, or when the time is up.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        call = pickle.dumps((function, args))
-        (folder / LAUNCH).write_bytes(pickle.dumps((_environment(world_size), sys.path, call, timeout)))
-        program = [sys.executable, "-m", "tests.rank", name]
-        start = subprocess.Popen if fresh else warm.Popen
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        deadline = time.monotonic() + timeout
-        processes: list[subprocess.Popen] = []
-        try:
-            for rank in range(world_size):
-                processes.append(start([*program, str(rank)], env=environment))
-            problem = _wait(processes, deadline)
-            if problem:
-                raise RankError(f"{problem} in {function.__module__}.{function.__qualname__}\n{_reports(folder)}")
-            return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.wait()
+    """One call of `Ranks` of its own."""
+    with Ranks(world_size, timeout=timeout, fresh=fresh) as ranks:
+        return ranks(function, *args)
 
 
-def _wait(processes: list[subprocess.Popen], deadline: float) -> str | None:
-    """Waits for all ranks; what went wrong, or None."""
-    while any(process.poll() is None for process in processes):
-        broken = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
-        if broken:
+def _threads(process: int) -> int:
+    """How many threads a process has; 0 where the system does not tell."""
+    try:
+        return sum(1 for _ in Path(f"/proc/{process}/task").iterdir())
+    except OSError:
+        return 0
+
+
+def _tell(process: subprocess.Popen) -> None:
+    """That there is a call; a rank that is gone is seen by its exit code."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass
+
+
+def _wait(processes: list[subprocess.Popen], deadline: float, is_done: Callable[[], bool] | None = None) -> str | None:
+    """Waits until it is done, before which no rank may end, or for the ends of all; what went wrong, or None."""
+    good = (None, 0) if is_done is None else (None,)
+    while not (is_done() if is_done else all(process.poll() is not None for process in processes)):
+        if any(process.poll() not in good for process in processes):
             # Its peers may be about to fail, too; their tracebacks are worth a moment.
             _wait_briefly(processes)
             break
@@ -85,8 +187,9 @@ def _wait(processes: list[subprocess.Popen], deadline: float) -> str | None:
             time.sleep(GRACE_SECONDS / 2)
             return f"timeout: ranks {hung} of {len(processes)} did not finish"
         time.sleep(POLL_SECONDS)
-    ends = enumerate(process.returncode for process in processes)
-    return "; ".join(f"rank {rank} of {len(processes)} {_ending(code)}" for rank, code in ends if code) or None
+    ends = [(rank, process.poll()) for rank, process in enumerate(processes)]
+    broken = [f"rank {rank} of {len(processes)} {_ending(code)}" for rank, code in ends if code not in good]
+    return "; ".join(broken) or None
 
 
 def _wait_briefly(processes: list[subprocess.Popen]) -> None:

@@ -15,14 +15,13 @@ from tests.plan_cases import COMPLETION, PROMPT, cases, dedicated_cases, expert_
 from tests.scoring_ranks import answer, on_scoring_ranks
 
 
-def measure(folder: Path) -> dict[str, dict[str, Any]]:
-    """Case on two ranks -> what this rank allocated for it, in bytes, and where it was."""
-    runs = cases(folder) | own_cases(folder) | expert_cases(folder)
-    return {name: _measured(config, folder) for name, config in runs.items()}
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """What this rank of two allocated for a case, in bytes, and where it was."""
+    return _measured((cases(folder) | own_cases(folder) | expert_cases(folder))[name], folder)
 
 
-def measure_dedicated(folder: Path) -> dict[str, dict[str, Any]]:
-    """The same of each of the cases in which half of four ranks only score."""
+def measure_dedicated(name: str, folder: Path) -> dict[str, Any]:
+    """The same of one of the cases in which half of four ranks only score."""
 
     def serve(teachers: list[Any], layout: Any) -> dict[str, Any]:
         (teacher,) = teachers
@@ -31,8 +30,8 @@ def measure_dedicated(folder: Path) -> dict[str, dict[str, Any]]:
         answer(teachers)
         return seen | _teacher_bytes(teacher, set()) | _left_bytes([teacher._reader.part])
 
-    runs = dedicated_cases(folder)
-    return on_scoring_ranks(runs, folder, train=lambda config: _measured(config, folder), serve=serve)
+    run = {name: dedicated_cases(folder)[name]}
+    return on_scoring_ranks(run, folder, train=lambda config: _measured(config, folder), serve=serve)[name]
 
 
 class Saved:

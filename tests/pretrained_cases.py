@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from renio_megatron.settings import LoraConfig, ParallelConfig, TeacherConfig, TrainConfig
-from tests.resuming import error_of, run, run_config
+from tests.resuming import error_of, run, run_config, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of
 from tests.whole_tensors import take_shard, to_megatron
 
@@ -100,30 +100,26 @@ def write(folder: Path, name: str) -> None:
     dist.barrier()
 
 
-def run_all(folder: Path) -> dict[str, Any]:
-    """Everything on two ranks."""
-    for name in WRITTEN:
-        write(folder, name)
-    if dist.get_rank() == 0:  # a model whose weights are nowhere but in the checkpoint
-        for name in ("deep", "teacher"):
-            shutil.copytree(folder / name, folder / f"{name} described", ignore=shutil.ignore_patterns("*.safetensors"))
-    dist.barrier()
-    found: dict[str, Any] = {"read": {}}
-    for name, (directory, _, _) in WRITTEN.items():
-        for reader, parallel in READ.items():
-            found["read"][name, reader] = compare(folder, name, directory, parallel)
-    found["read"]["TP2", "bf16"] = compare(folder, "TP2", "deep", TP2, TrainConfig(bf16=True))
-    found["read"]["TP2", "adapters"] = compare(folder, "TP2", "deep", PP2, lora=LoraConfig(r=2))
-    found["read"]["PP2 tied", "fewer tokens"] = compare(folder, "PP2 tied", "deep_tied", TP2, vocab_size=13)
-    found["refused"] = _refused(folder)
-    found["runs"] = _runs(folder)
-    return found
+def describe(folder: Path) -> None:
+    """Models whose weights are nowhere but in a checkpoint."""
+    for name in ("deep", "teacher"):
+        shutil.copytree(folder / name, folder / f"{name} described", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def read(name: str, reader: str, folder: Path) -> dict[str, bool]:
+    """`compare` of one of `WRITTEN`, in one of `READ` or in a special way."""
+    if reader == "bf16":
+        return compare(folder, name, TP2, TrainConfig(bf16=True))
+    if reader == "adapters":
+        return compare(folder, name, PP2, lora=LoraConfig(r=2))
+    if reader == "fewer tokens":
+        return compare(folder, name, TP2, vocab_size=13)
+    return compare(folder, name, READ[reader])
 
 
 def compare(
     folder: Path,
     name: str,
-    directory: str,
     parallel: ParallelConfig,
     train: TrainConfig | None = None,
     lora: LoraConfig | None = None,
@@ -134,6 +130,7 @@ def compare(
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.pretrained import load_pretrained
 
+    directory = WRITTEN[name][0]
     mine, other = (_part(folder / directory, parallel, train, lora, vocab_size) for _ in range(2))
     load_pretrained(mine, find_pretrained(folder / "megatron" / name, "pretrained_checkpoint"))
     load_weights(other, folder / directory)
@@ -158,7 +155,7 @@ def _part(
     return part
 
 
-def _refused(folder: Path) -> dict[str, str]:
+def refused(folder: Path) -> dict[str, str]:
     from renio_megatron.megatron import pretrained
 
     def reading(name: str, directory: str, **changes: Any) -> str:
@@ -175,11 +172,11 @@ def _refused(folder: Path) -> dict[str, str]:
     }
 
 
-def _runs(folder: Path) -> dict[str, Any]:
+def runs(folder: Path) -> dict[str, Any]:
     """Runs whose student and teacher are checkpoints, beside the same of Hugging Face's files; one from a run's own."""
     megatron = folder / "megatron"
     lora = LoraConfig(r=2)
-    plain = run_config(folder, "plain", model=str(folder / "deep"))
+    plain = run_config(folder, "plain", model=str(folder / "deep"), train=train_config(train_iters=2))
     given = replace(
         plain,
         model=str(folder / "deep described"),

@@ -1,4 +1,4 @@
-"""One rank of `multiprocess.run_ranks`: `python -m tests.rank FOLDER RANK`.
+"""One rank of `multiprocess.Ranks`: `python -m tests.rank FOLDER RANK`.
 
 It imports torch only when it runs: a process that a library of the rank starts imports this file again.
 """
@@ -15,11 +15,14 @@ import traceback
 from pathlib import Path
 
 LAUNCH = "launch.pickle"
-"""The file in FOLDER with what all ranks are given: environment, path, pickled function with arguments, seconds."""
+"""The file in FOLDER with what all ranks are given: environment, path, seconds that a call may take."""
 
 
 def main(folder: Path, rank: int) -> None:
-    """One rank's whole life; leaves RANK.result, or RANK.error, and RANK.stack where it is sent SIGUSR1."""
+    """One rank's whole life: a call for each line of standard input, until that ends.
+
+    It reads NUMBER.call and leaves NUMBER.RANK.result; or RANK.error, and RANK.stack where it is sent SIGUSR1.
+    """
     from datetime import timedelta
 
     import torch
@@ -27,14 +30,15 @@ def main(folder: Path, rank: int) -> None:
 
     stack = (folder / f"{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
-    environment, path, call, timeout = pickle.loads((folder / LAUNCH).read_bytes())
+    environment, path, timeout = pickle.loads((folder / LAUNCH).read_bytes())
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     sys.path[:] = path
     torch.set_num_threads(1)
     gc.set_threshold(20_000, 20, 20)  # tiny models spend a tenth of their time in collections
+    calls = os.fdopen(os.dup(0))  # nothing that a call starts may read them
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
-        function, args = pickle.loads(call)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/store",
@@ -42,9 +46,12 @@ def main(folder: Path, rank: int) -> None:
             world_size=int(environment["WORLD_SIZE"]),
             timeout=timedelta(seconds=timeout),
         )
-        result = function(*args)
-        (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
-        dist.barrier()  # nobody leaves while a peer still talks to it
+        for number, _ in enumerate(calls):
+            function, args = pickle.loads((folder / f"{number}.call").read_bytes())
+            unfinished = folder / f"{number}.{rank}.unfinished"
+            unfinished.write_bytes(pickle.dumps(function(*args)))
+            unfinished.rename(folder / f"{number}.{rank}.result")
+            dist.barrier()  # nobody goes on, or leaves, while a peer still talks to it
         dist.destroy_process_group()
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())

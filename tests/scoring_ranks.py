@@ -55,7 +55,7 @@ def on_scoring_ranks(
             found[name] = train(config)
         stop()
     os.environ["MASTER_PORT"] = port
-    store = dist.FileStore(str(folder / f"after {', '.join(runs)}"[:200]), world_size)
+    store = dist.FileStore(str(folder / f"after {ports[0]}"), world_size)
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=world_size)
     return found
 

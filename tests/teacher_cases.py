@@ -10,7 +10,6 @@ import torch
 
 from renio_megatron.checkpoint_files import step_directory
 from renio_megatron.settings import CheckpointConfig, DataConfig, EvaluateConfig, LoraConfig, TeacherConfig
-from renio_megatron.settings.teacher import TEACHER_KINDS
 from tests.lora_run_cases import DISTRIBUTED, LORA
 from tests.resuming import error_of, run, run_config, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of
@@ -54,25 +53,27 @@ def built(config: Any, folder: Path) -> tuple[Any, Any, Any]:
     return trainer, inputs, layout
 
 
-def run_all(folder: Path) -> dict[str, Any]:
-    """Every kind x what is trained x layout: a whole run, and one that is stopped before its last step and resumed."""
-    found: dict[str, Any] = {}
-    cases = [
-        (f"{kind}, {trained}, {layout}", kind, trained, {"parallel": parallel})
-        for kind in TEACHER_KINDS
-        for trained in TRAINED
-        for layout, parallel in LAYOUTS.items()
-    ]
-    cases += [(f"ema, {trained}, DP2", "ema", trained, {"parallel": DISTRIBUTED}) for trained in TRAINED]
-    cases.append(
-        ("ema, full, PP2 tied", "ema", "full", {"parallel": LAYOUTS["PP2"], "model": str(folder / "deep_tied")})
-    )
-    for name, kind, trained, changes in cases:
-        found[name] = run_and_look(config_of(folder, name, kind, trained, CUT_OFF, **changes))
-        cut_off = config_of(folder, f"{name}, cut off", kind, trained, CUT_OFF, **changes)
-        run(cut_off, stop_before=CUT_OFF)
-        found[f"{name}, cut off"] = run_and_look(cut_off)
-    return found
+def case_config(name: str, folder: Path, run_name: str) -> Any:
+    """The settings of a case, "KIND, TRAINED, LAYOUT", for a run of some name."""
+    kind, trained, layout = name.split(", ")
+    sizes, _, model = layout.partition(" ")
+    changes = {
+        "parallel": {**LAYOUTS, "DP2": DISTRIBUTED}[sizes],
+        "model": str(folder / f"deep{model and '_' + model}"),
+    }
+    return config_of(folder, run_name, kind, trained, CUT_OFF, **changes)
+
+
+def run_whole(name: str, folder: Path) -> dict[str, Any]:
+    """A case's whole run."""
+    return run_and_look(case_config(name, folder, name))
+
+
+def run_cut_off(name: str, folder: Path) -> dict[str, Any]:
+    """The same, stopped before its last step and gone on with."""
+    config = case_config(name, folder, f"{name}, cut off")
+    run(config, stop_before=CUT_OFF)
+    return run_and_look(config)
 
 
 def run_and_look(config: Any) -> dict[str, Any]:

@@ -61,9 +61,9 @@ def _batched_sends(folder: Path) -> dict[str, float]:
         config.overlap_p2p_comm, config.batch_p2p_comm = False, True
         return config
 
-    found = {"guarded": run_case(case, folder, {})["gradient"]}
+    found = {"guarded": run_case(case, folder)["gradient"]}
     with replaced(model, "transformer_config", batched):
-        found["fault"] = run_case(case, folder, {})["gradient"]
+        found["fault"] = run_case(case, folder)["gradient"]
     return found
 
 

@@ -6,19 +6,20 @@ RENIO_WRITE_LAYOUTS=1 pytest tests/test_layout_matrix.py    # measures and write
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.layout_cases import LAYOUTS, MODELS, VARIANTS, Case, cases, run_matrix
-from tests.multiprocess import run_ranks
+from tests.layout_cases import FOUR_RANKS, LAYOUTS, MODELS, VARIANTS, Case, cases, run_case
+from tests.multiprocess import Ranks
 from tests.training_cases import save_models
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "layouts.md"
 BEGIN, END = "<!-- matrix: written by tests/test_layout_matrix.py -->", "<!-- end of matrix -->"
 ALL = [case for world_size in (2, 4) for case in cases(world_size)]
 
-pytestmark = pytest.mark.timeout(1500)
+Result = Callable[[Case], dict[str, float]]
 
 
 def tolerance(case: Case) -> float:
@@ -27,21 +28,22 @@ def tolerance(case: Case) -> float:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """Case -> largest error over the ranks; two launches."""
+def result(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks, four_ranks: Ranks) -> Result:
+    """Case -> the largest errors over the ranks."""
     folder = tmp_path_factory.mktemp("layouts")
     save_models(folder, MODELS)
-    merged: dict[str, dict[str, float]] = {}
-    for world_size in (2, 4):
-        by_rank = run_ranks(run_matrix, world_size, folder, world_size, timeout=700)
-        for name in by_rank[0]:
-            merged[name] = {key: max(found[name][key] for found in by_rank) for key in by_rank[0][name]}
-    return merged
+
+    def of(case: Case) -> dict[str, float]:
+        by_rank = (four_ranks if case.layout in FOUR_RANKS else two_ranks).once(run_case, case, folder)
+        return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
+
+    return of
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
-def test_step_equals_the_single_process_reference(case: Case, results: dict[str, dict[str, float]]) -> None:
-    found = results[case.name]
+def test_step_equals_the_single_process_reference(case: Case, result: Result) -> None:
+    found = result(case)
     assert found["gradient"] < tolerance(case)
     assert found["grad_norm"] < tolerance(case)
     assert found["loss"] < tolerance(case)
@@ -49,15 +51,17 @@ def test_step_equals_the_single_process_reference(case: Case, results: dict[str,
     assert found["unlike_1"] > 2  # weights that are all 1 would prove nothing
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_every_layout_draws_the_same_rollouts(tied: bool, results: dict[str, dict[str, float]]) -> None:
+def test_every_layout_draws_the_same_rollouts(tied: bool, result: Result) -> None:
     for deep in (False, True):
-        chosen = [case.name for case in ALL if (case.tied, case.deep) == (tied, deep) and case.variant != "bf16"]
-        assert len({results[name]["tokens"] for name in chosen}) == 1
+        chosen = [case for case in ALL if (case.tied, case.deep) == (tied, deep) and case.variant != "bf16"]
+        assert len({result(case)["tokens"] for case in chosen}) == 1
 
 
-def test_the_document_shows_every_layout(results: dict[str, dict[str, float]]) -> None:
-    table = matrix(results)
+@pytest.mark.matrix(5)
+def test_the_document_shows_every_layout(result: Result) -> None:
+    table = matrix(result)
     text = DOCUMENT.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     written, after = rest.split(END)
@@ -74,15 +78,13 @@ def test_the_document_shows_every_layout(results: dict[str, dict[str, float]]) -
                 assert float(cell) < (2e-2 if heading.strip() == "bf16" else 1e-5)
 
 
-def matrix(results: dict[str, dict[str, float]]) -> str:
+def matrix(result: Result) -> str:
     """The table: a row for each layout, a column for each variant, the largest gradient error of its cases."""
     lines = [f"| layout | {' | '.join(VARIANTS)} |", "|---" * (len(VARIANTS) + 1) + "|"]
     for layout in LAYOUTS:
         cells = []
         for variant in VARIANTS:
-            errors = [
-                results[case.name]["gradient"] for case in ALL if (case.layout, case.variant) == (layout, variant)
-            ]
+            errors = [result(case)["gradient"] for case in ALL if (case.layout, case.variant) == (layout, variant)]
             cells.append(f"{max(errors):.1e}" if errors else "-")
         lines.append(f"| {layout} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from renio_megatron import LossConfig, VocabShard, linear_distillation_loss
 from renio_megatron.errors import LayoutError
 from renio_megatron.parallel.vocab import gather_sequence, recut
-from tests.multiprocess import run_ranks
 from tests.sharding import VOCABULARY_CUTS, CountingDispatch, columns, counting, vocabulary_edges
 from tests.test_loss_sharded import axes_of, first_third, one_rank_has_none, uneven_counts
 from tests.vectors import DTYPES, exempt_entries, limit, load_cases, worst
@@ -282,21 +281,15 @@ GROUPS = {
 }
 
 
-def launch():
-    """Every group of this number of ranks: {name: [(label, measured, limit)]}."""
-    torch.set_num_threads(1)
-    return {name: list(group()) for name, group in GROUPS[dist.get_world_size()].items()}
+def run_group(name):
+    """On a rank: a group's measurements."""
+    return list(GROUPS[dist.get_world_size()][name]())
 
 
-@pytest.fixture(scope="module")
-def launches():
-    return {ranks: run_ranks(launch, ranks, timeout=240.0) for ranks in GROUPS}
-
-
-@pytest.mark.timeout(600)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, groups in GROUPS.items() for name in groups])
-def test_group(ranks, name, launches):
-    for rank, found in enumerate(launches[ranks]):
-        assert found[name]
-        bad = [(label, error, bound) for label, error, bound in found[name] if not error <= bound]
+def test_group(ranks, name, two_ranks, four_ranks):
+    for rank, found in enumerate({2: two_ranks, 4: four_ranks}[ranks](run_group, name)):
+        assert found
+        bad = [(label, error, bound) for label, error, bound in found if not error <= bound]
         assert not bad, f"rank {rank}: {bad[:5]}"

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from tests.lora_cases import CASES, FOUR_RANKS, MUTANTS, MUTANTS_OF_FOUR, run_lora
-from tests.lora_sft_cases import run_all
-from tests.multiprocess import run_ranks
+from tests.lora_cases import CASES, FOUR_RANKS, MUTANTS, MUTANTS_OF_FOUR, run_named
+from tests.lora_sft_cases import run_overlap, run_sft
+from tests.multiprocess import Ranks
 from tests.training_cases import save_models
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.timeout(1500)
+Result = Callable[..., dict[str, float]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """Case -> largest figures over the ranks; two launches."""
+def result(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks, four_ranks: Ranks) -> Result:
+    """(function, names) -> the largest figures over the ranks, of which there are as many as the names ask for."""
     folder = tmp_path_factory.mktemp("lora")
     save_models(folder)
-    merged: dict[str, dict[str, float]] = {}
-    for by_rank in (run_ranks(run_all, 2, folder, timeout=800), run_ranks(run_lora, 4, folder, 4, timeout=600)):
-        for name in by_rank[0]:
-            merged[name] = {key: max(found[name][key] for found in by_rank) for key in by_rank[0][name]}
-    return merged
+
+    def of(function: Callable[..., dict[str, float]], *names: str) -> dict[str, float]:
+        on_four = any(name in (*FOUR_RANKS, *MUTANTS_OF_FOUR) for name in names)
+        by_rank = (four_ranks if on_four else two_ranks)(function, *names, folder)
+        return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
+
+    return of
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", [*CASES, *FOUR_RANKS])
-def test_a_step_equals_peft(name: str, results: dict[str, dict[str, float]]) -> None:
-    found = results[name]
+def test_a_step_equals_peft(name: str, result: Result) -> None:
+    found = result(run_named, name)
     assert found["frozen"] == 0.0
     assert found["trained"] == found["adapters"]  # nothing else is in the gradients' buffers
     assert found["smallest_gradient"] > 1e-4  # a gradient of 0 would prove nothing
@@ -39,17 +44,21 @@ def test_a_step_equals_peft(name: str, results: dict[str, dict[str, float]]) -> 
         assert found[figure] < 1e-5, (figure, found)
 
 
-def test_a_step_of_fine_tuning_equals_peft(results: dict[str, dict[str, float]]) -> None:
-    assert results["sft"]["loss"] < 1e-5
-    assert results["sft"]["grad_norm"] < 1e-5
+def test_a_step_of_fine_tuning_equals_peft(result: Result) -> None:
+    found = result(run_sft)
+    assert found["loss"] < 1e-5
+    assert found["grad_norm"] < 1e-5
 
 
-def test_gathers_under_way_are_waited_for(results: dict[str, dict[str, float]]) -> None:
-    assert results["overlap"]["overlap"] < 1e-6
-    assert results["overlap"]["not called"] > 1e-3
+def test_gathers_under_way_are_waited_for(result: Result) -> None:
+    found = result(run_overlap)
+    assert found["overlap"] < 1e-6
+    assert found["not called"] > 1e-3
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", [*MUTANTS, *MUTANTS_OF_FOUR])
-def test_a_mutant_is_seen(name: str, results: dict[str, dict[str, float]]) -> None:
+def test_a_mutant_is_seen(name: str, result: Result) -> None:
     _, _, figure = {**MUTANTS, **MUTANTS_OF_FOUR}[name]
-    assert results[name][figure] > 1e-3, results[name]
+    found = result(run_named, name)
+    assert found[figure] > 1e-3, found

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron import LossConfig, VocabShard, WeightingConfig, distillation_loss
-from tests.multiprocess import RankError, run_ranks
+from tests.multiprocess import Ranks
 from tests.sharding import VOCABULARY_CUTS, CountingDispatch, columns, counting, vocabulary_edges
 from tests.vectors import DTYPES, exempt_entries, limit, load_cases, worst
 
@@ -369,30 +369,22 @@ GROUPS = {
 }
 
 
-def run_groups(world_size):
-    """On a rank: every group's measurements."""
-    return {name: list(group()) for name, group in GROUPS[world_size].items()}
+def run_group(name):
+    """On a rank: a group's measurements."""
+    return list(GROUPS[dist.get_world_size()][name]())
 
 
-@functools.cache
-def launch(world_size):
-    """Every rank's measurements, or the error of the launch, so that it is not tried again for each test."""
-    try:
-        return run_ranks(run_groups, world_size, world_size, timeout=240.0)
-    except RankError as error:
-        return error
+@pytest.fixture(scope="module")
+def launches(two_ranks, four_ranks):
+    """Ranks by their number."""
+    with Ranks(3) as three_ranks:
+        yield {2: two_ranks, 3: three_ranks, 4: four_ranks}
 
 
-def measurements(world_size):
-    result = launch(world_size)
-    if isinstance(result, RankError):
-        pytest.fail(str(result), pytrace=False)
-    return result
-
-
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(("world_size", "name"), [(size, name) for size, groups in GROUPS.items() for name in groups])
-def test_ranks_agree_with_one_process(world_size, name):
-    for rank, measured in enumerate(measurements(world_size)):
-        assert measured[name], "nothing was measured"
-        wrong = [f"{label}: {found:.3g} > {bound:.3g}" for label, found, bound in measured[name] if not found <= bound]
-        assert not wrong, f"rank {rank}, {len(wrong)} of {len(measured[name])}: " + "; ".join(wrong[:5])
+def test_ranks_agree_with_one_process(world_size, name, launches):
+    for rank, measured in enumerate(launches[world_size](run_group, name)):
+        assert measured, "nothing was measured"
+        wrong = [f"{label}: {found:.3g} > {bound:.3g}" for label, found, bound in measured if not found <= bound]
+        assert not wrong, f"rank {rank}, {len(wrong)} of {len(measured)}: " + "; ".join(wrong[:5])

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.multiprocess import RankError, run_ranks
+from tests import multiprocess
+from tests.multiprocess import RankError, Ranks, run_ranks
 
 pytestmark = pytest.mark.alone
 
@@ -38,6 +39,16 @@ def die_on_rank_1():
     dist.barrier()
 
 
+def leave_on_rank_1():
+    if dist.get_rank() == 1:
+        os._exit(0)
+    dist.barrier()
+
+
+def own_id():
+    return os.getpid()
+
+
 @pytest.fixture(scope="module")
 def launch_seconds():
     """How long a launch takes on this machine now; limits follow from it."""
@@ -57,12 +68,58 @@ def test_results_come_back_in_rank_order(launch_seconds):
         (raise_on_rank_1, False, r"rank 1 of 2 raised[\s\S]*ValueError: the shoe does not fit"),
         (hang_on_rank_1, True, r"timeout: ranks \[0, 1\][\s\S]*rank 1 \(stack\)[\s\S]*hang_on_rank_1"),
         (die_on_rank_1, False, r"rank 1 of 2 was killed by SIGKILL"),
+        (leave_on_rank_1, False, r"rank 1 of 2 exited with 0"),
     ],
-    ids=["raises", "hangs", "dies"],
+    ids=["raises", "hangs", "dies", "leaves"],
 )
 def test_a_failing_rank_fails_the_launch_in_time(launch_seconds, function, hangs, message):
-    timeout = 5.0 + 3.0 * launch_seconds if hangs else 240.0
+    timeout = 2.0 + 4.0 * launch_seconds if hangs else 240.0
     begin = time.monotonic()
     with pytest.raises(RankError, match=message):
         run_ranks(function, 2, timeout=timeout)
     assert time.monotonic() - begin < (timeout + 10.0 if hangs else 120.0)
+
+
+def test_ranks_stay_between_calls_and_leave_at_the_end():
+    with Ranks(2) as ranks:
+        assert [total for _, total, *_ in ranks(sum_of_ranks, 10)] == [torch.tensor(21.0)] * 2
+        first = ranks(own_id)
+        assert ranks(own_id) == first
+        assert len({*first, os.getpid()}) == 3
+    assert not any(_is_alive(process) for process in first)
+
+
+def test_a_call_that_failed_is_followed_by_one_of_new_ranks():
+    with Ranks(2) as ranks:
+        first = ranks(own_id)
+        with pytest.raises(RankError, match="the shoe does not fit"):
+            ranks(raise_on_rank_1)
+        assert not any(_is_alive(process) for process in first)
+        assert not {*ranks(own_id)} & {*first}
+        assert ranks(sum_of_ranks, 0)[1][1] == 1
+
+
+def test_ranks_with_many_threads_are_replaced(monkeypatch):
+    with Ranks(2) as ranks:
+        first = ranks(own_id)
+        monkeypatch.setattr(multiprocess, "MANY_THREADS", 0)
+        assert not {*ranks(own_id)} & {*first}
+        assert not any(_is_alive(process) for process in first)
+
+
+def test_after_a_call_that_hung_there_is_none(launch_seconds):
+    with Ranks(2, timeout=2.0 + 4.0 * launch_seconds) as ranks:
+        with pytest.raises(RankError, match="timeout"):
+            ranks(hang_on_rank_1)
+        begin = time.monotonic()
+        with pytest.raises(RankError, match=r"own_id was not called: its ranks hung in .*hang_on_rank_1"):
+            ranks(own_id)
+        assert time.monotonic() - begin < 1.0
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -30,7 +30,7 @@ from renio_megatron.settings import (
 )
 from renio_megatron.teacher_routes import ONLY
 from tests.moe_cases import save_mixtures
-from tests.multiprocess import run_ranks
+from tests.multiprocess import Ranks
 from tests.plan_cases import cases, dedicated_cases, expert_cases, own_cases
 from tests.plan_measures import measure, measure_dedicated
 
@@ -271,18 +271,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def allocated(models: Path) -> list[dict[str, dict[str, Any]]]:
-    """What each of two ranks allocated for each case."""
-    return run_ranks(measure, 2, models, timeout=400)
-
-
-@pytest.fixture(scope="module")
-def allocated_apart(models: Path) -> list[dict[str, dict[str, Any]]]:
-    """What each of four ranks allocated, of which two only score."""
-    return run_ranks(measure_dedicated, 4, models, timeout=400)
-
-
 TOLERANCE = 0.1
 TO_THE_BYTE = ("parameters", "teacher's parameters", "teacher's LM head", "gathered sequence")
 
@@ -317,31 +305,33 @@ def _assert_as_planned(config: RunConfig, found: list[dict[str, Any]]) -> None:
             assert planned.get(name, 0) == real.get(name, 0), f"rank {number}: {name}"
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", list(cases(Path())))
-@pytest.mark.timeout(600)
-def test_a_real_step_allocates_what_was_planned(name, models, allocated):
-    _assert_as_planned(cases(models)[name], [rank[name] for rank in allocated])
+def test_a_real_step_allocates_what_was_planned(name: str, models: Path, two_ranks: Ranks) -> None:
+    _assert_as_planned(cases(models)[name], two_ranks(measure, name, models))
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", list(own_cases(Path())))
-@pytest.mark.timeout(600)
-def test_so_does_one_beside_a_teacher_in_a_layout_or_dtype_of_its_own(name, models, allocated):
-    found = [rank[name] for rank in allocated]
+def test_so_does_one_beside_a_teacher_in_a_layout_or_dtype_of_its_own(
+    name: str, models: Path, two_ranks: Ranks
+) -> None:
+    found = two_ranks(measure, name, models)
     assert all(one["teacher's parameters"] for one in found)
     _assert_as_planned(own_cases(models)[name], found)
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", list(expert_cases(Path())))
-@pytest.mark.timeout(600)
-def test_so_does_one_of_models_with_experts(name, models, allocated):
-    found = [rank[name] for rank in allocated]
+def test_so_does_one_of_models_with_experts(name: str, models: Path, two_ranks: Ranks) -> None:
+    found = two_ranks(measure, name, models)
     assert all(one["routing of the last pass"] for one in found)
     _assert_as_planned(expert_cases(models)[name], found)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("name", list(dedicated_cases(Path())))
-@pytest.mark.timeout(600)
-def test_so_do_ranks_that_train_and_ranks_that_only_score(name, models, allocated_apart):
-    found = [rank[name] for rank in allocated_apart]
+def test_so_do_ranks_that_train_and_ranks_that_only_score(name: str, models: Path, four_ranks: Ranks) -> None:
+    found = four_ranks(measure_dedicated, name, models)
     assert [one["stages"][0] is None for one in found] == [False, False, True, True]
     _assert_as_planned(dedicated_cases(models)[name], found)

@@ -16,8 +16,8 @@ from renio_megatron.config import load_recipe
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.pretrained import fingerprint
-from tests.multiprocess import run_ranks
-from tests.pretrained_cases import READ, WRITTEN, run_all
+from tests.multiprocess import Ranks
+from tests.pretrained_cases import READ, WRITTEN, describe, read, refused, runs, write
 from tests.resuming import rows
 from tests.training_cases import save_models
 
@@ -29,18 +29,17 @@ SPECIAL = [("TP2", "bf16"), ("TP2", "adapters"), ("PP2 tied", "fewer tokens")]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
     save_models(folder)
+    describe(folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(run_all, 2, folder, timeout=400)
-
-
-@pytest.mark.parametrize(("written", "read"), [*((w, r) for w in WRITTEN for r in READ), *SPECIAL])
-def test_a_checkpoint_gives_the_bits_of_hugging_faces_files(written: str, read: str, ranks: Any) -> None:
-    for found in ranks:
-        same = found["read"][written, read]
+@pytest.mark.matrix(5)
+@pytest.mark.parametrize(("written", "read_as"), [*((w, r) for w in WRITTEN for r in READ), *SPECIAL])
+def test_a_checkpoint_gives_the_bits_of_hugging_faces_files(
+    written: str, read_as: str, folder: Path, two_ranks: Ranks
+) -> None:
+    two_ranks.once(write, folder, written)
+    for same in two_ranks(read, written, read_as, folder):
         assert len(same) > 8
         assert all(same.values()), [key for key, is_same in same.items() if not is_same]
 
@@ -55,24 +54,33 @@ def test_a_checkpoint_gives_the_bits_of_hugging_faces_files(written: str, read: 
         ("vocabulary", ["has 256 rows of 'embedding.word_embeddings.weight'", "a vocabulary of 300"]),
     ],
 )
-def test_other_models_are_named(name: str, words: list[str], ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        assert found["refused"][name].startswith("ConfigError"), found["refused"][name]
+def test_other_models_are_named(name: str, words: list[str], folder: Path, two_ranks: Ranks) -> None:
+    for written in ("TP2", "PP2 tied", "TP2 teacher"):
+        two_ranks.once(write, folder, written)
+    for found in two_ranks.once(refused, folder):
+        assert found[name].startswith("ConfigError"), found[name]
         for word in words:
-            assert word in found["refused"][name], found["refused"][name]
+            assert word in found[name], found[name]
 
 
-def test_a_run_from_checkpoints_is_the_run_from_hugging_face(folder: Path, ranks: list[dict[str, Any]]) -> None:
-    assert all(found["runs"]["same"] for found in ranks)
+@pytest.fixture(scope="module")
+def from_checkpoints(folder: Path, two_ranks: Ranks) -> list[dict[str, Any]]:
+    for written in ("PP2", "TP2 teacher"):
+        two_ranks.once(write, folder, written)
+    return two_ranks.once(runs, folder)
+
+
+def test_a_run_from_checkpoints_is_the_run_from_hugging_face(folder: Path, from_checkpoints: Any) -> None:
+    assert all(found["same"] for found in from_checkpoints)
     assert rows(folder, "given") == rows(folder, "plain")
 
 
-def test_a_run_starts_from_another_runs_checkpoint_and_notices_a_change(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        assert found["runs"]["own"] > 8
-        assert "holds adapters and not the model" in found["runs"]["adapters"]
-        assert "trained beside other weights" in found["runs"]["other base"]
-        assert "`pretrained_checkpoint`" in found["runs"]["other base"]
+def test_a_run_starts_from_another_runs_checkpoint_and_notices_a_change(from_checkpoints: Any) -> None:
+    for found in from_checkpoints:
+        assert found["own"] > 8
+        assert "holds adapters and not the model" in found["adapters"]
+        assert "trained beside other weights" in found["other base"]
+        assert "`pretrained_checkpoint`" in found["other base"]
 
 
 def test_what_is_no_checkpoint_of_the_format_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from renio_megatron.settings import CheckpointConfig, DataConfig, ParallelConfig
-from tests.multiprocess import run_ranks
+from tests.multiprocess import Ranks, run_ranks
 from tests.resuming import full_at_step_4, rows, run, run_config, same, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of, save_models
 
@@ -62,48 +62,49 @@ MOVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 STEPS, SAVED = 7, 3
 
 
-def _moves(folder: Path) -> dict[str, Any]:
-    """Each move: three steps in one layout, four more in the other; beside them a whole run in one layout."""
-    model = str(folder / "deep")
+def _config(name: str, parallel: dict[str, Any], folder: Path) -> Any:
+    packed = "packed" in name and "context_parallel_size" in parallel
+    return run_config(
+        folder,
+        name,
+        model=str(folder / "deep"),
+        parallel=ParallelConfig(**parallel),
+        train=train_config(
+            train_iters=STEPS,
+            lr=1e-3,
+            micro_batch_size=1 if packed else 2,
+            max_tokens_per_micro_batch=64 if packed else None,
+        ),
+        data=DataConfig(seed=5, max_prompt_length=20),
+        checkpoint=CheckpointConfig(save_interval=SAVED),
+    )
 
-    def config(name: str, parallel: dict[str, Any], *, packed: bool = False) -> Any:
-        return run_config(
-            folder,
-            name,
-            model=model,
-            parallel=ParallelConfig(**parallel),
-            train=train_config(
-                train_iters=STEPS,
-                lr=1e-3,
-                micro_batch_size=1 if packed else 2,
-                max_tokens_per_micro_batch=64 if packed else None,
-            ),
-            data=DataConfig(seed=5, max_prompt_length=20),
-            checkpoint=CheckpointConfig(save_interval=SAVED),
-        )
 
-    found: dict[str, Any] = {"whole": run(config("whole moves", {"tensor_model_parallel_size": 2}))}
-    found["sharded whole"] = run(config("sharded whole", _OVERLAP))
-    for name, (first, second) in MOVES.items():
-        stopped = run(config(name, first), stop_before=SAVED + 2)
-        assert stopped["outcome"] == "stopped"
-        found[name] = run(config(name, second, packed="packed" in name))
-    return found
+def _whole(name: str, folder: Path) -> dict[str, Any]:
+    """A run in one layout."""
+    return run(_config(name, {"whole": {"tensor_model_parallel_size": 2}, "sharded whole": _OVERLAP}[name], folder))
+
+
+def _move(name: str, folder: Path) -> dict[str, Any]:
+    """Three steps in one layout, four more in the other."""
+    first, second = MOVES[name]
+    assert run(_config(name, first, folder), stop_before=SAVED + 2)["outcome"] == "stopped"
+    return run(_config(name, second, folder))
 
 
 @pytest.fixture(scope="module")
-def moved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moves")
     save_models(folder)
-    return folder, run_ranks(_moves, 2, folder, timeout=400)
+    return folder
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", MOVES)
-def test_a_run_goes_on_in_another_layout(name: str, moved: tuple[Path, list[dict[str, Any]]]) -> None:
-    folder, found = moved
-    assert [rank[name]["outcome"] for rank in found] == ["resumed"] * 2
-    mine, whole = rows(folder, name), rows(folder, "whole moves")
+def test_a_run_goes_on_in_another_layout(name: str, moving: Path, two_ranks: Ranks) -> None:
+    two_ranks.once(_whole, "whole", moving)
+    assert [found["outcome"] for found in two_ranks.once(_move, name, moving)] == ["resumed"] * 2
+    mine, whole = rows(moving, name), rows(moving, "whole")
     assert [row["step"] for row in mine] == list(range(STEPS + 1))
     for row, other in zip(mine, whole, strict=True):
         if row["step"]:
@@ -114,9 +115,10 @@ def test_a_run_goes_on_in_another_layout(name: str, moved: tuple[Path, list[dict
             assert row["renio/weight_max"] == pytest.approx(other["renio/weight_max"], rel=1e-4)
 
 
-def test_a_distributed_optimiser_resumes_bit_for_bit(moved: tuple[Path, list[dict[str, Any]]]) -> None:
-    for rank in moved[1]:
-        assert same(rank["overlapping DP2 -> itself"]["parameters"], rank["sharded whole"]["parameters"])
+def test_a_distributed_optimiser_resumes_bit_for_bit(moving: Path, two_ranks: Ranks) -> None:
+    again = two_ranks.once(_move, "overlapping DP2 -> itself", moving)
+    for found, whole in zip(again, two_ranks.once(_whole, "sharded whole", moving), strict=True):
+        assert same(found["parameters"], whole["parameters"])
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ case "$4" in "not alone"*) exit $BESIDE ;; *) exit $ALONE ;; esac
     ("arguments", "beside", "alone", "expected"),
     [
         ([], 0, 0, (0, ["not alone -n 2 --dist loadfile --no-loadscope-reorder", "alone"])),
-        (["--fast", "-x"], 0, 5, (0, ["not alone and not slow -n 2 {} -x", "alone and not slow -x"])),
+        (["--fast", "-x"], 0, 5, (0, ["not alone -n 2 {} --fast -x", "alone --fast -x"])),
         (["tests/a.py", "-m", "gpu or slow"], 5, 1, (1, ["not alone and (gpu or slow) -n 2 {} tests/a.py", None])),
         (["-k", "a b"], 2, 1, (2, ["not alone -n 2 {} -k a b", "alone -k a b"])),
         (["-k", "none"], 5, 5, (5, [None, None])),

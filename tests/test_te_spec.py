@@ -1,6 +1,6 @@
 """Models of Transformer Engine's modules, through a stand-in that computes on the CPU, and the errors without it.
 
-One launch of 2 ranks: layouts in full precision, a distillation step, checkpoints, FP8. What the stand-in promises of
+On 2 ranks: layouts in full precision, a distillation step, checkpoints, FP8. What the stand-in promises of
 Transformer Engine is written in tests/te_standin.py; nothing here has met the real one.
 """
 
@@ -22,7 +22,7 @@ from renio_megatron.megatron import backend
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from tests import te_cases, te_imports, te_start_cases, training_cases
-from tests.multiprocess import run_ranks
+from tests.multiprocess import Ranks
 
 pytestmark = pytest.mark.timeout(600)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -37,33 +37,21 @@ def root(tmp_path_factory):
     return folder
 
 
-def _everything(root):
-    return {
-        "started": te_start_cases.run_all(root),  # first: of what is said once
-        "compared": te_cases.same_as_local(root),
-        "distilled": te_cases.distil(root),
-        "exported": te_cases.exported(root),
-        "fp8": te_cases.in_fp8(root),
-    }
+@pytest.fixture(scope="module")
+def ranks(root):
+    with Ranks(2, timeout=240.0, fresh=True) as ranks:
+        ranks.once(te_start_cases.run_all, root)  # first: of what is said once
+        yield ranks
 
 
 @pytest.fixture(scope="module")
-def found_by_ranks(root):
-    return run_ranks(_everything, 2, root, timeout=580.0, fresh=True)
+def fp8(root, ranks):
+    return ranks(te_cases.in_fp8, root)
 
 
-@pytest.fixture(scope="module")
-def compared(found_by_ranks):
-    return [found["compared"] for found in found_by_ranks]
-
-
-@pytest.fixture(scope="module")
-def fp8(found_by_ranks):
-    return [found["fp8"] for found in found_by_ranks]
-
-
-def test_a_model_of_transformer_engine_computes_what_a_local_one_does(compared):
-    for found in compared:
+@pytest.mark.matrix(2)
+def test_a_model_of_transformer_engine_computes_what_a_local_one_does(root, ranks):
+    for found in ranks(te_cases.same_as_local, root):
         assert len(found) == len(te_cases.FAMILIES) * (2 * len(te_cases.LAYOUTS) + 2)
         for key, one in found.items():
             assert set(TE_KINDS) - {"RMSNorm"} <= set(one["kinds"]), (key, one)
@@ -72,16 +60,16 @@ def test_a_model_of_transformer_engine_computes_what_a_local_one_does(compared):
             assert max(one["logp"], one["sampled logp"], one["gradient"]) < 1e-5, (key, one)
 
 
-def test_a_distillation_step_is_that_of_transformers(found_by_ranks):
-    for found in (ranks["distilled"] for ranks in found_by_ranks):
+def test_a_distillation_step_is_that_of_transformers(root, ranks):
+    for found in ranks(te_cases.distil, root):
         for key, one in found.items():
             assert max(one["loss_error"], one["weight_error"], one["gradient_error"]) < 1e-5, (key, one)
             assert one["raw_weights_not_1"] > 0
 
 
 @pytest.fixture(scope="module")
-def started(found_by_ranks):
-    return [found["started"] for found in found_by_ranks]
+def started(root, ranks):
+    return ranks.once(te_start_cases.run_all, root)
 
 
 def test_attention_without_a_fused_kernel_is_said_once_by_one_rank(started):
@@ -104,17 +92,18 @@ def test_a_student_with_adapters_has_local_layers_beside_a_teacher_of_transforme
         assert "precision.backend=local" in found["asked for te"]
 
 
-def test_exports_and_checkpoints_of_either_backend_hold_the_same_tensors(found_by_ranks):
-    for found in (ranks["exported"] for ranks in found_by_ranks):
+@pytest.mark.matrix(2)
+def test_exports_and_checkpoints_of_either_backend_hold_the_same_tensors(root, ranks):
+    for found in ranks(te_cases.exported, root):
         assert len(found) == 14
         assert all(value is True for value in found.values()), found
 
 
-def test_fp8_runs_in_every_layout_and_is_near(fp8):
-    for found in fp8:
-        cases = {key: value for key, value in found.items() if isinstance(key, tuple)}
-        assert len(cases) == 20
-        for key, (difference, cosine) in cases.items():
+@pytest.mark.matrix(2)
+def test_fp8_runs_in_every_layout_and_is_near(root, ranks):
+    for found in ranks(te_cases.in_fp8_by_layout, root):
+        assert len(found) == 20
+        for key, (difference, cosine) in found.items():
             assert 1e-4 < difference < 0.3, (key, difference)  # rounding is there, and is rounding
             assert cosine > 0.75, (key, cosine)
 

@@ -10,12 +10,10 @@ import pytest
 
 from renio_megatron.settings.teacher import TEACHER_KINDS
 from tests.lora_run_cases import DISTRIBUTED
-from tests.multiprocess import run_ranks
+from tests.multiprocess import Ranks
 from tests.resuming import rows, same
-from tests.teacher_cases import CUT_OFF, LAYOUTS, TRAINED, averages_by_hand, moved, run_all
+from tests.teacher_cases import CUT_OFF, LAYOUTS, TRAINED, averages_by_hand, moved, run_cut_off, run_whole
 from tests.training_cases import save_models
-
-pytestmark = pytest.mark.timeout(1200)
 
 CASES = [f"{kind}, {trained}, {layout}" for kind in TEACHER_KINDS for trained in TRAINED for layout in LAYOUTS]
 CASES += [f"ema, {trained}, DP2" for trained in TRAINED] + ["ema, full, PP2 tied"]
@@ -28,15 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(run_all, 2, folder, timeout=900)
-
-
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_that_was_cut_off_ends_with_the_same_bits(name: str, folder: Path, ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        whole, again = found[name], found[f"{name}, cut off"]
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(name: str, folder: Path, two_ranks: Ranks) -> None:
+    for whole, again in zip(
+        two_ranks.once(run_whole, name, folder), two_ranks.once(run_cut_off, name, folder), strict=True
+    ):
         assert (whole["outcome"], again["outcome"]) == ("new", "resumed")
         assert same(whole["parameters"], again["parameters"])
         assert same(whole["averages"], again["averages"])
@@ -47,17 +42,23 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(name: str, folder: Path,
     assert losses[0] > 0
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_frozen_of_a_teacher_stays_as_it_is(name: str, ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        assert found[name]["changed"] == []
+def test_what_is_frozen_of_a_teacher_stays_as_it_is(name: str, folder: Path, two_ranks: Ranks) -> None:
+    for found in two_ranks.once(run_whole, name, folder):
+        assert found["changed"] == []
         is_trained_whole = name.startswith(("ema, full", "current, full"))
-        assert (found[name]["frozen"] == 0) == is_trained_whole
+        assert (found["frozen"] == 0) == is_trained_whole
 
 
-def test_the_kinds_teach_different_things(folder: Path, ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.matrix(5)
+def test_the_kinds_teach_different_things(folder: Path, two_ranks: Ranks) -> None:
     for trained in TRAINED:
-        losses = {kind: [row["loss"] for row in rows(folder, f"{kind}, {trained}, TP2")] for kind in TEACHER_KINDS}
+        losses = {}
+        for kind in TEACHER_KINDS:
+            name = f"{kind}, {trained}, TP2"
+            two_ranks.once(run_whole, name, folder)
+            losses[kind] = [row["loss"] for row in rows(folder, name)]
         assert losses["initial"][0] == losses["ema"][0] == losses["current"][0] != losses["separate"][0]
         assert len({values[-1] for values in losses.values()}) == len(TEACHER_KINDS)
 
@@ -70,24 +71,18 @@ BY_HAND = {
 }
 
 
-def _all_by_hand(folder: Path) -> dict[str, Any]:
-    found = {}
-    for name, changes in BY_HAND.items():
-        changes = {**changes, "model": str(folder / changes.get("model", "deep"))}
-        for trained in TRAINED:
-            found[f"{name}, {trained}"] = averages_by_hand(folder, trained, changes)
-    return found
+def _by_hand(name: str, trained: str, folder: Path) -> dict[str, Any]:
+    changes: dict[str, Any] = {"model": "deep", **BY_HAND[name]}
+    return averages_by_hand(folder, trained, {**changes, "model": str(folder / changes["model"])})
 
 
-@pytest.fixture(scope="module")
-def by_hand(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(_all_by_hand, 2, folder, timeout=600)
-
-
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", BY_HAND)
-def test_the_average_is_that_of_the_weights_of_each_step(name: str, trained: str, by_hand: Any) -> None:
-    for rank, found in enumerate(ranks[f"{name}, {trained}"] for ranks in by_hand):
+def test_the_average_is_that_of_the_weights_of_each_step(
+    name: str, trained: str, folder: Path, two_ranks: Ranks
+) -> None:
+    for rank, found in enumerate(two_ranks.once(_by_hand, name, trained, folder)):
         assert len(found["average"]) == 4
         assert max(found["average"]) < 4e-7
         assert found["moved"] > 1e-3  # the student is elsewhere
@@ -103,17 +98,20 @@ def test_the_average_is_that_of_the_weights_of_each_step(name: str, trained: str
             assert max(found["student loss"][1:]) > 1e-3
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", BY_HAND)
-def test_the_students_rollouts_are_the_students(name: str, trained: str, by_hand: Any) -> None:
-    for found in (ranks[f"{name}, {trained}"] for ranks in by_hand):
+def test_the_students_rollouts_are_the_students(name: str, trained: str, folder: Path, two_ranks: Ranks) -> None:
+    for found in two_ranks.once(_by_hand, name, trained, folder):
         for step, (error, differs) in enumerate(found["rollouts"]):
             assert error < 5e-6  # the sampler's own log-probabilities are the student's
             assert differs == (step > 0)  # and the teacher's weights would have drawn others
 
 
-def test_averages_load_in_another_layout_and_other_runs_are_told(folder: Path, ranks: Any) -> None:
-    for found in run_ranks(moved, 2, folder, timeout=300):
+def test_averages_load_in_another_layout_and_other_runs_are_told(folder: Path, two_ranks: Ranks) -> None:
+    for name in ("ema, full, TP2", "ema, LoRA, TP2", "initial, full, TP2"):
+        two_ranks.once(run_whole, name, folder)
+    for found in two_ranks(moved, folder):
         for trained, count in (("full", 11), ("LoRA", 14)):
             assert found[trained]["keys"] == count  # of a layer's parameters one each
             assert found[trained]["same"]

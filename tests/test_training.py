@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from renio_megatron.settings import LossConfig, WeightingConfig
-from tests.multiprocess import run_ranks
+from tests.multiprocess import Ranks
 from tests.training_cases import layout_of, one_step, recipe, save_models
 
 TOLERANCE = 1e-5
@@ -59,8 +60,8 @@ def _cases(folder: Path, world_size: int) -> dict[str, Any]:
     }
 
 
-def _run_cases(folder: Path, world_size: int) -> dict[str, dict[str, Any]]:
-    return {name: one_step(config, folder) for name, config in _cases(folder, world_size).items()}
+def _run_case(name: str, folder: Path) -> dict[str, Any]:
+    return one_step((_cases(folder, 2) | _cases(folder, 4))[name], folder)
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +72,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(models: Path) -> dict[str, list[dict[str, Any]]]:
-    """Case -> what each rank found; two launches."""
-    merged: dict[str, list[dict[str, Any]]] = {}
-    for world_size in (2, 4):
-        by_rank = run_ranks(_run_cases, world_size, models, world_size, timeout=280)
-        for name in by_rank[0]:
-            merged[name] = [found[name] for found in by_rank]
-    return merged
+def result(models: Path, two_ranks: Ranks, four_ranks: Ranks) -> Callable[[str], list[dict[str, Any]]]:
+    """Case -> what each rank found."""
+
+    def of(name: str) -> list[dict[str, Any]]:
+        return (two_ranks if name in _cases(models, 2) else four_ranks).once(_run_case, name, models)
+
+    return of
 
 
 CASES = [name for world_size in (2, 4) for name in _cases(Path(), world_size)]
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.timeout(600)
-def test_update_equals_the_single_process_reference(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
-    for rank, found in enumerate(results[name]):
+def test_update_equals_the_single_process_reference(name: str, result: Any) -> None:
+    for rank, found in enumerate(result(name)):
         assert found["gradient_error"] < TOLERANCE, f"rank {rank}: {found}"
         assert found["grad_norm_error"] < TOLERANCE
         assert found["loss_error"] < TOLERANCE
@@ -96,20 +96,22 @@ def test_update_equals_the_single_process_reference(name: str, results: dict[str
         assert found["raw_weights_not_1"] > 2
 
 
-def test_every_layout_draws_the_same_rollouts(results: dict[str, list[dict[str, Any]]]) -> None:
-    untied = [found for name, ranks in results.items() if "tied" not in name for found in ranks]
-    tied = [found for name, ranks in results.items() if "tied" in name for found in ranks]
+@pytest.mark.matrix(5)
+def test_every_layout_draws_the_same_rollouts(result: Any) -> None:
+    untied = [found for name in CASES if "tied" not in name for found in result(name)]
+    tied = [found for name in CASES if "tied" in name for found in result(name)]
     for group in (untied, tied):
         assert all(found["tokens"] == group[0]["tokens"] for found in group)
     assert len(untied[0]["tokens"]) == 8
     assert len(set(untied[0]["tokens"])) > 4  # not eight copies of one completion
 
 
-def test_micro_batch_and_layout_change_no_weight(results: dict[str, list[dict[str, Any]]]) -> None:
+@pytest.mark.matrix(5)
+def test_micro_batch_and_layout_change_no_weight(result: Any) -> None:
     plain = [name for name in CASES if not any(word in name for word in ("tied", "KL", "JSD", "clipped", "plain"))]
-    first = results[plain[0]][0]
+    first = result(plain[0])[0]
     assert max(first["weights"]) > 1.05
     for name in plain:
-        for found in results[name]:
+        for found in result(name):
             assert found["weights"] == pytest.approx(first["weights"], abs=1e-5)
             assert found["loss"] == pytest.approx(first["loss"], rel=1e-5)

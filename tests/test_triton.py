@@ -5,8 +5,6 @@ The cases are `triton_cases`, against fp64. The interpreter runs them in a proce
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import subprocess
 import sys
@@ -22,8 +20,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.kernels import torch_ops
 from renio_megatron.objective.divergences import DIVERGENCES, Divergence, forward_kl
 from tests import triton_cases
-from tests.jobs import python_path
-from tests.multiprocess import run_ranks
+from tests.multiprocess import Ranks, run_ranks
 from tests.test_loss_sharded import measure
 from tests.vectors import load_cases
 
@@ -44,13 +41,18 @@ has_interpreter = pytest.mark.skipif(
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@functools.cache
-def interpreted():
-    """What every group of cases measured in the interpreter, or what the process said."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.triton_cases"]
-    environment = {**os.environ, **INTERPRETED, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
+@pytest.fixture(scope="module")
+def interpreter():
+    """A process in which the kernels are interpreted."""
+    with pytest.MonkeyPatch.context() as patch, Ranks(1, timeout=1200, fresh=True) as ranks:
+        for name, value in INTERPRETED.items():
+            patch.setenv(name, value)
+        yield ranks
+
+
+def group(name):
+    """What a group of cases measures."""
+    return list(triton_cases.GROUPS[name]())
 
 
 def within_limits(measured):
@@ -60,13 +62,12 @@ def within_limits(measured):
 
 
 @has_interpreter
+@pytest.mark.matrix(4)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", triton_cases.GROUPS)
-def test_in_the_interpreter(name):
-    measured = interpreted()
-    if isinstance(measured, str):
-        pytest.fail(measured, pytrace=False)
-    within_limits(measured[name])
+def test_in_the_interpreter(name, interpreter):
+    [measured] = interpreter(group, name)
+    within_limits(measured)
 
 
 def on_ranks():
