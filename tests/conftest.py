@@ -71,7 +71,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests; of `matrix(n)` all cases but the n-th, 2n-th, ...: of a test that is one case, that one."""
+    """Slow tests; of `matrix(n)` all cases but the n-th, 2n-th, ...: of a test that is one case, that one.
+
+    Where cases are a product of pairs an odd n takes both of each.
+    """
     numbers: dict[str, int] = collections.Counter()
     left_out = []
     for item in items:

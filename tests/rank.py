@@ -23,6 +23,7 @@ def main(folder: Path, rank: int) -> None:
 
     It reads NUMBER.call and leaves NUMBER.RANK.result; or RANK.error, and RANK.stack where it is sent SIGUSR1.
     """
+    gc.set_threshold(20_000, 20, 20)  # tiny models, and imports, spend much of their time in collections
     from datetime import timedelta
 
     import torch
@@ -35,7 +36,6 @@ def main(folder: Path, rank: int) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     sys.path[:] = path
     torch.set_num_threads(1)
-    gc.set_threshold(20_000, 20, 20)  # tiny models spend a tenth of their time in collections
     calls = os.fdopen(os.dup(0))  # nothing that a call starts may read them
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:

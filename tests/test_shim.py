@@ -191,18 +191,18 @@ def train_one_step(*, experts=False):
 
 
 @pytest.fixture(scope="module")
-def two_ranks():
+def installed():
     return run_ranks(install_twice_and_train, 2, timeout=180.0, fresh=True)
 
 
-def test_an_installation_patches_and_a_second_one_does_not(two_ranks):
-    for changed, changed_again, *_ in two_ranks:
+def test_an_installation_patches_and_a_second_one_does_not(installed):
+    for changed, changed_again, *_ in installed:
         assert all(changed[:8]) and any(changed[8:])
         assert not any(changed_again)
 
 
-def test_a_training_step_needs_only_known_patches(two_ranks):
-    for _, _, dense, with_experts in two_ranks:
+def test_a_training_step_needs_only_known_patches(installed):
+    for _, _, dense, with_experts in installed:
         for (calls, metrics), expected in ((dense, EXPECTED_CALLS), (with_experts, EXPECTED_WITH_EXPERTS)):
             assert metrics["grad_norm"] > 0.0
             assert calls and calls <= expected

@@ -76,7 +76,7 @@ def _by_hand(name: str, trained: str, folder: Path) -> dict[str, Any]:
     return averages_by_hand(folder, trained, {**changes, "model": str(folder / changes["model"])})
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_average_is_that_of_the_weights_of_each_step(
@@ -98,7 +98,7 @@ def test_the_average_is_that_of_the_weights_of_each_step(
             assert max(found["student loss"][1:]) > 1e-3
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_students_rollouts_are_the_students(name: str, trained: str, folder: Path, two_ranks: Ranks) -> None:
