@@ -19,6 +19,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "layouts.md"
 BEGIN, END = "<!-- matrix: written by tests/test_layout_matrix.py -->", "<!-- end of matrix -->"
 ALL = [case for world_size in (2, 4) for case in cases(world_size)]
 
+pytestmark = pytest.mark.timeout(1500)  # of the tests that look at all of them, when they are chosen alone
 Result = Callable[[Case], dict[str, float]]
 
 
