@@ -1,13 +1,14 @@
-# The same interpreter as the scripts': .venv, unless PYTHON names another.
-PYTHON ?= .venv/bin/python
+# The environment that the scripts make, or another: make check VENV=.venv-3.12. (Theirs is PYTHON: what it is made with.)
+VENV ?= .venv
+python := $(VENV)/bin/python
 
 .PHONY: check test test-fast test-gpu bench
 
 check:  ## lint, format, types, architecture
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -q tests/test_architecture.py
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	$(python) -m pytest -q tests/test_architecture.py
 
 test:  ## everything that runs without a GPU
 	./scripts/test.sh
@@ -16,7 +17,7 @@ test-fast:
 	./scripts/test.sh --fast
 
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(python) -m pytest -m gpu
 
 bench:  ## the loss beside other implementations, on this device
-	$(PYTHON) benchmarks/loss.py
+	$(python) benchmarks/loss.py
