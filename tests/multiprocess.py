@@ -8,6 +8,7 @@ are kept, and a case that fails takes no other with it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -70,7 +71,7 @@ class Ranks:
         if self._hung:
             raise RankError(f"{name} was not called: its ranks hung in {self._hung}")
         if any(_threads(process.pid) > MANY_THREADS for process in self._processes):
-            self._kill()
+            self.close()
         if self._folder is None:
             self._start()
         assert self._folder is not None
@@ -132,11 +133,16 @@ class Ranks:
         start = subprocess.Popen if self._fresh else warm.Popen
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         for rank in range(self._size):
-            self._processes.append(start([*program, str(rank)], env=environment, stdin=subprocess.PIPE))
+            # A session of its own is a process group whose members are known, whatever becomes of the rank.
+            self._processes.append(
+                start([*program, str(rank)], env=environment, stdin=subprocess.PIPE, start_new_session=True)
+            )
 
     def _kill(self) -> None:
+        """Ends the ranks and what they have started, such as the checkpoint writer's helpers of 300 MB each."""
         for process in self._processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         for process in self._processes:
             process.wait()
             assert process.stdin is not None
@@ -165,11 +171,9 @@ def _threads(process: int) -> int:
 def _tell(process: subprocess.Popen) -> None:
     """That there is a call; a rank that is gone is seen by its exit code."""
     assert process.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):
         process.stdin.write(b"\n")
         process.stdin.flush()
-    except BrokenPipeError:
-        pass
 
 
 def _wait(processes: list[subprocess.Popen], deadline: float, is_done: Callable[[], bool] | None = None) -> str | None:

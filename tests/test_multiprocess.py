@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,6 +51,16 @@ def own_id():
     return os.getpid()
 
 
+def start_a_helper():
+    return subprocess.Popen(["sleep", "600"]).pid
+
+
+def start_a_helper_and_raise(folder):
+    (folder / str(dist.get_rank())).write_text(str(start_a_helper()))
+    dist.barrier()
+    raise ValueError("the shoe does not fit")
+
+
 @pytest.fixture(scope="module")
 def launch_seconds():
     """How long a launch takes on this machine now; limits follow from it."""
@@ -86,7 +98,7 @@ def test_ranks_stay_between_calls_and_leave_at_the_end():
         first = ranks(own_id)
         assert ranks(own_id) == first
         assert len({*first, os.getpid()}) == 3
-    assert not any(_is_alive(process) for process in first)
+    assert _have_ended(first)
 
 
 def test_a_call_that_failed_is_followed_by_one_of_new_ranks():
@@ -94,9 +106,16 @@ def test_a_call_that_failed_is_followed_by_one_of_new_ranks():
         first = ranks(own_id)
         with pytest.raises(RankError, match="the shoe does not fit"):
             ranks(raise_on_rank_1)
-        assert not any(_is_alive(process) for process in first)
+        assert _have_ended(first)
         assert not {*ranks(own_id)} & {*first}
         assert ranks(sum_of_ranks, 0)[1][1] == 1
+
+
+def test_what_a_rank_has_started_ends_with_a_call_that_failed(tmp_path):
+    with Ranks(2) as ranks, pytest.raises(RankError, match="the shoe does not fit"):
+        ranks(start_a_helper_and_raise, tmp_path)
+    helpers = [int((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert _have_ended(helpers)
 
 
 def test_ranks_with_many_threads_are_replaced(monkeypatch):
@@ -104,7 +123,7 @@ def test_ranks_with_many_threads_are_replaced(monkeypatch):
         first = ranks(own_id)
         monkeypatch.setattr(multiprocess, "MANY_THREADS", 0)
         assert not {*ranks(own_id)} & {*first}
-        assert not any(_is_alive(process) for process in first)
+        assert _have_ended(first)
 
 
 def test_after_a_call_that_hung_there_is_none(launch_seconds):
@@ -117,9 +136,18 @@ def test_after_a_call_that_hung_there_is_none(launch_seconds):
         assert time.monotonic() - begin < 1.0
 
 
+def _have_ended(processes):
+    """Within seconds: a killed process is gone a moment later, or stays as an entry until its new parent looks."""
+    end = time.monotonic() + 10.0
+    while any(_is_alive(process) for process in processes):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def _is_alive(process):
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
