@@ -71,7 +71,7 @@ class Ranks:
         if self._hung:
             raise RankError(f"{name} was not called: its ranks hung in {self._hung}")
         if any(_threads(process.pid) > MANY_THREADS for process in self._processes):
-            self.close()
+            self._kill()
         if self._folder is None:
             self._start()
         assert self._folder is not None
@@ -126,9 +126,10 @@ class Ranks:
         self.close() if kind is None else self._kill()
 
     def _start(self) -> None:
-        self._folder, self._calls = tempfile.TemporaryDirectory(), 0
+        self._folder, self._calls = tempfile.TemporaryDirectory(ignore_cleanup_errors=True), 0
         name = self._folder.name
-        (Path(name) / LAUNCH).write_bytes(pickle.dumps((_environment(self._size), sys.path, self._timeout)))
+        of_all = _environment(self._size) | {"TMPDIR": name}  # what a killed rank leaves goes with the folder
+        (Path(name) / LAUNCH).write_bytes(pickle.dumps((of_all, sys.path, self._timeout)))
         program = [sys.executable, "-m", "tests.rank", name]
         start = subprocess.Popen if self._fresh else warm.Popen
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

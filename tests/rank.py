@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def main(folder: Path, rank: int) -> None:
     environment, path, timeout = pickle.loads((folder / LAUNCH).read_bytes())
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    tempfile.tempdir = None
     sys.path[:] = path
     torch.set_num_threads(1)
     calls = os.fdopen(os.dup(0))  # nothing that a call starts may read them

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -53,6 +55,10 @@ def own_id():
 
 def start_a_helper():
     return subprocess.Popen(["sleep", "600"]).pid
+
+
+def make_a_folder():
+    return tempfile.mkdtemp()
 
 
 def start_a_helper_and_raise(folder):
@@ -109,6 +115,13 @@ def test_a_call_that_failed_is_followed_by_one_of_new_ranks():
         assert _have_ended(first)
         assert not {*ranks(own_id)} & {*first}
         assert ranks(sum_of_ranks, 0)[1][1] == 1
+
+
+def test_temporary_files_of_ranks_go_with_them():
+    with Ranks(2) as ranks:
+        folders = [Path(folder) for folder in ranks(make_a_folder)]
+        assert all(folder.is_dir() for folder in folders)
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_what_a_rank_has_started_ends_with_a_call_that_failed(tmp_path):
