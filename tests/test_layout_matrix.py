@@ -41,7 +41,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks, four_rank
     return of
 
 
-@pytest.mark.matrix(7)
+@pytest.mark.matrix(11)
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_step_equals_the_single_process_reference(case: Case, result: Result) -> None:
     found = result(case)
@@ -52,7 +52,7 @@ def test_step_equals_the_single_process_reference(case: Case, result: Result) ->
     assert found["unlike_1"] > 2  # weights that are all 1 would prove nothing
 
 
-@pytest.mark.matrix(7)
+@pytest.mark.matrix(11)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_layout_draws_the_same_rollouts(tied: bool, result: Result) -> None:
     for deep in (False, True):
@@ -60,7 +60,7 @@ def test_every_layout_draws_the_same_rollouts(tied: bool, result: Result) -> Non
         assert len({result(case)["tokens"] for case in chosen}) == 1
 
 
-@pytest.mark.matrix(7)
+@pytest.mark.matrix(11)
 def test_the_document_shows_every_layout(result: Result) -> None:
     table = matrix(result)
     text = DOCUMENT.read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks, four_rank
     return of
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("name", [*CASES, *FOUR_RANKS])
 def test_a_step_equals_peft(name: str, result: Result) -> None:
     found = result(run_named, name)
@@ -56,7 +56,7 @@ def test_gathers_under_way_are_waited_for(result: Result) -> None:
     assert found["not called"] > 1e-3
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("name", [*MUTANTS, *MUTANTS_OF_FOUR])
 def test_a_mutant_is_seen(name: str, result: Result) -> None:
     _, _, figure = {**MUTANTS, **MUTANTS_OF_FOUR}[name]

@@ -44,7 +44,7 @@ def _is_right(case: Any, found: dict[str, float]) -> None:
         assert found["aux_share"] > 0.3, "the load-balancing loss makes a good part of the router's gradient"
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_that_of_a_single_process(two_ranks: Ranks, folder: Path, name: str) -> None:
     for found in two_ranks.once(run_named, name, folder):
@@ -62,7 +62,7 @@ def test_some_expert_has_no_token(two_ranks: Ranks, folder: Path) -> None:
     assert two_ranks.once(run_named, "EP2", folder)[0]["idle_experts"] > 0
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_seen(two_ranks: Ranks, folder: Path, name: str) -> None:
     figure = MUTANTS[name][3]
@@ -83,7 +83,7 @@ def exports(folder: Path) -> None:
             (run / "config.yaml").write_text(to_yaml(load_recipe("sft", recipe, settings).config))
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("layout", moe_run_cases.LAYOUTS)
 @pytest.mark.parametrize("model", MIXTURES)
 def test_logits_are_those_of_transformers(
@@ -103,7 +103,7 @@ def test_logits_are_those_of_transformers(
         assert num_bytes <= own_bytes <= num_bytes + 2 * 4 * 32
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(9)
 def test_exports_are_bit_for_bit_what_was_imported(two_ranks: Ranks, exports: None, folder: Path) -> None:
     for model, layout in itertools.product(MIXTURES, moe_run_cases.SAVED_IN):
         two_ranks.once(moe_run_cases.logits_in, layout, model, folder)
@@ -135,7 +135,7 @@ def test_ranks_that_share_experts_may_have_different_numbers_of_prompts(two_rank
         assert completions == {**sampled[0]["EP1", (3, 0)]}
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("name", moe_run_cases.MOVES)
 def test_a_run_goes_on_in_another_layout(two_ranks: Ranks, folder: Path, name: str) -> None:
     assert [found["outcome"] for found in two_ranks.once(moe_run_cases.move, name, folder)] == ["resumed"] * 2

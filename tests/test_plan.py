@@ -305,13 +305,13 @@ def _assert_as_planned(config: RunConfig, found: list[dict[str, Any]]) -> None:
             assert planned.get(name, 0) == real.get(name, 0), f"rank {number}: {name}"
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("name", list(cases(Path())))
 def test_a_real_step_allocates_what_was_planned(name: str, models: Path, two_ranks: Ranks) -> None:
     _assert_as_planned(cases(models)[name], two_ranks(measure, name, models))
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("name", list(own_cases(Path())))
 def test_so_does_one_beside_a_teacher_in_a_layout_or_dtype_of_its_own(
     name: str, models: Path, two_ranks: Ranks
@@ -321,7 +321,7 @@ def test_so_does_one_beside_a_teacher_in_a_layout_or_dtype_of_its_own(
     _assert_as_planned(own_cases(models)[name], found)
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("name", list(expert_cases(Path())))
 def test_so_does_one_of_models_with_experts(name: str, models: Path, two_ranks: Ranks) -> None:
     found = two_ranks(measure, name, models)

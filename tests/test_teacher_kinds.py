@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(name: str, folder: Path, two_ranks: Ranks) -> None:
     for whole, again in zip(
@@ -42,7 +42,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(name: str, folder: Path,
     assert losses[0] > 0
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_frozen_of_a_teacher_stays_as_it_is(name: str, folder: Path, two_ranks: Ranks) -> None:
     for found in two_ranks.once(run_whole, name, folder):
@@ -51,7 +51,7 @@ def test_what_is_frozen_of_a_teacher_stays_as_it_is(name: str, folder: Path, two
         assert (found["frozen"] == 0) == is_trained_whole
 
 
-@pytest.mark.matrix(5)
+@pytest.mark.matrix(7)
 def test_the_kinds_teach_different_things(folder: Path, two_ranks: Ranks) -> None:
     for trained in TRAINED:
         losses = {}
@@ -76,7 +76,7 @@ def _by_hand(name: str, trained: str, folder: Path) -> dict[str, Any]:
     return averages_by_hand(folder, trained, {**changes, "model": str(folder / changes["model"])})
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_average_is_that_of_the_weights_of_each_step(
@@ -98,7 +98,7 @@ def test_the_average_is_that_of_the_weights_of_each_step(
             assert max(found["student loss"][1:]) > 1e-3
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_students_rollouts_are_the_students(name: str, trained: str, folder: Path, two_ranks: Ranks) -> None:
