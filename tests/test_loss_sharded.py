@@ -1,6 +1,6 @@
 """`distillation_loss` over ranks: vocabulary shards, sequences over DP, tokens over CP, and what travels.
 
-Three launches: 2, 3 and 4 ranks. A rank runs every group of `GROUPS[world_size]` and returns what it measured as
+On 2, 3 and 4 ranks: a rank runs a group of `GROUPS[world_size]` and returns what it measured as
 (label, measured, limit); nothing is asserted inside a rank, so that one failure cannot put the ranks out of step.
 """
 

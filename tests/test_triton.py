@@ -43,11 +43,16 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 @pytest.fixture(scope="module")
 def interpreter():
-    """A process in which the kernels are interpreted."""
-    with pytest.MonkeyPatch.context() as patch, Ranks(1, timeout=1200, fresh=True) as ranks:
-        for name, value in INTERPRETED.items():
-            patch.setenv(name, value)
+    """A process for the interpreted kernels, which starts with the environment of its first call."""
+    with Ranks(1, timeout=1200, fresh=True) as ranks:
         yield ranks
+
+
+@pytest.fixture
+def interpreting(monkeypatch):
+    """The environment in which kernels are interpreted, for processes that start in one test."""
+    for name, value in INTERPRETED.items():
+        monkeypatch.setenv(name, value)
 
 
 def group(name):
@@ -65,7 +70,7 @@ def within_limits(measured):
 @pytest.mark.matrix(4)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", triton_cases.GROUPS)
-def test_in_the_interpreter(name, interpreter):
+def test_in_the_interpreter(name, interpreting, interpreter):
     [measured] = interpreter(group, name)
     within_limits(measured)
 
@@ -77,9 +82,7 @@ def on_ranks():
 
 
 @has_interpreter
-def test_two_tensor_ranks_in_the_interpreter(monkeypatch):
-    for name, value in INTERPRETED.items():
-        monkeypatch.setenv(name, value)
+def test_two_tensor_ranks_in_the_interpreter(interpreting):
     for measured in run_ranks(on_ranks, 2, fresh=True):
         within_limits(measured)
 
