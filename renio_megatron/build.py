@@ -35,15 +35,16 @@ from renio_megatron.inputs import (
     weights_of,
 )
 from renio_megatron.learning_rate import learning_rate
-from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.architecture import Architecture, notices
 from renio_megatron.megatron.hf_files import WeightFiles
+from renio_megatron.megatron.peft_config import PeftAdapter
 from renio_megatron.metrics import Observer
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.records import Decoding, Rollout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver
 from renio_megatron.scores import SampleWeights
-from renio_megatron.settings import HeadConfig, TrainConfig
+from renio_megatron.settings import HeadConfig, LoraConfig, TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.teacher_routes import single_teachers
 from renio_megatron.trainer import Trainer
@@ -63,12 +64,10 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
     if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
         WeightFiles(model).check(architecture)
     teachers = read_teachers(config, model, weights, tokenizer) if isinstance(config, RunConfig) else {}
+    directories = [model, *(teacher.directory for teacher in teachers.values())]
     # Rows beyond a tokenizer's tokens differ between models of a family; no model may be asked about them.
     vocab_size = min(one.vocab_size for one in (architecture, *(teacher.architecture for teacher in teachers.values())))
-    if config.lora.adapter is not None:
-        from renio_megatron.megatron.peft_files import check_adapter
-
-        check_adapter(Path(config.lora.adapter), config.lora)
+    adapter = _adapter(config.lora, model, weights)
     source = build_source(config.data, "train")
     stream = PromptStream(
         source,
@@ -101,6 +100,7 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         model=model,
         weights=weights,
         architecture=architecture,
+        adapter=adapter,
         teachers=teachers,
         vocab_size=vocab_size,
         stream=stream,
@@ -109,6 +109,7 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         eval_grader=eval_grader,
         stop_ids=_stop_ids(model, tokenizer),
         pad_id=padding_id(tokenizer),
+        notices=tuple(notice for one in dict.fromkeys(directories) for notice in notices(one)),
     )
 
 
@@ -137,7 +138,8 @@ def build_trainer(
 
     learner, sampler = build_student(config, inputs, layout, say)
     lr_at = functools.partial(learning_rate, config.train)
-    base = fingerprint(inputs.weights, inputs.architecture) if config.lora.r is not None else None
+    start = None if inputs.adapter is None else inputs.adapter.start
+    base = fingerprint(inputs.weights, inputs.architecture, start) if config.lora.r is not None else None
     algorithm: Algorithm
     if isinstance(config, RunConfig):
         teacher = build_teacher(config, inputs, layout, learner.part, say)
@@ -171,6 +173,7 @@ def build_student(
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.peft_files import load_adapter
     from renio_megatron.megatron.pretrained import load_pretrained
+    from renio_megatron.megatron.residual import Residual
     from renio_megatron.megatron.sampler import MegatronSampler
 
     parallel, train = config.parallel, config.train
@@ -183,10 +186,14 @@ def build_student(
         config.precision,
         config.lora,
         vocab_size=inputs.vocab_size,
+        num_rows=inputs.architecture.vocab_size,
         initialise=not is_loaded,
     )
     if is_loaded:
-        load_pretrained(part, inputs.weights, title="student", say=say)
+        change = None
+        if inputs.adapter is not None and inputs.adapter.start is not None:
+            change = Residual(inputs.adapter, inputs.weights, inputs.architecture, layout.device)
+        load_pretrained(part, inputs.weights, title="student", say=say, change=change)
     if config.lora.adapter is not None:
         load_adapter(part, Path(config.lora.adapter))
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
@@ -257,6 +264,22 @@ def _evaluator(
     assert limit is not None  # the recipe's rules see to it
     decoding = Decoding(config.evaluate.temperature, None, None, limit, together)
     return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, decoding, layout)
+
+
+def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None:
+    """The adapter that a student starts with."""
+    if lora.adapter is None:
+        return None
+    from renio_megatron.megatron.peft_files import check_adapter
+
+    adapter = check_adapter(Path(lora.adapter), lora)
+    if adapter.start is not None and weights != model:
+        raise ConfigError(
+            f"lora.adapter: {lora.adapter} has init_lora_weights={adapter.start!r}, so it stands beside a part of the "
+            "model's matrices, which is computed from Hugging Face's files; pretrained_checkpoint is set. Export that "
+            "checkpoint, give the result as `model`, and leave pretrained_checkpoint out."
+        )
+    return adapter
 
 
 def _room(config: RunConfig | SftConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> Room:

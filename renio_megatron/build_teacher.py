@@ -152,11 +152,12 @@ def _teacher_part(
         _teacher_train(config),
         config.teacher_precision,
         vocab_size=inputs.vocab_size,
+        num_rows=inputs.architecture.vocab_size,
         trained=False,
         initialise=False,
     )
     adapter = config.teacher.adapter
-    change = None if adapter is None else Merger(Path(adapter), part.architecture)
+    change = None if adapter is None else Merger(Path(adapter), part.architecture, teacher.weights, layout.device)
     title = "teacher" if name == ONLY else f"teacher {name}"
     load_pretrained(part, teacher.weights, title=title, say=say, change=change)
     return part

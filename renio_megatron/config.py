@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
-from renio_megatron.expert_rules import MIXTURE_TYPES, check_expert_ranks, check_experts
+from renio_megatron.expert_rules import check_expert_ranks, check_experts
+from renio_megatron.family_defaults import FAMILY_DEFAULTS
 from renio_megatron.layout_rules import (
     check_adapters_cut,
     check_cut,
@@ -46,7 +47,7 @@ from renio_megatron.settings import (
 from renio_megatron.settings.checks import require_choice
 from renio_megatron.teacher_routes import setting_of, shares_student, single_teachers
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", *MIXTURE_TYPES)
+MODEL_TYPES = tuple(FAMILY_DEFAULTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +231,7 @@ def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
 def _check_model(
     setting: str, name: str, parallel: ParallelConfig, *, trained: bool, section: str = "parallel"
 ) -> dict[str, Any]:
-    """What config.json of the model holds."""
+    """What config.json of the model holds, with what its family has where it says nothing."""
     file = model_directory(name, setting) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -242,6 +243,7 @@ def _check_model(
             f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}. "
             "Choose a model of one of these types."
         )
+    content = _with_defaults(content)
     counts = {key: _count(content, key, setting, file) for key in ("num_attention_heads", "num_hidden_layers")}
     counts["num_key_value_heads"] = (
         counts["num_attention_heads"]
@@ -249,7 +251,15 @@ def _check_model(
         else _count(content, "num_key_value_heads", setting, file)
     )
     check_cut(setting, str(file), counts, parallel, trained=trained, section=section)
-    return dict(content)
+    return content
+
+
+def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json and those that it leaves out; experts are counted under either of two names."""
+    defaults = FAMILY_DEFAULTS[content["model_type"]]
+    names = {"num_experts", "num_local_experts"}
+    is_counted = bool(names & content.keys())
+    return {key: value for key, value in defaults.items() if not (is_counted and key in names)} | dict(content)
 
 
 def _count(content: Mapping[str, Any], key: str, setting: str, file: Path) -> int:

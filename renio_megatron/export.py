@@ -18,12 +18,14 @@ from renio_megatron.checkpoint_files import find_pretrained, latest_step, step_d
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import as_others_are
 from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.checkpoint import load_model_weights
 from renio_megatron.megatron.hf import hf_state
 from renio_megatron.megatron.hf_files import description_files
 from renio_megatron.megatron.model import build_model
+from renio_megatron.megatron.peft_config import PeftAdapter
 from renio_megatron.megatron.peft_files import adapter_state, merged, write_adapter
-from renio_megatron.megatron.pretrained import fingerprint, load_pretrained
+from renio_megatron.megatron.pretrained import fingerprint, load_pretrained, start_of
+from renio_megatron.megatron.residual import Residual
+from renio_megatron.megatron.saved_model import load_model_weights, saved_base
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
@@ -81,9 +83,13 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
         vocab_size=architecture.vocab_size,
         trained=False,
     )
-    base = fingerprint(weights, architecture) if lora.r is not None else None
+    removed = start_of(saved_base(checkpoint))
+    base = fingerprint(weights, architecture, removed) if lora.r is not None else None
     if merge:
-        load_pretrained(part, weights)
+        change = None
+        if removed is not None:
+            change = Residual(PeftAdapter(lora, removed), weights, architecture, layout.device)
+        load_pretrained(part, weights, change=change)
     load_model_weights(checkpoint, part, base)
     is_whole = lora.r is None or merge
     state = dict(hf_state(part)) if is_whole else adapter_state(part)
@@ -98,9 +104,10 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
         if is_whole:
             for path in description_files(source):
                 shutil.copyfile(path, partial / path.name)
+            _untie(architecture, partial / "config.json")
             _write_weights(_lossless(state, partial / "config.json"), partial)
         else:
-            write_adapter(state, lora, source.resolve(), partial)
+            write_adapter(state, lora, source.resolve(), partial, removed)
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)
@@ -141,6 +148,14 @@ def _checkpoint(root: Path, step: int | None) -> Path:
     if not directory.is_dir():
         raise CheckpointError(f"there is no checkpoint of step {step} in {root}; there are {steps(root)}.")
     return directory
+
+
+def _untie(architecture: Architecture, config_path: Path) -> None:
+    """Lets config.json say so where the head is not the embedding: transformers looks at both, others at this alone."""
+    config = json.loads(config_path.read_text())
+    if not architecture.tied and config.get("tie_word_embeddings") is not False:
+        config["tie_word_embeddings"] = False
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _lossless(state: dict[str, torch.Tensor], config_path: Path) -> dict[str, torch.Tensor]:

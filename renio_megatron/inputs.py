@@ -15,8 +15,11 @@ from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
+from renio_megatron.megatron.peft_config import PeftAdapter
 from renio_megatron.records import Prompt, Rollout
 from renio_megatron.teacher_routes import setting_of, single_teachers
+
+_MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Inputs:
         model: the student's Hugging Face directory.
         weights: where its weights are: there, or a checkpoint that Megatron wrote.
         architecture: its own.
+        adapter: that it starts with; None where it has none, or new ones.
         teachers: by the names of `teacher_routes.single_teachers`; none in fine-tuning.
         vocab_size: V of the loss: the columns that all models have.
         stream: the prompts.
@@ -49,11 +53,13 @@ class Inputs:
         grader, eval_grader: of training and evaluation problems; None where nothing can be graded.
         stop_ids: tokens that end a completion.
         pad_id: fills rows on the right.
+        notices: sentences for the user, about what is not wrong and may be another than was meant.
     """
 
     model: Path
     weights: Path
     architecture: Architecture
+    adapter: PeftAdapter | None
     teachers: Mapping[str, TeacherInputs]
     vocab_size: int
     stream: PromptStream
@@ -62,6 +68,7 @@ class Inputs:
     eval_grader: Callable[[Rollout], bool | None] | None
     stop_ids: tuple[int, ...]
     pad_id: int
+    notices: tuple[str, ...] = ()
 
 
 def most_completion_tokens(config: RunConfig | SftConfig, inputs: Inputs) -> int:
@@ -87,11 +94,15 @@ def check_embedding(tokenizer: Any, directory: Path, architecture: Architecture)
         directory: of the model.
         architecture: the model's.
     """
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= architecture.vocab_size:
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= architecture.vocab_size)
+    if beyond:
+        named = ", ".join(f"{token!r} has the id {index}" for index, token in beyond[:_MAX_NAMED])
+        more = f" (and {len(beyond) - _MAX_NAMED} more)" if len(beyond) > _MAX_NAMED else ""
         raise ConfigError(
-            f"the student's tokenizer has token ids up to {largest}, the embedding of {directory} has "
-            f"{architecture.vocab_size} rows. Choose a tokenizer and models that belong together."
+            f"the student's tokenizer has tokens without a row in the embedding of {directory}, which has "
+            f"{architecture.vocab_size}: {named}{more}. Resize that model's embedding (resize_token_embeddings), or "
+            "take a tokenizer without them."
         )
 
 
@@ -124,7 +135,7 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
         if teacher.adapter is not None:
             from renio_megatron.megatron.merging import Merger
 
-            Merger(Path(teacher.adapter), architecture)  # refuses what cannot be merged
+            Merger(Path(teacher.adapter), architecture, own)  # refuses what cannot be merged
         found[name] = TeacherInputs(directory, own, architecture)
     return found
 

@@ -86,7 +86,7 @@ def run_recipe(
         raise
     if layout.is_main:
         say(line)
-        for warning in warnings:
+        for warning in (*warnings, *inputs.notices):
             logger.warning(warning)
     directory = RunDirectory(config.output_dir)
     begun = on_main_rank(layout, lambda: origins(config, inputs))

@@ -257,8 +257,8 @@ def save(part, folder, parallel):
 def reload(folder, directory, layout, backend):
     from renio_megatron.checkpoint_files import step_directory
     from renio_megatron.megatron.architecture import Architecture
-    from renio_megatron.megatron.checkpoint import load_model_weights
     from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.saved_model import load_model_weights
 
     architecture = Architecture.from_directory(directory)
     precision = PrecisionConfig(backend=backend)

@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "renio_megatron"
 FLOORS = (
     ("errors",),
-    ("records", "settings", "assets", "files", "json_lines", "stop", "metrics", "objective", "parallel"),
+    (
+        "records",
+        "settings",
+        "assets",
+        "family_defaults",
+        "files",
+        "json_lines",
+        "stop",
+        "metrics",
+        "objective",
+        "parallel",
+    ),
     ("kernels",),
     (
         "chunk_size",

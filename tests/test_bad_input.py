@@ -181,7 +181,7 @@ BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
     ),
     "a smaller vocabulary": (
         lambda _: ["teacher.model=MODELS/small_vocabulary"],
-        ("token ids up to 16", "12 rows", "Choose a tokenizer and models"),
+        ("which has 12: ", "has the id 12", "(and 2 more)", "resize_token_embeddings"),
     ),
     "views that do not differ": (
         lambda folder: [

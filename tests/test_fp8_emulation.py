@@ -192,6 +192,7 @@ def _on_two_ranks() -> dict[str, Any]:
 def _part(layout: Any, parallel: ParallelConfig, precision: PrecisionConfig | None, **more: Any) -> Any:
     from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.rope import Rope
 
     architecture = Architecture(
         family="qwen2",
@@ -207,8 +208,7 @@ def _part(layout: Any, parallel: ParallelConfig, precision: PrecisionConfig | No
         init_method_std=0.1,
         vocab_size=16,
         tied=False,
-        rotary_base=10000.0,
-        rope_scaling_factor=None,
+        rope=Rope(),
         max_sequence_length=64,
     )
     return build_model(architecture, layout, parallel, TrainConfig(seed=3), precision, vocab_size=16, **more)

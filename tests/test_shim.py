@@ -159,6 +159,7 @@ def train_one_step(*, experts=False):
     from renio_megatron.megatron.architecture import Architecture, Experts
     from renio_megatron.megatron.learner import MegatronLearner
     from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.rope import Rope
     from renio_megatron.megatron.start import start
     from renio_megatron.records import Prompt, Rollout
     from renio_megatron.settings import ParallelConfig, TrainConfig
@@ -177,8 +178,7 @@ def train_one_step(*, experts=False):
         init_method_std=0.1,
         vocab_size=11,
         tied=True,
-        rotary_base=10000.0,
-        rope_scaling_factor=None,
+        rope=Rope(),
         max_sequence_length=64,
         experts=Experts(4, 2, 24) if experts else None,
     )

@@ -20,6 +20,7 @@ from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.rope import Rope
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from tests import te_cases, te_imports, te_start_cases, training_cases
 from tests.multiprocess import Ranks
@@ -252,8 +253,8 @@ def test_what_a_gpu_cannot_do_is_refused(recipe, capability, cuda, words):
 def test_weights_that_fp8_refuses_are_named(changes, tensor, recipe, words):
     shape = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4}
     shape |= {"kv_channels": 16, "family": "qwen3", "num_layers": 2, "layernorm_epsilon": 1e-6, "qk_layernorm": True}
-    shape |= {"add_qkv_bias": False, "init_method_std": 0.1, "vocab_size": 11, "tied": True, "rotary_base": 1e4}
-    shape |= {"rope_scaling_factor": None, "max_sequence_length": 64}
+    shape |= {"add_qkv_bias": False, "init_method_std": 0.1, "vocab_size": 11, "tied": True, "rope": Rope()}
+    shape |= {"max_sequence_length": 64}
     architecture, parallel = Architecture(**shape | changes), ParallelConfig(tensor_model_parallel_size=tensor)
     precision = PrecisionConfig(fp8="hybrid", fp8_recipe=recipe)
     backend.check_weight_shapes(architecture, parallel, replace(precision, fp8=None))
@@ -266,7 +267,7 @@ def test_weights_that_fp8_refuses_are_named(changes, tensor, recipe, words):
 
 
 def test_more_layers_in_bf16_than_a_pipeline_rank_has_are_refused():
-    architecture = Architecture("qwen3", 4, 64, 128, 4, 4, 16, 1e-6, True, False, 0.1, 11, True, 1e4, None, 64)
+    architecture = Architecture("qwen3", 4, 64, 128, 4, 4, 16, 1e-6, True, False, 0.1, 11, True, Rope(), 64)
     parallel, train = ParallelConfig(pipeline_model_parallel_size=2), TrainConfig()
     for count in (2, 3):
         precision = PrecisionConfig(fp8="hybrid", first_last_layers_bf16=True, num_layers_at_end_in_bf16=count)

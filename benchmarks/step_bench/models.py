@@ -6,6 +6,7 @@ import torch
 
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.rope import Rope
 
 
 def dense(
@@ -26,8 +27,7 @@ def dense(
         init_method_std=0.02,
         vocab_size=vocab,
         tied=True,
-        rotary_base=1e6,
-        rope_scaling_factor=None,
+        rope=Rope(1e6),
         max_sequence_length=4096,
     )
 

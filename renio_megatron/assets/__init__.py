@@ -17,7 +17,7 @@ def model_directory(name: str, setting: str) -> Path:
         name: the value in the recipe.
         setting: the recipe's key, for the error message.
     Raises:
-        ConfigError: no such directory, or no config.json in it.
+        ConfigError: no such directory, no config.json in it, or an adapter beside the weights.
     """
     directory = Path(__file__).parent / name if name in SHIPPED else Path(name).expanduser()
     if not directory.is_dir():
@@ -29,5 +29,11 @@ def model_directory(name: str, setting: str) -> Path:
         raise ConfigError(
             f"{setting}: {str(directory)!r} holds no config.json, so it is not a Hugging Face model directory. "
             "Save the model with save_pretrained, or point to the directory that did it."
+        )
+    if (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{setting}: {str(directory)!r} holds adapter_config.json beside the model, and transformers would load "
+            "the model with that adapter. Move the adapter to a directory of its own (lora.adapter and teacher.adapter "
+            "name one), or merge it with PEFT."
         )
     return directory

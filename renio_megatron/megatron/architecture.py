@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.hf_index import TensorIndex, has_weights
+from renio_megatron.megatron.rope import KINDS, Rope
 from renio_megatron.settings import ParallelConfig
 
-_NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-_NEEDED_OF_EXPERTS = {
-    "qwen3_moe": ("num_experts_per_tok", "moe_intermediate_size"),
-    "mixtral": ("num_experts_per_tok",),
-}
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+_MIXTURES = ("qwen3_moe", "mixtral")
+_WITH_BIAS = ("llama", "qwen3", "qwen3_moe")
+"""Whose attention has a bias on the output projection as well, where `attention_bias` asks for it."""
+
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+"""What transformers reads of `rope_parameters`, beside theta, by kind."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +66,7 @@ class Architecture:
             qk_layernorm, add_qkv_bias, init_method_std: as in Megatron's TransformerConfig.
         vocab_size: rows of the embedding, without padding.
         tied: whether the LM head is the embedding.
-        rotary_base: rope theta.
-        rope_scaling_factor: of Llama 3's scaled rope; None for plain rope.
+        rope: its rotary position embeddings.
         max_sequence_length: positions that the model was made for.
         experts: in every layer, each of `ffn_hidden_size`; None for a dense model.
     """
@@ -64,60 +84,76 @@ class Architecture:
     init_method_std: float
     vocab_size: int
     tied: bool
-    rotary_base: float
-    rope_scaling_factor: float | None
+    rope: Rope
     max_sequence_length: int
     experts: Experts | None = None
 
     @classmethod
     def from_directory(cls, directory: Path) -> Architecture:
-        """Reads config.json of a Hugging Face model directory.
+        """Reads config.json of a Hugging Face model directory; where it ties the head, the weights have a say in it.
 
         Raises:
             ConfigError: a family or a feature that is not supported, named.
         """
-        path = directory / "config.json"
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}. Save the model again with save_pretrained.") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} should hold a JSON object; got {type(values).__name__}.")
-        return cls.from_values(path, values)
+        architecture = cls.from_description(directory)
+        if architecture.tied and has_weights(directory) and not TensorIndex(directory).is_tied():
+            return replace(architecture, tied=False)
+        return architecture
+
+    @classmethod
+    def from_description(cls, directory: Path) -> Architecture:
+        """The same of config.json alone."""
+        return cls.from_values(directory / "config.json", _values(directory))
 
     @classmethod
     def from_values(cls, path: Path, values: dict[str, Any]) -> Architecture:
-        """The same, of what config.json holds; `path` is for the messages."""
+        """The same, of what config.json holds, as transformers reads it; `path` is for the messages."""
         family = values.get("model_type")
         if family not in FAMILIES:
             raise ConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
-        needed = _NEEDED + _NEEDED_OF_EXPERTS.get(family, ())
-        missing = [key for key in needed if key not in values]
-        if missing:
-            raise ConfigError(f"{path} lacks {', '.join(missing)}. Save the model again with save_pretrained.")
-        _refuse_unsupported(path, values)
-        heads = values["num_attention_heads"]
-        experts = _experts(path, values) if family in _NEEDED_OF_EXPERTS else None
-        rope_theta, scaling = _rope(path, values)
+        config = _read_by_transformers(path, values)
+        _refuse_unsupported(path, config)
+        experts = _experts(path, config) if family in _MIXTURES else None
+        heads = config.num_attention_heads
         return cls(
             family=family,
-            num_layers=values["num_hidden_layers"],
-            hidden_size=values["hidden_size"],
-            ffn_hidden_size=values["intermediate_size"] if experts is None else experts.ffn_hidden_size,
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.intermediate_size if experts is None else experts.ffn_hidden_size,
             num_attention_heads=heads,
-            num_query_groups=values.get("num_key_value_heads") or heads,
-            kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
-            layernorm_epsilon=values.get("rms_norm_eps", 1e-6),
+            num_query_groups=config.num_key_value_heads or heads,
+            kv_channels=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            layernorm_epsilon=config.rms_norm_eps,
             qk_layernorm=family in ("qwen3", "qwen3_moe"),
             add_qkv_bias=family == "qwen2",
-            init_method_std=values.get("initializer_range", 0.02),
-            vocab_size=values["vocab_size"],
-            tied=bool(values.get("tie_word_embeddings", False)),
-            rotary_base=rope_theta,
-            rope_scaling_factor=scaling,
-            max_sequence_length=values.get("max_position_embeddings", 2048),
+            init_method_std=config.initializer_range,
+            vocab_size=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+            rope=_rope(path, config),
+            max_sequence_length=config.max_position_embeddings,
             experts=experts,
         )
+
+
+def notices(directory: Path) -> list[str]:
+    """A sentence for each thing in a supported model's config.json that another program may read otherwise."""
+    path, values = directory / "config.json", _values(directory)
+    found, old, new = [], values.get("rope_scaling"), values.get("rope_parameters")
+    if old and new and old != new:
+        found.append(
+            f"{path} has rope_parameters beside rope_scaling: as in transformers, rope_scaling={old} is in force, and "
+            "the other is not read. Remove one of them."
+        )
+    parameters = _read_by_transformers(path, values).rope_parameters
+    kind = parameters.get("rope_type", "default")
+    known = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS.get(kind, ()))
+    for key, value in parameters.items():
+        if key not in known and value is not None:
+            found.append(
+                f"{path}: transformers does not read {key}={value!r} of rope of the kind {kind!r}, and neither does "
+                "this run. A server that reads it computes another model."
+            )
+    return found
 
 
 def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
@@ -130,60 +166,115 @@ def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def _refuse_unsupported(path: Path, values: dict[str, Any]) -> None:
+def _values(directory: Path) -> dict[str, Any]:
+    """What config.json holds."""
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Save the model again with save_pretrained.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} should hold a JSON object; got {type(values).__name__}.")
+    return values
+
+
+def _read_by_transformers(path: Path, values: dict[str, Any]) -> Any:
+    """The family's config class, with its defaults and its checks."""
+    from transformers import CONFIG_MAPPING
+
+    if values.get("quantization_config") is not None:
+        raise ConfigError(f"{path}: quantization_config is set; quantized weights are not read. Choose another model.")
+    try:
+        with _silence():
+            return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
+    except Exception as error:  # whatever transformers makes of a wrong value: there is no common class
+        raise ConfigError(
+            f"{path}: transformers refuses it ({' '.join(str(error).split())}). Mend it, or save the model again with "
+            "save_pretrained."
+        ) from error
+
+
+def _refuse_unsupported(path: Path, config: Any) -> None:
     """Raises `ConfigError` for what Megatron would silently compute otherwise than transformers."""
-    wanted: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu",),
-        "mlp_bias": (False, None),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-        # Llama and Qwen3 put this bias on the output projection as well, which has no counterpart here.
-        "attention_bias": (False, None),
-        # Qwen3-MoE may mix layers with and without experts; the others have no such keys.
-        "decoder_sparse_step": (1, None),
-        "mlp_only_layers": ([], None),
-        "router_jitter_noise": (0.0, None),
+    family = config.model_type
+    refused: dict[str, bool] = {
+        "hidden_act": config.hidden_act not in ("silu", "swish"),
+        # No counterpart here to a bias on the output projection.
+        "attention_bias": family in _WITH_BIAS and bool(config.attention_bias),
+        "mlp_bias": family == "llama" and bool(config.mlp_bias),
+        # Layers with experts beside layers without.
+        "decoder_sparse_step": family == "qwen3_moe" and config.decoder_sparse_step != 1,
+        "mlp_only_layers": family == "qwen3_moe" and bool(config.mlp_only_layers),
+        "router_jitter_noise": family == "mixtral" and config.router_jitter_noise != 0.0,
+        "sliding_window": _has_window(config),
+        "layer_types": config.model_type != "llama"  # transformers runs into it
+        and config.sliding_window is None
+        and "sliding_attention" in (getattr(config, "layer_types", None) or ()),
+        # Its attention derives a width from null, its rope does not.
+        "head_dim": family == "qwen2" and hasattr(config, "head_dim") and config.head_dim is None,
     }
-    if values.get("model_type") == "mixtral":  # Qwen's have it beside use_sliding_window, which switches it on
-        wanted["sliding_window"] = (None,)
-    for key, allowed in wanted.items():
-        value = values.get(key, allowed[0])
-        if value not in allowed:
-            raise ConfigError(
-                f"{path}: {key}={value!r} is not supported (supported: {allowed[0]!r}). Choose another model."
-            )
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise ConfigError(f"{path}: {key}={getattr(config, key)!r} is not supported. Choose another model.")
 
 
-def _experts(path: Path, values: dict[str, Any]) -> Experts:
-    """The experts of a layer; both of transformers' names for their number are read."""
-    is_qwen = values["model_type"] == "qwen3_moe"
-    count = values.get("num_experts", values.get("num_local_experts"))
-    chosen = values["num_experts_per_tok"]
-    if not isinstance(count, int) or count < 1:
+def _has_window(config: Any) -> bool:
+    """Whether some layer sees fewer tokens than the model has positions."""
+    window = None if config.model_type == "llama" else config.sliding_window
+    if window is None or window >= config.max_position_embeddings:
+        return False
+    # Qwen3-MoE and Mixtral have no such list: all their layers have the window.
+    return config.model_type in _MIXTURES or "sliding_attention" in config.layer_types
+
+
+def _experts(path: Path, config: Any) -> Experts:
+    """The experts of a layer."""
+    is_qwen = config.model_type == "qwen3_moe"
+    count, chosen = config.num_local_experts if not is_qwen else config.num_experts, config.num_experts_per_tok
+    if count < 1:
         raise ConfigError(f"{path} needs num_experts (or num_local_experts), a whole number above 0; got {count!r}.")
     if not 1 <= chosen <= count:
         raise ConfigError(f"{path}: num_experts_per_tok={chosen} of {count} experts. Choose another model.")
-    normalised = bool(values.get("norm_topk_prob", False)) if is_qwen else True
+    normalised = bool(config.norm_topk_prob) if is_qwen else True
     if chosen == 1 and normalised:
         raise ConfigError(
             f"{path}: num_experts_per_tok=1 with normalised router probabilities: each is 1, and no gradient reaches "
             "the router. Choose another model."
         )
-    return Experts(count, chosen, values["moe_intermediate_size" if is_qwen else "intermediate_size"], normalised)
+    return Experts(count, chosen, config.moe_intermediate_size if is_qwen else config.intermediate_size, normalised)
 
 
-def _rope(path: Path, values: dict[str, Any]) -> tuple[float, float | None]:
-    """Rope theta and Llama 3's scaling factor, from either of transformers' ways to write them."""
-    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    # Megatron's scaled rope has these three constants built in.
-    constants = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    if kind == "llama3" and all(parameters.get(key) == value for key, value in constants.items()):
-        return float(theta), float(parameters["factor"])
-    raise ConfigError(
-        f"{path}: rope scaling {kind!r} with {parameters} is not supported; supported are plain rope and Llama 3's "
-        f"with {constants}."
-    )
+def _rope(path: Path, config: Any) -> Rope:
+    """What is left of either of transformers' ways to write it, once transformers has read it."""
+    parameters = config.rope_parameters
+    kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta")
+    if kind not in KINDS:
+        raise ConfigError(f"{path}: rope of the kind {kind!r} is not supported; supported are {', '.join(KINDS)}.")
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or theta <= 0:
+        raise ConfigError(f"{path}: rope_theta should be a number above 0; got {theta!r}.")
+    if kind != "default":
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:  # plain rope does not read it
+            raise ConfigError(f"{path}: partial_rotary_factor beside rope of the kind {kind!r} is not supported.")
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        try:
+            ROPE_INIT_FUNCTIONS[kind](config)
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: transformers cannot make rope of the kind {kind!r} of {parameters}: {error!r}."
+            ) from error
+    read = {key: parameters[key] for key in _ROPE_KEYS[kind] if parameters.get(key) is not None}
+    return Rope(float(theta), kind, tuple(sorted(read.items())))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """transformers' own words about a config; what matters of them is said here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,15 +36,13 @@ from renio_megatron.errors import CheckpointError
 from renio_megatron.files import remove_directory
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.lora import lora_form
-from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.saved_model import check_same_model, raise_shared, reason, refuse
 from renio_megatron.megatron.sharded_state import (
     Averages,
     restore_averages,
     restore_state,
-    restore_weights,
     sharded_averages,
     sharded_state,
-    sharded_weights,
 )
 from renio_megatron.megatron.versions import own_writer
 from renio_megatron.settings import CheckpointConfig
@@ -54,7 +52,6 @@ _Value = TypeVar("_Value")
 
 # What torch's own writer says when the disk refuses; it raises plain RuntimeErrors, as a lost peer does.
 _DISK_WORDS = ("PytorchStreamWriter", "inline_container", "iostream")
-_LOST_PEER_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset")
 
 # Settings of the optimiser that belong to the run and not to its state, although torch saves them with it.
 _OPTIMIZER_SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
@@ -148,7 +145,7 @@ class MegatronKeeper:
         common = check_same_model(directory, self._learner.part, self._base)
         self._check_same_optimizer(directory, common.get("optimizer_form"))
         if self._averages and not common.get("has_teacher_average"):
-            _raise_shared(
+            raise_shared(
                 f"the checkpoint {directory} holds no moving average of the weights, which teacher.kind=ema goes on "
                 "with. Set teacher.kind as in the run that wrote it, or start a new run from its weights: write them "
                 "with `renio export`, and give that directory as `model`."
@@ -158,7 +155,7 @@ class MegatronKeeper:
         try:
             loaded = dist_checkpointing.load(self._sharded_state(loading=True) | self._job_state(), str(directory))
         except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is no Exception
-            _refuse(directory, error)
+            refuse(directory, error)
         restore_state(self._learner, loaded)
         if self._averages:
             restore_averages(self._learner.part, self._averages, loaded["teacher_average"])
@@ -195,7 +192,7 @@ class MegatronKeeper:
         wanted = self._learner.optimizer_form()
         differing = [f"{key}: {(saved or {}).get(key)} there, {wanted[key]} here" for key in wanted]
         if saved != wanted:
-            _raise_shared(
+            raise_shared(
                 f"the checkpoint {directory} holds the optimiser in another form ({'; '.join(differing)}). Set the "
                 "values that it was saved with, or start a new run from its weights: write them with `renio export`, "
                 "and give that directory as `model`."
@@ -250,7 +247,7 @@ class MegatronKeeper:
                 outcome[1] = self._refused(step, error)
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            _raise_shared(outcome[1])
+            raise_shared(outcome[1])
         return outcome[0]
 
     @contextlib.contextmanager
@@ -266,108 +263,13 @@ class MegatronKeeper:
                 with contextlib.suppress(OSError):
                     remove_directory(partial)
             if isinstance(error, CheckpointException):  # every rank's, the details are on the first one
-                _raise_shared(self._refused(step, error), error)
+                raise_shared(self._refused(step, error), error)
             raise CheckpointError(self._refused(step, error)) from error
 
     def _refused(self, step: int | None, error: BaseException) -> str:
         what = "checkpoints" if step is None else f"the checkpoint of step {step}"
         return (
-            f"{what} cannot be written to {self._root}: {_reason(error)}. "
+            f"{what} cannot be written to {self._root}: {reason(error)}. "
             "Free space there, or check the disk and its permissions; earlier checkpoints are untouched, and the same "
             "command goes on from the newest."
         )
-
-
-def load_model_weights(directory: Path, part: ModelPart, base: str | None = None) -> None:
-    """Fills a model, in any layout, from a checkpoint's weights alone.
-
-    Raises:
-        CheckpointError: a checkpoint of another model, or one that cannot be read.
-    """
-    check_same_model(directory, part, base)
-    try:
-        loaded = dist_checkpointing.load({"model": sharded_weights(part)}, str(directory))
-    except (Exception, CheckpointException) as error:
-        _refuse(directory, error)
-    restore_weights(part, loaded["model"])
-
-
-def check_same_model(directory: Path, part: ModelPart, base: str | None = None) -> dict[str, Any]:
-    """What a checkpoint holds once, whatever its ranks.
-
-    Args:
-        directory: the checkpoint.
-        part: the model that it is for.
-        base: fingerprint of the weights beside the adapters of `part`; None where it has none.
-
-    Raises:
-        CheckpointError: it is not one of ours, of another architecture than `part`, of other adapters, or its adapters
-            were trained beside other weights.
-    """
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(directory))
-    except (Exception, CheckpointException) as error:
-        _refuse(directory, error)
-    saved = common.get("architecture")
-    if not isinstance(saved, dict) or "run" not in common:
-        _raise_shared(
-            f"the checkpoint {directory} was written by another program: it holds no `architecture` and `run`. "
-            "To start from its weights, give it as `pretrained_checkpoint`."
-        )
-    wanted = dataclasses.asdict(part.architecture)
-    differing = [
-        f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]
-    ]
-    if differing:
-        _raise_shared(
-            f"the checkpoint {directory} is of another architecture ({'; '.join(differing)}). "
-            "Point `model` back to the model that the run started from, or start again with --fresh."
-        )
-    lora, own_lora = common.get("lora"), lora_form(part.lora)
-    if lora != own_lora:
-        _raise_shared(
-            f"the checkpoint {directory} holds {_what_is_trained(lora)}, and {_what_is_trained(own_lora)} would be "
-            "read from it. Set `lora` as in the run that wrote it; or write its model with `renio export` (--merge for "
-            "adapters), and give that directory as `model`."
-        )
-    if common.get("base") != base:
-        _raise_shared(
-            f"the checkpoint {directory} holds adapters, which were trained beside other weights than those of `model` "
-            "(or `pretrained_checkpoint`): these have changed, or are another model's. Point the setting to the "
-            "weights that the run started from, unchanged, or start again with --fresh."
-        )
-    return common
-
-
-def _what_is_trained(lora: dict[str, Any] | None) -> str:
-    if lora is None:
-        return "a whole model (lora.r: null)"
-    return f"adapters ({', '.join(f'lora.{key}: {value}' for key, value in lora.items())})"
-
-
-def _refuse(directory: Path, error: BaseException) -> NoReturn:
-    """Raises `CheckpointError` about a checkpoint that cannot be read, unless it was a peer that was lost."""
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER_WORDS):
-        raise error
-    raise CheckpointError(
-        f"the checkpoint {directory} cannot be read ({_reason(error)}). {advice(directory)}"
-    ) from error
-
-
-def _raise_shared(message: str, cause: BaseException | None = None) -> NoReturn:
-    """Raises a `CheckpointError` that every rank raises; the first one tells it."""
-    error = CheckpointError(message)
-    error.shared = True  # type: ignore[attr-defined]
-    raise error from cause
-
-
-def _reason(error: BaseException) -> str:
-    """One line about the first cause; torch's own message is every rank's whole traceback."""
-    if isinstance(error, CheckpointException):
-        if not error.failures:
-            return "a writer failed; the first rank says more"
-        rank, (cause, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {type(cause).__name__}: {cause}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error}"

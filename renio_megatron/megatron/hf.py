@@ -164,9 +164,13 @@ def _as_they_are(one: Slice, values: torch.Tensor) -> torch.Tensor:
 def _read_file(files: WeightFiles, line: _Line, change: Change, file: str, jobs: Iterable[_Job]) -> None:
     """Reads a file's slices, from its begin to its end, except that one parameter's stay together."""
     with files.open(file) as handle:
-        place = {tensor: number for number, tensor in enumerate(handle.offset_keys())}
-        in_order = [(target, sorted(slices, key=lambda one: (place[one.tensor], one.start))) for target, slices in jobs]
-        for target, slices in sorted(in_order, key=lambda job: place[job[1][0].tensor]):
+        order = {tensor: number for number, tensor in enumerate(handle.offset_keys())}
+
+        def place(one: Slice) -> tuple[int, ...]:
+            return *files.place_of(one.tensor, order), one.start
+
+        in_order = [(target, sorted(slices, key=place)) for target, slices in jobs]
+        for target, slices in sorted(in_order, key=lambda job: place(job[1][0])):
             for one in slices:
                 for chunk in one.in_chunks(max(1, CHUNK_BYTES * one.num_rows // files.size_of(one))):
                     target.write(chunk, change(chunk, files.read(handle, chunk)))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.finite import require_finite
+from renio_megatron.megatron.hf_index import TensorIndex, View
 from renio_megatron.megatron.hf_slices import Slice, hf_names
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -94,25 +95,12 @@ class WeightFiles:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory, self._index = directory, TensorIndex(directory)
+        self._views: dict[str, View] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._item_bytes: dict[str, int] = {}
         self.bytes_read = 0
         self._lock = Lock()
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{index} cannot be read: {error!r}. Save the model again.") from error
-        elif (directory / "model.safetensors").is_file():
-            with self.open("model.safetensors") as handle:
-                self._files = dict.fromkeys(handle.keys(), "model.safetensors")
-        else:
-            raise ConfigError(
-                f"{directory} holds no model.safetensors (nor an index of several). Save the model with "
-                "save_pretrained; pytorch_model.bin is not read."
-            )
 
     def check(self, architecture: Architecture) -> None:
         """Raises `ConfigError` for tensors that are missing, not as config.json says, or that it does not ask for.
@@ -121,23 +109,26 @@ class WeightFiles:
         LM head of a model whose head is the embedding. Reads the files' headers only.
         """
         shapes = hf_shapes(architecture)
-        surplus = set(self._files)
+        self._views = self._index.views(architecture.family, architecture.experts.count if architecture.experts else 0)
+        surplus = set(self._views)
         for file in sorted({self.file_of(name) for name in shapes}):
             with self.open(file) as handle:
                 found = set(handle.keys())
-                surplus |= found
-                for name in (name for name in shapes if self._files[name] == file):
-                    if name not in found:
+                surplus |= found - {view.tensor for view in self._views.values()}
+                for name in (name for name in shapes if self.file_of(name) == file):
+                    if self._views[name].tensor not in found:
                         raise self._missing(name)
-                    self._check_tensor(name, handle.get_slice(name), shapes[name])
+                    self._check_tensor(name, handle.get_slice(self._views[name].tensor), shapes[name])
         self._refuse_surplus(surplus - shapes.keys(), architecture)
 
     def _check_tensor(self, name: str, tensor: Any, expected: tuple[int, ...]) -> None:
-        shape, kept_as = tuple(tensor.get_shape()), tensor.get_dtype()
+        shape, kept_as = self._views[name].shape(tensor.get_shape()), tensor.get_dtype()
         if shape != expected:
+            whole = self._views[name].tensor
+            part = "" if whole == name else f" for {name}, a part of it"
             raise ConfigError(
-                f"{self._directory}: {name} has the shape {shape}, its config.json says {expected}. "
-                "config.json and the weights are not of the same model."
+                f"{self._directory}: {whole} has the shape {tuple(tensor.get_shape())}, its config.json says "
+                f"{expected}{part}. config.json and the weights are not of the same model."
             )
         if kept_as not in _ITEM_BYTES:
             raise ConfigError(
@@ -172,27 +163,27 @@ class WeightFiles:
             handle: the open file that the slice's tensor is in.
             one: rows, and columns where they are not all.
         """
-        rows = slice(one.start, one.stop)
-        tensor = handle.get_slice(one.tensor)
-        values = tensor[rows] if one.columns is None else tensor[rows, slice(*one.columns)]
+        columns = None if one.columns is None else slice(*one.columns)
+        values = self._views[one.tensor].read(handle, slice(one.start, one.stop), columns)
+        require_finite(values, f"{self._directory}: {self._views[one.tensor].tensor}")
         with self._lock:
             self.bytes_read += values.nbytes
         return values
 
+    def place_of(self, name: str, order: Mapping[str, int]) -> tuple[int, int, int]:
+        """Where a tensor begins in its file, to compare; `order` numbers the file's tensors."""
+        view = self._views[name]
+        return order[view.tensor], view.expert or 0, view.part[0]
+
     def file_of(self, name: str) -> str:
         """The file that a tensor is in."""
-        if name not in self._files:
+        if name not in self._views:
             raise self._missing(name)
-        return self._files[name]
+        return self._index.files[self._views[name].tensor]
 
     def open(self, file: str) -> Any:
         """A file as safetensors' handle, which is a context manager."""
-        try:
-            return safe_open(self._directory / file, "pt")
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{self._directory / file} cannot be read: {error}. It may be truncated or missing; copy it again."
-            ) from error
+        return self._index.open(file)
 
     def _missing(self, name: str) -> ConfigError:
         return ConfigError(f"{self._directory}: the weights hold no {name!r}, which config.json asks for.")

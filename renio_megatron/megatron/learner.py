@@ -25,6 +25,7 @@ from renio_megatron.megatron.pipeline import (
     run_forward_backward,
     share_tokens,
 )
+from renio_megatron.megatron.spare_rows import SpareRows
 from renio_megatron.megatron.te_modules import slow_attention
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.batch import reduce_tally, sum_pieces
@@ -49,6 +50,7 @@ class MegatronLearner:
         part: this rank's part of the model.
         models: the DDP wrappers of its chunks.
         optimizer: Megatron's optimiser.
+        spare_rows: what its steps must not change.
     """
 
     def __init__(
@@ -92,9 +94,10 @@ class MegatronLearner:
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         config.grad_scale_func = self.optimizer.scale_loss
         self._is_stale = False
+        self._overlaps_gather = parallel.overlap_param_gather
+        self.spare_rows = SpareRows(part, self.optimizer)
+        part.settle = self._settle
         self._has_looked = part.backend != "te" or not part.layout.is_main
-        if parallel.overlap_param_gather:
-            part.settle = self._gather_parameters
 
     def optimizer_form(self) -> dict[str, bool]:
         """What decides how the optimiser's state is written in a checkpoint; the layout does not."""
@@ -219,15 +222,17 @@ class MegatronLearner:
             if (warning := slow_attention()) is not None:
                 logger.warning(warning)
 
-    def _gather_parameters(self) -> None:
-        """Every rank's share of the weights, everywhere: with overlap_param_gather they are stale after a step.
+    def _settle(self) -> None:
+        """The weights as they are after the last step, everywhere, and the rows beyond V as before it.
 
-        Megatron gathers them under way in the next forward pass of training; sampling, scoring, evaluation and saving
-        come before it.
+        With overlap_param_gather Megatron gathers every rank's share under way in the next forward pass of training;
+        sampling, scoring, evaluation and saving come before it.
         """
         if self._is_stale:
-            for model in self.models:
-                model.start_param_sync(force_sync=True)
+            if self._overlaps_gather:
+                for model in self.models:
+                    model.start_param_sync(force_sync=True)
+            self.spare_rows.restore()
             self._is_stale = False
 
     def _finalize_gradients(self, model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:

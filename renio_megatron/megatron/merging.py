@@ -11,10 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.finite import require_finite
+from renio_megatron.megatron.hf import Change
 from renio_megatron.megatron.hf_files import hf_shapes
 from renio_megatron.megatron.hf_slices import Slice
-from renio_megatron.megatron.peft_files import WEIGHTS, check_names, read_adapter_config
-from renio_megatron.settings import LoraConfig
+from renio_megatron.megatron.peft_config import WEIGHTS, read_adapter_config
+from renio_megatron.megatron.peft_files import check_names
+from renio_megatron.megatron.residual import Residual
 
 SETTING = "teacher.adapter"
 
@@ -22,33 +25,32 @@ SETTING = "teacher.adapter"
 class Merger:
     """Adds scale B A to slices of W: each rank reads the rows of B and the columns of A that it needs."""
 
-    def __init__(self, directory: Path, architecture: Architecture) -> None:
+    def __init__(
+        self, directory: Path, architecture: Architecture, weights: Path, device: torch.device | None = None
+    ) -> None:
         """Checks the adapter's description and the shapes of all its tensors; nothing of them is read.
+
+        Args:
+            directory: of the adapter.
+            architecture: of the teacher.
+            weights: the teacher's Hugging Face directory.
+            device: where whole matrices are taken apart, for adapters that ask for it; None: the CPU.
 
         Raises:
             ConfigError: no adapter, one that computes something else, or one of another model.
         """
-        values = read_adapter_config(directory, SETTING)
-        try:
-            self._lora = LoraConfig(
-                r=values.get("r"),
-                alpha=float(values.get("lora_alpha", 0)),
-                use_rslora=bool(values.get("use_rslora")),
-                targets=values.get("target_modules"),
-            )
-            names = self._lora.names
-        except (ConfigError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{SETTING}: the adapter of {directory} cannot be merged: {error} Merge it with PEFT, and give the "
-                "result as `teacher.model`."
-            ) from error
+        adapter = read_adapter_config(directory, SETTING)
+        self._lora = adapter.lora
+        self._beside: Change = _as_they_are
+        if adapter.start is not None:
+            self._beside = Residual(adapter, weights, architecture, device or torch.device("cpu"))
         try:
             self._file: Any = safe_open(directory / WEIGHTS, "pt")
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{SETTING}: {directory / WEIGHTS} cannot be read: {error}.") from error
         self._lock = Lock()  # the slices are read by several threads
         self._names = set(self._file.keys())
-        check_names(directory / WEIGHTS, self._names, architecture.num_layers, names, SETTING)
+        check_names(directory / WEIGHTS, self._names, architecture.num_layers, self._lora.names, SETTING)
         shapes, r = hf_shapes(architecture), self._lora.r
         for name in self._names:
             tensor = name.removeprefix("base_model.model.").replace(".lora_A.", ".").replace(".lora_B.", ".")
@@ -68,5 +70,12 @@ class Merger:
         with self._lock:
             b = self._file.get_slice(up)[one.start : one.stop]
             a = self._file.get_slice(down)[:, slice(*one.columns or (None,))]
+        for tensor, name in ((b, up), (a, down)):
+            require_finite(tensor, f"{SETTING}: {name}")
+        values = self._beside(one, values)
         dtype = torch.promote_types(values.dtype, torch.float32)
         return torch.addmm(values.to(dtype), b.to(dtype), a.to(dtype), alpha=self._lora.scale)
+
+
+def _as_they_are(one: Slice, values: torch.Tensor) -> torch.Tensor:
+    return values

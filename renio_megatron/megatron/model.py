@@ -40,6 +40,7 @@ from renio_megatron.megatron.moe import (
     watch_routers,
     whole_model_name,
 )
+from renio_megatron.megatron.rope import set_rope
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
@@ -288,6 +289,7 @@ def build_model(
     lora: LoraConfig | None = None,
     *,
     vocab_size: int,
+    num_rows: int | None = None,
     trained: bool = True,
     initialise: bool = True,
 ) -> ModelPart:
@@ -300,7 +302,10 @@ def build_model(
         precision: what the layers are built of and compute in; None: the defaults. What a GPU or a shape does not
             allow is a ConfigError.
         lora: adapters, beside which everything is frozen; None: none.
-        vocab_size: V of the loss. A teacher gets the student's, so that both heads are cut at the same edges.
+        vocab_size: V of the loss.
+        num_rows: of the whole embedding and LM head, before padding; None: V. A student has a row for each of its
+            tokens, of which there may be more than V; a teacher gets as many, so that both heads are cut at the same
+            edges.
         trained: False for a model that only runs forward.
         initialise: draw random weights, the same for every tensor-parallel size; False where all weights are loaded
             next: they are whatever the device's memory held, and nothing is made or drawn on the host.
@@ -319,7 +324,7 @@ def build_model(
     routing = None
     if trained and architecture.experts is not None:
         routing = Routing(architecture, layout, train.moe_aux_loss_coeff, sequence_parallel=parallel.sequence_parallel)
-    padded = padded_vocab_size(vocab_size, parallel)
+    padded = padded_vocab_size(vocab_size if num_rows is None else num_rows, parallel)
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()
     chunks = []
@@ -336,11 +341,9 @@ def build_model(
                 post_process=layout.pipeline.is_last and stage == num_chunks - 1,
                 share_embeddings_and_output_weights=architecture.tied,
                 position_embedding_type="rope",
-                rotary_base=architecture.rotary_base,
-                rope_scaling=architecture.rope_scaling_factor is not None,
-                rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
                 vp_stage=vp_stage,
             )
+        set_rope(chunk, architecture.rope, architecture.kv_channels, architecture.max_sequence_length)
         emulate_fp8(chunk.decoder, precision)
         add_lora(chunk, lora, seed=train.seed)
         mark_experts(chunk)

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,28 +13,14 @@ from safetensors.torch import save_file
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import as_others_are
+from renio_megatron.megatron.finite import require_finite
 from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.peft_config import CONFIG, WEIGHTS, PeftAdapter, block_of, read_adapter_config
 from renio_megatron.settings import LoraConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.\w+\.adapters\.(\w+)_([ab])")
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
-
-# What would change what an adapter computes, and the only value that these adapters know.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "lora_bias": (False, None),
-}
 
 
 def adapter_state(part: ModelPart) -> dict[str, torch.Tensor]:
@@ -66,7 +51,9 @@ def merged(state: dict[str, torch.Tensor], part: ModelPart) -> dict[str, torch.T
     return result
 
 
-def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, model: Path, directory: Path) -> None:
+def write_adapter(
+    state: dict[str, torch.Tensor], lora: LoraConfig, model: Path, directory: Path, start: str | None = None
+) -> None:
     """Writes adapters as PEFT does.
 
     Args:
@@ -74,6 +61,7 @@ def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, model: Path,
         lora: what the adapters are.
         model: the directory of the model that they stand beside.
         directory: where to.
+        start: what they stand beside, as in `peft_config.PeftAdapter`.
     """
     config = {
         "peft_type": "LORA",
@@ -86,7 +74,7 @@ def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, model: Path,
         "target_modules": list(lora.names),
         "bias": "none",
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
+        "init_lora_weights": start or True,
         "inference_mode": True,
         "modules_to_save": None,
     }
@@ -96,51 +84,27 @@ def write_adapter(state: dict[str, torch.Tensor], lora: LoraConfig, model: Path,
     as_others_are(directory / WEIGHTS)
 
 
-def read_adapter_config(directory: Path, setting: str) -> dict[str, Any]:
-    """What a directory's adapter is, as PEFT describes it.
+def check_adapter(directory: Path, lora: LoraConfig) -> PeftAdapter:
+    """What a directory's adapter is.
 
     Raises:
-        ConfigError: it holds no adapter, or one that computes what these adapters do not know; named by `setting`.
+        ConfigError: it holds no adapter, or another than the settings describe.
     """
-    path = directory / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{setting}: {path} cannot be read as JSON: {error}. Give a directory that PEFT or `renio export` wrote."
-        ) from error
-    if not (directory / WEIGHTS).is_file():
-        raise ConfigError(f"{setting}: {directory} holds no {WEIGHTS}. Save the adapter again with save_pretrained.")
-    for key, allowed in _PLAIN.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise ConfigError(
-                f"{setting}: {path} has {key}={values[key]!r}, which these adapters do not know (supported: "
-                f"{allowed[0]!r}). Merge the adapter with PEFT, and give the result as the model."
-            )
-    return values
-
-
-def check_adapter(directory: Path, lora: LoraConfig) -> None:
-    """Raises `ConfigError` where a directory holds no adapter, or another than the settings describe."""
-    path, values = directory / CONFIG, read_adapter_config(directory, "lora.adapter")
-    targets = values.get("target_modules")
-    there = {
-        "lora.r": values.get("r"),
-        "lora.alpha": values.get("lora_alpha"),
-        "lora.use_rslora": bool(values.get("use_rslora")),
-        "lora.targets": sorted(targets) if isinstance(targets, list) else targets,
+    adapter = read_adapter_config(directory, "lora.adapter")
+    there, here = adapter.lora, lora
+    pairs = {
+        "lora.r": (there.r, here.r),
+        "lora.alpha": (there.alpha, here.alpha),
+        "lora.use_rslora": (there.use_rslora, here.use_rslora),
+        "lora.targets": (list(there.names), list(here.names)),
     }
-    here = {
-        "lora.r": lora.r,
-        "lora.alpha": lora.alpha,
-        "lora.use_rslora": lora.use_rslora,
-        "lora.targets": sorted(lora.names),
-    }
-    differing = [f"{key}: {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]
+    differing = [f"{key}: {one} there, {other} here" for key, (one, other) in pairs.items() if one != other]
     if differing:
         raise ConfigError(
-            f"lora.adapter: {path} is of another adapter ({'; '.join(differing)}). Set the values that it has."
+            f"lora.adapter: {directory / CONFIG} is of another adapter ({'; '.join(differing)}). Set the values that "
+            "it has."
         )
+    return adapter
 
 
 def load_adapter(part: ModelPart, directory: Path) -> None:
@@ -163,6 +127,7 @@ def load_adapter(part: ModelPart, directory: Path) -> None:
                         f"lora.adapter: {_peft_name(name)} in {path} has the shape {list(whole.shape)}, the model "
                         f"needs {wanted}. It was trained beside another model."
                     )
+                require_finite(whole, f"lora.adapter: {_peft_name(name)} in {path}")
                 parameter.copy_(whole if axis is None else whole.chunk(tensor.size, axis)[tensor.rank])
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"lora.adapter: {path} cannot be read: {error}.") from error
@@ -171,10 +136,9 @@ def load_adapter(part: ModelPart, directory: Path) -> None:
 def check_names(path: Path, names: set[str], num_layers: int, targets: Sequence[str], setting: str) -> None:
     """Raises `ConfigError`, which names `setting`, where a file's tensors are not those of every layer of a model."""
     wanted = {
-        f"base_model.model.model.layers.{layer}.{block}.{target}.lora_{which}.weight"
+        f"base_model.model.model.layers.{layer}.{block_of(target)}.{target}.lora_{which}.weight"
         for layer in range(num_layers)
         for target in targets
-        for block in ["self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"]
         for which in "AB"
     }
     for what, which in (("lacks", wanted - names), ("has, without a counterpart,", names - wanted)):

@@ -22,13 +22,14 @@ from torch.distributed.checkpoint import CheckpointException
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.finite import require_finite
 from renio_megatron.megatron.hf import Change, load_weights
 from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
-from renio_megatron.megatron.hf_slices import VOCABULARY
+from renio_megatron.megatron.hf_slices import VOCABULARY, Slice
 from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.sharded_state import restore_weights, sharded_model
-from renio_megatron.megatron.te_modules import fill, is_quantised
+from renio_megatron.megatron.te_modules import fill, is_quantised, values_of
 
 _OPTIMIZERS = ("optimizer.", "chained_")
 _MAX_NAMED = 3
@@ -80,14 +81,32 @@ def load_pretrained(
                 if is_quantised(parameter):  # and remembers a value of before, which the optimiser would begin with
                     fill(parameter, loaded["model"][str(number)][name].to(parameter.dtype))
     _clear_padding(part)
+    for name, parameter in part.named_parameters():
+        if not is_adapter(name):
+            require_finite(values_of(parameter), f"the checkpoint {source}: {name}")
 
 
-def fingerprint(source: Path, architecture: Architecture) -> str:
+def start_of(base: str | None) -> str | None:
+    """What is taken out of the weights of a `fingerprint`.
+
+    >>> start_of("pissa:0123"), start_of("0123"), start_of(None)
+    ('pissa', None, None)
+    """
+    start, colon, _ = (base or "").partition(":")
+    return start if colon else None
+
+
+def fingerprint(source: Path, architecture: Architecture, start: str | None = None) -> str:
     """A short name of a model's weights, which others that were trained, edited or quantised do not share.
 
     Of a Hugging Face directory: the values of every vector and of eight rows of every matrix, so a copy with other
     files or in a wider dtype has the same one; a change in other rows alone is not seen. Of a checkpoint: the files'
     sizes, the index, and 64 blocks of each file. A few megabytes are read.
+
+    Args:
+        source: as of `load_pretrained`.
+        architecture: the model.
+        start: what is taken out of the weights, as in `peft_config.PeftAdapter`; the name begins with it.
 
     Raises:
         ConfigError: files that cannot be read.
@@ -95,31 +114,33 @@ def fingerprint(source: Path, architecture: Architecture) -> str:
     digest = hashlib.sha256()
     for part in _blocks(source) if is_checkpoint(source) else _samples(source, architecture):
         digest.update(part)
-    return digest.hexdigest()[:32]
+    return f"{start}:{digest.hexdigest()[:32]}" if start else digest.hexdigest()[:32]
 
 
 def _samples(directory: Path, architecture: Architecture) -> Iterator[bytes]:
     files = WeightFiles(directory)
+    files.check(architecture)
     shapes = hf_shapes(architecture)
     digests = {}
     for file in sorted({files.file_of(name) for name in shapes}):
         with files.open(file) as handle:
             for name in (name for name in shapes if files.file_of(name) == file):
-                tensor, digest = handle.get_slice(name), hashlib.sha256(f"{name} {shapes[name]}".encode())
-                for rows in _rows(shapes[name]):
-                    digest.update(tensor[rows].to(torch.float32).contiguous().numpy().tobytes())
+                digest = hashlib.sha256(f"{name} {shapes[name]}".encode())
+                for start, stop in _rows(shapes[name]):
+                    values = files.read(handle, Slice(name, start, stop))
+                    digest.update(values.to(torch.float32).contiguous().numpy().tobytes())
                 digests[name] = digest.digest()
     for name in sorted(digests):
         yield digests[name]
 
 
-def _rows(shape: tuple[int, ...]) -> list[slice]:
-    """All of a vector; rows of a matrix from its first to its last."""
+def _rows(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """[first, last) of all of a vector; of rows of a matrix from its first to its last."""
     if len(shape) == 1:
-        return [slice(0, shape[0])]
+        return [(0, shape[0])]
     count = min(_SAMPLED_ROWS, shape[0])
     starts = [number * (shape[0] - 1) // max(1, count - 1) for number in range(count)]
-    return [slice(start, start + 1) for start in starts]
+    return [(start, start + 1) for start in starts]
 
 
 def _blocks(directory: Path) -> Iterator[bytes]:

@@ -112,3 +112,4 @@ def restore_state(learner: MegatronLearner, loaded: dict[str, Any]) -> None:
     restore_weights(learner.part, loaded["model"])
     learner.optimizer.load_state_dict(loaded["optimizer"])
     own_steps(learner.optimizer)
+    learner.spare_rows.keep()

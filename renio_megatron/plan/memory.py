@@ -101,6 +101,7 @@ def plan_memory(
     """
     trainers, _ = ranks_of(config, world_size)
     vocab_size = min(model.architecture.vocab_size for model in (student, *teachers.values()))
+    num_rows = student.architecture.vocab_size
     element, chunks = 2 if config.train.bf16 else 4, config.parallel.virtual_pipeline_model_parallel_size or 1
     singles, teaching = single_teachers(config), []
     for name in dict.fromkeys(same_weights(config).values()):
@@ -111,13 +112,13 @@ def plan_memory(
         teaching.append(_Teaching(one, teachers[name], work, ranks_of(one, ranks)[1], here))
 
     def student_part(stage: int) -> PlannedPart:
-        return PlannedPart(student, config.parallel, vocab_size, element, trainers, stage, chunks)
+        return PlannedPart(student, config.parallel, vocab_size, num_rows, element, trainers, stage, chunks)
 
     def teacher_part(one: _Teaching, stage: int | None) -> PlannedPart | None:
         if stage is None:
             return None
         layout, element = teacher_layout(one.config), teacher_element(one.config)
-        return PlannedPart(one.model, layout, vocab_size, element, one.readers, stage)
+        return PlannedPart(one.model, layout, vocab_size, num_rows, element, one.readers, stage)
 
     found = []
     for places in dict.fromkeys(zip(*(one.places for one in teaching), strict=True)):

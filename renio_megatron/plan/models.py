@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from renio_megatron.assets import model_directory
-from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture, Experts
 from renio_megatron.settings import LoraConfig
 
@@ -44,17 +40,4 @@ def read_model(name: str, setting: str) -> PlannedModel:
     Raises:
         ConfigError: a model, or a feature of one, that neither the trainer nor the plan knows.
     """
-    path = model_directory(name, setting) / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("hidden_size", "intermediate_size", "vocab_size"):
-        _require_count(path, values, key)
-    if values["model_type"] == "qwen3_moe":
-        for key in ("num_experts_per_tok", "moe_intermediate_size"):
-            _require_count(path, values, key)
-    return PlannedModel(name, Architecture.from_values(path, values))
-
-
-def _require_count(path: Path, values: dict[str, Any], key: str) -> None:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{path} needs {key}, a whole number above 0; got {value!r}.")
+    return PlannedModel(name, Architecture.from_description(model_directory(name, setting)))

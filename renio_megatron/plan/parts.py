@@ -38,7 +38,8 @@ class PlannedPart:
 
     Attributes:
         model, parallel: the whole model and its layout.
-        vocab_size: V of the loss, before padding.
+        vocab_size: V of the loss.
+        num_rows: of the whole embedding and LM head, before padding: the student's.
         element: bytes of a number of the model.
         num_ranks: ranks that share it, copies included.
         pipeline_rank: this one.
@@ -48,6 +49,7 @@ class PlannedPart:
     model: PlannedModel
     parallel: ParallelConfig
     vocab_size: int
+    num_rows: int
     element: int
     num_ranks: int
     pipeline_rank: int
@@ -81,7 +83,7 @@ class PlannedPart:
     @property
     def width(self) -> int:
         """L, columns of the LM head on a rank."""
-        return padded_vocab_size(self.vocab_size, self.parallel) // self.parallel.tensor_model_parallel_size
+        return padded_vocab_size(self.num_rows, self.parallel) // self.parallel.tensor_model_parallel_size
 
     @property
     def data_ranks(self) -> int:
