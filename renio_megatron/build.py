@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from renio_megatron.assets import model_directory
 from renio_megatron.build_teacher import build_teacher
 from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
+from renio_megatron.data.ends import ends_of
 from renio_megatron.data.prompts import (
     PromptStream,
     Room,
@@ -30,7 +31,9 @@ from renio_megatron.inputs import (
     TeacherInputs,
     check_embedding,
     most_completion_tokens,
+    notices_of_prompts,
     read_teachers,
+    stops_of,
     teacher_views,
     weights_of,
 )
@@ -50,21 +53,25 @@ from renio_megatron.teacher_routes import single_teachers
 from renio_megatron.trainer import Trainer
 
 
-def read_inputs(config: RunConfig | SftConfig) -> Inputs:
+def read_inputs(config: RunConfig | SftConfig, now: datetime | None = None) -> Inputs:
     """Opens and checks models' descriptions, tokenizers and data.
+
+    Args:
+        config: all settings.
+        now: the time that a chat template may write; None: the clock's.
 
     Raises:
         ConfigError, DataError: whatever does not fit together, named.
     """
     model = model_directory(config.model, "model")
     architecture = Architecture.from_directory(model)
+    now = now or datetime.now().replace(microsecond=0)
     tokenizer = load_tokenizer(model)
     check_embedding(tokenizer, model, architecture)
     weights = weights_of(model, config.pretrained_checkpoint, "pretrained_checkpoint")
     if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
         WeightFiles(model).check(architecture)
     teachers = read_teachers(config, model, weights, tokenizer) if isinstance(config, RunConfig) else {}
-    directories = [model, *(teacher.directory for teacher in teachers.values())]
     # Rows beyond a tokenizer's tokens differ between models of a family; no model may be asked about them.
     vocab_size = min(one.vocab_size for one in (architecture, *(teacher.architecture for teacher in teachers.values())))
     adapter = _adapter(config.lora, model, weights)
@@ -76,6 +83,7 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         teacher_views=teacher_views(config, tokenizer) if isinstance(config, RunConfig) else None,
         with_completions=isinstance(config, SftConfig),
         room=_room(config, architecture, teachers),
+        now=now,
     )
     first = stream.batch(0, _num_checked(source, config.train))
     for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
@@ -96,6 +104,11 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
                 "evaluate.every is set, but nothing can be graded: the evaluation records have no answers or "
                 "data.grader=none. Set data.answer_key and data.grader, or evaluate.every=0."
             )
+    ends = ends_of(model, tokenizer, *stops_of(config))
+    directories = [model, *(teacher.directory for teacher in teachers.values())]
+    found = [notice for one in dict.fromkeys(directories) for notice in notices(one)]
+    teacher_ends = {name: teacher.ends for name, teacher in teachers.items()}
+    found += notices_of_prompts(stream, first, ends, teacher_ends, tokenizer)
     return Inputs(
         model=model,
         weights=weights,
@@ -107,9 +120,11 @@ def read_inputs(config: RunConfig | SftConfig) -> Inputs:
         evaluation=evaluation,
         grader=build_grader(config.data, source, tokenizer),
         eval_grader=eval_grader,
-        stop_ids=_stop_ids(model, tokenizer),
+        ends=ends,
+        tokenizer=tokenizer,
         pad_id=padding_id(tokenizer),
-        notices=tuple(notice for one in dict.fromkeys(directories) for notice in notices(one)),
+        notices=tuple(found),
+        date=now.isoformat() if stream.chat_template is not None and stream.chat_template.has_date else None,
     )
 
 
@@ -208,7 +223,12 @@ def build_student(
         per_token=isinstance(config, SftConfig),
     )
     sampler = MegatronSampler(
-        part, seed=train.seed, temperature=temperature, stop_ids=inputs.stop_ids, pad_id=inputs.pad_id
+        part,
+        seed=train.seed,
+        temperature=temperature,
+        stop_ids=inputs.ends.token_ids,
+        pad_id=inputs.pad_id,
+        ends_in_text=inputs.ends.in_text(inputs.tokenizer),
     )
     return learner, sampler
 
@@ -297,19 +317,3 @@ def _num_checked(source: Source, train: TrainConfig) -> int:
     if source.size is None or source.name not in ("jsonl", "datasets"):
         return min(8, used)
     return min(source.size, used)
-
-
-def _stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a completion: the tokenizer's end token, and what generation_config.json adds."""
-    stops = {int(tokenizer.eos_token_id)}
-    path = model / "generation_config.json"
-    if path.is_file():
-        try:
-            more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-            stops.update(int(token) for token in (more if isinstance(more, list) else [more]))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{path} cannot be read: {error}. It should hold a JSON object whose eos_token_id, if it has one, is a "
-                "token or a list of them. Mend it, or remove it: the tokenizer's end token then ends completions."
-            ) from error
-    return tuple(sorted(stops))

@@ -150,6 +150,11 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
     return Recipe(config=config, explicit=explicit, kind=kind)
 
 
+def kind_of(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Which command a recipe is for: `sft` where it reads as one and names no teacher, else `train`."""
+    return "sft" if _reads_as_sft(path, overrides) else "train"
+
+
 def _reads_as_sft(path: str | Path, overrides: Sequence[str]) -> bool:
     try:
         config, explicit = read_recipe(SftConfig, path, overrides)

@@ -10,14 +10,15 @@ from typing import Any
 from renio_megatron.assets import model_directory
 from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config import RunConfig, SftConfig
-from renio_megatron.data.chat import View, check_chat, teacher_view
+from renio_megatron.data.chat import View, chat_template_of, teacher_view
+from renio_megatron.data.ends import Ends, differing_ends, ends_of
 from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load_tokenizer
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.peft_config import PeftAdapter
 from renio_megatron.records import Prompt, Rollout
-from renio_megatron.teacher_routes import setting_of, single_teachers
+from renio_megatron.teacher_routes import ONLY, setting_of, single_teachers
 
 _MAX_NAMED = 3
 
@@ -30,11 +31,13 @@ class TeacherInputs:
         directory: its Hugging Face directory.
         weights: where its weights are: there, or a checkpoint that Megatron wrote.
         architecture: its own.
+        ends: what ends its own completions.
     """
 
     directory: Path
     weights: Path
     architecture: Architecture
+    ends: Ends
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,11 @@ class Inputs:
         stream: the prompts.
         evaluation: the problems of the evaluation; none where there is none.
         grader, eval_grader: of training and evaluation problems; None where nothing can be graded.
-        stop_ids: tokens that end a completion.
+        ends: what ends a completion.
+        tokenizer: the student's.
         pad_id: fills rows on the right.
         notices: sentences for the user, about what is not wrong and may be another than was meant.
+        date: that the chat template writes, in ISO's format; None where it writes none.
     """
 
     model: Path
@@ -66,9 +71,11 @@ class Inputs:
     evaluation: Sequence[Prompt]
     grader: Callable[[Rollout], bool | None] | None
     eval_grader: Callable[[Rollout], bool | None] | None
-    stop_ids: tuple[int, ...]
+    ends: Ends
+    tokenizer: Any
     pad_id: int
     notices: tuple[str, ...] = ()
+    date: str | None = None
 
 
 def most_completion_tokens(config: RunConfig | SftConfig, inputs: Inputs) -> int:
@@ -79,6 +86,13 @@ def most_completion_tokens(config: RunConfig | SftConfig, inputs: Inputs) -> int
     given = inputs.architecture.max_sequence_length
     longest = config.rollout.max_completion_length if isinstance(config, RunConfig) else given
     return config.train.micro_batch_size * longest
+
+
+def stops_of(config: RunConfig | SftConfig) -> tuple[list[int], list[str]]:
+    """Token ids and texts that end completions beside those of the model."""
+    if isinstance(config, SftConfig):
+        return [], []
+    return list(config.rollout.stop_token_ids or ()), list(config.rollout.stop_strings or ())
 
 
 def weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
@@ -124,8 +138,10 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
         teacher = one.teacher
         directory = student if teacher.model is None else model_directory(teacher.model, setting_of(name, "model"))
         architecture = Architecture.from_directory(directory)
+        its_tokenizer = tokenizer
         if directory != student:
-            check_same_tokenizer(tokenizer, load_tokenizer(directory))
+            its_tokenizer = load_tokenizer(directory)
+            check_same_tokenizer(tokenizer, its_tokenizer)
         check_embedding(tokenizer, directory, architecture)
         own = weights
         if teacher.kind == "separate":
@@ -136,7 +152,7 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
             from renio_megatron.megatron.merging import Merger
 
             Merger(Path(teacher.adapter), architecture, own)  # refuses what cannot be merged
-        found[name] = TeacherInputs(directory, own, architecture)
+        found[name] = TeacherInputs(directory, own, architecture, ends_of(directory, its_tokenizer))
     return found
 
 
@@ -149,7 +165,36 @@ def teacher_views(config: RunConfig, tokenizer: Any) -> dict[str, View] | None:
     views = {}
     for name, route in config.teacher.routes.items():
         data = single_teachers(config)[name].data
-        check_chat(tokenizer, data)
+        chat_template_of(tokenizer, data)
         setting = "data.teacher_template" if route.template is None else f"teacher.routes.{name}.template"
         views[name] = teacher_view(data, setting)
     return views or None
+
+
+def notices_of_prompts(
+    stream: PromptStream, prompts: Sequence[Prompt], ends: Ends, teacher_ends: Mapping[str, Ends], tokenizer: Any
+) -> list[str]:
+    """Sentences about prompts and ends that may be other than they are meant.
+
+    Args:
+        stream: where the prompts come from.
+        prompts: the first ones.
+        ends: of the student's completions.
+        teacher_ends: of each teacher's own, by its name.
+        tokenizer: the student's.
+    """
+    found = []
+    who_ends: dict[Ends, list[str]] = {}
+    for name, one in teacher_ends.items():
+        who_ends.setdefault(one, []).append("the teacher" if name == ONLY else f"the teacher {name}")
+    for one, who in who_ends.items():
+        if sentence := differing_ends(ends, one, tokenizer, " and ".join(who)):
+            found.append(sentence)
+    if stream.chat_template is not None:
+        found += stream.chat_template.notices()
+    if len({prompt.student_ids for prompt in prompts}) == 1 < len(prompts):
+        found.append(
+            f"the student's prompts of the first {len(prompts)} records are all the same: look at "
+            "data.student_template, data.problem_key and the records (`renio preview` shows them)."
+        )
+    return found

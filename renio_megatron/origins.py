@@ -11,6 +11,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled
 from renio_megatron.inputs import Inputs
 from renio_megatron.megatron.hf_files import description_files
+from renio_megatron.rundir import DATE
 from renio_megatron.teacher_routes import setting_of, single_teachers
 
 _BLOCKS = 16  # of a file of weights; what is edited, trained or quantised differs nearly everywhere
@@ -18,7 +19,8 @@ _MOST_READ = 2**30  # bytes of a file that are read whole
 
 
 def origins(config: RunConfig | SftConfig, inputs: Inputs) -> dict[str, str]:
-    """A digest of every file or directory that the rest of a run depends on, by the setting that names it.
+    """A digest of every file or directory that the rest of a run depends on, by the setting that names it; and the date
+    that its prompts hold, where they hold one.
 
     Left out is what a checkpoint holds: the student's weights, a moving average of them, and adapters with the
     fingerprint of their base. Files of data are read whole up to a gigabyte; of larger ones, and of weights, the size
@@ -42,7 +44,8 @@ def origins(config: RunConfig | SftConfig, inputs: Inputs) -> dict[str, str]:
         if teacher.adapter is not None:
             places[setting_of(name, "adapter")] = _weights(Path(teacher.adapter).expanduser())
     try:
-        return {setting: _digest(parts) for setting, parts in places.items()}
+        digests = {setting: _digest(parts) for setting, parts in places.items()}
+        return digests if inputs.date is None else {**digests, DATE: inputs.date}
     except OSError as error:
         raise ConfigError(
             f"{error.filename} cannot be read: {error.strerror}. Check the file and its rights."

@@ -28,6 +28,7 @@ _WANTED = {
     float: "a number",
     bool: "true or false",
     list[str]: "a list of words",
+    list[int]: "a list of whole numbers",
 }
 
 _Schema = TypeVar("_Schema")

@@ -45,6 +45,7 @@ CHANGEABLE: dict[str, str] = {
     "teacher.offload": "the same weights, kept elsewhere",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
     "rollout.log": "what is written of the completions",
+    "rollout.prefix": "whether a word is said about completions that are cut",
     "checkpoint.save_interval": "when the state is written",
     "checkpoint.ckpt_format": "how the state is written",
     "checkpoint.keep_last": "what is kept of what was written",

@@ -57,13 +57,20 @@ class Rollout:
         completion_ids: token ids, at least one; the end token is the last one where the sampler drew it.
         logp: log-probability of each token under the student that drew it, at the loss temperature and before
             top-p and top-k, fp32 [len(completion_ids)] on the CPU; None where the completion was given.
-        finished: whether the end token was drawn (False: cut at ``max_completion_length``).
+        finished: whether it came to an end (False: cut at ``max_completion_length``).
+        ended_by_string: whether a stop string was its end, which is a part of the answer; else an end token was.
     """
 
     prompt: Prompt
     completion_ids: tuple[int, ...]
     logp: torch.Tensor | None = None
     finished: bool = True
+    ended_by_string: bool = False
+
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """The completion without its end token, where it has one."""
+        return self.completion_ids[:-1] if self.finished and not self.ended_by_string else self.completion_ids
 
 
 @dataclass(frozen=True)

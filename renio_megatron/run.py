@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from datetime import datetime
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_me
 from renio_megatron.origins import origins
 from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.preview import prompt_lines
 from renio_megatron.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.stop import StopSignal
@@ -59,12 +61,8 @@ def run_recipe(
         RenioError: with the attribute `shared` set where every rank raises the same.
         RunStopped: on every rank, where any rank got SIGTERM; the state is saved.
     """
-    config = recipe.config
-    try:
-        inputs = read_inputs(config)
-    except RenioError as error:
-        error.shared = True  # type: ignore[attr-defined]
-        raise
+    config, directory = recipe.config, RunDirectory(recipe.config.output_dir)
+    inputs = _read(config, None if fresh else directory.date())
     scorers, places = _scorers(config), None
     if scorers:
         assert isinstance(config, RunConfig)
@@ -78,6 +76,7 @@ def run_recipe(
     )
     if layout.is_scorer:
         return _score(config, inputs, layout)
+    inputs = _on_the_same_day(config, inputs, layout)
     line, warnings = health(layout)
     try:
         line = f"{line}; {_models_line(config, layout)}"
@@ -86,9 +85,12 @@ def run_recipe(
         raise
     if layout.is_main:
         say(line)
+        if isinstance(config, RunConfig) or config.evaluate.every:
+            say(f"completions end at {inputs.ends.words(inputs.tokenizer)}")
+        is_taught = isinstance(config, RunConfig)
+        say("\n".join(prompt_lines(inputs.stream.batch(0, 1)[0], inputs.tokenizer, is_taught=is_taught)))
         for warning in (*warnings, *inputs.notices):
             logger.warning(warning)
-    directory = RunDirectory(config.output_dir)
     begun = on_main_rank(layout, lambda: origins(config, inputs))
     is_finished = on_main_rank(layout, lambda: directory.state(recipe, fresh, begun)) == "finished"
     if scorers:
@@ -121,7 +123,7 @@ def run_recipe(
             if progress is not None:
                 observers.append(stack.enter_context(progress(title, config.train.train_iters)).update)
             if isinstance(config, RunConfig):
-                observers.append(Notices(config.weighting, config.loss).update)
+                observers.append(Notices(config.weighting, config.loss, prefix=config.rollout.prefix).update)
                 if config.rollout.log:
                     log = RolloutSink(directory.rollouts, purge_step=purge_step)
                     stack.callback(log.close)
@@ -134,6 +136,23 @@ def run_recipe(
         raise RunStopped(trainer.step)
     on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **(metrics or _last_row(directory))}))
     return "resumed" if first else "new"
+
+
+def _read(config: RunConfig | SftConfig, date: str | None) -> Inputs:
+    """The inputs, with `date` for what a chat template writes; their errors are every rank's."""
+    try:
+        return read_inputs(config, None if date is None else datetime.fromisoformat(date))
+    except RenioError as error:
+        error.shared = True  # type: ignore[attr-defined]
+        raise
+
+
+def _on_the_same_day(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> Inputs:
+    """The inputs with the first rank's date, where their prompts hold one; clocks and time zones may differ."""
+    if inputs.date is None:
+        return inputs
+    date = on_main_rank(layout, lambda: inputs.date)
+    return inputs if date == inputs.date else _read(config, date)
 
 
 def _models_line(config: RunConfig | SftConfig, layout: Layout) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import Lock, write_atomically
 
 logger = logging.getLogger(__name__)
+
+DATE = "date in the prompts"
+"""The key of `origins.json` under which a date stands that a chat template writes."""
 
 
 class RunDirectory:
@@ -98,6 +102,14 @@ class RunDirectory:
             if origins is not None and state != "finished" and latest_step(self.checkpoints) is None:
                 _write(self.origins, json.dumps(origins, indent=2) + "\n")
         return state
+
+    def date(self) -> str | None:
+        """The date that the prompts of the run hold, in ISO's format; None where they hold none, or there is no run."""
+        try:
+            date = json.loads(self.origins.read_text(encoding="utf-8")).get(DATE)
+            return None if date is None else datetime.fromisoformat(date).isoformat()
+        except (OSError, ValueError, TypeError, AttributeError):  # `state` says what is wrong with the file
+            return None
 
     def is_finished(self) -> bool:
         """Whether `mark_finished` was called for this run."""

@@ -38,7 +38,7 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "odd_groups": {"num_attention_heads": 6, "num_key_value_heads": 3},
     "three_layers": {"num_hidden_layers": 3, "layer_types": None},
     "mamba": {"model_type": "mamba"},
-    "no_heads": {"num_attention_heads": None},
+    "no_heads": {"num_attention_heads": 0},
     "no_hidden_size": {"hidden_size": None},
     "small_vocabulary": {"vocab_size": 12},
     "other_mlp": {"intermediate_size": 48},

@@ -55,6 +55,7 @@ FLOORS = (
         "plan",
         "rundir",
         "inputs",
+        "preview",
         "origins",
         "build_teacher",
         "build",

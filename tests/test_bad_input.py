@@ -91,7 +91,7 @@ BY_THE_PARENT: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no teacher directory": (["teacher.model=MODELS/none"], ("teacher.model: there is no directory",)),
     "no config.json": (["model=MODELS/no_config"], ("model: ", "no_config' holds no config.json", "save_pretrained")),
     "family": (["model=MODELS/mamba"], ("model: ", "model_type 'mamba'", "llama, qwen2, qwen3", "Choose")),
-    "a model without its heads": (["model=MODELS/no_heads"], ("model: ", "needs num_attention_heads", "got None")),
+    "a model without its heads": (["model=MODELS/no_heads"], ("model: ", "needs num_attention_heads", "got 0")),
     "evaluation without problems": (
         ["evaluate.every=1", "data.source=jsonl", "data.path=MODELS/a.jsonl"],
         ("data.eval_path is missing", "evaluate.every=0 does without"),

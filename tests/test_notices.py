@@ -171,6 +171,28 @@ def test_an_entry_clip_that_removes_the_pivots():
     assert text.startswith("loss.entry_clip=0.05 left 20.0% of")
 
 
+CUT = {"rollout/truncated_frac": 1.0, "rollout/length": 48.0}
+
+
+def test_completions_that_are_nearly_all_cut_are_told_after_three_steps():
+    rows = [{**CUT, "rollout/truncated_frac": share} for share in (1.0, 0.94, 1.0, 0.95, 0.99, 1.0)]
+    ((step, text),) = told(rows)
+    assert step == 5
+    # (1 + 0.95 + 0.99) / 3 = 98 %
+    assert text.startswith("98.0% of the completions were cut in steps 3 to 5, at 48 tokens on average: ")
+    for words in ("rollout.max_completion_length", "rollout.stop_token_ids", "rollout.prefix=true"):
+        assert words in text
+    assert told([{**CUT, "rollout/truncated_frac": 0.94}] * 30) == []
+
+
+def test_a_run_on_prefixes_is_not_told_that_they_are_cut():
+    said: list[str] = []
+    notices = Notices(WeightingConfig(), LossConfig(), said.append, prefix=True)
+    for step in range(1, 9):
+        notices.update(step, CUT)
+    assert said == []
+
+
 def test_failures_of_the_grader_are_told_at_the_first():
     rows = [{"rollout/grader_error_frac": share} for share in (0.0, 0.125, 0.5)]
     ((step, text),) = told(rows)

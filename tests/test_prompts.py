@@ -2,7 +2,7 @@ import json
 import string
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from renio_megatron.data.chat import View, encode_view
@@ -162,8 +162,10 @@ def test_prompt_lengths(tmp_path):
         stream(tmp_path, rows, max_prompt_length=4).batch(0, 1)
     with pytest.raises(DataError, match="the teacher's prompt has 8 tokens"):
         stream(tmp_path, rows, max_prompt_length=5, teacher_template="{problem}{solution}").batch(0, 1)
+    without_x = characters()
+    without_x.backend_tokenizer.normalizer = normalizers.Replace("x", "")
     with pytest.raises(DataError, match="the student's prompt has no tokens"):
-        stream(tmp_path, rows, student_template="").batch(0, 1)
+        stream(tmp_path, [{"problem": "x"}], without_x).batch(0, 1)
 
 
 def test_sequences_fit_the_positions_that_the_models_were_made_for(tmp_path):

@@ -22,6 +22,7 @@ commands:
   quickstart         the whole method on tiny models that ship with the package (CPU, minutes)
   train              distil a teacher into a student, as a recipe says
   sft                fine-tune on given completions, as a recipe says
+  preview            show the first prompts as student and teacher see them, and what ends completions
   plan               say what a recipe will hold in each GPU's memory, without running it
   export             write a checkpoint of a run as a Hugging Face model directory
   doctor             look at versions, devices, links and the loss in a layout before a run
@@ -31,6 +32,7 @@ _EPILOG = """\
 examples:
   renio quickstart
   renio train recipe.yaml train.lr=1e-5 weighting=uniform --nproc 4
+  renio preview recipe.yaml --prompts 2
   renio plan recipe.yaml --gpus 8 --memory 80
   renio export runs/mine models/mine
 
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, extra = parser.parse_known_args(argv)
     unknown = (
         extra
-        if arguments.command not in ("train", "sft", "plan", "doctor", "compare-precision")
+        if arguments.command not in ("train", "sft", "preview", "plan", "doctor", "compare-precision")
         else [text for text in extra if text.startswith("-")]
     )
     if unknown:
@@ -120,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gpus", type=_positive, metavar="N", help="ranks of the job (default: the fewest that do)")
     command.add_argument("--memory", type=_gib, metavar="GIB", help="memory of each GPU in GiB (default: no verdict)")
     command.set_defaults(run=_run_plan)
+
+    command = commands.add_parser(
+        "preview",
+        description="Show the first prompts of a recipe of `renio train` or `renio sft` as the models see them, with "
+        "special tokens, answers, lengths, and what ends completions. No weights are read.",
+        usage="renio preview RECIPE [key=value ...] [--prompts N] [--json]",
+    )
+    _add_recipe(command)
+    command.add_argument("--prompts", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="write JSON, token ids included")
+    command.set_defaults(run=_run_preview)
 
     command = commands.add_parser("export", description=_EXPORT_DESCRIPTION)
     command.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run (its output_dir)")
@@ -223,6 +236,13 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
     overrides = [*arguments.overrides, *arguments.extra]
     return plan(arguments.recipe, overrides, world_size=arguments.gpus, memory_gib=arguments.memory)
+
+
+def _run_preview(arguments: argparse.Namespace) -> int:
+    from renio_megatron.cli.preview import show
+
+    show(arguments.recipe, [*arguments.overrides, *arguments.extra], arguments.prompts, as_json=arguments.json)
+    return 0
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:

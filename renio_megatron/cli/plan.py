@@ -1,4 +1,4 @@
-"""`renio plan`: whether a recipe's run fits into memory, without torch and without a GPU."""
+"""`renio plan`: whether a recipe's run fits into memory, without a GPU."""
 
 from __future__ import annotations
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from renio_megatron.data.chat_template import ChatTemplate
 from renio_megatron.data.sources import Record, solution_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.settings import DataConfig
-
-FIELDS = ("problem", "solution")
-_FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+from renio_megatron.settings.templates import check_fields, fields_of, filled
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,12 @@ class View:
     setting: str
 
     def __post_init__(self) -> None:
-        for match in _FIELD.finditer(self.template):
-            if match[1] is not None and match[1] not in FIELDS:
-                raise ConfigError(
-                    f"{self.setting} may use the fields {{problem}} and {{solution}}; got {{{match[1]}}}. "
-                    f"Write {{{{{match[1]}}}}} for literal braces."
-                )
+        check_fields(self.setting, self.template)
 
     @property
     def uses_solution(self) -> bool:
         """Whether the template shows the worked solution."""
-        return any(match[1] == "solution" for match in _FIELD.finditer(self.template))
+        return "solution" in fields_of(self.template)
 
     def fill(self, record: Record) -> str:
         """The template with the record's texts in it; braces inside these texts stay as they are.
@@ -57,7 +51,7 @@ class View:
         values = {"problem": record.problem}
         if self.uses_solution:
             values["solution"] = solution_of(record, f"{self.setting} uses {{solution}}")
-        return _FIELD.sub(lambda match: values[match[1]] if match[1] else match[0][0], self.template)
+        return filled(self.template, values.__getitem__)
 
 
 def student_view(config: DataConfig) -> View:
@@ -73,37 +67,52 @@ def teacher_view(config: DataConfig, setting: str = "data.teacher_template") -> 
     return View(config.teacher_template, config.chat, thinking, setting)
 
 
-def check_chat(tokenizer: Any, config: DataConfig) -> None:
-    """Raises `ConfigError` where the settings of the chat template and the tokenizer do not fit."""
+def chat_template_of(tokenizer: Any, config: DataConfig, now: datetime | None = None) -> ChatTemplate | None:
+    """The chat template of `data.chat`; None where none is applied.
+
+    Args:
+        tokenizer: of Hugging Face.
+        config: the settings.
+        now: the time that the template may write; None: the clock's.
+
+    Raises:
+        ConfigError: the settings of the chat template and the tokenizer do not fit.
+    """
     thinking = [name for name in ("enable_thinking", "teacher_enable_thinking") if getattr(config, name) is not None]
     if not config.chat:
         if thinking:
             raise ConfigError(f"data.{thinking[0]} needs data.chat=true: only a chat template reads it.")
-        return
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "data.chat=true needs a tokenizer with a chat template, and this one has none. "
-            "Set data.chat=false, or write the turns into data.student_template."
-        )
-    if thinking and "enable_thinking" not in str(tokenizer.chat_template):
+        return None
+    template = ChatTemplate.of(tokenizer, now)
+    if thinking and "enable_thinking" not in template.text:
         raise ConfigError(f"data.{thinking[0]} is set, but the chat template does not read enable_thinking.")
+    return template
 
 
-def encode_view(view: View, record: Record, tokenizer: Any) -> tuple[int, ...]:
+def encode_view(
+    view: View, record: Record, tokenizer: Any, chat_template: ChatTemplate | None = None
+) -> tuple[int, ...]:
     """Token ids of the prompt, without any completion.
 
     With `chat` the chat template writes every special token. Without it the ids are those of the text, after the
     beginning-of-text token where the tokenizer puts one before every text (Llama does; Qwen and modchain do not); an
     end token is never added.
 
+    Args:
+        view: of a model.
+        record: the problem.
+        tokenizer: the student's.
+        chat_template: of a view with `chat`; None: the tokenizer's.
+
     Raises:
-        DataError: the record lacks a solution that the template uses, or the tokenizer cannot encode the text.
+        DataError: the record lacks a solution that the template uses, the chat template fails on it, or the tokenizer
+            cannot encode the text.
     """
     text = view.fill(record)
     if view.chat:
         options = {} if view.enable_thinking is None else {"enable_thinking": view.enable_thinking}
         turns = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **options)
+        text = (chat_template or ChatTemplate.of(tokenizer)).render(turns, record.where, **options)
         return encode_text(text, tokenizer, record.where)
     token_ids = encode_text(text, tokenizer, record.where)
     bos = tokenizer.bos_token_id

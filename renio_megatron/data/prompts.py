@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.data.chat import View, check_chat, encode_text, encode_view, student_view, teacher_view
+from renio_megatron.data.chat import View, chat_template_of, encode_text, encode_view, student_view, teacher_view
 from renio_megatron.data.sources import Record, Source, build_source, solution_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.records import Prompt
@@ -90,6 +91,9 @@ class PromptStream:
             one, and it sees what `config` says.
         with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
         room: what the models can read; None: not looked at.
+        now: the time that a chat template may write; None: the clock's.
+    Attributes:
+        chat_template: that is applied; None where none is.
     Raises:
         ConfigError: templates or chat settings that cannot work with this tokenizer.
         DataError: a solution is needed, and a record has none.
@@ -104,8 +108,9 @@ class PromptStream:
         teacher_views: Mapping[str, View] | None = None,
         with_completions: bool = False,
         room: Room | None = None,
+        now: datetime | None = None,
     ) -> None:
-        check_chat(tokenizer, config)
+        self.chat_template = chat_template_of(tokenizer, config, now)
         self._room = room
         self.source = source
         self._tokenizer = tokenizer
@@ -138,13 +143,13 @@ class PromptStream:
 
     def _prompt(self, source: Source, position: int, *, is_taught: bool = True) -> Prompt:
         record = source.record(position)
-        student_ids = encode_view(self._student_view, record, self._tokenizer)
+        student_ids = encode_view(self._student_view, record, self._tokenizer, self.chat_template)
         teacher, teacher_ids = "", student_ids
         if is_taught:
             teacher = self._teacher_of(record)
             view = self._teacher_views[teacher]
             if view != self._student_view:
-                teacher_ids = encode_view(view, record, self._tokenizer)
+                teacher_ids = encode_view(view, record, self._tokenizer, self.chat_template)
         for who, token_ids in (("student", student_ids), ("teacher", teacher_ids)):
             self._check_length(who, len(token_ids), record)
         completion_ids = self._completion(record) if self._with_completions else None

@@ -27,6 +27,10 @@ CAP_SHARE = 0.2
 PIVOT_GRADIENT_SHARE = 0.5
 """Part of the gradient's norm at pivotal tokens below which the entry bounds have removed most of it."""
 
+CUT_SHARE, CUT_STEPS = 0.95, 3
+"""Share of completions that are cut in each of so many consecutive steps. Where a limit is too short, or the student
+never writes an end, it shows in all of them."""
+
 _Row = tuple[int, Mapping[str, float]]
 
 
@@ -74,12 +78,17 @@ class Notices:
     """
 
     def __init__(
-        self, weighting: WeightingConfig, loss: LossConfig, say: Callable[[str], None] = logger.warning
+        self,
+        weighting: WeightingConfig,
+        loss: LossConfig,
+        say: Callable[[str], None] = logger.warning,
+        *,
+        prefix: bool = False,
     ) -> None:
-        """`weighting` and `loss` are the run's; `say` gets each warning."""
+        """`weighting` and `loss` are the run's; `say` gets each warning; `prefix`: completions are cut on purpose."""
         self._weighting, self._loss, self._say = weighting, loss, say
         self._recent: deque[_Row] = deque(maxlen=WINDOW_STEPS)
-        self._waiting = list(_CHECKS)
+        self._waiting = [check for check in _CHECKS if not (prefix and check is _nearly_all_cut)]
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes a step's metrics; step 0, the evaluation before training, and steps left out tell nothing."""
@@ -162,7 +171,20 @@ def _grader_fails(recent: Sequence[_Row], weighting: WeightingConfig, loss: Loss
     )
 
 
-_CHECKS = (_nothing_pivotal, _all_at_ceiling, _cap_binds, _pivots_clipped, _grader_fails)
+def _nearly_all_cut(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+    rows = _last(recent, CUT_STEPS, "rollout/truncated_frac")
+    if not rows or any(row["rollout/truncated_frac"] < CUT_SHARE for _, row in rows):
+        return None
+    return (
+        f"{_mean(rows, 'rollout/truncated_frac'):.1%} of the completions were cut in {_steps(rows)}, at "
+        f"{_mean(rows, 'rollout/length'):.0f} tokens on average: the student hardly ever comes to an end, and answers "
+        "that are cut count as wrong. Raise rollout.max_completion_length; look at the ends that the run named at its "
+        "start (`renio preview`), and set rollout.stop_token_ids or rollout.stop_strings; or say rollout.prefix=true, "
+        "where the run trains on prefixes."
+    )
+
+
+_CHECKS = (_nearly_all_cut, _nothing_pivotal, _all_at_ceiling, _cap_binds, _pivots_clipped, _grader_fails)
 
 
 def _largest(weighting: WeightingConfig) -> float:

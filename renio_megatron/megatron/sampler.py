@@ -23,7 +23,16 @@ from renio_megatron.records import Decoding, Prompt, Rollout
 class MegatronSampler:
     """Continues the student's view of prompts."""
 
-    def __init__(self, part: ModelPart, *, seed: int, temperature: float, stop_ids: Sequence[int], pad_id: int) -> None:
+    def __init__(
+        self,
+        part: ModelPart,
+        *,
+        seed: int,
+        temperature: float,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        ends_in_text: Callable[[Sequence[int]], bool] | None = None,
+    ) -> None:
         """Samples from `part` as it is at each call.
 
         Args:
@@ -32,12 +41,14 @@ class MegatronSampler:
             temperature: the loss temperature: returned log-probabilities are at it, whatever the sampling temperature.
             stop_ids: tokens that end a completion.
             pad_id: fed to rows that have ended; without effect on the others.
+            ends_in_text: whether the tokens of a completion end it by what they say; None: none do.
         """
         self._part = part
         self._seed = seed
         self._temperature = temperature
         self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=part.layout.device)
         self._pad_id = pad_id
+        self._ends_in_text = ends_in_text
 
     def sample(
         self,
@@ -110,6 +121,7 @@ class MegatronSampler:
         uniform = torch.from_numpy(self._uniform(prompts, limit, stream)).to(device)
         logp = torch.zeros(count, total, dtype=torch.float32, device=device)
         ended = torch.zeros(count, dtype=torch.bool, device=device)
+        in_text = torch.zeros(count, dtype=torch.bool, device=device)
         ends = lengths + limit
         cache = StaticInferenceContext(count, total)
 
@@ -127,21 +139,33 @@ class MegatronSampler:
             active = (known >= lengths) & ~ended
             tokens[:, known] = torch.where(active, drawn, tokens[:, known])
             stopped = active & torch.isin(drawn, self._stop_ids)
+            if self._ends_in_text is not None:
+                in_text |= self._said_so(tokens[:, : known + 1], lengths, active & ~stopped)
+                stopped |= active & in_text
             ends = torch.where(stopped, known + 1, ends)
             ended |= stopped | (known + 1 >= ends)
             fed, known = known, known + 1
         logp = broadcast_from_last_stage(logp, part.layout).cpu()
-        return self._rollouts(prompts, tokens.cpu(), logp, ends.cpu())
+        return self._rollouts(prompts, tokens.cpu(), logp, ends.cpu(), in_text.tolist())
+
+    def _said_so(self, tokens: torch.Tensor, lengths: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """Which of the rows that are asked about end by what their completions say, bool [b]."""
+        assert self._ends_in_text is not None
+        said = torch.zeros_like(asked)
+        for row in asked.nonzero()[:, 0].tolist():
+            said[row] = self._ends_in_text(tokens[row, int(lengths[row]) :].tolist())
+        return said
 
     def _rollouts(
-        self, prompts: list[Prompt], tokens: torch.Tensor, logp: torch.Tensor, ends: torch.Tensor
+        self, prompts: list[Prompt], tokens: torch.Tensor, logp: torch.Tensor, ends: torch.Tensor, in_text: list[bool]
     ) -> list[Rollout]:
         stops = set(self._stop_ids.tolist())
         rollouts = []
         for row, prompt in enumerate(prompts):
             piece = slice(len(prompt.student_ids), int(ends[row]))
             ids = tuple(tokens[row, piece].tolist())
-            rollouts.append(Rollout(prompt, ids, logp[row, piece].clone(), finished=ids[-1] in stops))
+            finished = in_text[row] or ids[-1] in stops
+            rollouts.append(Rollout(prompt, ids, logp[row, piece].clone(), finished, ended_by_string=in_text[row]))
         return rollouts
 
     def _forward(self, token_ids: torch.Tensor, start: int, cache: StaticInferenceContext) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings.checks import require_choice, require_positive
+from renio_megatron.settings.templates import check_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class DataConfig:
         problem_key, solution_key, answer_key: columns of a record. The solution and the answer may be missing.
         teacher_key: column that names which of teacher.routes scores a record's completions.
         student_template, teacher_template: text of the prompt, with the fields {problem} and {solution}; a null
-            teacher_template is the student's.
+            teacher_template is the student's, which must have {problem}.
         chat: wrap the prompt by the tokenizer's chat template.
         enable_thinking: passed to the chat template of tokenizers that know it; null leaves it out.
         teacher_enable_thinking: the same for the teacher's view; null follows enable_thinking.
@@ -55,6 +56,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_positive("data", size=self.size, max_prompt_length=self.max_prompt_length)
         require_choice("data.grader_errors", self.grader_errors, ("raise", "count_wrong"))
+        check_template("data.student_template", self.student_template, ("problem",))
+        if self.teacher_template is not None:
+            check_template("data.teacher_template", self.teacher_template, ("problem", "solution"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,10 @@ class RolloutConfig:
         temperature: divides the logits before sampling.
         top_p: keep the smallest set of tokens with at least this probability; null keeps all.
         top_k: keep this many tokens; null keeps all.
-        max_completion_length: tokens after which a completion is cut; training on the prefix is this and nothing else.
+        max_completion_length: tokens after which a completion is cut.
+        prefix: the run trains on prefixes, completions that are cut on purpose; nothing is said about them.
+        stop_token_ids, stop_strings: tokens, and texts inside a completion, that end it beside those of the model;
+            null: none.
         student_scores: `sampler` takes the student's log-probabilities from sampling, `recompute` from a forward-only
             pass before the update.
         micro_batch_size: sequences sampled at a time, null: all of the rank's.
@@ -79,6 +86,9 @@ class RolloutConfig:
     student_scores: str = "sampler"
     micro_batch_size: int | None = None
     log: bool = False
+    prefix: bool = False
+    stop_token_ids: list[int] | None = None
+    stop_strings: list[str] | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -91,6 +101,10 @@ class RolloutConfig:
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"rollout.top_p must lie in (0, 1], or be null; got {self.top_p}.")
         require_choice("rollout.student_scores", self.student_scores, ("sampler", "recompute"))
+        if any(token < 0 for token in self.stop_token_ids or ()):
+            raise ConfigError(f"rollout.stop_token_ids are token ids, from 0 on; got {self.stop_token_ids}.")
+        if "" in (self.stop_strings or ()):
+            raise ConfigError("rollout.stop_strings: an empty text ends every completion at once. Remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings.checks import require_choice, require_positive
+from renio_megatron.settings.templates import FIELDS, check_template
 
 TEACHER_KINDS = ("separate", "initial", "ema", "current")
 """Who may teach; `megatron/teacher_weights.py` has the table of what each is made of."""
@@ -109,6 +110,8 @@ class TeacherConfig:
                     "are what the column data.teacher_key holds."
                 )
             _check_one(f"teacher.routes.{name}", route)
+            if route.template is not None:
+                check_template(f"teacher.routes.{name}.template", route.template, FIELDS)
         if self.offload is not None:
             require_choice("teacher.offload", self.offload, ("host",))
             if self.payload_device == "recompute":

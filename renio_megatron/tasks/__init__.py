@@ -102,9 +102,8 @@ def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grad
 
     def grade(rollout: Rollout) -> bool | None:
         nonlocal warned
-        token_ids = rollout.completion_ids[:-1] if rollout.finished else rollout.completion_ids
         # Special tokens stay visible: a padding token that the student drew is a mistake, not nothing.
-        text = tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        text = tokenizer.decode(list(rollout.answer_ids), skip_special_tokens=False)
         try:
             return judge(text, rollout.prompt, rollout.finished, source)
         except Exception as error:  # whatever a grader, which may be a user's, did not foresee

@@ -1,0 +1,23 @@
+"""`renio preview`: what the models of a recipe will read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from renio_megatron.config import kind_of, load_recipe
+
+
+def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool) -> None:
+    """Prints the first `count` prompts of a recipe, of either kind.
+
+    Args:
+        path, overrides: as for `renio train` and `renio sft`.
+        count: prompts.
+        as_json: for a program to read.
+    """
+    config = load_recipe(kind_of(path, overrides), path, overrides).config
+    from renio_megatron.preview import preview
+
+    found = preview(config, count)
+    print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))

@@ -1,0 +1,129 @@
+"""A tokenizer's chat template: what it makes of a problem, and what is odd about it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from renio_megatron.errors import ConfigError, DataError
+
+_DATE = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+_PROBLEM, _ANSWER = "What is 2 + 2?", "renio-answer"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template whose date stands still.
+
+    Attributes:
+        tokenizer: of Hugging Face.
+        text: the template, in Jinja; where the tokenizer's reads the clock, a date is written.
+        has_date: whether there is such a place.
+    """
+
+    tokenizer: Any
+    text: str
+    has_date: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: Any, now: datetime | None = None) -> ChatTemplate:
+        """The one that a tokenizer uses where none is chosen.
+
+        Args:
+            tokenizer: of Hugging Face.
+            now: what `strftime_now` formats; None: the clock's time.
+
+        Raises:
+            ConfigError: it has none, several without a default, or one whose date cannot be held.
+        """
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "data.chat=true needs a tokenizer with a chat template, and this one has none. "
+                "Set data.chat=false, or write the turns into data.student_template."
+            )
+        try:
+            text = str(tokenizer.get_chat_template())
+        except Exception as error:  # a ValueError about the names of several templates
+            raise ConfigError(
+                f"{_name(tokenizer)} cannot be used: {_words(error)} Keep one template, or one of the name `default`."
+            ) from error
+        now = now or datetime.now()
+        fixed, count = _DATE.subn(lambda match: _quoted(now.strftime(match[1][1:-1])), text)
+        if "strftime_now(" in fixed:
+            raise ConfigError(
+                f"{_name(tokenizer)} calls strftime_now with something else than a text in quotes, so its date cannot "
+                "be held still: a run that goes on tomorrow would read other prompts. Write the format there, or the "
+                "date itself."
+            )
+        return cls(tokenizer, fixed, has_date=count > 0)
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return _name(self.tokenizer)
+
+    def render(self, turns: list[dict[str, str]], where: str, *, prompt: bool = True, **options: Any) -> str:
+        """The text of a conversation.
+
+        Args:
+            turns: its messages.
+            where: the record, for the message.
+            prompt: end with the beginning of the assistant's turn.
+            options: passed to the template.
+
+        Raises:
+            DataError: the template fails on it.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self.text, add_generation_prompt=prompt, tokenize=False, **options
+            )
+        except Exception as error:  # Jinja's, and whatever a template's own expressions raise
+            raise DataError(
+                f"{where}: {self.name} fails on it: {type(error).__name__}: {_words(error)} Mend the template; or set "
+                "data.chat=false and write the turns into data.student_template."
+            ) from error
+
+    def notices(self) -> list[str]:
+        """A sentence for each thing that makes prompts other than they are meant."""
+        found = []
+        if self.has_date:
+            found.append(
+                f"{self.name} writes the date. The date of the run's start is kept in its directory, so that it reads "
+                "the same prompts when it goes on another day."
+            )
+        if header := self._missing_header():
+            found.append(
+                f"{self.name} does not read add_generation_prompt, so prompts end before {header!r}: the student "
+                "writes that itself, and is trained on it. Let the template write it under `if add_generation_prompt`."
+            )
+        return found
+
+    def _missing_header(self) -> str | None:
+        """What the template writes before an answer and leaves out of a prompt that asks for one; None: nothing."""
+        turns = [{"role": "user", "content": _PROBLEM}]
+        try:
+            asked, not_asked = self.render(turns, "", prompt=True), self.render(turns, "", prompt=False)
+            answered = self.render([*turns, {"role": "assistant", "content": _ANSWER}], "", prompt=False)
+        except DataError:  # the records will tell
+            return None
+        if asked != not_asked or not answered.startswith(asked):
+            return None
+        header = answered[len(asked) :].partition(_ANSWER)[0]
+        return header if header.strip() else None
+
+
+def _name(tokenizer: Any) -> str:
+    return f"the chat template of {str(getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__)!r}"
+
+
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "!")) else f"{text}."
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal of Jinja."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,110 @@
+"""What ends a completion: tokens and texts, from a model's files and from the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from renio_megatron.errors import ConfigError
+
+_TOKENS_AROUND = 8
+"""Tokens that are decoded with those that a stop string may consist of: the first of some decode to less than alone."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a completion.
+
+    Attributes:
+        token_ids: ascending.
+        strings: texts inside the completion, special tokens written out.
+    """
+
+    token_ids: tuple[int, ...]
+    strings: tuple[str, ...] = ()
+
+    def words(self, tokenizer: Any) -> str:
+        """The ends as a person reads them."""
+        tokens = [f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in self.token_ids]
+        return ", ".join([*tokens, *(f"the text {text!r}" for text in self.strings)])
+
+    def in_text(self, tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
+        """Whether the last tokens of a completion hold one of `strings`; None where there are none.
+
+        It is asked after each token, so only the end is decoded: no token that decodes to something is shorter than a
+        byte.
+        """
+        if not self.strings:
+            return None
+        window = max(len(text.encode()) for text in self.strings) + _TOKENS_AROUND
+
+        def found(token_ids: Sequence[int]) -> bool:
+            text = tokenizer.decode(list(token_ids[-window:]), skip_special_tokens=False)
+            return any(one in text for one in self.strings)
+
+        return found
+
+
+def ends_of(
+    directory: Path,
+    tokenizer: Any,
+    stop_token_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] | None = None,
+) -> Ends:
+    """Where transformers' `generate` would stop with a model, the tokenizer's end token, and what the recipe adds.
+
+    `generate` reads generation_config.json, and config.json only where there is no such file; never the tokenizer.
+
+    Args:
+        directory: of the model.
+        tokenizer: its own.
+        stop_token_ids, stop_strings: `rollout`'s.
+
+    Raises:
+        ConfigError: a file that cannot be read, or an id without a token.
+    """
+    tokens, strings = {int(tokenizer.eos_token_id), *(stop_token_ids or ())}, list(stop_strings or ())
+    for token in stop_token_ids or ():
+        if token >= len(tokenizer):
+            raise ConfigError(
+                f"rollout.stop_token_ids: the tokenizer has {len(tokenizer)} tokens, and none of id {token}."
+            )
+    path = next(
+        (path for name in ("generation_config.json", "config.json") if (path := directory / name).is_file()), None
+    )
+    if path is not None:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            tokens.update(_listed(values.get("eos_token_id"), int))
+            strings += [text for text in _listed(values.get("stop_strings"), str) if text]
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error}. It should hold a JSON object whose eos_token_id, if it has one, is a "
+                "token or a list of them, and whose stop_strings are texts. Mend it, or remove it: the tokenizer's end "
+                "token then ends completions."
+            ) from error
+    return Ends(tuple(sorted(tokens)), tuple(dict.fromkeys(strings)))
+
+
+def differing_ends(student: Ends, teacher: Ends, tokenizer: Any, who: str) -> str | None:
+    """A sentence about ends of a teacher at which the student's completions do not end; None where there are none."""
+    missing = Ends(tuple(token for token in teacher.token_ids if token not in student.token_ids))
+    if not missing.token_ids:
+        return None
+    return (
+        f"the student's completions end at {student.words(tokenizer)}, and {who} also ends its own at "
+        f"{missing.words(tokenizer)}: it teaches the student an end after which the student writes on, until it is "
+        f"cut. Set rollout.stop_token_ids=[{','.join(map(str, missing.token_ids))}]."
+    )
+
+
+def _listed(value: Any, kind: type) -> list[Any]:
+    """One value or a list of them, each of a kind."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    for one in values:
+        if not isinstance(one, kind) or isinstance(one, bool):
+            raise TypeError(f"{one!r} is not {'a token id' if kind is int else 'a text'}")
+    return values

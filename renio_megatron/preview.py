@@ -1,0 +1,138 @@
+"""The first prompts of a recipe as its models see them, without the models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from renio_megatron.assets import model_directory
+from renio_megatron.config import RunConfig, SftConfig
+from renio_megatron.data.ends import Ends, ends_of
+from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load_tokenizer
+from renio_megatron.data.sources import build_source
+from renio_megatron.inputs import notices_of_prompts, stops_of, teacher_views
+from renio_megatron.records import Prompt
+from renio_megatron.teacher_routes import ONLY, setting_of, single_teachers
+
+_SHOWN = 1500
+"""Characters of a text at a run's start; of a longer one the beginning and the end."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run will read first.
+
+    Attributes:
+        prompts: in the order of training.
+        tokenizer: the student's.
+        student_ends, teacher_ends: what ends completions, and what ends each teacher's own, by its name.
+        notices: sentences about what may be another than was meant.
+    """
+
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+    student_ends: Ends
+    teacher_ends: dict[str, Ends]
+    notices: Sequence[str] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: texts with special tokens written out, token ids; ends as a list of token ids and texts."""
+        teachers = {name: [*ends.token_ids, *ends.strings] for name, ends in self.teacher_ends.items()}
+        return {
+            "prompts": [self._prompt(prompt) for prompt in self.prompts],
+            "student_ends": [*self.student_ends.token_ids, *self.student_ends.strings],
+            "teacher_ends": teachers.get(ONLY, teachers or None),
+            "notices": list(self.notices),
+        }
+
+    def _prompt(self, prompt: Prompt) -> dict[str, Any]:
+        is_taught = bool(self.teacher_ends)
+        found = {
+            "student_text": decoded(prompt.student_ids, self.tokenizer),
+            "student_ids": list(prompt.student_ids),
+            "teacher_text": decoded(prompt.teacher_ids, self.tokenizer) if is_taught else None,
+            "teacher_ids": list(prompt.teacher_ids) if is_taught else None,
+            "answer": prompt.answer,
+        }
+        if prompt.teacher:
+            found["teacher"] = prompt.teacher
+        if prompt.completion_ids is not None:
+            found["completion_text"] = decoded(prompt.completion_ids, self.tokenizer)
+            found["completion_ids"] = list(prompt.completion_ids)
+        return found
+
+    def lines(self) -> list[str]:
+        """The same for a person."""
+        found = []
+        for prompt in self.prompts:
+            found += [*prompt_lines(prompt, self.tokenizer, is_taught=bool(self.teacher_ends), limit=None), ""]
+        found.append(f"completions end at {self.student_ends.words(self.tokenizer)}")
+        for name, ends in self.teacher_ends.items():
+            found.append(f"the teacher{name and f' {name}'} ends its own at {ends.words(self.tokenizer)}")
+        return found + [f"note: {notice}" for notice in self.notices]
+
+
+def preview(config: RunConfig | SftConfig, count: int) -> Preview:
+    """The first `count` prompts of a recipe, and what ends its completions; of models only tokenizers are read.
+
+    Raises:
+        ConfigError, DataError: as at the start of a run.
+    """
+    model = model_directory(config.model, "model")
+    tokenizer = load_tokenizer(model)
+    teacher_ends = {}
+    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
+        directory, its_tokenizer = model, tokenizer
+        if one.teacher.model is not None:
+            directory = model_directory(one.teacher.model, setting_of(name, "model"))
+            its_tokenizer = load_tokenizer(directory)
+            check_same_tokenizer(tokenizer, its_tokenizer)
+        teacher_ends[name] = ends_of(directory, its_tokenizer)
+    stream = PromptStream(
+        build_source(config.data, "train"),
+        tokenizer,
+        config.data,
+        teacher_views=teacher_views(config, tokenizer) if isinstance(config, RunConfig) else None,
+        with_completions=isinstance(config, SftConfig),
+    )
+    prompts, ends = stream.batch(0, count), ends_of(model, tokenizer, *stops_of(config))
+    notices = notices_of_prompts(stream, prompts, ends, teacher_ends, tokenizer)
+    return Preview(prompts, tokenizer, ends, teacher_ends, notices)
+
+
+def prompt_lines(prompt: Prompt, tokenizer: Any, *, is_taught: bool, limit: int | None = _SHOWN) -> list[str]:
+    """A prompt for a person: both views with special tokens written out, lengths, the answer.
+
+    Args:
+        prompt: of a stream.
+        tokenizer: the student's.
+        is_taught: whether a teacher reads it.
+        limit: characters of a text that are shown; None: all.
+    """
+    views = [("student", prompt.student_ids)]
+    if is_taught:
+        who = f"teacher {prompt.teacher}" if prompt.teacher else "teacher"
+        views.append((who, prompt.teacher_ids))
+    if prompt.completion_ids is not None:
+        views.append(("completion", prompt.completion_ids))
+    found = [f"prompt {prompt.index}, answer {prompt.answer!r}"]
+    for who, ids in views:
+        if who.startswith("teacher") and ids == prompt.student_ids:
+            found.append(f"  {who} sees the same")
+            continue
+        text = _shortened(decoded(ids, tokenizer), limit)
+        found += [f"  {who}, {len(ids)} tokens:", *(f"    {line}" for line in text.split("\n"))]
+    return found
+
+
+def decoded(token_ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of tokens, as they are: with special tokens, and no space taken out."""
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _shortened(text: str, limit: int | None) -> str:
+    if limit is None or len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
