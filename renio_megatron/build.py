@@ -26,6 +26,7 @@ from renio_megatron.data.prompts import (
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
+from renio_megatron.files import user_path
 from renio_megatron.inputs import (
     Inputs,
     TeacherInputs,
@@ -210,7 +211,7 @@ def build_student(
             change = Residual(inputs.adapter, inputs.weights, inputs.architecture, layout.device)
         load_pretrained(part, inputs.weights, title="student", say=say, change=change)
     if config.lora.adapter is not None:
-        load_adapter(part, Path(config.lora.adapter))
+        load_adapter(part, user_path(config.lora.adapter))
     temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
     head = config.head if isinstance(config, RunConfig) else HeadConfig()
     learner = MegatronLearner(
@@ -292,7 +293,7 @@ def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None
         return None
     from renio_megatron.megatron.peft_files import check_adapter
 
-    adapter = check_adapter(Path(lora.adapter), lora)
+    adapter = check_adapter(user_path(lora.adapter), lora)
     if adapter.start is not None and weights != model:
         raise ConfigError(
             f"lora.adapter: {lora.adapter} has init_lora_weights={adapter.start!r}, so it stands beside a part of the "

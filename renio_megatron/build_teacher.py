@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from renio_megatron.algorithms.routing import RoutedTeachers
 from renio_megatron.config import RunConfig
+from renio_megatron.files import user_path
 from renio_megatron.inputs import Inputs, TeacherInputs, most_completion_tokens
 from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_parallel
 from renio_megatron.parallel.layout import Layout
@@ -157,7 +157,7 @@ def _teacher_part(
         initialise=False,
     )
     adapter = config.teacher.adapter
-    change = None if adapter is None else Merger(Path(adapter), part.architecture, teacher.weights, layout.device)
+    change = None if adapter is None else Merger(user_path(adapter), part.architecture, teacher.weights, layout.device)
     title = "teacher" if name == ONLY else f"teacher {name}"
     load_pretrained(part, teacher.weights, title=title, say=say, change=change)
     return part

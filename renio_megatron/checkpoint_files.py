@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 from renio_megatron.errors import CheckpointError, ConfigError
-from renio_megatron.files import remove_directory, sync_directory, sync_files, write_atomically
+from renio_megatron.files import remove_directory, sync_directory, sync_files, user_path, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir() and step_of(path.resolve()) is not None:
         return path.resolve()
     for root in (path, path / "checkpoints"):
@@ -107,7 +107,7 @@ def find_pretrained(path: str | Path, setting: str) -> Path:
     Raises:
         ConfigError: there is none, of another format, or with files missing.
     """
-    given = Path(path).expanduser()
+    given = user_path(path)
     if not given.is_dir():
         raise ConfigError(f"{setting}: there is no directory {str(path)!r}. Give a checkpoint that Megatron wrote.")
     directory = given

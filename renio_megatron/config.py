@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from renio_megatron.assets import model_directory
+from renio_megatron.data.sources import check_file
 from renio_megatron.errors import ConfigError
 from renio_megatron.expert_rules import check_expert_ranks, check_experts
 from renio_megatron.family_defaults import FAMILY_DEFAULTS
@@ -27,8 +29,8 @@ from renio_megatron.layout_rules import (
     teacher_parallel,
 )
 from renio_megatron.recipe_checks import check_combinations, check_weighting
-from renio_megatron.recipe_file import read_recipe
-from renio_megatron.recipe_rules import check_settings, is_changeable
+from renio_megatron.recipe_file import literal, read_recipe
+from renio_megatron.recipe_rules import check_settings, ignored_settings, is_changeable, refuse_ignored
 from renio_megatron.settings import (
     CheckpointConfig,
     DataConfig,
@@ -48,6 +50,7 @@ from renio_megatron.settings.checks import require_choice
 from renio_megatron.teacher_routes import setting_of, shares_student, single_teachers
 
 MODEL_TYPES = tuple(FAMILY_DEFAULTS)
+_PLAIN_KEYS = ("model", "pretrained_checkpoint", "init", "output_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +123,20 @@ class Recipe:
         config: the settings.
         explicit: dotted keys that the recipe or the command line set to something other than null.
         kind: `train` or `sft`.
+        dropped: the recipe's own keys that the command line left without effect, and why; they have their defaults.
     """
 
     config: RunConfig | SftConfig
     explicit: frozenset[str]
     kind: str
+    dropped: Mapping[str, str] = field(default_factory=dict)
+
+    def dropped_lines(self) -> list[str]:
+        """A sentence for each reason why keys were dropped."""
+        keys: dict[str, list[str]] = {}
+        for key, because in self.dropped.items():
+            keys.setdefault(because, []).append(key)
+        return [f"left out of the recipe: {', '.join(names)}: {because}" for because, names in keys.items()]
 
 
 def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -140,14 +152,54 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
     """
     require_choice("the kind of a recipe", kind, SCHEMAS)
     try:
-        config, explicit = read_recipe(SCHEMAS[kind], path, overrides)
-        check_settings(kind, config, explicit)
+        recipe = _read(kind, path, overrides)
     except ConfigError as error:
         if kind == "train" and _reads_as_sft(path, overrides):
             raise ConfigError(f"{error} (The recipe reads as one of `renio sft`: it names no teacher.)") from error
+        if kind == "sft" and _names_a_teacher(path):
+            raise ConfigError(
+                f"{path} names a teacher, so it is a recipe of `renio train`; `renio sft` learns from given "
+                "completions. Start it with `renio train`, or leave out what concerns a teacher."
+            ) from error
         raise
-    check_combinations(kind, config)
-    return Recipe(config=config, explicit=explicit, kind=kind)
+    check_combinations(kind, recipe.config)
+    return recipe
+
+
+def _read(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe, without those of its own keys that have no effect because of the command line.
+
+    Keys without effect are an error where the command line gave them, and where the recipe alone has the mistake.
+    """
+    dropped: dict[str, str] = {}
+    while True:
+        config, explicit, given = read_recipe(SCHEMAS[kind], path, overrides, without=dropped)
+        check_settings(kind, config)
+        ignored = ignored_settings(kind, config, explicit)
+        if not ignored:
+            return Recipe(config=config, explicit=explicit, kind=kind, dropped=dropped)
+        mistakes = _mistakes_of(kind, path, overrides)
+        refuse_ignored({key: because for key, because in ignored.items() if key in given or key in mistakes})
+        dropped |= ignored
+
+
+def _mistakes_of(kind: str, path: str | Path, overrides: Sequence[str]) -> frozenset[str]:
+    """Keys of a recipe that have no effect without the command line; of that only keys outside of sections are used."""
+    try:
+        outside = [text for text in overrides if "." not in text.partition("=")[0]]
+        plain = [text for text in outside if text.partition("=")[0].strip() in _PLAIN_KEYS]
+        config, explicit, _ = read_recipe(SCHEMAS[kind], path, plain)
+        return frozenset(ignored_settings(kind, config, explicit))
+    except ConfigError:  # it needs the command line to be a recipe at all
+        return frozenset()
+
+
+def _names_a_teacher(path: str | Path) -> bool:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("teacher") is not None
 
 
 def kind_of(path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -157,8 +209,7 @@ def kind_of(path: str | Path, overrides: Sequence[str] = ()) -> str:
 
 def _reads_as_sft(path: str | Path, overrides: Sequence[str]) -> bool:
     try:
-        config, explicit = read_recipe(SftConfig, path, overrides)
-        check_settings("sft", config, explicit)
+        _read("sft", path, overrides)
     except ConfigError:
         return False
     return True
@@ -199,9 +250,23 @@ def check_models(config: RunConfig | SftConfig) -> None:
     check_experts(config, models, layouts)
 
 
+def check_data(config: RunConfig | SftConfig) -> None:
+    """Raises `ConfigError` or `DataError` where a file of records is not there, or not what it should be."""
+    check_file(config.data, "train")
+    if config.evaluate.every:
+        check_file(config.data, "eval")
+
+
 def to_yaml(config: RunConfig | SftConfig) -> str:
     """Every setting as YAML, in the order of the fields; `load_recipe` need not accept it, `differences` reads it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(dataclasses.asdict(config))))
+
+
+def _literal(value: Any) -> Any:
+    """The same with every text as `recipe_file` would read it again."""
+    if isinstance(value, dict):
+        return {key: _literal(one) for key, one in value.items()}
+    return [literal(one) for one in value] if isinstance(value, list) else literal(value)
 
 
 def differences(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:
@@ -240,7 +305,7 @@ def _check_model(
     file = model_directory(name, setting) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{setting}: {file} cannot be read as JSON: {error}.") from error
     model_type = content.get("model_type") if isinstance(content, dict) else None
     if model_type not in MODEL_TYPES:

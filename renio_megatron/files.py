@@ -6,12 +6,37 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from renio_megatron.errors import ConfigError
+
 _BLOCK_BYTES = 4096
+_RESOLVER = re.compile(r"\$\{oc\.env:(\w+)\}")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it: `~` and environment variables stand for what they are.
+
+    `$HOME`, `${HOME}`, and `${oc.env:HOME}` as recipes write it. A file whose own name holds a `$` is found as well.
+
+    Raises:
+        ConfigError: a variable is not set.
+    """
+    given = _RESOLVER.sub(r"${\1}", str(text))
+    if Path(given).exists():
+        return Path(given)
+    expanded = str(Path(os.path.expandvars(given)).expanduser())
+    if unset := _VARIABLE.search(expanded):
+        name = unset[1] or unset[2]
+        raise ConfigError(
+            f"the path {str(text)!r} holds ${name}, which is not set in the environment. Set it, or write the path out."
+        )
+    return Path(expanded)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

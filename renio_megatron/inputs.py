@@ -14,6 +14,7 @@ from renio_megatron.data.chat import View, chat_template_of, teacher_view
 from renio_megatron.data.ends import Ends, differing_ends, ends_of
 from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load_tokenizer
 from renio_megatron.errors import ConfigError
+from renio_megatron.files import user_path
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.peft_config import PeftAdapter
@@ -151,7 +152,7 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
         if teacher.adapter is not None:
             from renio_megatron.megatron.merging import Merger
 
-            Merger(Path(teacher.adapter), architecture, own)  # refuses what cannot be merged
+            Merger(user_path(teacher.adapter), architecture, own)  # refuses what cannot be merged
         found[name] = TeacherInputs(directory, own, architecture, ends_of(directory, its_tokenizer))
     return found
 
@@ -183,7 +184,7 @@ def notices_of_prompts(
         teacher_ends: of each teacher's own, by its name.
         tokenizer: the student's.
     """
-    found = []
+    found = list(stream.source.notices)
     who_ends: dict[Ends, list[str]] = {}
     for name, one in teacher_ends.items():
         who_ends.setdefault(one, []).append("the teacher" if name == ONLY else f"the teacher {name}")

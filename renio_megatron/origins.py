@@ -8,7 +8,7 @@ from pathlib import Path
 
 from renio_megatron.config import RunConfig, SftConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.files import sampled
+from renio_megatron.files import sampled, user_path
 from renio_megatron.inputs import Inputs
 from renio_megatron.megatron.hf_files import description_files
 from renio_megatron.rundir import DATE
@@ -33,7 +33,7 @@ def origins(config: RunConfig | SftConfig, inputs: Inputs) -> dict[str, str]:
     data = config.data
     for setting, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
         if path is not None:
-            places[setting] = _files(Path(path).expanduser())
+            places[setting] = _files(user_path(path))
     for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
         teacher, found = one.teacher, inputs.teachers[name]
         is_copy = teacher.kind == "initial" and config.lora.r is None
@@ -42,7 +42,7 @@ def origins(config: RunConfig | SftConfig, inputs: Inputs) -> dict[str, str]:
             key = "model" if given is None else "pretrained_checkpoint"
             places[key if is_copy else setting_of(name, key)] = _weights(found.weights)
         if teacher.adapter is not None:
-            places[setting_of(name, "adapter")] = _weights(Path(teacher.adapter).expanduser())
+            places[setting_of(name, "adapter")] = _weights(user_path(teacher.adapter))
     try:
         digests = {setting: _digest(parts) for setting, parts in places.items()}
         return digests if inputs.date is None else {**digests, DATE: inputs.date}

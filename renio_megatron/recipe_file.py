@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -31,25 +32,34 @@ _WANTED = {
     list[int]: "a list of whole numbers",
 }
 
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+
 _Schema = TypeVar("_Schema")
 _Flat = dict[str, tuple[Any, str]]
 
 
 def read_recipe(
-    schema: type[_Schema], path: str | Path | None, overrides: Sequence[str] = ()
-) -> tuple[_Schema, frozenset[str]]:
+    schema: type[_Schema],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    without: Collection[str] = (),
+) -> tuple[_Schema, frozenset[str], frozenset[str]]:
     """The dataclass that a recipe and its overrides describe, and the keys they set.
 
-    An override is `key=value` with a dotted key and a value in YAML. A plain word for a section that has a `name` or a
-    `kind` (`weighting=uniform`) starts that section afresh with it. Null for a key that cannot be null is its default.
+    An override is `key=value` with a dotted key and a value in YAML; for a key that holds text it is the text, letter
+    for letter, but for null and for text in YAML's quotes. A plain word for a section that has a `name` or a `kind`
+    (`weighting=uniform`) starts that section afresh with it. Null for a key that cannot be null is its default.
 
     Args:
         schema: the dataclass to build.
         path: the YAML file; None: there is none, only overrides.
         overrides: settings that replace those of the file, in the order of the command line.
+        without: dotted keys that are left out, whoever gave them.
 
     Returns:
-        (config, explicit): explicit holds the dotted keys with a value other than null in the file or the overrides.
+        (config, explicit, given): the dotted keys with a value other than null in the file or the overrides, and of
+        them those that the overrides gave.
 
     Raises:
         ConfigError: the file cannot be read, or a key or a value is not one of the schema's.
@@ -59,12 +69,14 @@ def read_recipe(
     types = keys.values
     flat = _flatten(content, keys, str(path))
     _apply_overrides(flat, keys, overrides)
+    flat = {key: entry for key, entry in flat.items() if key not in without}
     explicit = frozenset(key for key, (value, _) in flat.items() if value is not None)
+    given = frozenset(key for key in explicit if flat[key][1] == COMMAND_LINE)
     flat = {key: entry for key, entry in flat.items() if entry[0] is not None or _may_be_null(types[key])}
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
         if field.name in types and field.default is dataclasses.MISSING and field.name not in flat:
             raise ConfigError(f"{path}: {field.name} is missing. Add it, or give {field.name}=... on the command line.")
-    return _build(schema, keys, flat), explicit
+    return _build(schema, keys, flat), explicit, given
 
 
 class Keys:
@@ -225,12 +237,13 @@ def _apply_overrides(flat: _Flat, keys: Keys, overrides: Sequence[str]) -> None:
     types, nested = keys.values, keys.sections
     given: list[str] = []
     for text in overrides:
-        key, equals, raw = (part.strip() for part in text.partition("="))
+        key, equals, raw = text.partition("=")
+        key = key.strip()
         if not equals or not key:
             raise ConfigError(f"{COMMAND_LINE}: {text!r} is not a setting. Write key=value, for example train.lr=1e-5.")
         if key not in types and key not in nested:
             _refuse_unknown(key, keys, COMMAND_LINE)
-        if not raw:
+        if not raw.strip():
             raise ConfigError(
                 f"{COMMAND_LINE}: {key}= has no value. Write {key}=null for its default, "
                 f"or {key}=\"''\" for empty text."
@@ -253,17 +266,40 @@ def _apply_overrides(flat: _Flat, keys: Keys, overrides: Sequence[str]) -> None:
 
 
 def _parse(key: str, raw: str, wanted: Any) -> Any:
-    """The value of an override; for text that is no YAML string, such as `{problem}`, the characters themselves."""
-    is_text = str in (wanted, *get_args(wanted))
+    """The value of an override: YAML, or where text is wanted the characters themselves, see `read_recipe`."""
+    if str in (wanted, *get_args(wanted)) and get_origin(wanted) is not list:
+        return _parse_text(raw)
     try:
-        content = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+        content = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw.strip()}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        if is_text:
-            return raw
         raise ConfigError(f"{COMMAND_LINE}: {key}={raw} is not valid YAML: {_first_line(error)}.") from error
     assert isinstance(content, dict)
     value = content["value"]
-    return raw if is_text and value is not None and not isinstance(value, str) else value
+    return [literal(one) for one in value] if wanted == list[str] | None and isinstance(value, list) else value
+
+
+def _parse_text(raw: str) -> str | None:
+    """Null, text in YAML's quotes, or the characters themselves."""
+    bare = raw.strip()
+    if bare == "null":
+        return None
+    if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\"":
+        try:
+            content = yaml.safe_load(bare)
+        except yaml.YAMLError:  # two texts in quotes, and something between them
+            content = None
+        if isinstance(content, str):
+            return literal(content)
+    return literal(raw)
+
+
+def literal(value: Any) -> Any:
+    r"""A value in which OmegaConf finds no interpolation: text stays what it is, and all else.
+
+    >>> literal("Solve ${x}$"), literal(3)
+    ('Solve \\${x}$', 3)
+    """
+    return _INTERPOLATION.sub(lambda match: match[1] * 2 + "\\${", value) if isinstance(value, str) else value
 
 
 def _build(schema: type[_Schema], keys: Keys, flat: _Flat) -> _Schema:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -308,19 +308,28 @@ _NEEDED_BY_TRAIN = (
 _NEEDED = {"train": (*_NEEDED_BY_ALL, *_NEEDED_BY_TRAIN), "sft": (*_NEEDED_BY_ALL, *_NEEDED_BY_SFT)}
 
 
-def check_settings(kind: str, config: Any, explicit: frozenset[str]) -> None:
-    """Raises `ConfigError` for names that no table knows, settings that are missing and settings without effect.
+def check_settings(kind: str, config: Any) -> None:
+    """Raises `ConfigError` for names that no table knows, and settings that are missing.
 
     Args:
         kind: `train` or `sft`.
         config: the RunConfig or SftConfig.
-        explicit: dotted keys that were set to something other than null.
     """
     for key, choices in CHOICES.items():
         if hasattr(config, key.partition(".")[0]) and (value := _value(config, key)) is not None:
             require_choice(key, value, choices)
     _check_needed(kind, config)
-    _check_ignored(kind, config, explicit)
+
+
+def refuse_ignored(reasons: Mapping[str, str]) -> None:
+    """Raises `ConfigError` for settings without effect; by key, why."""
+    if reasons:
+        raise ConfigError(
+            "\n".join(
+                f"{key} is set but would be ignored: {because}. Remove it or set it to null."
+                for key, because in reasons.items()
+            )
+        )
 
 
 def is_changeable(key: str) -> bool:
@@ -334,10 +343,15 @@ def _check_needed(kind: str, config: Any) -> None:
             raise ConfigError(f"{rule.key} is missing: {rule.because}.")
 
 
-def _check_ignored(kind: str, config: Any, explicit: frozenset[str]) -> None:
-    """Names every key that was set and has no effect, each with the first reason that holds.
+def ignored_settings(kind: str, config: Any, explicit: frozenset[str]) -> dict[str, str]:
+    """Every key that was set and has no effect, each with the first reason that holds.
 
     What several teachers share has no effect where it has none on any of them.
+
+    Args:
+        kind: `train` or `sft`.
+        config: the RunConfig or SftConfig.
+        explicit: dotted keys that were set to something other than null.
     """
     reasons: dict[str, str] = {}
     teachers = single_teachers(config) if kind == "train" else {"": config}
@@ -352,13 +366,7 @@ def _check_ignored(kind: str, config: Any, explicit: frozenset[str]) -> None:
                 own = key.replace("teacher.", f"teacher.routes.{name}.", 1)
                 if own in explicit and key not in explicit and rule.when(one):
                     reasons.setdefault(own, rule.because.replace("teacher.", f"teacher.routes.{name}."))
-    if reasons:
-        raise ConfigError(
-            "\n".join(
-                f"{key} is set but would be ignored: {because}. Remove it or set it to null."
-                for key, because in reasons.items()
-            )
-        )
+    return reasons
 
 
 def _value(config: Any, key: str) -> Any:

@@ -76,7 +76,7 @@ def run_recipe(
     )
     if layout.is_scorer:
         return _score(config, inputs, layout)
-    inputs = _on_the_same_day(config, inputs, layout)
+    inputs = on_the_same_day(config, inputs, layout)
     line, warnings = health(layout)
     try:
         line = f"{line}; {_models_line(config, layout)}"
@@ -147,7 +147,7 @@ def _read(config: RunConfig | SftConfig, date: str | None) -> Inputs:
         raise
 
 
-def _on_the_same_day(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> Inputs:
+def on_the_same_day(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> Inputs:
     """The inputs with the first rank's date, where their prompts hold one; clocks and time zones may differ."""
     if inputs.date is None:
         return inputs

@@ -14,7 +14,7 @@ from typing import Any
 from renio_megatron.checkpoint_files import find_checkpoint, latest_step, step_of
 from renio_megatron.config import Recipe, changes, differences, to_yaml
 from renio_megatron.errors import CheckpointError, ConfigError
-from renio_megatron.files import Lock, write_atomically
+from renio_megatron.files import Lock, user_path, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts.jsonl"

@@ -6,9 +6,9 @@ A config is a RunConfig, which is defined on top of these functions.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from renio_megatron.files import user_path
 from renio_megatron.settings import TeacherConfig, TeacherParallelConfig, TeacherPrecisionConfig
 
 ONLY = ""
@@ -81,4 +81,4 @@ def _made_of(teacher: TeacherConfig) -> TeacherConfig:
         teacher = replace(teacher, ema_decay=TeacherConfig.ema_decay)
     if teacher.model is None:
         return teacher
-    return replace(teacher, model=str(Path(teacher.model).expanduser().resolve()))
+    return replace(teacher, model=str(user_path(teacher.model).resolve()))

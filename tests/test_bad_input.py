@@ -161,10 +161,10 @@ LONG = [*PROBLEMS * 20, {**PROBLEMS[0], "problem": "^" + "7+5*" * 30 + "3="}]  #
 BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
     "empty file": (_text(""), ("text.jsonl: the file holds no records", "one JSON object a line")),
     "malformed line": (_text('{"problem": "^1+1="}\n{"problem": \n'), ("text.jsonl:2: not valid JSON",)),
-    "not an object": (_text("[1]\n"), ("text.jsonl:1: expected a JSON object, got list",)),
+    "not an object": (_text("[1]\n"), ("text.jsonl, row 0: expected a JSON object, got int",)),
     "no problem column": (
-        _rows("path", [{"question": "^1+1=", "answer": "2"}]),
-        ("path.jsonl:1: there is no column 'problem'", "columns: question, answer", "Set data.problem_key"),
+        _rows("path", [{"frage": "^1+1=", "answer": "2"}]),
+        ("path.jsonl:1: there is no column 'problem'", "columns: frage, answer", "Set data.problem_key"),
     ),
     "no data file": (
         lambda _: ["data.source=jsonl", "data.path=nowhere.jsonl"],

@@ -55,7 +55,7 @@ def test_a_key_without_a_value_is_refused(tmp_path):
     recipe.write_text("model: a\noutput_dir: b\nteacher: {model: c}\n")
     with pytest.raises(ConfigError, match=r"train\.lr= has no value. Write train\.lr=null"):
         read_recipe(RunConfig, recipe, ["train.lr="])
-    assert read_recipe(RunConfig, recipe, ["data.student_template=''"])[0].data.student_template == ""
+    assert read_recipe(RunConfig, recipe, ["data.path=''"])[0].data.path == ""
 
 
 def test_the_state_of_an_average_is_one_number():

@@ -163,7 +163,11 @@ def test_weights_are_shared_where_they_are_the_same(load):
     ("overrides", "sections", "words"),
     [
         (["teacher.model=a"], {}, ["teacher.model is set but would be ignored", "teacher.routes says it"]),
-        (["teacher.routes.math.kind=initial"], {}, ["teacher.routes.math.model is set but would be ignored"]),
+        (
+            ["teacher.routes.math.kind=initial", "teacher.routes.math.model=a"],
+            {},
+            ["teacher.routes.math.model is set but would be ignored"],
+        ),
         (["teacher.routes.math.ema_decay=0.5"], {}, ["teacher.routes.math.ema_decay is set but would be ignored"]),
         (["teacher.routes.math.kind=other"], {}, ["teacher.routes.math.kind must be one of separate"]),
         (
@@ -181,7 +185,7 @@ def test_weights_are_shared_where_they_are_the_same(load):
         ([], {"teacher": {"model": "b"}}, ["data.teacher_key is set but would be ignored", "there is one teacher"]),
         (["teacher.routes.self.template=null"], {}, ["teacher.routes.self: teacher.kind=initial with the student's"]),
         (
-            ["teacher.routes.math.template='{problem}'", "data.teacher_template=x"],
+            ["teacher.routes.math.template='{problem}'", "data.teacher_template={problem}!"],
             {},
             ["data.teacher_template is set but would be ignored", "template of its own"],
         ),
@@ -262,7 +266,9 @@ def test_only_records_whose_teacher_reads_it_need_a_solution(models, tmp_path):
     assert longer == [name in ("shown", "itself") for name in MIXED]
 
 
-def test_the_command_for_one_teacher_says_so(load, models, tmp_path):
+def test_the_command_for_one_teacher_says_so(load, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"problem": "^1+1="}\n')
     from renio_megatron.cli.compare_precision import compare_precision
 
     whole = {"math": {"model": str(models / "teacher")}, "self": ROUTES["self"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.files import user_path
 
 QUICKSTART_RECIPE = Path(__file__).parent / "modchain" / "quickstart.yaml"
 SHIPPED = ("modchain/student", "modchain/teacher")
@@ -19,7 +20,7 @@ def model_directory(name: str, setting: str) -> Path:
     Raises:
         ConfigError: no such directory, no config.json in it, or an adapter beside the weights.
     """
-    directory = Path(__file__).parent / name if name in SHIPPED else Path(name).expanduser()
+    directory = Path(__file__).parent / name if name in SHIPPED else user_path(name)
     if not directory.is_dir():
         raise ConfigError(
             f"{setting}: there is no directory {name!r}. Give a Hugging Face model directory, "

@@ -122,6 +122,7 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
     from renio_megatron.megatron.start import check_transformer_engine, start, stop
     from renio_megatron.parallel.layout import backend_and_device, device_name
     from renio_megatron.report.precision_table import precision_table
+    from renio_megatron.run import on_the_same_day
 
     try:
         _make(output)
@@ -133,6 +134,7 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
         raise
     train = recipe.config.train
     layout = start(precisions.baseline.parallel, seed=train.seed, deterministic_mode=train.deterministic_mode)
+    inputs = on_the_same_day(precisions.baseline, inputs, layout)
     found = _Comparison(precisions, inputs, layout).run()
     if layout.is_main:
         facts = {

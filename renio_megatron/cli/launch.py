@@ -33,6 +33,9 @@ _QUIET = {
 # Libraries whose warnings are for their own developers: a deprecated class, a CUDA toolkit without a GPU.
 _QUIET_LOGGERS = ("megatron", "torch.utils.cpp_extension")
 
+# Libraries that report a fault which this package names as well.
+_REPEATED_LOGGERS = ("megatron.core.dist_checkpointing",)
+
 
 def is_rank() -> bool:
     """Whether this process was started as a rank, by torchrun for example."""
@@ -48,6 +51,9 @@ def quiet_environment() -> None:
     for name in _QUIET_LOGGERS:
         if (library := logging.getLogger(name)).level == logging.NOTSET:
             library.setLevel(logging.ERROR)
+    for name in _REPEATED_LOGGERS:
+        if (library := logging.getLogger(name)).level == logging.NOTSET:
+            library.setLevel(logging.CRITICAL)
 
 
 def become_single_rank() -> None:

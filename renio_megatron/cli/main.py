@@ -217,7 +217,7 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
         run_rank(rank_arguments)
 
     from renio_megatron.cli.run import finished_message
-    from renio_megatron.config import check_models, check_world, load_recipe, smallest_world
+    from renio_megatron.config import check_data, check_models, check_world, load_recipe, smallest_world
     from renio_megatron.rundir import RunDirectory
 
     recipe = load_recipe(arguments.command, arguments.recipe, overrides)
@@ -225,6 +225,7 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
     num_ranks = arguments.nproc or smallest_world(config)
     check_world(config, num_ranks)
     check_models(config)
+    check_data(config)
     if RunDirectory(config.output_dir).state(recipe, arguments.fresh) == "finished":
         print(finished_message(config))
         return 0

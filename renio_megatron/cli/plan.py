@@ -28,7 +28,8 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
         world_size: GPUs of the job, those that only score included; None: one copy of each model.
         memory_gib: of each GPU.
     """
-    config = load_recipe("train", path, overrides).config
+    recipe = load_recipe("train", path, overrides)
+    config = recipe.config
     assert isinstance(config, RunConfig)
     ranks = world_size or smallest_world(config)
     check_world(config, ranks)
@@ -43,7 +44,12 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     reserve = RESERVE * (memory or 0)
 
     console = Console()
-    for text in (_layout(config, ranks), _work(config, ranks), *_notes(config, student, teachers)):
+    for text in (
+        *recipe.dropped_lines(),
+        _layout(config, ranks),
+        _work(config, ranks),
+        *_notes(config, student, teachers),
+    ):
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(plan_table(found, memory, reserve))
     if memory is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
-from renio_megatron.config import kind_of, load_recipe
+from renio_megatron.config import check_data, kind_of, load_recipe
 
 
 def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool) -> None:
@@ -16,8 +17,10 @@ def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool) -> N
         count: prompts.
         as_json: for a program to read.
     """
-    config = load_recipe(kind_of(path, overrides), path, overrides).config
+    recipe = load_recipe(kind_of(path, overrides), path, overrides)
+    check_data(recipe.config)
     from renio_megatron.preview import preview
 
-    found = preview(config, count)
+    found = preview(recipe.config, count)
+    found = replace(found, notices=[*recipe.dropped_lines(), *found.notices])
     print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.assets import QUICKSTART_RECIPE
-from renio_megatron.config import Recipe, RunConfig, SftConfig, check_models, check_world, load_recipe
+from renio_megatron.config import Recipe, RunConfig, SftConfig, check_data, check_models, check_world, load_recipe
 from renio_megatron.errors import CheckpointError, RenioError
 from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_words
 from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
@@ -28,6 +28,7 @@ def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Rec
         recipe = load_recipe(kind, path, overrides)
         check_world(recipe.config, int(os.environ.get("WORLD_SIZE", "1")))
         check_models(recipe.config)
+        check_data(recipe.config)
     except RenioError as error:
         error.shared = True  # type: ignore[attr-defined]
         raise
@@ -42,6 +43,8 @@ def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
     recipe = checked_recipe(kind, path, overrides)
     config = recipe.config
     set_hardware_variables_of(config)
+    for line in recipe.dropped_lines():
+        _say(line)
     _say(f"{path}: {_describe(config)}")
     _say_weights(config)
     outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress, say=_say)

@@ -22,7 +22,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     (from the job's number, so that two jobs on a node do not meet). MASTER_ADDR and MASTER_PORT that are set stay.
 
     Raises:
-        ConfigError: only some of the variables are there, or they are no numbers.
+        ConfigError: only some of the variables are there, they are no numbers, or no place in a world.
 
     >>> task = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
     >>> found = rank_variables({**task, "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "77"})
@@ -39,6 +39,8 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     for name in given:
         if not environment[name].isdecimal():
             raise ConfigError(f"{name} must be a whole number; got {environment[name]!r}. Unset it, or use torchrun.")
+    if given:
+        _check_place(environment)
     if given or not _is_task(environment):
         return {}
     missing_names = [name for name in _TASK if not environment.get(name)]
@@ -58,6 +60,25 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if re.fullmatch(r"\d+(\(x\d+\))?", per_node):  # the same number on every node
         found["LOCAL_WORLD_SIZE"] = per_node.partition("(")[0]
     return found
+
+
+def _check_place(environment: Mapping[str, str]) -> None:
+    """Raises `ConfigError` where a rank's variables cannot be meant; torch would wait for ranks that never come."""
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if rank >= size:
+        raise ConfigError(
+            f"RANK={rank} with WORLD_SIZE={size}: ranks are numbered from 0 to {size - 1}. Correct one of them, or use "
+            "torchrun."
+        )
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not environment.get(name, "0").isdecimal():
+            raise ConfigError(f"{name} must be a whole number; got {environment[name]!r}. Unset it, or use torchrun.")
+    port = environment.get("MASTER_PORT", "1")
+    if port and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError(
+            f"MASTER_PORT must be a port, 1 to 65535; got {port!r}. Give one that is free on rank 0's node, alike on "
+            "all ranks."
+        )
 
 
 def _is_task(environment: Mapping[str, str]) -> bool:

@@ -1,10 +1,13 @@
-"""Where problems come from. A new source is a function that returns a `Source`, and a line of `SOURCES`."""
+"""Where problems come from. A new source is a function that returns a `Source`, and a line of `SOURCES`.
+
+No torch here: a file is looked at before a rank starts.
+"""
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from renio_megatron.data.columns import answer_text, resolve_columns
+from renio_megatron.data.row_files import rows_of
 from renio_megatron.errors import ConfigError, DataError
+from renio_megatron.files import user_path
 from renio_megatron.settings import DataConfig
 from renio_megatron.settings.checks import require_choice
-from renio_megatron.tasks import modchain
 
 SPLITS = ("train", "eval")
 DEFAULT_GYM_SIZE = 10_000
+_READ_WHOLE, _FIRST_RECORDS = 64 * 2**20, 1000
+"""Bytes of a file that is read whole before the ranks start, and records of a larger one."""
 _EVAL_SEED_OFFSET = 2**31  # reasoning-gym seeds item i with seed + i: neighbouring seeds would share problems
 
 
@@ -57,6 +64,7 @@ class Source:
         shuffle_seed: seed of the order; each epoch of a finite source has its own permutation. None: as they stand.
         has_answers: whether all records have an answer (a source where only some have one is refused).
         has_all_solutions: whether every record is known to have a solution; the others are checked as they are read.
+        notices: sentences about how its records are read.
         score: scoring of (given answer, right answer, metadata), 1.0 for right, of sources that have their own.
     """
 
@@ -68,6 +76,7 @@ class Source:
     has_answers: bool = True
     has_all_solutions: bool = False
     score: Callable[[str, str, Mapping[str, Any]], float] | None = None
+    notices: tuple[str, ...] = ()
 
     def record(self, position: int) -> Record:
         """The record at `position` (0, 1, 2, ...) of the endless order; a pure function of position and seed."""
@@ -103,6 +112,7 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 def modchain_source(config: DataConfig, split: str) -> Source:
     """The task that ships: endless, with worked solutions and one-digit answers."""
+    from renio_megatron.tasks import modchain  # which brings torch
 
     def read(index: int) -> Record:
         problem = modchain.make_problem(config.seed, split, index)
@@ -112,20 +122,49 @@ def modchain_source(config: DataConfig, split: str) -> Source:
 
 
 def jsonl_source(config: DataConfig, split: str) -> Source:
-    """A file with one JSON object a line; blank lines are skipped."""
+    """A file of records: a JSON object a line, gzipped or not, an array of objects, or parquet."""
     path = _path_of(config, split)
-    if not path.is_file():
-        raise DataError(f"{_path_key(split)}: there is no file {str(path)!r}.")
-    records = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if line.strip():
-                records.append(_record(_parse_line(line, where), config, where))
-    if not records:
-        raise DataError(f"{path}: the file holds no records. It needs one JSON object a line.")
+    rows = list(rows_of(path, _path_key(split)))
+    config, notices = resolve_columns(config, _names(row for _, row in rows), str(path))
+    records = [_record(row, config, where) for where, row in rows]
     has_answers = _all_or_none_have_answers(records, config)
-    return Source("jsonl", records.__getitem__, "number", len(records), _order(config, split), has_answers)
+    return Source(
+        "jsonl",
+        records.__getitem__,
+        "number",
+        len(records),
+        _order(config, split),
+        has_answers,
+        notices=tuple(notices),
+    )
+
+
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """All columns, in the order in which they come."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def check_file(config: DataConfig, split: str) -> None:
+    """Raises `DataError` where a split's file is missing, none of the formats, or lacks a column.
+
+    A large file's first records alone are read: the ranks read the others.
+    """
+    if config.source == "datasets":
+        path = _path_of(config, split)
+        if not path.is_dir():
+            raise DataError(_no_directory(path, split))
+    if config.source != "jsonl":
+        return
+    path = _path_of(config, split)
+    most = None if path.is_file() and path.stat().st_size <= _READ_WHOLE else _FIRST_RECORDS
+    rows = list(itertools.islice(rows_of(path, _path_key(split)), most))
+    config, _ = resolve_columns(config, _names(row for _, row in rows), str(path))
+    _all_or_none_have_answers([_record(row, config, where) for where, row in rows], config)
+
+
+def _no_directory(path: Path, split: str) -> str:
+    advice = " It is a file: data.source=jsonl reads JSON lines and parquet." if path.is_file() else ""
+    return f"{_path_key(split)}: there is no directory {str(path)!r}.{advice}"
 
 
 def datasets_source(config: DataConfig, split: str) -> Source:
@@ -134,7 +173,7 @@ def datasets_source(config: DataConfig, split: str) -> Source:
 
     path = _path_of(config, split)
     if not path.is_dir():
-        raise DataError(f"{_path_key(split)}: there is no directory {str(path)!r}.")
+        raise DataError(_no_directory(path, split))
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
@@ -146,13 +185,15 @@ def datasets_source(config: DataConfig, split: str) -> Source:
         data = data[part]
     if len(data) == 0:
         raise DataError(f"{path}: the data set is empty.")
+    config, notices = resolve_columns(config, data.column_names, str(path))
 
     def read(index: int) -> Record:
         where = f"{path}, row {index}"
         return _record(data[index], config, where)
 
     has_answers = _all_or_none_have_answers((read(index) for index in range(len(data))), config)
-    return Source("datasets", read, "number", len(data), _order(config, split), has_answers)
+    order = _order(config, split)
+    return Source("datasets", read, "number", len(data), order, has_answers, notices=tuple(notices))
 
 
 def reasoning_gym_source(config: DataConfig, split: str) -> Source:
@@ -221,21 +262,11 @@ def _path_of(config: DataConfig, split: str) -> Path:
     if path is None:
         use = "training" if split == "train" else "evaluation"
         raise ConfigError(f"data.source={config.source} needs {_path_key(split)} for {use}.")
-    return Path(path).expanduser()
+    return user_path(path)
 
 
 def _order(config: DataConfig, split: str) -> int | None:
     return config.seed if split == "train" else None
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # malformed JSON and malformed UTF-8
-        raise DataError(f"{where}: not valid JSON ({error}). Mend or drop the line.") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}. Mend or drop the line.")
-    return row
 
 
 def _record(row: Mapping[str, Any], config: DataConfig, where: str) -> Record:
@@ -247,14 +278,11 @@ def _record(row: Mapping[str, Any], config: DataConfig, where: str) -> Record:
         )
     if not problem.strip():
         raise DataError(f"{where}: the problem ({config.problem_key!r}) is empty.")
-    answer = row.get(config.answer_key)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        row = {**row, config.answer_key: str(answer)}
     used = (config.problem_key, config.solution_key, config.answer_key, config.teacher_key)
     return Record(
         problem=problem,
         solution=_text(row, config.solution_key, where),
-        answer=_text(row, config.answer_key, where),
+        answer=answer_text(row, config.answer_key, where),
         metadata={key: value for key, value in row.items() if key not in used},
         where=where,
         teacher=None if config.teacher_key is None else _text(row, config.teacher_key, where),

@@ -6,6 +6,7 @@ import datetime
 import importlib
 import logging
 import os
+import socket
 import time
 import warnings
 from dataclasses import replace
@@ -64,10 +65,13 @@ def start(
     if not dist.is_initialized():
         _check_address()
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-        if num_scorers:
-            _bridges[:] = [join_two_worlds(backend, timeout, num_scorers)]
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+        try:
+            if num_scorers:
+                _bridges[:] = [join_two_worlds(backend, timeout, num_scorers)]
+            else:
+                dist.init_process_group(backend, timeout=timeout)
+        except (dist.DistError, OSError, ValueError) as error:
+            raise ConfigError(_no_meeting(error)) from error
     rendezvous_seconds = time.monotonic() - begin
     world_size, is_scorer = dist.get_world_size(), False
     if num_scorers:
@@ -102,6 +106,30 @@ def _check_address() -> None:
             f"a rank needs {', '.join(names)}; {', '.join(missing)} is not set. torchrun sets them all, and under srun "
             "renio takes them from Slurm's variables; otherwise set them: the address and a free port of rank 0's node."
         )
+    address = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"MASTER_ADDR={address} is no address that this node knows ({error}). Give the name or address of rank 0's "
+            "node, alike on all ranks."
+        ) from error
+
+
+def _no_meeting(error: Exception) -> str:
+    """What a failed rendezvous says, in one line."""
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+    text = " ".join(str(error).split()).partition(" Exception raised from")[0]
+    if "EADDRINUSE" in text:
+        return (
+            f"another program has the port where the ranks should meet ({place}). Set MASTER_PORT to a free one, alike "
+            "on all ranks; torchrun and renio find one themselves."
+        )
+    return (
+        f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others ({place}): {text}. All ranks "
+        "need the same address and port, which is open on rank 0's node, and have to start within "
+        "parallel.distributed_timeout_minutes."
+    )
 
 
 def check_transformer_engine() -> bool:

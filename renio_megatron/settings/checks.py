@@ -1,4 +1,4 @@
-"""Two checks that several settings share."""
+"""Checks that several settings share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from collections.abc import Iterable
 
 from renio_megatron.errors import ConfigError
 
+MOST_SEQUENCES = 2**20
+
 
 def require_positive(section: str, **values: float | None) -> None:
     """Raises `ConfigError` for the first value that is not above 0 and finite; None passes."""
     for name, value in values.items():
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{section}.{name} must be above 0{' and finite' if value > 0 else ''}; got {value}.")
+
+
+def require_countable(section: str, **values: int) -> None:
+    """Raises `ConfigError` for a number of sequences that no memory holds: their prompts are made together."""
+    for name, value in values.items():
+        if value > MOST_SEQUENCES:
+            raise ConfigError(
+                f"{section}.{name} must be at most {MOST_SEQUENCES}, whose prompts are in memory together; got {value}."
+            )
 
 
 def require_choice(key: str, value: str, choices: Iterable[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings.checks import require_choice, require_positive
+from renio_megatron.settings.checks import require_choice, require_countable, require_positive
 from renio_megatron.settings.templates import check_template
 
 
@@ -156,5 +156,6 @@ class EvaluateConfig:
             temperature=self.temperature,
             max_completion_length=self.max_completion_length,
         )
+        require_countable("evaluate", samples=self.samples)
         if self.every < 0:
             raise ConfigError(f"evaluate.every must be at least 0 (0: never); got {self.every}.")

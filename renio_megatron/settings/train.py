@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings.checks import require_choice, require_positive
+from renio_megatron.settings.checks import require_choice, require_countable, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,7 @@ class TrainConfig:
             lr=self.lr,
             adam_eps=self.adam_eps,
         )
+        require_countable("train", global_batch_size=self.global_batch_size)
         require_choice("train.lr_decay_style", self.lr_decay_style, ("constant", "linear", "cosine"))
         if not self.moe_aux_loss_coeff >= 0:
             raise ConfigError(f"train.moe_aux_loss_coeff must be at least 0; got {self.moe_aux_loss_coeff}.")

@@ -1,0 +1,91 @@
+"""Which columns of a file are the problem, the solution and the answer, and answers as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from renio_megatron.errors import DataError
+from renio_megatron.settings import DataConfig
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "problem_key": ("problem", "question", "prompt", "instruction", "query"),
+    "solution_key": ("solution", "response", "completion", "rationale", "generated_solution"),
+    "answer_key": ("answer", "final_answer", "expected_answer", "ground_truth", "target"),
+}
+"""Usual names of each column, in any case. They are looked for where the setting is at its default, the first of them,
+and the file has no such column."""
+
+_SCIENTIFIC = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)[eE][+-]?\d{1,3}\s*")
+_NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity")
+
+
+def resolve_columns(config: DataConfig, names: Sequence[str], where: str) -> tuple[DataConfig, list[str]]:
+    """The settings with the names of the columns that a file has, and a sentence where they are others than asked for.
+
+    Args:
+        config: the settings.
+        names: all columns of the file's records.
+        where: the file, for messages.
+
+    Raises:
+        DataError: two columns could be meant.
+    """
+    changed: dict[str, Any] = {}
+    given = {config.problem_key, config.solution_key, config.answer_key, config.teacher_key}
+    for setting, aliases in ALIASES.items():
+        wanted = getattr(config, setting)
+        if wanted != aliases[0] or wanted in names:
+            continue
+        found = [name for name in names if name.lower() in aliases and name not in given]
+        if len(found) > 1:
+            raise DataError(
+                f"{where}: there is no column {wanted!r}, and {', '.join(map(repr, found))} could be meant. Set "
+                f"data.{setting} to the right one."
+            )
+        if found:
+            changed[setting] = found[0]
+    if not changed:
+        return config, []
+    told = ", ".join(f"the {setting.removesuffix('_key')} from {name!r}" for setting, name in changed.items())
+    settings = ", ".join(f"data.{setting}" for setting in changed)
+    return replace(config, **changed), [f"{where}: {told} is read, by the usual names ({settings} say otherwise)."]
+
+
+def answer_text(row: Mapping[str, Any], key: str, where: str) -> str | None:
+    """A record's right answer as text; numbers in full digits.
+
+    >>> answer_text({"a": 1e-05}, "a", "here"), answer_text({"a": "2.50e2"}, "a", "here"), answer_text({}, "a", "here")
+    ('0.00001', '250', None)
+
+    Raises:
+        DataError: it is empty, not a number, or neither text nor a number.
+    """
+    value = row.get(key)
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = repr(value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: column {key!r} must hold text, got {type(value).__name__}.")
+    if not value.strip():
+        raise DataError(
+            f"{where}: the answer ({key!r}) is empty, and no completion could be right. Leave such records out, or "
+            "give null to all."
+        )
+    if value.strip().lower() in _NO_NUMBERS:
+        raise DataError(
+            f"{where}: the answer ({key!r}) is {value.strip()!r}, which stands for a missing number in many programs. "
+            "Leave such records out, or give null to all."
+        )
+    if _SCIENTIFIC.fullmatch(value):
+        try:
+            number = Decimal(value.strip())
+        except InvalidOperation:
+            return value
+        text = format(number, "f")
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return value
