@@ -273,7 +273,7 @@ def differences(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:
     """A line for each setting of what is computed that differs from those that `to_yaml` wrote, with both values.
 
     Those that only say how it is computed are `changes`; `output_dir` is left out: a run directory may be moved. A
-    setting that is not there is the same as null.
+    setting that is not there has its default: an earlier version wrote it.
 
     Raises:
         ConfigError: `old_yaml` is not a mapping in YAML.
@@ -291,11 +291,25 @@ def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
         old, new = _flatten(yaml.safe_load(old_yaml)), _flatten(yaml.safe_load(to_yaml(config)))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError("the settings are not a mapping in YAML.") from error
+    for key in new.keys() - old.keys():  # a setting that is newer than what was written
+        old[key] = _default_of(config, key)
     return {
         key: f"{key}: was {old.get(key, '(not there)')!r}, is now {new.get(key, '(not there)')!r}"
         for key in dict.fromkeys([*new, *old])
         if key != "output_dir" and old.get(key) != new.get(key)
     }
+
+
+def _default_of(config: RunConfig | SftConfig, key: str) -> Any:
+    """The default of a dotted key; None where it has none."""
+    section: Any = config
+    *path, last = key.split(".")
+    for name in path:
+        section = getattr(section, name, None)
+    if not dataclasses.is_dataclass(section):  # one of a table's sections
+        return None
+    own = next(one for one in dataclasses.fields(section) if one.name == last)
+    return None if own.default is dataclasses.MISSING else own.default
 
 
 def _check_model(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from renio_megatron.checkpoint_files import step_directory
-from renio_megatron.settings import CheckpointConfig, LoraConfig, ParallelConfig, TeacherConfig
+from renio_megatron.settings import CheckpointConfig, EvaluateConfig, LoraConfig, ParallelConfig, TeacherConfig
 from tests.peft_cases import by_peft, save_adapter
 from tests.resuming import error_of, rows, run, run_config, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of
@@ -35,6 +35,7 @@ def _config(folder: Path, name: str, start: str, **changes: Any) -> Any:
         "teacher": TeacherConfig(model=str(folder / f"{start} merged")),
         "lora": LoraConfig(r=4, alpha=8.0, adapter=str(folder / start)),
         "parallel": TP2_SP,
+        "evaluate": EvaluateConfig(),
     }
     return run_config(folder, name, **{**sections, **changes})
 
@@ -134,6 +135,7 @@ def rows_config(folder: Path, name: str, model: str, layout: str, **changes: Any
     sections = {
         "model": str(folder / f"{model} more"),
         "parallel": LAYOUTS[layout],
+        "evaluate": EvaluateConfig(),
         "train": train_config(weight_decay=0.5, lr=0.01, bf16=False),
     }
     return run_config(folder, name, **{**sections, **changes})

@@ -123,6 +123,7 @@ def test_settings_and_data_are_looked_at_before_torch_is_imported(kind: str, nam
     assert not has_torch
 
 
+@pytest.mark.matrix(11)
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, named in LATE.items() for name in named])
 def test_the_ranks_say_it_as_one(kind: str, name: str, models: Path, tmp_path: Path) -> None:
     recipe, settings = given(LATE[kind][name], models, tmp_path)

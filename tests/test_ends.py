@@ -177,6 +177,7 @@ def by_us(directory: Path, prompts: list[list[int]], strings: list[str], tensor:
     return sampler.sample(asked, Decoding(0.0, None, None, 24), stream=(1,))
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2)])
 def test_a_text_ends_a_completion_where_transformers_ends_it(
     tensor: int, pipeline: int, directory: Path, two_ranks: Ranks

@@ -99,10 +99,21 @@ class TestRealRuns:
         job = start(4, {"teacher": {"model": str(models / "broken")}})
         assert job.wait(120.0) == 2
         error = job.error()
-        assert error.startswith("error: rank 0: the teacher's log-probabilities hold NaN or infinity."), error
+        assert error.startswith("error: ") and "broken: lm_head.weight holds NaN or inf" in error, error
         assert error.count("\n") == 1
         assert job.rows() == []
         assert not list((job.run / "checkpoints").glob("iter_*"))
+
+    def test_a_number_that_is_none_on_one_rank_is_told_by_that_rank(self, start, models, tmp_path):
+        copy = shutil.copytree(models / "teacher", tmp_path / "teacher")
+        state = load_file(copy / "model.safetensors")
+        state["lm_head.weight"][-1, 3] = float("nan")  # the last row is the last tensor rank's
+        save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+        job = start(4, {"teacher": {"model": str(copy)}})
+        assert job.wait(120.0) == 2
+        error = job.error()
+        assert error.startswith("[rank 1] error: ") and "lm_head.weight holds NaN or inf" in error, error
+        assert error.count("\n") == 1
 
     def test_nan_in_the_gradient_of_rank_1_is_told_by_rank_1(self, start, tmp_path):
         job = start(4, PATHS=injected(tmp_path, NAN_GRADIENT))

@@ -40,6 +40,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Fou
         yield lambda family: rank.once(compare_family, family, folder)[0]
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_computes_is_computed_or_refused(family: str, of: Callable[[str], Found]) -> None:
     found = of(family)
@@ -55,6 +56,7 @@ def test_what_transformers_computes_is_computed_or_refused(family: str, of: Call
             assert difference is not None and difference < TOLERANCE, (name, difference)
 
 
+@pytest.mark.matrix(2)
 def test_few_that_transformers_loads_are_refused(of: Callable[[str], Found]) -> None:
     loaded = [ours for family in FAMILIES for _, theirs, ours in of(family).values() if not theirs]
     refused = [ours for ours in loaded if ours]
@@ -62,6 +64,7 @@ def test_few_that_transformers_loads_are_refused(of: Callable[[str], Found]) -> 
     assert len(refused) <= len(loaded) // 10, refused
 
 
+@pytest.mark.matrix(15)
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_are_computed(name: str, of: Callable[[str], Found]) -> None:
     assert of(RELEASED[name][0])[f"released: {name}"][1:] == ("", "")

@@ -70,6 +70,7 @@ def test_and_so_it_does_where_the_old_shards_are_gone(models: Path, tmp_path: Pa
     logits_agree(tmp_path / "a", two_ranks)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("family", DENSE)
 def test_a_head_of_its_own_is_kept_where_the_description_ties_it(
     family: str, models: Path, tmp_path: Path, two_ranks: Ranks
@@ -121,6 +122,7 @@ def test_fused_experts_of_another_shape_are_refused(models: Path, tmp_path: Path
     assert f"{name} has the shape (3, 32, 48)" in message and "\n" not in message
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_no_number_is_found_while_loading(

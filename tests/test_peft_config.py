@@ -72,6 +72,7 @@ def test_a_refusal_names_the_option_and_a_value_that_says_nothing_passes(found: 
             assert message.startswith({"teacher": "teacher.adapter: ", "student": "lora.adapter: "}[role])
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_adapters_that_took_a_part_of_the_weights(init: str, family: str, tmp_path: Path, two_ranks: Ranks) -> None:

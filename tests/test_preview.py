@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from renio_megatron.cli.main import main
 from renio_megatron.config import load_recipe
 from renio_megatron.data.prompts import load_tokenizer
 from renio_megatron.errors import ConfigError
+from tests import warm
+from tests.jobs import python_path
 from tests.test_chat_template import CHATML, IGNORES
 from tests.test_prompts import characters
 
@@ -160,13 +166,9 @@ def test_a_run_shows_a_prompt_and_the_ends_at_its_start(tmp_path: Path, capsys) 
             }
         )
     )
-    import subprocess
-    import sys
-
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "renio_megatron.cli.main", "train", str(recipe)],
-        capture_output=True,
-        text=True,
+        env={**os.environ, "PYTHONPATH": python_path()},
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
@@ -174,3 +176,32 @@ def test_a_run_shows_a_prompt_and_the_ends_at_its_start(tmp_path: Path, capsys) 
     assert found["prompts"][0]["student_text"] in done.stdout
     assert "completions end at '$' (15)" in done.stdout
     shutil.rmtree(tmp_path / "run")
+
+
+PAGE = (ROOT / "docs" / "how-to" / "prompts.md").read_text()
+
+
+def test_the_commands_of_the_page_run(capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    fences = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    commands = [line for fence in fences for line in fence.splitlines() if line]
+    assert len(commands) == 3
+    for line in commands:
+        program, *arguments = shlex.split(line)
+        assert program == "renio"
+        assert main(arguments) == 0
+        shown = capsys.readouterr().out
+        assert ("student_ends" in json.loads(shown)) if "--json" in arguments else ("completions end at" in shown)
+
+
+def test_the_settings_of_the_page_are_settings(recipe: Path) -> None:
+    [section] = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    recipe.write_text(recipe.read_text() + section)
+    rollout = load_recipe("train", recipe).config.rollout
+    assert (rollout.stop_token_ids, rollout.stop_strings) == ([151645], ["</answer>"])
+
+
+def test_the_page_names_every_column_that_is_recognized() -> None:
+    from renio_megatron.data.columns import ALIASES
+
+    assert all(f"`{name}`" in PAGE for names in ALIASES.values() for name in names[1:])

@@ -130,6 +130,26 @@ def test_usual_names_of_columns_are_read_and_told(
     source = build_source(DataConfig(source="jsonl", path=str(path)), "train")
     record = source.record(0)
     assert (record.problem, record.solution, record.answer) == found
+    assert bool(source.notices) == bool(told)
+    for words in told:
+        assert words in " ".join(source.notices)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"problem": "1?", "response": "a", "completion": "b"}, ["'response', 'completion' could be meant"]),
+        ({"problem": "1?", "target": {"a": 1}}, []),
+        ({"problem": "1?", "ground_truth": "1", "target": "2"}, ["'ground_truth', 'target'", "data.answer_key"]),
+    ],
+)
+def test_a_column_that_may_be_missing_is_left_out_where_it_is_not_clear(
+    row: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    source = build_source(DataConfig(source="jsonl", path=str(path)), "train")
+    assert (source.record(0).solution, source.record(0).answer) == (None, None)
     assert len(source.notices) == bool(told)
     for words in told:
         assert words in source.notices[0]
@@ -152,7 +172,7 @@ def test_data_sets_have_usual_names_as_well(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"question": "1?", "final_answer": "4"}]).save_to_disk(str(tmp_path / "a"))
     source = build_source(DataConfig(source="datasets", path=str(tmp_path / "a")), "train")
     assert (source.record(0).problem, source.record(0).answer) == ("1?", "4")
-    assert "'final_answer'" in source.notices[0]
+    assert "'final_answer'" in " ".join(source.notices)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[Ranks]:
+    with Ranks(1, timeout=200) as rank:
+        yield rank
+
+
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("start", STARTS)
 def test_the_student_is_the_model_that_peft_merges(start: str, folder: Path, two_ranks: Ranks) -> None:
     for losses in two_ranks(losses_at_the_start, folder, start):
@@ -44,15 +52,15 @@ def test_the_student_is_the_model_that_peft_merges(start: str, folder: Path, two
         assert all(losses[name] < 1e-6 for name in ("student", "both", "teacher")), losses
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("start", STARTS)
-def test_its_run_goes_on_and_is_exported(start: str, folder: Path, two_ranks: Ranks) -> None:
+def test_its_run_goes_on_and_is_exported(start: str, folder: Path, two_ranks: Ranks, one_rank: Ranks) -> None:
     for found in two_ranks.once(run_of_start, folder, start):
         assert found["again"]["outcome"] == "resumed"
         assert same(found["whole"]["parameters"], found["again"]["parameters"])
         assert "trained beside other weights" in found["without"]
     assert rows(folder, f"{start} run") == rows(folder, f"{start} cut")
-    with Ranks(1, timeout=200) as rank:
-        found = rank(exports_of_start, folder, start)[0]
+    found = one_rank(exports_of_start, folder, start)[0]
     assert found["start"] == start
     assert found["difference"] < 1e-5 and found["trained"] > 1e-3
 
@@ -64,16 +72,16 @@ ROWS = [("student", layout, False) for layout in LAYOUTS] + [
 ]
 
 
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize(("model", "layout", "bf16"), ROWS)
 def test_rows_beyond_the_shared_vocabulary_stay(
-    model: str, layout: str, bf16: bool, folder: Path, two_ranks: Ranks
+    model: str, layout: str, bf16: bool, folder: Path, two_ranks: Ranks, one_rank: Ranks
 ) -> None:
     """Through weight decay, a resumption, `checkpoint.load`, `pretrained_checkpoint` and the export."""
     name = f"{model}, {layout}, {bf16}"
     for found in two_ranks(run_with_rows, folder, model, layout, bf16):
         assert all(loss < 1e-3 for loss in found["first losses"])  # student and teacher are one model
-    with Ranks(1, timeout=200) as rank:
-        rank(exports_with_rows, folder, [name])
+    one_rank(exports_with_rows, folder, [name])
     before = load_file(folder / f"{model} more" / "model.safetensors")
     for run in (name, f"{name}, loaded", f"{name}, own"):
         after = load_file(folder / f"{run} out" / "model.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -23,36 +23,48 @@ _SCIENTIFIC = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)[eE][+-]?\d{1,3}\s*")
 _NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity")
 
 
-def resolve_columns(config: DataConfig, names: Sequence[str], where: str) -> tuple[DataConfig, list[str]]:
+def resolve_columns(
+    config: DataConfig, names: Sequence[str], where: str, is_text: Callable[[str], bool]
+) -> tuple[DataConfig, list[str]]:
     """The settings with the names of the columns that a file has, and a sentence where they are others than asked for.
+
+    A solution or an answer that two columns could be, or that is no text, is left out with a sentence: not every run
+    needs them.
 
     Args:
         config: the settings.
         names: all columns of the file's records.
         where: the file, for messages.
+        is_text: whether a column holds text or numbers.
 
     Raises:
-        DataError: two columns could be meant.
+        DataError: two columns could be the problem.
     """
     changed: dict[str, Any] = {}
+    told = []
     given = {config.problem_key, config.solution_key, config.answer_key, config.teacher_key}
     for setting, aliases in ALIASES.items():
         wanted = getattr(config, setting)
         if wanted != aliases[0] or wanted in names:
             continue
         found = [name for name in names if name.lower() in aliases and name not in given]
+        if setting != "problem_key":
+            found = [name for name in found if is_text(name)]
         if len(found) > 1:
-            raise DataError(
+            problem = (
                 f"{where}: there is no column {wanted!r}, and {', '.join(map(repr, found))} could be meant. Set "
                 f"data.{setting} to the right one."
             )
-        if found:
+            if setting == "problem_key":
+                raise DataError(problem)
+            told.append(problem)
+        elif found:
             changed[setting] = found[0]
-    if not changed:
-        return config, []
-    told = ", ".join(f"the {setting.removesuffix('_key')} from {name!r}" for setting, name in changed.items())
-    settings = ", ".join(f"data.{setting}" for setting in changed)
-    return replace(config, **changed), [f"{where}: {told} is read, by the usual names ({settings} say otherwise)."]
+            told.append(
+                f"{where}: the {setting.removesuffix('_key')} is read from {found[0]!r}, a usual name for it; "
+                f"data.{setting} says otherwise."
+            )
+    return replace(config, **changed), told
 
 
 def answer_text(row: Mapping[str, Any], key: str, where: str) -> str | None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from renio_megatron.settings.checks import require_choice
 
 SPLITS = ("train", "eval")
 DEFAULT_GYM_SIZE = 10_000
+_TEXT_KINDS = ("string", "large_string", "int", "uint", "float", "double")
 _READ_WHOLE, _FIRST_RECORDS = 64 * 2**20, 1000
 """Bytes of a file that is read whole before the ranks start, and records of a larger one."""
 _EVAL_SEED_OFFSET = 2**31  # reasoning-gym seeds item i with seed + i: neighbouring seeds would share problems
@@ -125,7 +127,7 @@ def jsonl_source(config: DataConfig, split: str) -> Source:
     """A file of records: a JSON object a line, gzipped or not, an array of objects, or parquet."""
     path = _path_of(config, split)
     rows = list(rows_of(path, _path_key(split)))
-    config, notices = resolve_columns(config, _names(row for _, row in rows), str(path))
+    config, notices = _resolved(config, [row for _, row in rows], path)
     records = [_record(row, config, where) for where, row in rows]
     has_answers = _all_or_none_have_answers(records, config)
     return Source(
@@ -139,9 +141,13 @@ def jsonl_source(config: DataConfig, split: str) -> Source:
     )
 
 
-def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """All columns, in the order in which they come."""
-    return list(dict.fromkeys(name for row in rows for name in row))
+def _resolved(config: DataConfig, rows: Sequence[Mapping[str, Any]], path: Path) -> tuple[DataConfig, list[str]]:
+    """The settings with the columns that the rows have, and sentences about them."""
+
+    def is_text(name: str) -> bool:
+        return all(isinstance(row.get(name, ""), (str, int, float, NoneType)) for row in rows)
+
+    return resolve_columns(config, list(dict.fromkeys(name for row in rows for name in row)), str(path), is_text)
 
 
 def check_file(config: DataConfig, split: str) -> None:
@@ -158,7 +164,7 @@ def check_file(config: DataConfig, split: str) -> None:
     path = _path_of(config, split)
     most = None if path.is_file() and path.stat().st_size <= _READ_WHOLE else _FIRST_RECORDS
     rows = list(itertools.islice(rows_of(path, _path_key(split)), most))
-    config, _ = resolve_columns(config, _names(row for _, row in rows), str(path))
+    config, _ = _resolved(config, [row for _, row in rows], path)
     _all_or_none_have_answers([_record(row, config, where) for where, row in rows], config)
 
 
@@ -185,7 +191,10 @@ def datasets_source(config: DataConfig, split: str) -> Source:
         data = data[part]
     if len(data) == 0:
         raise DataError(f"{path}: the data set is empty.")
-    config, notices = resolve_columns(config, data.column_names, str(path))
+    kinds = {name: str(getattr(feature, "dtype", "")) for name, feature in data.features.items()}
+    config, notices = resolve_columns(
+        config, data.column_names, str(path), lambda name: kinds[name].startswith(_TEXT_KINDS)
+    )
 
     def read(index: int) -> Record:
         where = f"{path}, row {index}"
