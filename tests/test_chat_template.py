@@ -112,6 +112,7 @@ def run_in_zone(config: Any, zones: list[str], **how: Any) -> dict[str, Any]:
         time.tzset()
 
 
+@pytest.mark.matrix(2)
 def test_a_run_reads_the_same_prompts_on_another_day(tmp_path: Path, two_ranks: Ranks) -> None:
     """Ranks whose clocks say different days, a run that goes on on a third one; and a run of that day alone."""
     from transformers import AutoTokenizer

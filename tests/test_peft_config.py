@@ -45,6 +45,7 @@ def test_every_field_is_tried() -> None:
     assert set(FIELDS) == {field.name for field in dataclasses.fields(peft.LoraConfig)}
 
 
+@pytest.mark.matrix(2)
 def test_what_peft_computes_is_computed_or_refused(found: Callable[[], dict]) -> None:
     cases = found()
     assert cases.keys() == {name for name, _, _ in changes()} and len(cases) > 100
@@ -61,6 +62,7 @@ def test_what_peft_computes_is_computed_or_refused(found: Callable[[], dict]) ->
             assert all(difference < TOLERANCE for difference in differences.values()), (name, differences)
 
 
+@pytest.mark.matrix(2)
 def test_a_refusal_names_the_option_and_a_value_that_says_nothing_passes(found: Callable[[], dict]) -> None:
     for name, key, value in changes():
         _, _, ours = found()[name]

@@ -150,6 +150,7 @@ def test_a_template_without_a_record_is_refused(template: str, recipe: Path) -> 
         load_recipe("train", recipe, ["data.teacher_template={solution}"])
 
 
+@pytest.mark.matrix(2)
 def test_a_run_shows_a_prompt_and_the_ends_at_its_start(tmp_path: Path, capsys) -> None:
     from tests.training_cases import save_models
 

@@ -52,7 +52,7 @@ def test_the_student_is_the_model_that_peft_merges(start: str, folder: Path, two
         assert all(losses[name] < 1e-6 for name in ("student", "both", "teacher")), losses
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("start", STARTS)
 def test_its_run_goes_on_and_is_exported(start: str, folder: Path, two_ranks: Ranks, one_rank: Ranks) -> None:
     for found in two_ranks.once(run_of_start, folder, start):

@@ -86,6 +86,7 @@ def run_by_variables(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.matrix(2)
 def test_every_path_of_a_recipe_may_hold_them(tmp_path: Path, two_ranks: Ranks) -> None:
     pytest.importorskip("peft")
     from tests.peft_cases import save_adapter
