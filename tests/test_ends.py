@@ -121,6 +121,7 @@ def test_they_are_said_in_words() -> None:
     base, instruct = Ends((EOS,)), Ends((EOS, newline))
     assert differing_ends(base, base, tokenizer, "the teacher") is None
     assert differing_ends(instruct, base, tokenizer, "the teacher") is None
+    assert differing_ends(base, Ends((EOS, 50_000)), tokenizer, "the teacher") is None, "no token of the student's"
     sentence = differing_ends(base, instruct, tokenizer, "the teacher math")
     assert sentence is not None
     for words in ("end at '</s>' (1)", "the teacher math also ends", f"Set rollout.stop_token_ids=[{newline}]"):

@@ -91,7 +91,8 @@ def ends_of(
 
 def differing_ends(student: Ends, teacher: Ends, tokenizer: Any, who: str) -> str | None:
     """A sentence about ends of a teacher at which the student's completions do not end; None where there are none."""
-    missing = Ends(tuple(token for token in teacher.token_ids if token not in student.token_ids))
+    its_own = (token for token in teacher.token_ids if token < len(tokenizer))  # others the student cannot write
+    missing = Ends(tuple(token for token in its_own if token not in student.token_ids))
     if not missing.token_ids:
         return None
     return (

@@ -96,7 +96,10 @@ def check_same_model(directory: Path, part: ModelPart, base: str | None = None) 
 
 def _check_rows(directory: Path, part: ModelPart) -> None:
     """Raises `CheckpointError` where a checkpoint lacks rows of the model's vocabulary, which would load as zeros."""
-    found = dist_checkpointing.load_tensors_metadata(str(directory))
+    try:
+        found = dist_checkpointing.load_tensors_metadata(str(directory))
+    except (Exception, CheckpointException) as error:
+        refuse(directory, error)
     lacking = [key for key in VOCABULARY if key in found and found[key].global_shape[0] < part.architecture.vocab_size]
     if lacking:
         raise_shared(
