@@ -141,6 +141,37 @@ def test_what_is_no_number_is_found_while_loading(
     assert all(f"{name} holds NaN or inf" in message for message in messages)
 
 
+def nan_in_a_checkpoint(directory: Path, folder: Path) -> str:
+    """What is said of a checkpoint of Megatron's in which one number of the second layer is none."""
+    from renio_megatron.checkpoint_files import step_directory
+    from renio_megatron.megatron.checkpoint import MegatronKeeper
+    from renio_megatron.megatron.hf import load_weights
+    from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.pretrained import load_pretrained
+    from renio_megatron.megatron.start import start
+    from renio_megatron.settings import ParallelConfig, TrainConfig
+    from tests.resuming import error_of
+
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    layout, architecture = start(parallel, seed=0), Architecture.from_directory(directory)
+    parts = [build_model(architecture, layout, parallel, TrainConfig(), vocab_size=61) for _ in range(2)]
+    load_weights(parts[0], directory)
+    learner = MegatronLearner(parts[0], TrainConfig(), parallel, temperature=1.0, pad_id=0)
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
+    dict(parts[0].named_parameters())[name].data[3, 4] = float("nan")  # on both ranks, in other columns of the whole
+    keeper = MegatronKeeper(folder, learner)
+    keeper.save(1, {})
+    keeper.finish()
+    return error_of(lambda: load_pretrained(parts[1], step_directory(folder, 1)))
+
+
+def test_so_it_is_in_a_checkpoint_of_megatrons(models: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    for message in two_ranks(nan_in_a_checkpoint, models / "llama", tmp_path / "checkpoints"):
+        assert message.startswith("ConfigError: the checkpoint ")
+        assert "decoder.layers.1.mlp.linear_fc2.weight holds NaN or inf" in message
+
+
 def test_an_adapter_beside_the_weights_is_refused(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "llama", tmp_path / "a")
     assert model_directory(str(tmp_path / "a"), "model") == tmp_path / "a"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.hf_config_cases import save_family
 from tests.multiprocess import Ranks
@@ -84,3 +85,16 @@ def test_adapters_that_took_a_part_of_the_weights(init: str, family: str, tmp_pa
     for differences, theirs, ours in two_ranks(compare, tmp_path / "model", tmp_path / "adapter", 2):
         assert (theirs, ours) == ("", {})
         assert all(difference < TOLERANCE for difference in differences.values())
+
+
+def test_an_adapter_with_a_number_that_is_none_is_named(tmp_path: Path, two_ranks: Ranks) -> None:
+    save_family("llama", tmp_path / "model")
+    save_adapter(tmp_path / "model", tmp_path / "adapter")
+    file, name = tmp_path / "adapter" / "adapter_model.safetensors", "layers.2.mlp.up_proj.lora_A.weight"
+    state = load_file(file)
+    [key] = [key for key in state if key.endswith(name)]
+    state[key][1, 2] = float("inf")
+    save_file(state, file, metadata={"format": "pt"})
+    for _, _, ours in two_ranks(compare, tmp_path / "model", tmp_path / "adapter", 1):
+        for role, setting in (("teacher", "teacher.adapter"), ("student", "lora.adapter")):
+            assert ours[role].startswith(f"{setting}: ") and f"{name}" in ours[role] and "NaN or inf" in ours[role]

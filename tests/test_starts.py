@@ -44,7 +44,7 @@ def one_rank() -> Iterator[Ranks]:
         yield rank
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("start", STARTS)
 def test_the_student_is_the_model_that_peft_merges(start: str, folder: Path, two_ranks: Ranks) -> None:
     for losses in two_ranks(losses_at_the_start, folder, start):
@@ -72,7 +72,7 @@ ROWS = [("student", layout, False) for layout in LAYOUTS] + [
 ]
 
 
-@pytest.mark.matrix(7)
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize(("model", "layout", "bf16"), ROWS)
 def test_rows_beyond_the_shared_vocabulary_stay(
     model: str, layout: str, bf16: bool, folder: Path, two_ranks: Ranks, one_rank: Ranks
