@@ -118,7 +118,8 @@ def test_the_end_of_a_child_tidies_nothing_of_its_parents() -> None:
     assert warm.run([sys.executable, "-c", TIDY], timeout=100).stdout == "True\n"
 
 
-SLEEPS = "print('here', flush=True); import time; time.sleep(600)"
+# Short sleeps: a signal just before one long sleep would be heard when that is over.
+SLEEPS = "import time; print('here', flush=True); [time.sleep(0.1) for _ in range(6000)]"
 
 
 def test_it_is_ended_by_signals_and_by_the_end_of_whoever_asked() -> None:

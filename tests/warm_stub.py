@@ -9,6 +9,7 @@ def main(address: str, python: str) -> None:
     """Has the server run this program's arguments, and ends as that process does."""
     import array
     import pickle
+    import select
     import socket
     import struct
 
@@ -28,11 +29,16 @@ def main(address: str, python: str) -> None:
     outputs = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     connection.sendmsg([number.pack(len(text))], outputs)
     connection.sendall(text)
-    read = connection.makefile("rb").read
-    (process,) = number.unpack(read(number.size))
+    (process,) = number.unpack(connection.recv(number.size, socket.MSG_WAITALL))
+    # A signal just before a call that blocks would be heard when that returns, which is when the process ends.
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told)
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(one, lambda given, _: os.kill(process, given))
-    (code,) = number.unpack(read(number.size))
+    while connection not in (ready := select.select([connection, heard], [], [])[0]):
+        os.read(ready[0], 64)
+    (code,) = number.unpack(connection.recv(number.size, socket.MSG_WAITALL))
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
