@@ -189,7 +189,7 @@ def build_student(
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.peft_files import load_adapter
     from renio_megatron.megatron.pretrained import load_pretrained
-    from renio_megatron.megatron.residual import Residual
+    from renio_megatron.megatron.residual import residual_of
     from renio_megatron.megatron.sampler import MegatronSampler
 
     parallel, train = config.parallel, config.train
@@ -206,9 +206,7 @@ def build_student(
         initialise=not is_loaded,
     )
     if is_loaded:
-        change = None
-        if inputs.adapter is not None and inputs.adapter.start is not None:
-            change = Residual(inputs.adapter, inputs.weights, inputs.architecture, layout.device)
+        change = residual_of(inputs.adapter, inputs.weights, inputs.architecture, layout.device)
         load_pretrained(part, inputs.weights, title="student", say=say, change=change)
     if config.lora.adapter is not None:
         load_adapter(part, user_path(config.lora.adapter))

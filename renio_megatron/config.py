@@ -186,8 +186,7 @@ def _read(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
 def _mistakes_of(kind: str, path: str | Path, overrides: Sequence[str]) -> frozenset[str]:
     """Keys of a recipe that have no effect without the command line; of that only keys outside of sections are used."""
     try:
-        outside = [text for text in overrides if "." not in text.partition("=")[0]]
-        plain = [text for text in outside if text.partition("=")[0].strip() in _PLAIN_KEYS]
+        plain = [text for text in overrides if text.partition("=")[0].strip() in _PLAIN_KEYS]
         config, explicit, _ = read_recipe(SCHEMAS[kind], path, plain)
         return frozenset(ignored_settings(kind, config, explicit))
     except ConfigError:  # it needs the command line to be a recipe at all
@@ -259,14 +258,7 @@ def check_data(config: RunConfig | SftConfig) -> None:
 
 def to_yaml(config: RunConfig | SftConfig) -> str:
     """Every setting as YAML, in the order of the fields; `load_recipe` need not accept it, `differences` reads it."""
-    return OmegaConf.to_yaml(OmegaConf.create(_literal(dataclasses.asdict(config))))
-
-
-def _literal(value: Any) -> Any:
-    """The same with every text as `recipe_file` would read it again."""
-    if isinstance(value, dict):
-        return {key: _literal(one) for key, one in value.items()}
-    return [literal(one) for one in value] if isinstance(value, list) else literal(value)
+    return OmegaConf.to_yaml(OmegaConf.create(literal(dataclasses.asdict(config))))
 
 
 def differences(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:

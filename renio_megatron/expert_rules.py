@@ -7,9 +7,9 @@ from typing import Any
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings import ParallelConfig, TrainConfig
+from renio_megatron.settings.lora import OF_ATTENTION
 
 MIXTURE_TYPES = ("qwen3_moe", "mixtral")
-_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def check_expert_ranks(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:
@@ -99,9 +99,9 @@ def _check_student(config: Any) -> None:
         )
     if lora.r is None:
         return
-    others = [name for name in lora.names if name not in _OF_ATTENTION]
+    others = [name for name in lora.names if name not in OF_ATTENTION]
     if others:
         raise ConfigError(
             f"lora.r={lora.r} on {', '.join(others)} of a student with experts: adapters beside experts are not built. "
-            f"Set lora.targets=[{','.join(_OF_ATTENTION)}], or some of them."
+            f"Set lora.targets=[{','.join(OF_ATTENTION)}], or some of them."
         )

@@ -24,7 +24,7 @@ from renio_megatron.megatron.model import build_model
 from renio_megatron.megatron.peft_config import PeftAdapter
 from renio_megatron.megatron.peft_files import adapter_state, merged, write_adapter
 from renio_megatron.megatron.pretrained import fingerprint, load_pretrained, start_of
-from renio_megatron.megatron.residual import Residual
+from renio_megatron.megatron.residual import residual_of
 from renio_megatron.megatron.saved_model import load_model_weights, saved_base
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.rundir import RunDirectory
@@ -86,9 +86,7 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
     removed = start_of(saved_base(checkpoint))
     base = fingerprint(weights, architecture, removed) if lora.r is not None else None
     if merge:
-        change = None
-        if removed is not None:
-            change = Residual(PeftAdapter(lora, removed), weights, architecture, layout.device)
+        change = residual_of(PeftAdapter(lora, removed), weights, architecture, layout.device)
         load_pretrained(part, weights, change=change)
     load_model_weights(checkpoint, part, base)
     is_whole = lora.r is None or merge

@@ -275,7 +275,7 @@ def _parse(key: str, raw: str, wanted: Any) -> Any:
         raise ConfigError(f"{COMMAND_LINE}: {key}={raw} is not valid YAML: {_first_line(error)}.") from error
     assert isinstance(content, dict)
     value = content["value"]
-    return [literal(one) for one in value] if wanted == list[str] | None and isinstance(value, list) else value
+    return literal(value) if wanted == list[str] | None else value
 
 
 def _parse_text(raw: str) -> str | None:
@@ -294,11 +294,15 @@ def _parse_text(raw: str) -> str | None:
 
 
 def literal(value: Any) -> Any:
-    r"""A value in which OmegaConf finds no interpolation: text stays what it is, and all else.
+    r"""A value in which OmegaConf finds no interpolation: text stays what it is, also inside it, and all else.
 
     >>> literal("Solve ${x}$"), literal(3)
     ('Solve \\${x}$', 3)
     """
+    if isinstance(value, dict):
+        return {key: literal(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [literal(one) for one in value]
     return _INTERPOLATION.sub(lambda match: match[1] * 2 + "\\${", value) if isinstance(value, str) else value
 
 

@@ -148,7 +148,7 @@ def by_us(model: Path, adapter: Path, tensor: int = 1) -> dict[str, torch.Tensor
     from renio_megatron.megatron.merging import Merger
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.peft_files import check_adapter, load_adapter, read_adapter_config
-    from renio_megatron.megatron.residual import Residual
+    from renio_megatron.megatron.residual import residual_of
     from renio_megatron.megatron.start import start
     from renio_megatron.settings import ParallelConfig, TrainConfig
     from tests.test_hf import logits_of
@@ -179,7 +179,7 @@ def by_us(model: Path, adapter: Path, tensor: int = 1) -> dict[str, torch.Tensor
     def student() -> torch.Tensor:
         lora = read_adapter_config(adapter, "lora.adapter").lora
         found = check_adapter(adapter, lora)
-        change = None if found.start is None else Residual(found, model, architecture, layout.device)
+        change = residual_of(found, model, architecture, layout.device)
         part = built(lora)
         load_weights(part, model, change=change)
         load_adapter(part, adapter)

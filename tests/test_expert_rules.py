@@ -15,7 +15,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.expert_rules import MIXTURE_TYPES
 from renio_megatron.megatron.architecture import Architecture, Experts
 from renio_megatron.megatron.hf_files import hf_shapes
-from renio_megatron.megatron.hf_slices import _OF_EXPERTS
+from renio_megatron.megatron.hf_index import OF_EXPERTS
 from renio_megatron.metrics import METRICS
 from renio_megatron.objective.load_balance import load_balancing_loss
 from renio_megatron.recipe_rules import is_changeable
@@ -163,7 +163,7 @@ def test_the_files_names_are_the_published_models(tmp_path):
     assert shapes["model.layers.3.block_sparse_moe.experts.3.w2.weight"] == (32, 48)
     assert shapes["model.layers.3.block_sparse_moe.experts.3.w1.weight"] == (48, 32)
     assert shapes["model.layers.0.block_sparse_moe.gate.weight"] == (4, 32)
-    assert tuple(_OF_EXPERTS) == MIXTURE_TYPES
+    assert tuple(OF_EXPERTS) == MIXTURE_TYPES
 
 
 def test_the_loss_of_an_even_and_of_a_certain_router():

@@ -125,11 +125,7 @@ def modchain_source(config: DataConfig, split: str) -> Source:
 
 def jsonl_source(config: DataConfig, split: str) -> Source:
     """A file of records: a JSON object a line, gzipped or not, an array of objects, or parquet."""
-    path = _path_of(config, split)
-    rows = list(rows_of(path, _path_key(split)))
-    config, notices = _resolved(config, [row for _, row in rows], path)
-    records = [_record(row, config, where) for where, row in rows]
-    has_answers = _all_or_none_have_answers(records, config)
+    records, has_answers, notices = _read_file(config, split)
     return Source(
         "jsonl",
         records.__getitem__,
@@ -141,13 +137,18 @@ def jsonl_source(config: DataConfig, split: str) -> Source:
     )
 
 
-def _resolved(config: DataConfig, rows: Sequence[Mapping[str, Any]], path: Path) -> tuple[DataConfig, list[str]]:
-    """The settings with the columns that the rows have, and sentences about them."""
+def _read_file(config: DataConfig, split: str, most: int | None = None) -> tuple[list[Record], bool, list[str]]:
+    """(the records of a split's file, or the first `most`; whether they have answers; sentences about the columns)."""
+    path = _path_of(config, split)
+    placed = list(itertools.islice(rows_of(path, _path_key(split)), most))
+    names = list(dict.fromkeys(name for _, row in placed for name in row))
 
     def is_text(name: str) -> bool:
-        return all(isinstance(row.get(name, ""), (str, int, float, NoneType)) for row in rows)
+        return all(isinstance(row.get(name, ""), (str, int, float, NoneType)) for _, row in placed)
 
-    return resolve_columns(config, list(dict.fromkeys(name for row in rows for name in row)), str(path), is_text)
+    config, notices = resolve_columns(config, names, str(path), is_text)
+    records = [_record(row, config, where) for where, row in placed]
+    return records, _all_or_none_have_answers(records, config), notices
 
 
 def check_file(config: DataConfig, split: str) -> None:
@@ -156,30 +157,27 @@ def check_file(config: DataConfig, split: str) -> None:
     A large file's first records alone are read: the ranks read the others.
     """
     if config.source == "datasets":
+        _directory_of(config, split)
+    elif config.source == "jsonl":
         path = _path_of(config, split)
-        if not path.is_dir():
-            raise DataError(_no_directory(path, split))
-    if config.source != "jsonl":
-        return
+        is_small = path.is_file() and path.stat().st_size <= _READ_WHOLE
+        _read_file(config, split, None if is_small else _FIRST_RECORDS)
+
+
+def _directory_of(config: DataConfig, split: str) -> Path:
+    """The directory of a split; raises `DataError` where there is none."""
     path = _path_of(config, split)
-    most = None if path.is_file() and path.stat().st_size <= _READ_WHOLE else _FIRST_RECORDS
-    rows = list(itertools.islice(rows_of(path, _path_key(split)), most))
-    config, _ = _resolved(config, [row for _, row in rows], path)
-    _all_or_none_have_answers([_record(row, config, where) for where, row in rows], config)
-
-
-def _no_directory(path: Path, split: str) -> str:
-    advice = " It is a file: data.source=jsonl reads JSON lines and parquet." if path.is_file() else ""
-    return f"{_path_key(split)}: there is no directory {str(path)!r}.{advice}"
+    if not path.is_dir():
+        advice = " It is a file: data.source=jsonl reads JSON lines and parquet." if path.is_file() else ""
+        raise DataError(f"{_path_key(split)}: there is no directory {str(path)!r}.{advice}")
+    return path
 
 
 def datasets_source(config: DataConfig, split: str) -> Source:
     """A directory written by `datasets.Dataset.save_to_disk`; of a `DatasetDict` the split `train` or `test`."""
     import datasets
 
-    path = _path_of(config, split)
-    if not path.is_dir():
-        raise DataError(_no_directory(path, split))
+    path = _directory_of(config, split)
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:

@@ -21,19 +21,23 @@ _COMPARED_ROWS = 4096
 
 _FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
-_IN_LAYER = {
-    # family: (router, experts, parts of a fused tensor from the first row on)
+_FUSED_AS = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}
+"""The fused tensors by Megatron's name of what they hold of each expert, in the same order of rows."""
+
+OF_EXPERTS: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
+    # family: (router, experts, parts of an expert by Megatron's name)
     "qwen3_moe": (
         "mlp.gate.weight",
         "mlp.experts",
-        {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+        {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)},
     ),
     "mixtral": (
         "block_sparse_moe.gate.weight",
         "block_sparse_moe.experts",
-        {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
+        {"linear_fc1": ("w1", "w3"), "linear_fc2": ("w2",)},
     ),
 }
+"""What a layer with experts is called in a Hugging Face directory."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,11 @@ class TensorIndex:
         """
         found = {name: View(name) for name in self.files}
         if num_experts:
-            router, experts, parts_of = _IN_LAYER[family]
+            router, experts, parts_of = OF_EXPERTS[family]
             for name in self.files:
                 if fused := _FUSED.fullmatch(name):
                     del found[name]
-                    parts = parts_of[fused[2]]
+                    parts = parts_of[_FUSED_AS[fused[2]]]
                     for number, (place, part) in itertools.product(range(num_experts), enumerate(parts)):
                         view = View(name, number, (place, len(parts)))
                         found[f"{fused[1]}.{experts}.{number}.{part}.weight"] = view

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.megatron.hf_index import OF_EXPERTS
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -35,20 +36,6 @@ _FUSED_NORMS = {
 }
 
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
-_OF_EXPERTS: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
-    # family: (router, experts, parts of an expert)
-    "qwen3_moe": (
-        "mlp.gate.weight",
-        "mlp.experts",
-        {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)},
-    ),
-    "mixtral": (
-        "block_sparse_moe.gate.weight",
-        "block_sparse_moe.experts",
-        {"linear_fc1": ("w1", "w3"), "linear_fc2": ("w2",)},
-    ),
-}
-
 _OUTSIDE: dict[str, tuple[str, ...]] = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
     "decoder.final_layernorm.weight": ("model.norm.weight",),
@@ -118,7 +105,7 @@ def hf_names(name: str, architecture: Architecture) -> tuple[str, ...]:
     """
     match = _LAYER.fullmatch(name)
     if match and architecture.experts is not None:
-        router, experts, parts = _OF_EXPERTS[architecture.family]
+        router, experts, parts = OF_EXPERTS[architecture.family]
         if match[2] == "mlp.router.weight":
             return (f"model.layers.{match[1]}.{router}",)
         if expert := _EXPERT.fullmatch(match[2]):

@@ -12,12 +12,11 @@ from safetensors import SafetensorError, safe_open
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.finite import require_finite
-from renio_megatron.megatron.hf import Change
 from renio_megatron.megatron.hf_files import hf_shapes
 from renio_megatron.megatron.hf_slices import Slice
 from renio_megatron.megatron.peft_config import WEIGHTS, read_adapter_config
 from renio_megatron.megatron.peft_files import check_names
-from renio_megatron.megatron.residual import Residual
+from renio_megatron.megatron.residual import residual_of
 
 SETTING = "teacher.adapter"
 
@@ -41,9 +40,7 @@ class Merger:
         """
         adapter = read_adapter_config(directory, SETTING)
         self._lora = adapter.lora
-        self._beside: Change = _as_they_are
-        if adapter.start is not None:
-            self._beside = Residual(adapter, weights, architecture, device or torch.device("cpu"))
+        self._residual = residual_of(adapter, weights, architecture, device or torch.device("cpu"))
         try:
             self._file: Any = safe_open(directory / WEIGHTS, "pt")
         except (OSError, SafetensorError) as error:
@@ -72,10 +69,7 @@ class Merger:
             a = self._file.get_slice(down)[:, slice(*one.columns or (None,))]
         for tensor, name in ((b, up), (a, down)):
             require_finite(tensor, f"{SETTING}: {name}")
-        values = self._beside(one, values)
+        if self._residual is not None:
+            values = self._residual(one, values)
         dtype = torch.promote_types(values.dtype, torch.float32)
         return torch.addmm(values.to(dtype), b.to(dtype), a.to(dtype), alpha=self._lora.scale)
-
-
-def _as_they_are(one: Slice, values: torch.Tensor) -> torch.Tensor:
-    return values

@@ -10,10 +10,9 @@ from typing import Any
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.settings import LoraConfig
-from renio_megatron.settings.lora import TARGETS
+from renio_megatron.settings.lora import OF_ATTENTION, TARGETS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _OTHERS = ("lm_head", "model.embed_tokens")
 _REMEDY = "Merge the adapter with PEFT (merge_and_unload), and give the result as the model."
 
@@ -66,7 +65,7 @@ class PeftAdapter:
 
 def block_of(target: str) -> str:
     """The part of a Hugging Face layer that a target is in."""
-    return "self_attn" if target in _OF_ATTENTION else "mlp"
+    return "self_attn" if target in OF_ATTENTION else "mlp"
 
 
 def read_adapter_config(directory: Path, setting: str) -> PeftAdapter:

@@ -20,6 +20,18 @@ from renio_megatron.megatron.peft_config import PeftAdapter, block_of
 _REMEMBERED = 16  # matrices: a thread reads the slices of a parameter's one after the other
 
 
+def residual_of(
+    adapter: PeftAdapter | None, weights: Path, architecture: Architecture, device: torch.device
+) -> Residual | None:
+    """What changes the weights while they are loaded beside an adapter; None where they are as they are.
+
+    Arguments as of `Residual`; an adapter without a `start`, or none, takes nothing out.
+    """
+    if adapter is None or adapter.start is None:
+        return None
+    return Residual(adapter, weights, architecture, device)
+
+
 class Residual:
     """Slices of weights without what was taken out of the whole matrices."""
 

@@ -12,6 +12,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """The linear layers that can have an adapter, by their names in Hugging Face's Llama, Qwen2 and Qwen3."""
 
 
+OF_ATTENTION = TARGETS[:4]
+"""Those in a layer's attention; the others are in its feed-forward network."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """A trained pair A [r, in] and B [out, r] beside each chosen linear layer W, which computes W x + scale B A x.
