@@ -6,7 +6,7 @@ import collections
 import gc
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,18 @@ def four_ranks() -> Iterator[Ranks]:
     """Four ranks for the tests of a file."""
     with Ranks(4) as ranks:
         yield ranks
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    """Text -> the file of a recipe that holds it."""
+
+    def writer(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return writer
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 
 from renio_megatron.config import (
@@ -14,16 +12,6 @@ from renio_megatron.recipe_file import read_recipe
 
 TRAIN = "model: student\noutput_dir: runs/a\nteacher:\n  model: teacher\n"
 SFT = "model: student\noutput_dir: runs/a\n"
-
-
-@pytest.fixture
-def write(tmp_path):
-    def writer(text: str) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text)
-        return path
-
-    return writer
 
 
 @pytest.fixture

@@ -13,16 +13,6 @@ SFT = "model: student\noutput_dir: runs/a\n"
 
 
 @pytest.fixture
-def write(tmp_path):
-    def writer(text: str) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text)
-        return path
-
-    return writer
-
-
-@pytest.fixture
 def train(write):
     return lambda more="", *overrides: load_recipe("train", write(TRAIN + more), overrides)
 

@@ -12,18 +12,7 @@ import pytest
 from renio_megatron.config import RunConfig, differences, load_recipe, to_yaml
 from renio_megatron.errors import ConfigError
 from renio_megatron.recipe_file import read_recipe
-
-TRAIN = "model: student\noutput_dir: runs/a\nteacher:\n  model: teacher\n"
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], Path]:
-    def writer(text: str) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text)
-        return path
-
-    return writer
+from tests.test_config import TRAIN
 
 
 @pytest.fixture
