@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.same_tests import ROOT, collect, differences, main
+from tests.commits import ROOT
+from tests.same_tests import collect, differences, main
 
 BEFORE = {"a": [[]], "b[1]": [["slow"]], "b[2]": [[]], "twice": [[], ["skipped"]]}
 
@@ -63,5 +64,7 @@ def test_a_tree_is_collected_by_names_whatever_its_files(tmp_path):
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
 def test_a_commit_that_is_not_there_is_named(capsys):
-    assert main("no-such-commit") == 2
+    with pytest.raises(SystemExit) as error:
+        main("no-such-commit")
+    assert error.value.code == 2
     assert "there is no commit 'no-such-commit' here" in capsys.readouterr().err
