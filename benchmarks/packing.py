@@ -30,9 +30,9 @@ from renio_megatron.megatron.start import start, stop
 from renio_megatron.megatron.teacher import MegatronTeacher
 from renio_megatron.megatron.teacher_weights import TeacherWeights
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Prompt, Rollout
 from renio_megatron.scores import sample_weights
 from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig, WeightingConfig
+from renio_megatron.types import Prompt, Rollout
 
 COMPLETION = 24
 

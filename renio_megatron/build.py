@@ -16,13 +16,7 @@ from renio_megatron.build_teacher import build_teacher
 from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.data.ends import ends_of
-from renio_megatron.data.prompts import (
-    PromptStream,
-    Room,
-    check_views_differ,
-    load_tokenizer,
-    padding_id,
-)
+from renio_megatron.data.prompts import PromptStream, Room, check_views_differ, load_tokenizer, padding_id
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
@@ -44,7 +38,6 @@ from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.peft_config import PeftAdapter
 from renio_megatron.metrics import Observer
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, Rollout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver
 from renio_megatron.scores import SampleWeights
@@ -52,6 +45,7 @@ from renio_megatron.settings import HeadConfig, LoraConfig, TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.teacher_routes import single_teachers
 from renio_megatron.trainer import Trainer
+from renio_megatron.types import Decoding, Rollout
 
 
 def read_inputs(config: RunConfig | SftConfig, now: datetime | None = None) -> Inputs:

@@ -18,8 +18,8 @@ from renio_megatron.files import user_path
 from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.peft_config import PeftAdapter
-from renio_megatron.records import Prompt, Rollout
 from renio_megatron.teacher_routes import ONLY, setting_of, single_teachers
+from renio_megatron.types import Prompt, Rollout
 
 _MAX_NAMED = 3
 

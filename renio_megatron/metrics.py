@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from renio_megatron.errors import CheckpointError, DataError, NumericsError
-from renio_megatron.json_lines import JsonLines, output_error, parse_row
+from renio_megatron.files import JsonLines, output_error, parse_row
 
 
 @dataclass(frozen=True)

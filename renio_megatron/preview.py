@@ -12,8 +12,8 @@ from renio_megatron.data.ends import Ends, ends_of
 from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load_tokenizer
 from renio_megatron.data.sources import build_source
 from renio_megatron.inputs import notices_of_prompts, stops_of, teacher_views
-from renio_megatron.records import Prompt
 from renio_megatron.teacher_routes import ONLY, setting_of, single_teachers
+from renio_megatron.types import Prompt
 
 _SHOWN = 1500
 """Characters of a text at a run's start; of a longer one the beginning and the end."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from renio_megatron.json_lines import JsonLines
-from renio_megatron.records import Rollout
+from renio_megatron.files import JsonLines
+from renio_megatron.types import Rollout
 
 RolloutObserver = Callable[[int, Sequence[Rollout], Sequence[float]], None]
 """(step, this rank's rollouts, their weights) -> nothing."""

@@ -10,8 +10,8 @@ from typing import Any
 from renio_megatron.algorithms import Algorithm
 from renio_megatron.errors import CheckpointError, NumericsError
 from renio_megatron.metrics import Observer
-from renio_megatron.records import Prompt
 from renio_megatron.roles import Keeper
+from renio_megatron.types import Prompt
 
 MOST_SKIPPED = 10
 """Steps in a row that may be left out. Where three of ten are, by chance, ten in a row come once in 170,000 steps."""

@@ -182,7 +182,7 @@ def imported(folder: Path) -> dict[str, Any]:
     """A run that starts from the exported adapter: its adapters, and the greedy tokens that its sampler draws."""
     from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.start import start
-    from renio_megatron.records import Decoding
+    from renio_megatron.types import Decoding
 
     found: dict[str, Any] = {}
     directory = str(folder / "adapter")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from renio_megatron.objective.reference import reference_objective
-from renio_megatron.records import Rollout
+from renio_megatron.types import Rollout
 
 
 def load_balancing(logits: torch.Tensor, chosen: int) -> torch.Tensor:

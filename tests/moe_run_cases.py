@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from renio_megatron.records import Rollout
 from renio_megatron.settings import CheckpointConfig, EvaluateConfig, LoraConfig, ParallelConfig
+from renio_megatron.types import Rollout
 from tests.moe_cases import CP2, EP2, OVERLAP, PP2, TP2_SP, Case, config_of
 from tests.moe_reference import reference_step
 from tests.resuming import run, run_config, train_config

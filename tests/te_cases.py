@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from renio_megatron.config import RunConfig
-from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
+from renio_megatron.types import Decoding, Prompt, Rollout
 from tests import te_standin
 from tests.training_cases import layout_of, one_step, recipe
 

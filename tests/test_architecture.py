@@ -12,14 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "renio_megatron"
 FLOORS = (
-    ("errors",),
+    ("errors", "types"),
     (
-        "records",
         "settings",
         "assets",
         "family_defaults",
         "files",
-        "json_lines",
         "stop",
         "metrics",
         "objective",

@@ -24,12 +24,11 @@ from renio_megatron.checkpoint_files import (
     steps,
 )
 from renio_megatron.errors import CheckpointError, RunStopped
-from renio_megatron.files import write_atomically
-from renio_megatron.json_lines import JsonLines
+from renio_megatron.files import JsonLines, write_atomically
 from renio_megatron.metrics import JsonlSink, read_metrics
-from renio_megatron.records import Prompt, Rollout
 from renio_megatron.rollout_log import RolloutSink
 from renio_megatron.stop import StopSignal
+from renio_megatron.types import Prompt, Rollout
 
 
 class Died(BaseException):

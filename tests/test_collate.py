@@ -3,7 +3,7 @@ import torch
 
 from renio_megatron.data.collate import Arrangement, collate, flat_completions, flat_logp
 from renio_megatron.errors import DataError
-from renio_megatron.records import Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout
 
 
 def rollout(prompt_ids, completion_ids, teacher_ids=None, logp=None, index=0):

@@ -1,12 +1,6 @@
 import pytest
 
-from renio_megatron.config import (
-    RunConfig,
-    SftConfig,
-    differences,
-    load_recipe,
-    to_yaml,
-)
+from renio_megatron.config import RunConfig, SftConfig, differences, load_recipe, to_yaml
 from renio_megatron.errors import ConfigError
 from renio_megatron.recipe_file import read_recipe
 

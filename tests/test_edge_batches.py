@@ -13,8 +13,8 @@ import torch
 
 from renio_megatron.config import RunConfig
 from renio_megatron.errors import DataError, NumericsError
-from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.settings import ParallelConfig, WeightingConfig
+from renio_megatron.types import Decoding, Prompt, Rollout
 from tests.multiprocess import run_ranks
 from tests.training_cases import VOCAB_SIZE, layout_of, one_step, recipe, save_models
 

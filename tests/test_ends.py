@@ -11,9 +11,9 @@ import torch
 
 from renio_megatron.data.ends import Ends, differing_ends, ends_of
 from renio_megatron.errors import ConfigError
-from renio_megatron.records import Prompt, Rollout
 from renio_megatron.settings import DataConfig, RolloutConfig
 from renio_megatron.tasks import build_grader
+from renio_megatron.types import Prompt, Rollout
 from tests.multiprocess import Ranks
 from tests.test_prompts import characters
 
@@ -160,8 +160,8 @@ def by_us(directory: Path, prompts: list[list[int]], strings: list[str], tensor:
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.sampler import MegatronSampler
     from renio_megatron.megatron.start import start
-    from renio_megatron.records import Decoding
     from renio_megatron.settings import TrainConfig
+    from renio_megatron.types import Decoding
     from tests.training_cases import layout_of
 
     parallel = layout_of(tensor, pipeline)

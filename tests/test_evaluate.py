@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from renio_megatron.evaluate.accuracy import accuracy, auc
-from renio_megatron.records import Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout
 
 
 def test_accuracy_is_the_share_of_right_rollouts():

@@ -19,7 +19,7 @@ from renio_megatron.megatron.hf_index import OF_EXPERTS
 from renio_megatron.metrics import METRICS
 from renio_megatron.objective.load_balance import load_balancing_loss
 from renio_megatron.recipe_rules import is_changeable
-from renio_megatron.records import Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout
 
 DENSE = {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
 DENSE |= {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 11}

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.data.collate import Arrangement, collate
-from renio_megatron.records import Prompt, Rollout
 from renio_megatron.settings import DataConfig, ParallelConfig, TrainConfig
+from renio_megatron.types import Prompt, Rollout
 from tests.layout_cases import Case, run_case
 from tests.multiprocess import run_ranks
 from tests.training_cases import recipe, save_models

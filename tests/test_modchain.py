@@ -4,9 +4,9 @@ import pytest
 from transformers import AutoTokenizer, Qwen3Config
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.records import Prompt, Rollout
 from renio_megatron.settings import DataConfig
 from renio_megatron.tasks import build_grader, modchain
+from renio_megatron.types import Prompt, Rollout
 
 
 def test_worked_example_by_hand():

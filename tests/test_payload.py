@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.data.collate import Arrangement, collate
-from renio_megatron.records import MicroBatch, Prompt, Rollout
+from renio_megatron.types import MicroBatch, Prompt, Rollout
 from tests.multiprocess import run_ranks
 
 LENGTHS = ((3, 9, 4), (8, 2, 1), (5, 21, 6), (2, 7, 9), (6, 6, 3))

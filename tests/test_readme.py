@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,14 +35,19 @@ def test_the_recipe_loads(tmp_path):
     assert config.parallel.tensor_model_parallel_size == 2
 
 
-def test_the_tree_names_every_file():
-    (tree,) = re.findall(r"```\nrenio_megatron/\n(.*?)```", README, flags=re.DOTALL)
-    entries = [line.split()[0] for line in tree.splitlines()]
-    named = sorted(entry for entry in entries if entry.endswith(".py"))
-    files = sorted(path.name for path in (ROOT / "renio_megatron").rglob("*.py") if path.name != "__init__.py")
-    assert named == files
-    for line in tree.splitlines():
-        assert len(line.split()) > 2, f"no purpose: {line}"
+def test_what_follows_from_the_code_is_up_to_date():
+    done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_file_of_the_package_has_a_purpose():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    entries = page.partition("<!-- begin tree -->")[2].partition("<!-- end tree -->")[0].split("\n")[3:-2]
+    named = [entry.split()[0] for entry in entries if entry.split()[0].endswith(".py")]
+    files = [path.name for path in (ROOT / "renio_megatron").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(named) == sorted(files)
+    for entry in entries:
+        assert len(entry.split()) > 2, f"no purpose: {entry}"
 
 
 def test_commands_and_links_exist():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from renio_megatron.records import Decoding, Prompt
 from renio_megatron.settings import ParallelConfig, TrainConfig
+from renio_megatron.types import Decoding, Prompt
 from tests.multiprocess import run_ranks
 
 TOLERANCE = 1e-5

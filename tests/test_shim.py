@@ -161,8 +161,8 @@ def train_one_step(*, experts=False):
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.rope import Rope
     from renio_megatron.megatron.start import start
-    from renio_megatron.records import Prompt, Rollout
     from renio_megatron.settings import ParallelConfig, TrainConfig
+    from renio_megatron.types import Prompt, Rollout
 
     architecture = Architecture(
         family="qwen3",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from renio_megatron.errors import NumericsError
-from renio_megatron.records import Prompt
+from renio_megatron.types import Prompt
 from tests.test_trainer import Algorithm, trainer
 
 

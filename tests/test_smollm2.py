@@ -171,8 +171,8 @@ def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     from renio_megatron.megatron.pipeline import run_forward
     from renio_megatron.megatron.start import start
     from renio_megatron.parallel.vocab import gather_columns
-    from renio_megatron.records import Prompt, Rollout
     from renio_megatron.settings import ParallelConfig, TrainConfig
+    from renio_megatron.types import Prompt, Rollout
 
     parallel = ParallelConfig(tensor_model_parallel_size=3)
     layout = start(parallel, seed=0)

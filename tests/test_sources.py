@@ -5,9 +5,9 @@ import pytest
 from renio_megatron.data import sources
 from renio_megatron.data.sources import build_source
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.records import Prompt, Rollout
 from renio_megatron.settings import DataConfig
 from renio_megatron.tasks import build_grader
+from renio_megatron.types import Prompt, Rollout
 
 
 def write(path, *rows):

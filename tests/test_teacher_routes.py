@@ -279,8 +279,8 @@ def test_the_command_for_one_teacher_says_so(load, models, tmp_path, monkeypatch
 
 def test_metrics_and_rollouts_carry_the_teachers_name(tmp_path):
     from renio_megatron.metrics import JsonlSink, Tally, read_metrics
-    from renio_megatron.records import Prompt, Rollout
     from renio_megatron.rollout_log import RolloutSink
+    from renio_megatron.types import Prompt, Rollout
 
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.write(1, {"teacher/code/kl": 0.5, "loss": 1.0, "teacher/math/kl": 0.25, "teacher/code/accuracy": 0.0})

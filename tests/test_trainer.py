@@ -17,9 +17,10 @@ from renio_megatron.errors import NumericsError
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.settings import HeadConfig, LossConfig, TrainConfig, WeightingConfig
 from renio_megatron.trainer import Trainer
+from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 
 
 class Algorithm:

@@ -114,7 +114,7 @@ def test_nothing_is_tuned_where_nothing_is_timed(monkeypatch):
 def gpu_step(loss, dtype, logits):
     """A step's calls on a GPU, large enough to be timed: scores, the loss, its gradients."""
     from renio_megatron import linear_distillation_loss
-    from renio_megatron.records import LmHead
+    from renio_megatron.parallel.vocab import LmHead
     from renio_megatron.token_logp import linear_token_logp
 
     tokens, vocab, size = 4096, 32768, 64

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from renio_megatron.config import RunConfig
 from renio_megatron.objective.reference import reference_objective
-from renio_megatron.records import Rollout
 from renio_megatron.settings import (
     DataConfig,
     LossConfig,
@@ -28,6 +27,7 @@ from renio_megatron.settings import (
     WeightingConfig,
 )
 from renio_megatron.tasks.modchain import build_tokenizer
+from renio_megatron.types import Rollout
 
 VOCAB_SIZE = 17
 

@@ -17,7 +17,7 @@ ROLLOUTS = Path(__file__).with_name("rollouts.jsonl")
 
 def rollouts_of(model: str) -> list[Any]:
     """The committed rollouts of one model."""
-    from renio_megatron.records import Prompt, Rollout
+    from renio_megatron.types import Prompt, Rollout
 
     lines = [json.loads(line) for line in ROLLOUTS.read_text(encoding="utf-8").splitlines()]
     mine = [line for line in lines if line["model"] == model]

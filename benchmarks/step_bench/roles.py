@@ -23,7 +23,6 @@ from renio_megatron.megatron.start import start, stop
 from renio_megatron.megatron.teacher import MegatronTeacher
 from renio_megatron.megatron.teacher_weights import TeacherWeights
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.scores import sample_weights
 from renio_megatron.settings import (
     HeadConfig,
@@ -34,6 +33,7 @@ from renio_megatron.settings import (
     TrainConfig,
     WeightingConfig,
 )
+from renio_megatron.types import Decoding, Prompt, Rollout
 from step_bench.models import random_model
 
 PHASES = {"sample": "rollout", "score": "teacher", "update": "train"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from renio_megatron.records import Prompt
+from renio_megatron.types import Prompt
 
 
 class Algorithm(Protocol):

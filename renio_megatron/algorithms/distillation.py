@@ -19,11 +19,12 @@ from renio_megatron.metrics import Tally
 from renio_megatron.parallel.balance import balance
 from renio_megatron.parallel.batch import gather_batch, sum_pieces
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, LmHead, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.roles import Learner, Sampler, StepLoss, Teacher
 from renio_megatron.scores import SampleWeights, applied_cap, sample_weights
 from renio_megatron.settings import HeadConfig, LossConfig, WeightingConfig
 from renio_megatron.tune import tuning_reported
+from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 
 
 class Distillation:

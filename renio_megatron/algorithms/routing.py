@@ -15,8 +15,9 @@ import torch
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.batch import sum_over_ranks
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
+from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.roles import StepLoss, Teacher
+from renio_megatron.types import MicroBatch, Rollout, TeacherScores
 
 
 @dataclass(frozen=True)

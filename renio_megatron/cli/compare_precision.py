@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from renio_megatron.diagnose.precision import Scores
     from renio_megatron.inputs import Inputs
     from renio_megatron.parallel.layout import Layout
-    from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
+    from renio_megatron.parallel.vocab import LmHead
+    from renio_megatron.types import MicroBatch, Rollout, TeacherScores
 
 NOISE = "bf16 against fp32"
 """The column that is not FP8's: what the step from fp32 to bf16 costs on the same rollouts."""

@@ -12,7 +12,7 @@ import torch
 from renio_megatron.errors import DataError
 from renio_megatron.parallel.context import local_positions
 from renio_megatron.parallel.packing import pack
-from renio_megatron.records import MicroBatch, Rollout
+from renio_megatron.types import MicroBatch, Rollout
 
 View = Literal["student", "teacher"]
 
@@ -55,7 +55,7 @@ class Arrangement:
 def collate(rollouts: Sequence[Rollout], *, view: View, arrangement: Arrangement) -> list[MicroBatch]:
     """The rollouts as micro-batches: in order, or packed in the order that `packing.pack` chooses.
 
-    >>> from renio_megatron.records import Prompt
+    >>> from renio_megatron.types import Prompt
     >>> rollouts = [Rollout(Prompt(0, (5, 6), (5, 6)), (7, 8))]
     >>> batch = collate(rollouts, view="student", arrangement=Arrangement(pad_id=0))[0]
     >>> batch.token_ids.tolist(), batch.row_index.tolist(), batch.target_ids.tolist()

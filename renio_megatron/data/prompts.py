@@ -12,8 +12,8 @@ from typing import Any
 from renio_megatron.data.chat import View, chat_template_of, encode_text, encode_view, student_view, teacher_view
 from renio_megatron.data.sources import Record, Source, build_source, solution_of
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.records import Prompt
 from renio_megatron.settings import DataConfig
+from renio_megatron.types import Prompt
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from renio_megatron.records import Rollout
 from renio_megatron.tasks import Grader
+from renio_megatron.types import Rollout
 
 
 def accuracy(rollouts: Iterable[Rollout], grader: Grader) -> float:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.batch import reduce_tally
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import Decoding, Prompt, Rollout
 from renio_megatron.roles import Sampler
+from renio_megatron.types import Decoding, Prompt, Rollout
 
 # Evaluation draws from a stream of its own, the same every time, so that two evaluations differ by the model alone.
 _STREAM = (0, 1)

@@ -25,10 +25,10 @@ from renio_megatron.parallel.bridge import Bridge
 from renio_megatron.parallel.exchange import RowExchange, RowsOf, gather_rows, sum_over
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.seats import Agenda, Register, Seats
-from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.records import LmHead, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.parallel.vocab import LmHead, VocabShard
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
+from renio_megatron.types import MicroBatch, Prompt, Rollout, TeacherScores
 
 _GROUP, _ALL, _END = 0, 1, 2
 """What the student's ranks want: some sequences read; what was read of a step's; nothing more."""

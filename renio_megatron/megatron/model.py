@@ -44,8 +44,7 @@ from renio_megatron.megatron.rope import set_rope
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.vocab import VocabShard, gather_sequence, sum_gradient_over_shards
-from renio_megatron.records import LmHead
+from renio_megatron.parallel.vocab import LmHead, VocabShard, gather_sequence, sum_gradient_over_shards
 from renio_megatron.settings import HeadConfig, LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from renio_megatron.tune import tune_scores
 

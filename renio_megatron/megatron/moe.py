@@ -24,8 +24,8 @@ from renio_megatron.megatron.versions import define_missing_gemm
 from renio_megatron.objective.load_balance import load_balancing_loss, sum_by_sequence
 from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import MicroBatch
 from renio_megatron.settings import ParallelConfig, PrecisionConfig
+from renio_megatron.types import MicroBatch
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.local_experts\.)(\d+)(\..+)")
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Axis
 from renio_megatron.parallel.vocab import gather_in_rank_order
-from renio_megatron.records import MicroBatch, Rollout
+from renio_megatron.types import MicroBatch, Rollout
 
 
 class Payload(Sequence[torch.Tensor], abc.ABC):

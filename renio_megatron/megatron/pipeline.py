@@ -14,7 +14,7 @@ from renio_megatron.megatron.attention import packing_of
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.records import MicroBatch
+from renio_megatron.types import MicroBatch
 
 OnRows = Callable[[int, MicroBatch, torch.Tensor], Any]
 """(index, micro-batch, final hidden states at its completion rows [N, H]) -> what the caller collects."""

@@ -17,7 +17,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.pipeline import broadcast_from_last_stage
 from renio_megatron.parallel.vocab import gather_columns
-from renio_megatron.records import Decoding, Prompt, Rollout
+from renio_megatron.types import Decoding, Prompt, Rollout
 
 
 class MegatronSampler:

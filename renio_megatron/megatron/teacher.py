@@ -11,9 +11,10 @@ from renio_megatron.errors import NumericsError
 from renio_megatron.megatron.payload import Kept, Recomputed, align
 from renio_megatron.megatron.pipeline import run_forward, share_tokens
 from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
-from renio_megatron.records import LmHead, MicroBatch, Rollout, TeacherScores
+from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.token_logp import linear_token_logp
+from renio_megatron.types import MicroBatch, Rollout, TeacherScores
 
 
 class MegatronTeacher:

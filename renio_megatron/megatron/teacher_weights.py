@@ -11,7 +11,7 @@ import torch.distributed as dist
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.lora import switched_off
 from renio_megatron.megatron.model import ModelPart
-from renio_megatron.records import LmHead
+from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.settings import TeacherConfig
 
 Averages = tuple[tuple[torch.nn.Parameter, torch.Tensor], ...]

@@ -310,3 +310,18 @@ def merge_sums(maximum_RN: torch.Tensor, sum_RN: torch.Tensor) -> tuple[torch.Te
     maximum = maximum_RN.amax(0)
     lift = torch.where(maximum_RN == -torch.inf, 0.0, (maximum_RN - maximum).exp())
     return maximum, (lift * sum_RN).sum(0), lift
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """A rank's rows of an LM head, or of the embedding that it is tied to.
+
+    Attributes:
+        weight: [L, H].
+        shard: which columns of the logits they make.
+        main_grad: Megatron's fp32 gradient buffer of `weight`, where it is trained.
+    """
+
+    weight: torch.Tensor
+    shard: VocabShard
+    main_grad: torch.Tensor | None = None

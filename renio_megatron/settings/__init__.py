@@ -3,12 +3,7 @@
 from renio_megatron.settings.lora import LoraConfig
 from renio_megatron.settings.loss import HeadConfig, LossConfig
 from renio_megatron.settings.precision import PrecisionConfig, TeacherPrecisionConfig
-from renio_megatron.settings.run import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluateConfig,
-    RolloutConfig,
-)
+from renio_megatron.settings.run import CheckpointConfig, DataConfig, EvaluateConfig, RolloutConfig
 from renio_megatron.settings.teacher import TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
 from renio_megatron.settings.train import ParallelConfig, TrainConfig
 from renio_megatron.settings.weighting import WeightingConfig

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.records import Prompt, Rollout
 from renio_megatron.settings import DataConfig
 from renio_megatron.settings.checks import require_choice
 from renio_megatron.tasks import math, modchain
+from renio_megatron.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 

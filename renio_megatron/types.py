@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from renio_megatron.parallel.vocab import VocabShard
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -189,18 +187,3 @@ class TeacherScores:
     payload: Sequence[torch.Tensor]
     payload_bytes: int = 0
     sent_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class LmHead:
-    """A rank's rows of an LM head, or of the embedding that it is tied to.
-
-    Attributes:
-        weight: [L, H].
-        shard: which columns of the logits they make.
-        main_grad: Megatron's fp32 gradient buffer of `weight`, where it is trained.
-    """
-
-    weight: torch.Tensor
-    shard: VocabShard
-    main_grad: torch.Tensor | None = None
