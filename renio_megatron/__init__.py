@@ -10,17 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from renio_megatron.linear_loss import linear_distillation_loss
-    from renio_megatron.loss import DistillationOutput, distillation_loss
+    from renio_megatron.losses.distillation import DistillationOutput, distillation_loss
+    from renio_megatron.losses.linear_distillation import linear_distillation_loss
     from renio_megatron.parallel.vocab import VocabShard
     from renio_megatron.settings import LossConfig, WeightingConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "DistillationOutput": "renio_megatron.loss",
-    "distillation_loss": "renio_megatron.loss",
-    "linear_distillation_loss": "renio_megatron.linear_loss",
+    "DistillationOutput": "renio_megatron.losses.distillation",
+    "distillation_loss": "renio_megatron.losses.distillation",
+    "linear_distillation_loss": "renio_megatron.losses.linear_distillation",
     "VocabShard": "renio_megatron.parallel.vocab",
     "LossConfig": "renio_megatron.settings",
     "WeightingConfig": "renio_megatron.settings",

@@ -33,6 +33,7 @@ from renio_megatron.inputs import (
     weights_of,
 )
 from renio_megatron.learning_rate import learning_rate
+from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.megatron.architecture import Architecture, notices
 from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.peft_config import PeftAdapter
@@ -40,7 +41,6 @@ from renio_megatron.metrics import Observer
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver
-from renio_megatron.scores import SampleWeights
 from renio_megatron.settings import HeadConfig, LoraConfig, TrainConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.teacher_routes import single_teachers

@@ -11,10 +11,10 @@ from renio_megatron.config import RunConfig
 from renio_megatron.files import user_path
 from renio_megatron.inputs import Inputs, TeacherInputs, most_completion_tokens
 from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_parallel
+from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.settings import ParallelConfig, TrainConfig
 from renio_megatron.teacher_routes import ONLY, same_weights, single_teachers
-from renio_megatron.tune import tuning_reported
 
 
 def build_teacher(

@@ -35,6 +35,11 @@ def test_examples(name):
 
 def test_there_are_examples():
     finder = doctest.DocTestFinder(exclude_empty=True)
-    names = ("renio_megatron.loss", "renio_megatron.token_logp", "renio_megatron.objective.weightings.renio")
-    modules = [importlib.import_module(name) for name in (*names, "renio_megatron.objective.normalise")]
+    names = (
+        "losses.distillation",
+        "losses.token_logp",
+        "objective.weightings.renio",
+        "objective.normalise",
+    )
+    modules = [importlib.import_module(f"renio_megatron.{name}") for name in names]
     assert sum(len(test.examples) for module in modules for test in finder.find(module)) >= 10

@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import linear
 
 from renio_megatron import LossConfig, VocabShard, WeightingConfig, linear_distillation_loss
-from renio_megatron.chunk_size import chunk_size_for
 from renio_megatron.errors import LayoutError
-from renio_megatron.linear_loss import buffer_bytes
+from renio_megatron.losses.chunk_size import chunk_size_for
+from renio_megatron.losses.linear_distillation import buffer_bytes
 from renio_megatron.objective.reference import reference_objective
 from tests.vectors import DTYPES, exempt_entries, limit, load_cases, worst
 

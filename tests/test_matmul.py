@@ -10,7 +10,7 @@ import logging
 import pytest
 import torch
 
-from renio_megatron.kernels import matmul
+from renio_megatron.losses.kernels import matmul
 
 BF16 = torch.bfloat16
 HIDDEN, HEAD = torch.arange(6.0).view(3, 2).to(BF16), torch.arange(8.0).view(4, 2).to(BF16)

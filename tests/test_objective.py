@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from renio_megatron.kernels import statistics
+from renio_megatron.losses.kernels import statistics
 from renio_megatron.objective.divergences import DIVERGENCES, divergence_of
 from renio_megatron.objective.normalise import divide_and_cap, moving_average
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import renio_megatron
-from renio_megatron.chunk_size import loss_buffer_bytes
 from renio_megatron.config import RunConfig
-from renio_megatron.linear_loss import buffer_bytes
+from renio_megatron.losses.chunk_size import loss_buffer_bytes
+from renio_megatron.losses.linear_distillation import buffer_bytes
 from renio_megatron.plan.activations import chunk_bytes, layer_bytes
 from renio_megatron.plan.memory import RankMemory, plan_memory
 from renio_megatron.plan.models import read_model

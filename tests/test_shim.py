@@ -49,7 +49,7 @@ print(json.dumps([[a is b for a, b in zip(before, after)], megatron]))
 @pytest.mark.parametrize(
     "imports",
     [
-        "import renio_megatron, renio_megatron.loss; renio_megatron.distillation_loss",
+        "import renio_megatron, renio_megatron.losses.distillation; renio_megatron.distillation_loss",
         "import renio_megatron.build, renio_megatron.megatron.cpu, renio_megatron.megatron.start",
     ],
 )

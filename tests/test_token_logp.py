@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from renio_megatron.losses.token_logp import cross_entropy, token_logp
 from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.token_logp import cross_entropy, token_logp
 from tests.multiprocess import run_ranks
 from tests.sharding import VOCABULARY_CUTS, columns, counting, vocabulary_edges
 from tests.vectors import worst

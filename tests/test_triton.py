@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from renio_megatron import kernels
 from renio_megatron.errors import ConfigError
-from renio_megatron.kernels import torch_ops
+from renio_megatron.losses import kernels
+from renio_megatron.losses.kernels import torch_ops
 from renio_megatron.objective.divergences import DIVERGENCES, Divergence, forward_kl
 from tests import triton_cases
 from tests.multiprocess import Ranks, run_ranks
@@ -112,7 +112,7 @@ def test_the_choice_by_environment(monkeypatch):
 
 
 def test_what_the_kernels_cannot_take(monkeypatch):
-    from renio_megatron.kernels import triton_ops, triton_terms
+    from renio_megatron.losses.kernels import triton_ops, triton_terms
 
     monkeypatch.setattr(triton_terms, "INTERPRETED", True)
     monkeypatch.setenv("RENIO_KERNELS", "triton")
@@ -128,7 +128,7 @@ def test_what_the_kernels_cannot_take(monkeypatch):
 
 def test_tensors_on_cuda_choose_the_kernels(monkeypatch):
     """Without a GPU: what is chosen for tensors that say they are on one."""
-    from renio_megatron.kernels import triton_ops
+    from renio_megatron.losses.kernels import triton_ops
 
     class OnCuda(torch.Tensor):
         device = CUDA
@@ -155,7 +155,7 @@ def test_the_cpu_does_not_import_triton():
         "import sys, torch\nfrom renio_megatron import distillation_loss\nbefore = 'triton' in sys.modules\n"
         "logits, ids = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, dtype=torch.int64)\n"
         "distillation_loss(logits, logits.detach(), ids, ids, 1).loss.backward()\n"
-        "print(before or 'triton' not in sys.modules, 'renio_megatron.kernels.triton_ops' in sys.modules)"
+        "print(before or 'triton' not in sys.modules, 'renio_megatron.losses.kernels.triton_ops' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if name not in INTERPRETED}
     done = subprocess.run(
@@ -165,7 +165,7 @@ def test_the_cpu_does_not_import_triton():
 
 
 def test_a_row_is_covered_by_its_parts():
-    from renio_megatron.kernels.tuning import OFFERED, cut_rows
+    from renio_megatron.losses.kernels.tuning import OFFERED, cut_rows
 
     for rows in (1, 2, 5, 40, 3000):
         for width in (1, 31, 32, 33, 151936):
@@ -178,7 +178,7 @@ def test_a_row_is_covered_by_its_parts():
 @pytest.fixture
 def tuner(monkeypatch):
     """`tuning` on a machine whose clock says that the largest block is the fastest; nothing chosen yet."""
-    from renio_megatron.kernels import tuning
+    from renio_megatron.losses.kernels import tuning
 
     timed = []
     monkeypatch.setattr(tuning, "_fastest", {})
@@ -219,7 +219,7 @@ def test_on_the_gpu(name, monkeypatch):
 @pytest.mark.gpu
 @no_gpu
 def test_beyond_32_bits_of_entries_with_timed_cuts(monkeypatch):
-    from renio_megatron.kernels import tuning
+    from renio_megatron.losses.kernels import tuning
 
     if torch.cuda.mem_get_info()[0] < triton_cases.FREE_BYTES:
         pytest.skip("needs 20 GB of free device memory")

@@ -12,9 +12,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 
-from renio_megatron.kernels import triton_kernels  # noqa: E402
-from renio_megatron.kernels.triton_terms import FORWARD_KL, JSD, REVERSE_KL  # noqa: E402
-from renio_megatron.kernels.tuning import FIXED, OFFERED  # noqa: E402
+from renio_megatron.losses.kernels import triton_kernels  # noqa: E402
+from renio_megatron.losses.kernels.triton_terms import FORWARD_KL, JSD, REVERSE_KL  # noqa: E402
+from renio_megatron.losses.kernels.tuning import FIXED, OFFERED  # noqa: E402
 
 POINTERS = {
     "student": "logits", "teacher": "logits", "logits": "logits", "gradient": "logits", "columns": "i64",

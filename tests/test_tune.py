@@ -10,7 +10,8 @@ import functools
 import pytest
 import torch
 
-from renio_megatron import VocabShard, kernels, tune
+from renio_megatron import VocabShard
+from renio_megatron.losses import kernels, tune_kernels
 from renio_megatron.settings import HeadConfig, LossConfig
 from tests import tuning_cases
 from tests.multiprocess import run_ranks
@@ -75,10 +76,10 @@ def test_a_narrow_gradient_is_a_kind_of_its_own(results):
 def tune_everything(**changes):
     shared = {"hidden_dtype": torch.bfloat16, "num_tokens": 64, "device": CPU, **changes}
     shard, head = VocabShard(0, 20, 17), HeadConfig()
-    with tune.tuning_reported(CPU):
-        tune.tune_scores(shard, head, 1.0, **shared)
-        tune.tune_cross_entropy(shard, **shared)
-        tune.tune_loss(shard, LossConfig(), head, hidden_size=24, **shared)
+    with tune_kernels.tuning_reported(CPU):
+        tune_kernels.tune_scores(shard, head, 1.0, **shared)
+        tune_kernels.tune_cross_entropy(shard, **shared)
+        tune_kernels.tune_loss(shard, LossConfig(), head, hidden_size=24, **shared)
 
 
 def test_calls_that_are_never_large_are_left_out():
@@ -88,7 +89,7 @@ def test_calls_that_are_never_large_are_left_out():
             tune_everything()
         assert len(asked.table) == count, least
     with tuning_cases.played_gpu(20 * 3 + 1) as asked:
-        tune.tune_scores(
+        tune_kernels.tune_scores(
             VocabShard(0, 20, 17), HeadConfig(chunk_size=3), 1.0, hidden_dtype=torch.float32, num_tokens=64, device=CPU
         )
     assert not asked.table
@@ -107,15 +108,15 @@ def test_nothing_is_tuned_where_nothing_is_timed(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     monkeypatch.setattr(kernels, "_triton_ops", lambda: None)
     assert not kernels.tunes(cuda)
-    monkeypatch.setattr(tune, "_random", None)  # would be called
+    monkeypatch.setattr(tune_kernels, "_random", None)  # would be called
     tune_everything()
 
 
 def gpu_step(loss, dtype, logits):
     """A step's calls on a GPU, large enough to be timed: scores, the loss, its gradients."""
     from renio_megatron import linear_distillation_loss
+    from renio_megatron.losses.token_logp import linear_token_logp
     from renio_megatron.parallel.vocab import LmHead
-    from renio_megatron.token_logp import linear_token_logp
 
     tokens, vocab, size = 4096, 32768, 64
     device = torch.device("cuda", torch.cuda.current_device())
@@ -125,8 +126,8 @@ def gpu_step(loss, dtype, logits):
     shared = {"hidden_dtype": dtype, "num_tokens": tokens, "device": device}
 
     def prepare():
-        tune.tune_scores(shard, config, 1.0, **shared)
-        tune.tune_loss(shard, loss, config, hidden_size=size, **shared)
+        tune_kernels.tune_scores(shard, config, 1.0, **shared)
+        tune_kernels.tune_loss(shard, loss, config, hidden_size=size, **shared)
 
     def step():
         ids, owner = torch.zeros(2, tokens, device=device, dtype=torch.int64)
@@ -149,13 +150,13 @@ def gpu_step(loss, dtype, logits):
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_a_step_on_a_gpu_tunes_nothing(beta, clip, logits, monkeypatch):
-    from renio_megatron.kernels import tuning
+    from renio_megatron.losses.kernels import tuning
 
     monkeypatch.delenv("RENIO_KERNELS", raising=False)
     monkeypatch.setattr(tuning, "_fastest", {})
     prepare, step = gpu_step(LossConfig(beta=beta, entry_clip=clip), torch.bfloat16, logits)
     state, lines = torch.cuda.get_rng_state(), []
-    with tune.tuning_reported(torch.device("cuda"), lines.append):
+    with tune_kernels.tuning_reported(torch.device("cuda"), lines.append):
         prepare()
     assert torch.equal(state, torch.cuda.get_rng_state())
     before = dict(tuning._fastest)

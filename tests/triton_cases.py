@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import torch
 
-from renio_megatron import LossConfig, VocabShard, WeightingConfig, distillation_loss, kernels
+from renio_megatron import LossConfig, VocabShard, WeightingConfig, distillation_loss
+from renio_megatron.losses import kernels
+from renio_megatron.losses.token_logp import cross_entropy
 from renio_megatron.objective.divergences import divergence_of
 from renio_megatron.parallel.vocab import merge_statistics
-from renio_megatron.token_logp import cross_entropy
 from tests.sharding import VOCABULARY_CUTS, columns, vocabulary_edges
 from tests.triton_problems import (
     BETAS,
@@ -319,7 +320,7 @@ BEYOND = tuple(itertools.product((0.0, 0.3, 1.0), (None, 0.05)))
 
 def beyond_32_bits(losses=BEYOND):
     """V = 151,936 in bf16, so many rows that offsets pass 2^31; in place; first, last and middle rows."""
-    from renio_megatron.kernels import tuning
+    from renio_megatron.losses.kernels import tuning
 
     vocab, rows = 151936, 14400
     looked_at = [0, rows // 2, rows - 1]

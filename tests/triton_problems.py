@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from renio_megatron import distillation_loss, kernels
+from renio_megatron import distillation_loss
+from renio_megatron.losses import kernels
 from renio_megatron.objective.divergences import divergence_of
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.parallel.vocab import merge_statistics

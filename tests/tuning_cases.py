@@ -15,10 +15,10 @@ from unittest import mock
 
 import torch
 
-from renio_megatron import kernels
 from renio_megatron.algorithms import distillation
 from renio_megatron.config import RunConfig, SftConfig
-from renio_megatron.kernels import torch_ops
+from renio_megatron.losses import kernels
+from renio_megatron.losses.kernels import torch_ops
 from renio_megatron.settings import HeadConfig, LossConfig, TeacherConfig
 from tests.route_cases import routed
 from tests.teacher_layout_cases import own
@@ -47,7 +47,7 @@ class Played:
     """Stands for `triton_ops`: asks for its cuts, computes by `torch_ops`."""
 
     def __getattr__(self, name: str) -> Any:
-        from renio_megatron.kernels import triton_ops
+        from renio_megatron.losses.kernels import triton_ops
 
         def call(*args: Any, **kwargs: Any) -> torch.Tensor:
             getattr(triton_ops, name)(*args, **kwargs)
@@ -72,7 +72,7 @@ class Asked:
 @contextlib.contextmanager
 def played_gpu(least: int) -> Iterator[Asked]:
     """Calls of `least` entries are worth timing, which the pivotal tokens' one row must not have."""
-    from renio_megatron.kernels import triton_ops, tuning
+    from renio_megatron.losses.kernels import triton_ops, tuning
 
     asked = Asked()
     choose = tuning.choose_cut

@@ -152,7 +152,7 @@ def _ours_after_linear(problem: Problem) -> torch.Tensor:
 
 def fused_linear(problem: Problem, dtype: torch.dtype, chunk_size: int | None = None) -> Any:
     """The whole output of our fused form, with weights given."""
-    from renio_megatron.linear_loss import linear_distillation_loss
+    from renio_megatron.losses.linear_distillation import linear_distillation_loss
 
     return linear_distillation_loss(
         problem.student_hidden,
@@ -173,13 +173,13 @@ def fused_linear(problem: Problem, dtype: torch.dtype, chunk_size: int | None = 
 
 def declared_buffers(cell: Cell, dtype: torch.dtype, chunk_size: int) -> int:
     """Bytes that our fused form says it allocates beside its results."""
-    from renio_megatron.linear_loss import buffer_bytes
+    from renio_megatron.losses.linear_distillation import buffer_bytes
 
     return buffer_bytes(cell.tokens, cell.width, cell.dtype, logits_dtype=dtype, chunk_size=chunk_size)
 
 
 def _without_linear_loss(device: torch.device) -> str | None:
-    return None if importlib.util.find_spec("renio_megatron.linear_loss") else "not there"
+    return None if importlib.util.find_spec("renio_megatron.losses.linear_distillation") else "not there"
 
 
 def _without_liger(device: torch.device) -> str | None:

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 
 from renio_megatron.algorithms.routing import RoutedDivergence, RoutedScores, RoutedTeachers, names_metrics
-from renio_megatron.chunks import Logits, logits_dtype_of
 from renio_megatron.data.collate import flat_completions, flat_logp
 from renio_megatron.evaluate.accuracy import auc
-from renio_megatron.linear_loss import linear_distillation_loss
-from renio_megatron.loss import distillation_loss
+from renio_megatron.losses.chunked_logits import Logits, logits_dtype_of
+from renio_megatron.losses.distillation import distillation_loss
+from renio_megatron.losses.linear_distillation import linear_distillation_loss
+from renio_megatron.losses.sample_weights import SampleWeights, applied_cap, sample_weights
+from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.balance import balance
 from renio_megatron.parallel.batch import gather_batch, sum_pieces
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.roles import Learner, Sampler, StepLoss, Teacher
-from renio_megatron.scores import SampleWeights, applied_cap, sample_weights
 from renio_megatron.settings import HeadConfig, LossConfig, WeightingConfig
-from renio_megatron.tune import tuning_reported
 from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from renio_megatron.losses.token_logp import cross_entropy
+from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.batch import gather_batch
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.roles import Learner
-from renio_megatron.token_logp import cross_entropy
-from renio_megatron.tune import tuning_reported
 from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.diagnose.health import differences, rank_report, versions
-from renio_megatron.linear_loss import linear_distillation_loss
-from renio_megatron.loss import DistillationOutput, distillation_loss
+from renio_megatron.losses.distillation import DistillationOutput, distillation_loss
+from renio_megatron.losses.linear_distillation import linear_distillation_loss
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.parallel.layout import Axis, Layout, device_identity
 from renio_megatron.parallel.vocab import VocabShard

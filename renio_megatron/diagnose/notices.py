@@ -7,8 +7,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from renio_megatron.losses.sample_weights import applied_cap
 from renio_megatron.objective.weightings import WEIGHTINGS
-from renio_megatron.scores import applied_cap
 from renio_megatron.settings import LossConfig, WeightingConfig
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from renio_megatron.chunk_size import chunk_size_for, token_bytes
+from renio_megatron.losses.chunk_size import chunk_size_for, token_bytes
 from renio_megatron.plan.activations import forward_bytes, tokens_bytes
 from renio_megatron.plan.parts import PlannedPart
 from renio_megatron.plan.workload import Reading

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from renio_megatron.chunk_size import loss_buffer_bytes
 from renio_megatron.config import RunConfig
+from renio_megatron.losses.chunk_size import loss_buffer_bytes
 from renio_megatron.plan.activations import (
     backward_bytes,
     chunk_bytes,

@@ -58,7 +58,7 @@ def rates(record: Record, setting: Setting) -> None:
 
 def head_products(record: Record, setting: Setting) -> None:
     """Time and rate of each of the products, and the error of fp32 logits of bf16 factors."""
-    from renio_megatron.kernels.matmul import add_outer_, project_rows
+    from renio_megatron.losses.kernels.matmul import add_outer_, project_rows
 
     device = setting.device
     rows, width, hidden = (32, 96, 16) if setting.toy else HEAD
@@ -84,7 +84,8 @@ def head_products(record: Record, setting: Setting) -> None:
 
 def losses(record: Record, setting: Setting) -> None:
     """Losses and gradients of bf16 logits against the reference in fp64."""
-    from renio_megatron import LossConfig, distillation_loss, kernels
+    from renio_megatron import LossConfig, distillation_loss
+    from renio_megatron.losses import kernels
     from renio_megatron.objective.reference import reference_objective
 
     device, rows, width = setting.device, 64, 300 if setting.toy else 151936
@@ -141,7 +142,7 @@ def passes(record: Record, setting: Setting) -> None:
 def _cuts(setting: Setting) -> dict[str, str]:
     if not setting.is_cuda:
         return {}
-    from renio_megatron.kernels import tuning
+    from renio_megatron.losses.kernels import tuning
 
     return {str(key): f"{cut.block}/{cut.warps}/{cut.stages}" for key, cut in tuning._fastest.items()}
 

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from renio_megatron import kernels
-from renio_megatron.chunks import logits_dtype_of
+from renio_megatron.losses import kernels
+from renio_megatron.losses.chunked_logits import logits_dtype_of
+from renio_megatron.losses.token_logp import cross_entropy, token_logp
+from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.passes import Passes
 from renio_megatron.settings import HeadConfig, LossConfig
-from renio_megatron.token_logp import cross_entropy, token_logp
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def tuning_reported(device: torch.device, say: Callable[[str], None] | None = No
     if not kernels.tunes(device):
         yield
         return
-    from renio_megatron.kernels import tuning
+    from renio_megatron.losses.kernels import tuning
 
     before, start = tuning.num_tuned(), time.perf_counter()
     yield
@@ -123,7 +123,7 @@ def _alone(shard: VocabShard) -> VocabShard:
 def _trial_rows(width: int, num_valid: int, most_rows: int) -> int:
     """Rows of `width` columns, of which `num_valid` are read, that are enough to be timed; 0 where calls of up to
     `most_rows` never are."""
-    from renio_megatron.kernels.tuning import TRIAL_ENTRIES
+    from renio_megatron.losses.kernels.tuning import TRIAL_ENTRIES
 
     is_timed = num_valid > 0 and most_rows * width >= TRIAL_ENTRIES
     return -(-TRIAL_ENTRIES // num_valid) if is_timed else 0

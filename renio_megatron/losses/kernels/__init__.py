@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.kernels import torch_ops
-from renio_megatron.kernels.matmul import add_outer_, project_rows
-from renio_megatron.kernels.torch_ops import working_dtype
+from renio_megatron.losses.kernels import torch_ops
+from renio_megatron.losses.kernels.matmul import add_outer_, project_rows
+from renio_megatron.losses.kernels.torch_ops import working_dtype
 from renio_megatron.objective.divergences import Divergence
 
 __all__ = [
@@ -84,7 +84,7 @@ def tunes(device: torch.device) -> bool:
 def _triton_ops() -> ModuleType | None:
     """The module, imported when it is needed first; None where Triton is not installed."""
     try:
-        from renio_megatron.kernels import triton_ops
+        from renio_megatron.losses.kernels import triton_ops
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from renio_megatron import kernels
-from renio_megatron.chunk_size import chunk_size_for, loss_buffer_bytes
-from renio_megatron.chunks import Logits, bytes_per_token, chosen_dtype, slices
 from renio_megatron.errors import LayoutError
-from renio_megatron.loss import RAN_TWICE, DistillationOutput, mean_denominator
-from renio_megatron.loss_checks import check_heads, check_tokens
+from renio_megatron.losses import kernels
+from renio_megatron.losses.argument_checks import check_heads, check_tokens
+from renio_megatron.losses.chunk_size import chunk_size_for, loss_buffer_bytes
+from renio_megatron.losses.chunked_logits import Logits, bytes_per_token, chosen_dtype, slices
+from renio_megatron.losses.distillation import RAN_TWICE, DistillationOutput, mean_denominator
+from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
+from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
 from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.vocab import VocabShard, sum_gradient_over_shards
-from renio_megatron.passes import Passes
-from renio_megatron.scores import SampleWeights, sample_weights
 from renio_megatron.settings import LossConfig, WeightingConfig
 
 _DEFAULT_LOSS = LossConfig()

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from renio_megatron import kernels
-from renio_megatron.chunk_size import token_bytes
 from renio_megatron.errors import LayoutError
+from renio_megatron.losses import kernels
+from renio_megatron.losses.chunk_size import token_bytes
 from renio_megatron.settings import HeadConfig
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import triton
 
-from renio_megatron.kernels import triton_kernels as jit
-from renio_megatron.kernels import triton_terms
-from renio_megatron.kernels.tuning import Cut, choose_cut, cut_rows
+from renio_megatron.losses.kernels import triton_kernels as jit
+from renio_megatron.losses.kernels import triton_terms
+from renio_megatron.losses.kernels.tuning import Cut, choose_cut, cut_rows
 from renio_megatron.objective.divergences import Divergence, Terms, forward_kl, jsd, reverse_kl
 from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalisers
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from renio_megatron.kernels.triton_terms import LN2, add_terms, bounded_terms, normaliser
+from renio_megatron.losses.kernels.triton_terms import LN2, add_terms, bounded_terms, normaliser
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum starts: finite, so that -inf minus it is -inf
 

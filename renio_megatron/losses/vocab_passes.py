@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from renio_megatron import kernels
+from renio_megatron.losses import kernels
 from renio_megatron.objective.divergences import Divergence, divergence_of
 from renio_megatron.parallel.vocab import (
     Normalisers,

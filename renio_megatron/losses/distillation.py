@@ -1,8 +1,8 @@
 """The public loss over logits: where the mathematics meets the shards.
 
-Three passes over the rows with two small exchanges over the tensor group (`passes.py`), and a gradient that is final
-when forward returns, because the sample weights need nothing that pass 1 does not know. `linear_loss.py` is the same
-from hidden states and LM heads.
+Three passes over the rows with two small exchanges over the tensor group (`vocab_passes.py`), and a gradient that is
+final when forward returns, because the sample weights need nothing that pass 1 does not know. `linear_distillation.py`
+is the same from hidden states and LM heads.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from renio_megatron import kernels
-from renio_megatron.loss_checks import check_logits, check_tokens
+from renio_megatron.losses import kernels
+from renio_megatron.losses.argument_checks import check_logits, check_tokens
+from renio_megatron.losses.sample_weights import sample_weights
+from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.objective.reduce import token_scale
 from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.passes import Passes
-from renio_megatron.scores import sample_weights
 from renio_megatron.settings import LossConfig, WeightingConfig
 
 RAN_TWICE = (
