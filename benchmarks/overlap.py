@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from renio_megatron.assets import model_directory
+from renio_megatron.models.shipped import model_directory
 
 SEQUENCES, COMPLETION = 64, 48
 TIMES = ("time/step_s", "time/rollout_s", "time/teacher_s")

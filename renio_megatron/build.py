@@ -11,12 +11,10 @@ from typing import Any
 from renio_megatron.algorithms import Algorithm
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
-from renio_megatron.assets import model_directory
 from renio_megatron.build_teacher import build_teacher
 from renio_megatron.config import RunConfig, SftConfig, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
-from renio_megatron.data.ends import ends_of
-from renio_megatron.data.prompts import PromptStream, Room, check_views_differ, load_tokenizer, padding_id
+from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
 from renio_megatron.data.sources import Source, build_source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
@@ -24,7 +22,6 @@ from renio_megatron.files import user_path
 from renio_megatron.inputs import (
     Inputs,
     TeacherInputs,
-    check_embedding,
     most_completion_tokens,
     notices_of_prompts,
     read_teachers,
@@ -34,10 +31,13 @@ from renio_megatron.inputs import (
 )
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.losses.sample_weights import SampleWeights
-from renio_megatron.megatron.architecture import Architecture, notices
-from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.peft_config import PeftAdapter
 from renio_megatron.metrics import Observer
+from renio_megatron.models.architecture import Architecture, notices
+from renio_megatron.models.ends import ends_of
+from renio_megatron.models.hf_weights import WeightFiles
+from renio_megatron.models.shipped import model_directory
+from renio_megatron.models.tokenizer import check_embedding, load_tokenizer, padding_id
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver

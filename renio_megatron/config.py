@@ -12,11 +12,9 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from renio_megatron.assets import model_directory
 from renio_megatron.data.sources import check_file
 from renio_megatron.errors import ConfigError
 from renio_megatron.expert_rules import check_expert_ranks, check_experts
-from renio_megatron.family_defaults import FAMILY_DEFAULTS
 from renio_megatron.layout_rules import (
     check_adapters_cut,
     check_cut,
@@ -28,6 +26,8 @@ from renio_megatron.layout_rules import (
     num_scorers,
     teacher_parallel,
 )
+from renio_megatron.models.family_defaults import FAMILY_DEFAULTS
+from renio_megatron.models.shipped import model_directory
 from renio_megatron.recipe_checks import check_combinations, check_weighting
 from renio_megatron.recipe_file import literal, read_recipe
 from renio_megatron.recipe_rules import check_settings, ignored_settings, is_changeable, refuse_ignored

@@ -13,13 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
-from renio_megatron.assets import model_directory
 from renio_megatron.checkpoint_files import find_pretrained, latest_step, step_directory, steps
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import as_others_are
-from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.hf import hf_state
-from renio_megatron.megatron.hf_files import description_files
 from renio_megatron.megatron.model import build_model
 from renio_megatron.megatron.peft_config import PeftAdapter
 from renio_megatron.megatron.peft_files import adapter_state, merged, write_adapter
@@ -27,6 +24,9 @@ from renio_megatron.megatron.pretrained import fingerprint, load_pretrained, sta
 from renio_megatron.megatron.residual import residual_of
 from renio_megatron.megatron.saved_model import load_model_weights, saved_base
 from renio_megatron.megatron.start import start, stop
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.hf_weights import description_files
+from renio_megatron.models.shipped import model_directory
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 

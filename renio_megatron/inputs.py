@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.assets import model_directory
 from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config import RunConfig, SftConfig
 from renio_megatron.data.chat import View, chat_template_of, teacher_view
-from renio_megatron.data.ends import Ends, differing_ends, ends_of
-from renio_megatron.data.prompts import PromptStream, check_same_tokenizer, load_tokenizer
-from renio_megatron.errors import ConfigError
+from renio_megatron.data.prompts import PromptStream
 from renio_megatron.files import user_path
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.hf_files import WeightFiles
 from renio_megatron.megatron.peft_config import PeftAdapter
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.ends import Ends, differing_ends, ends_of
+from renio_megatron.models.hf_weights import WeightFiles
+from renio_megatron.models.shipped import model_directory
+from renio_megatron.models.tokenizer import check_embedding, check_same_tokenizer, load_tokenizer
 from renio_megatron.teacher_routes import ONLY, setting_of, single_teachers
 from renio_megatron.types import Prompt, Rollout
 
@@ -99,26 +99,6 @@ def stops_of(config: RunConfig | SftConfig) -> tuple[list[int], list[str]]:
 def weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
     """Where a model's weights are: in its directory, unless the setting names a checkpoint."""
     return model if checkpoint is None else find_pretrained(checkpoint, setting)
-
-
-def check_embedding(tokenizer: Any, directory: Path, architecture: Architecture) -> None:
-    """Raises `ConfigError` where the tokenizer has ids that a model has no row for.
-
-    Args:
-        tokenizer: the student's.
-        directory: of the model.
-        architecture: the model's.
-    """
-    vocabulary = tokenizer.get_vocab()
-    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= architecture.vocab_size)
-    if beyond:
-        named = ", ".join(f"{token!r} has the id {index}" for index, token in beyond[:_MAX_NAMED])
-        more = f" (and {len(beyond) - _MAX_NAMED} more)" if len(beyond) > _MAX_NAMED else ""
-        raise ConfigError(
-            f"the student's tokenizer has tokens without a row in the embedding of {directory}, which has "
-            f"{architecture.vocab_size}: {named}{more}. Resize that model's embedding (resize_token_embeddings), or "
-            "take a tokenizer without them."
-        )
 
 
 def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: Any) -> dict[str, TeacherInputs]:

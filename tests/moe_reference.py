@@ -144,7 +144,7 @@ def gradient_errors(mine: dict[str, Any], reference: dict[str, torch.Tensor], pa
 
     Relative to the tensor's own norm; an expert without tokens has none, and is held to the largest expert's.
     """
-    from renio_megatron.megatron.hf_slices import hf_names, is_expert
+    from renio_megatron.models.param_map import hf_names, is_expert
     from tests.whole_tensors import take_shard, to_megatron
 
     errors = {"experts": 0.0, "router": 0.0, "others": 0.0}

@@ -39,10 +39,10 @@ def logits_in(layout_name: str, name: str, folder: Path) -> tuple[Any, int, int]
 
     In a layout of `SAVED_IN` a checkpoint of the weights is left, which `export_all` exports.
     """
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.start import start
+    from renio_megatron.models.architecture import Architecture
     from tests.test_hf import logits_of, save_checkpoint
 
     architecture, parallel = Architecture.from_directory(folder / name), ParallelConfig(**LAYOUTS[layout_name])

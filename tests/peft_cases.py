@@ -143,13 +143,13 @@ def by_peft(model: Path, adapter: Path, ids: list[list[int]] | None = None) -> t
 def by_us(model: Path, adapter: Path, tensor: int = 1) -> dict[str, torch.Tensor | str]:
     """The same by this package, as a teacher's adapter that is merged and as the one that a student starts with."""
     from renio_megatron.errors import ConfigError
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.merging import Merger
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.peft_files import check_adapter, load_adapter, read_adapter_config
     from renio_megatron.megatron.residual import residual_of
     from renio_megatron.megatron.start import start
+    from renio_megatron.models.architecture import Architecture
     from renio_megatron.settings import ParallelConfig, TrainConfig
     from tests.test_hf import logits_of
 

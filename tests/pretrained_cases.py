@@ -49,11 +49,11 @@ def write(folder: Path, name: str) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from renio_megatron.megatron.architecture import Architecture
-    from renio_megatron.megatron.hf_slices import hf_names
     from renio_megatron.megatron.model import transformer_config
     from renio_megatron.megatron.start import start
     from renio_megatron.megatron.versions import own_writer
+    from renio_megatron.models.architecture import Architecture
+    from renio_megatron.models.param_map import hf_names
     from renio_megatron.settings import PrecisionConfig
 
     directory, parallel, metadata = WRITTEN[name]
@@ -141,9 +141,9 @@ def compare(
 def _part(
     directory: Path, parallel: ParallelConfig, train: Any = None, lora: Any = None, vocab_size: int = VOCAB_SIZE
 ) -> Any:
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.start import start
+    from renio_megatron.models.architecture import Architecture
 
     layout = start(parallel, seed=1)
     architecture = Architecture.from_directory(directory)

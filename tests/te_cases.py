@@ -58,9 +58,9 @@ def rollouts(lengths=LENGTHS):
 
 
 def build(directory, layout, parallel, precision, train=None, *, trained=True):
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
+    from renio_megatron.models.architecture import Architecture
 
     architecture = Architecture.from_directory(directory)
     train = train or TrainConfig(micro_batch_size=2)
@@ -129,7 +129,7 @@ def reference(root, family):
     """Gradients by Hugging Face name, log-probabilities, samples and parameters' names of the local spec on one rank of
     the model."""
     from renio_megatron.megatron.hf import to_hf
-    from renio_megatron.megatron.hf_slices import hf_names
+    from renio_megatron.models.param_map import hf_names
 
     parallel, train = ParallelConfig(), TrainConfig(micro_batch_size=2)
     layout = start_everything(parallel)
@@ -146,7 +146,7 @@ def reference(root, family):
 
 def gradient_difference(part, gradients, by_hf_name):
     """Largest absolute difference of this rank's gradients from its shards of the reference's."""
-    from renio_megatron.megatron.hf_slices import hf_names
+    from renio_megatron.models.param_map import hf_names
     from tests.whole_tensors import take_shard, to_megatron
 
     worst, tensor = 0.0, part.layout.tensor
@@ -162,7 +162,7 @@ def gradient_difference(part, gradients, by_hf_name):
 def same_as_local(root):
     """By family, layout and arrangement: how far gradients, log-probabilities and samples are from the local spec's."""
     te_standin.install()
-    from renio_megatron.megatron.hf_slices import local_name
+    from renio_megatron.models.param_map import local_name
 
     found = {}
     for family in FAMILIES:
@@ -256,9 +256,9 @@ def save(part, folder, parallel):
 
 def reload(folder, directory, layout, backend):
     from renio_megatron.checkpoint_files import step_directory
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.saved_model import load_model_weights
+    from renio_megatron.models.architecture import Architecture
 
     architecture = Architecture.from_directory(directory)
     precision = PrecisionConfig(backend=backend)

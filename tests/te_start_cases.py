@@ -55,12 +55,12 @@ def from_a_checkpoint(root: Path) -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.pretrained import load_pretrained
     from renio_megatron.megatron.sharded_state import sharded_model
     from renio_megatron.megatron.te_modules import values_of
     from renio_megatron.megatron.versions import own_writer
+    from renio_megatron.models.architecture import Architecture
     from tests.te_cases import VOCAB
 
     parallel, train = ParallelConfig(tensor_model_parallel_size=2), TrainConfig(micro_batch_size=2)

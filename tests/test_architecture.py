@@ -15,8 +15,7 @@ FLOORS = (
     ("errors", "types"),
     (
         "settings",
-        "assets",
-        "family_defaults",
+        "models",
         "files",
         "stop",
         "metrics",

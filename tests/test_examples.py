@@ -11,9 +11,9 @@ import torch
 import yaml
 
 import renio_megatron
-from renio_megatron.assets import QUICKSTART_RECIPE, SHIPPED
 from renio_megatron.cli.run import QUICKSTART_VARIANTS
 from renio_megatron.config import RunConfig, SftConfig, check_models, check_world, load_recipe
+from renio_megatron.models.shipped import QUICKSTART_RECIPE, SHIPPED
 from renio_megatron.tasks.modchain import END, PAD, SYMBOLS, make_problem
 
 ROOT = Path(renio_megatron.__file__).parents[1]

@@ -13,10 +13,10 @@ from renio_megatron.config import check_models, check_world, load_recipe
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.expert_rules import MIXTURE_TYPES
-from renio_megatron.megatron.architecture import Architecture, Experts
-from renio_megatron.megatron.hf_files import hf_shapes
-from renio_megatron.megatron.hf_index import OF_EXPERTS
 from renio_megatron.metrics import METRICS
+from renio_megatron.models.architecture import Architecture, Experts
+from renio_megatron.models.hf_index import OF_EXPERTS
+from renio_megatron.models.hf_weights import hf_shapes
 from renio_megatron.objective.load_balance import load_balancing_loss
 from renio_megatron.recipe_rules import is_changeable
 from renio_megatron.types import Prompt, Rollout

@@ -190,9 +190,9 @@ def _on_two_ranks() -> dict[str, Any]:
 
 
 def _part(layout: Any, parallel: ParallelConfig, precision: PrecisionConfig | None, **more: Any) -> Any:
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.rope import Rope
+    from renio_megatron.models.architecture import Architecture
+    from renio_megatron.models.rope import Rope
 
     architecture = Architecture(
         family="qwen2",

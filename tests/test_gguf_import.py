@@ -34,7 +34,7 @@ def written(path: Path, **ids: int) -> Path:
 
 
 def test_the_file_says_which_tokens_are_special(tmp_path):
-    from renio_megatron.data.gguf_import import set_special_tokens
+    from renio_megatron.models.gguf_import import set_special_tokens
 
     tokenizer = Tokenizer()
     set_special_tokens(tokenizer, written(tmp_path / "all.gguf", bos=1, eos=2, pad=2, unk=0))

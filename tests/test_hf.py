@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from renio_megatron.config import load_recipe, to_yaml
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.models.architecture import Architecture
 from renio_megatron.settings import ParallelConfig, TrainConfig
 from renio_megatron.types import Prompt, Rollout
 from tests.multiprocess import run_ranks

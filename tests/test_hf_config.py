@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from renio_megatron.family_defaults import FAMILY_DEFAULTS
-from renio_megatron.megatron.architecture import FAMILIES as SUPPORTED
-from renio_megatron.megatron.architecture import notices
+from renio_megatron.models.architecture import FAMILIES as SUPPORTED
+from renio_megatron.models.architecture import notices
+from renio_megatron.models.family_defaults import FAMILY_DEFAULTS
 from tests.hf_config_cases import FAMILIES, RELEASED, ROPES, change, changes_of, compare_family, save_family
 from tests.multiprocess import Ranks
 

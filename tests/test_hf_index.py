@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from renio_megatron.assets import model_directory
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.shipped import model_directory
 from tests.hf_config_cases import FAMILIES, change, compare, save_family
 from tests.multiprocess import Ranks
 

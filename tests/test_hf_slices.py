@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron import hf, hf_files
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
-from renio_megatron.megatron.hf_slices import hf_names
-from renio_megatron.megatron.rope import Rope
+from renio_megatron.megatron import hf
+from renio_megatron.models import hf_weights
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
+from renio_megatron.models.param_map import hf_names
+from renio_megatron.models.rope import Rope
 from tests.whole_tensors import take_shard, to_megatron
 
 VOCAB, HIDDEN, FFN, WIDTH, LAYERS, NUM_FILES = 37, 32, 48, 6, 8, 64
@@ -339,5 +340,5 @@ def test_every_dtype_that_is_allowed_is_counted_and_cast(directories, tmp_path):
         wide = {key: tensor.to(dtype) for key, tensor in state.items()}
         part = rank_of(architecture, 2, 1, 1, 0, dtype=torch.bfloat16)
         read = hf.load_weights(part, write(tmp_path / kind, wide, 2))
-        assert 2 * read == hf_files._ITEM_BYTES[kind] * own_bytes(part)
+        assert 2 * read == hf_weights._ITEM_BYTES[kind] * own_bytes(part)
         check_parameters(part, wide)

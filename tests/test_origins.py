@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from renio_megatron.assets import model_directory
 from renio_megatron.build import read_inputs
 from renio_megatron.config import RunConfig, load_recipe
 from renio_megatron.errors import CheckpointError, ConfigError
+from renio_megatron.models.shipped import model_directory
 from renio_megatron.origins import _digest, _files, origins
 from renio_megatron.rundir import RunDirectory
 

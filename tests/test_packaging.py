@@ -22,8 +22,8 @@ ROOT = Path(renio_megatron.__file__).parents[1]
 REFUSED = ("apex", "transformer-engine", "transformer_engine")
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 SHIPPED = {
-    "renio_megatron/assets/modchain/quickstart.yaml",
-    *(f"renio_megatron/assets/modchain/{who}/{name}" for who in ("student", "teacher") for name in MODEL_FILES),
+    "renio_megatron/models/shipped/modchain/quickstart.yaml",
+    *(f"renio_megatron/models/shipped/modchain/{who}/{name}" for who in ("student", "teacher") for name in MODEL_FILES),
 }
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config import load_recipe
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.pretrained import fingerprint
+from renio_megatron.models.architecture import Architecture
 from tests.multiprocess import Ranks
 from tests.pretrained_cases import READ, WRITTEN, describe, read, refused, runs, write
 from tests.resuming import rows

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from renio_megatron.assets import SHIPPED, model_directory
 from renio_megatron.cli.main import main
 from renio_megatron.config import load_recipe
-from renio_megatron.data.prompts import load_tokenizer
 from renio_megatron.errors import ConfigError
+from renio_megatron.models.shipped import SHIPPED, model_directory
+from renio_megatron.models.tokenizer import load_tokenizer
 from tests import warm
 from tests.jobs import python_path
 from tests.test_chat_template import CHATML, IGNORES

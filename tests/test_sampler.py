@@ -129,10 +129,10 @@ def test_draw_leaves_the_logits_alone(draw):
 
 def sample_everywhere(layouts, directories):
     """(tokens, log-probabilities, finished) of every prompt, by layout, model and case."""
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.start import start
+    from renio_megatron.models.architecture import Architecture
 
     found = {}
     for tensor, pipeline in layouts:

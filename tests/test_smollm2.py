@@ -165,11 +165,11 @@ def test_the_exported_adapter_generates(adapted: Run, model: Path, tmp_path: Pat
 def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     """All positions' logits at TP = 3, gathered: [S, V]."""
     from renio_megatron.data.collate import Arrangement, collate
-    from renio_megatron.megatron.architecture import Architecture
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.pipeline import run_forward
     from renio_megatron.megatron.start import start
+    from renio_megatron.models.architecture import Architecture
     from renio_megatron.parallel.vocab import gather_columns
     from renio_megatron.settings import ParallelConfig, TrainConfig
     from renio_megatron.types import Prompt, Rollout

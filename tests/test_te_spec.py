@@ -19,8 +19,8 @@ from renio_megatron.data.collate import Arrangement
 from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.rope import Rope
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.rope import Rope
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from tests import te_cases, te_imports, te_start_cases, training_cases
 from tests.multiprocess import Ranks

@@ -204,7 +204,7 @@ def worst_gradient_error(
     mine: dict[str, tuple[torch.Tensor, torch.Tensor]], reference: dict[str, torch.Tensor], part: Any
 ) -> float:
     """Largest relative error, over this rank's parameters, of the raw gradient against the reference's shard of it."""
-    from renio_megatron.megatron.hf_slices import hf_names
+    from renio_megatron.models.param_map import hf_names
     from tests.whole_tensors import take_shard, to_megatron
 
     worst, tensor = 0.0, part.layout.tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from renio_megatron.config import RunConfig
-from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.models.architecture import Architecture
 from renio_megatron.plan.memory import plan_memory
 from renio_megatron.plan.models import PlannedModel
 from renio_megatron.settings import DataConfig, LossConfig, RolloutConfig, TeacherConfig, TrainConfig

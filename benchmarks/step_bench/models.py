@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.rope import Rope
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.rope import Rope
 
 
 def dense(

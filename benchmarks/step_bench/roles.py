@@ -16,13 +16,13 @@ from renio_megatron.cli.launch import become_single_rank
 from renio_megatron.data.collate import flat_completions
 from renio_megatron.diagnose.precision import Scores
 from renio_megatron.losses.sample_weights import sample_weights
-from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.learner import MegatronLearner
 from renio_megatron.megatron.model import ModelPart, build_model
 from renio_megatron.megatron.sampler import MegatronSampler
 from renio_megatron.megatron.start import start, stop
 from renio_megatron.megatron.teacher import MegatronTeacher
 from renio_megatron.megatron.teacher_weights import TeacherWeights
+from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.settings import (
     HeadConfig,

@@ -253,8 +253,8 @@ class _Comparison:
         from renio_megatron.data.collate import flat_completions
         from renio_megatron.diagnose.precision import Scores
         from renio_megatron.losses.sample_weights import sample_weights
-        from renio_megatron.megatron.hf_slices import local_name
         from renio_megatron.megatron.pipeline import share_tokens
+        from renio_megatron.models.param_map import local_name
 
         device = self._layout.device
         _, owner, _ = flat_completions(self._rollouts)

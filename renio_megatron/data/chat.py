@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from renio_megatron.data.chat_template import ChatTemplate
 from renio_megatron.data.sources import Record, solution_of
 from renio_megatron.errors import ConfigError, DataError
+from renio_megatron.models.chat_template import ChatTemplate
 from renio_megatron.settings import DataConfig
 from renio_megatron.settings.templates import check_fields, fields_of, filled
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture
+from renio_megatron.models.architecture import Architecture
 from renio_megatron.settings import ParallelConfig, PrecisionConfig, TrainConfig
 
 INSTALL = (

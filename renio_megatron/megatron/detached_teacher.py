@@ -16,12 +16,12 @@ import torch
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
-from renio_megatron.megatron.architecture import Architecture
 from renio_megatron.megatron.groups import Place
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.payload import Scattered, gather_pieces
 from renio_megatron.megatron.pipeline import run_forward, share_tokens
 from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
+from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.bridge import Bridge
 from renio_megatron.parallel.exchange import RowExchange, RowsOf, gather_rows, sum_over
 from renio_megatron.parallel.layout import Layout

@@ -16,12 +16,12 @@ from threading import Lock
 
 import torch
 
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
-from renio_megatron.megatron.hf_slices import VOCABULARY, Slice, hf_names, is_expert, is_gate_and_up, is_qkv, slices_of
 from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.te_modules import fill, is_quantised, values_of
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
+from renio_megatron.models.param_map import VOCABULARY, Slice, hf_names, is_expert, is_gate_and_up, is_qkv, slices_of
 
 NUM_THREADS = 4
 """Files that a rank reads at once. A thread waits in the copy, where the bytes come from the disk."""

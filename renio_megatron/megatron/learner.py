@@ -19,12 +19,12 @@ from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
 from renio_megatron.losses.tune_kernels import tune_cross_entropy, tune_loss
-from renio_megatron.megatron.hf_slices import is_expert
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.pipeline import broadcast_from_last_stage, run_forward, run_forward_backward, share_tokens
 from renio_megatron.megatron.spare_rows import SpareRows
 from renio_megatron.megatron.te_modules import slow_attention
 from renio_megatron.metrics import Tally
+from renio_megatron.models.param_map import is_expert
 from renio_megatron.parallel.batch import reduce_tally, sum_pieces
 from renio_megatron.roles import StepLoss
 from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig

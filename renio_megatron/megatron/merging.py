@@ -10,13 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.finite import require_finite
-from renio_megatron.megatron.hf_files import hf_shapes
-from renio_megatron.megatron.hf_slices import Slice
 from renio_megatron.megatron.peft_config import WEIGHTS, read_adapter_config
 from renio_megatron.megatron.peft_files import check_names
 from renio_megatron.megatron.residual import residual_of
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.finite import require_finite
+from renio_megatron.models.hf_weights import hf_shapes
+from renio_megatron.models.param_map import Slice
 
 SETTING = "teacher.adapter"
 

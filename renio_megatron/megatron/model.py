@@ -23,7 +23,6 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from renio_megatron.data.collate import Arrangement
 from renio_megatron.losses import kernels
 from renio_megatron.losses.tune_kernels import tune_scores
-from renio_megatron.megatron.architecture import Architecture, padded_vocab_size
 from renio_megatron.megatron.backend import (
     can_fuse_weight_gradients,
     check_model,
@@ -41,9 +40,10 @@ from renio_megatron.megatron.moe import (
     watch_routers,
     whole_model_name,
 )
-from renio_megatron.megatron.rope import set_rope
 from renio_megatron.megatron.spec import block_spec
 from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
+from renio_megatron.models.architecture import Architecture, padded_vocab_size
+from renio_megatron.models.rope import set_rope
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead, VocabShard, gather_sequence, sum_gradient_over_shards
 from renio_megatron.settings import HeadConfig, LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
@@ -323,7 +323,11 @@ def build_model(
     routing = None
     if trained and architecture.experts is not None:
         routing = Routing(architecture, layout, train.moe_aux_loss_coeff, sequence_parallel=parallel.sequence_parallel)
-    padded = padded_vocab_size(vocab_size if num_rows is None else num_rows, parallel)
+    padded = padded_vocab_size(
+        vocab_size if num_rows is None else num_rows,
+        divisible_by=parallel.make_vocab_size_divisible_by,
+        tensor_size=parallel.tensor_model_parallel_size,
+    )
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()
     chunks = []

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.hf_slices import is_expert
 from renio_megatron.megatron.versions import define_missing_gemm
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.param_map import is_expert
 from renio_megatron.objective.load_balance import load_balancing_loss, sum_by_sequence
 from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Layout

@@ -21,15 +21,15 @@ from torch.distributed.checkpoint import CheckpointException
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.finite import require_finite
 from renio_megatron.megatron.hf import Change, load_weights
-from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
-from renio_megatron.megatron.hf_slices import VOCABULARY, Slice
 from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.sharded_state import restore_weights, sharded_model
 from renio_megatron.megatron.te_modules import fill, is_quantised, values_of
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.finite import require_finite
+from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
+from renio_megatron.models.param_map import VOCABULARY, Slice
 
 _OPTIMIZERS = ("optimizer.", "chained_")
 _MAX_NAMED = 3

@@ -12,10 +12,10 @@ from threading import Lock
 
 import torch
 
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.hf_files import WeightFiles, hf_shapes
-from renio_megatron.megatron.hf_slices import Slice
 from renio_megatron.megatron.peft_config import PeftAdapter, block_of
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
+from renio_megatron.models.param_map import Slice
 
 _REMEMBERED = 16  # matrices: a thread reads the slices of a parameter's one after the other
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from renio_megatron.megatron.hf_slices import VOCABULARY
 from renio_megatron.megatron.model import ModelPart
+from renio_megatron.models.param_map import VOCABULARY
 
 
 class SpareRows:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from renio_megatron.assets import model_directory
-from renio_megatron.megatron.architecture import Architecture, Experts
+from renio_megatron.models.architecture import Architecture, Experts
+from renio_megatron.models.shipped import model_directory
 from renio_megatron.settings import LoraConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from renio_megatron.megatron.architecture import padded_vocab_size
+from renio_megatron.models.architecture import padded_vocab_size
 from renio_megatron.plan.models import PlannedModel
 from renio_megatron.settings import ParallelConfig, PrecisionConfig
 
@@ -83,7 +83,9 @@ class PlannedPart:
     @property
     def width(self) -> int:
         """L, columns of the LM head on a rank."""
-        return padded_vocab_size(self.num_rows, self.parallel) // self.parallel.tensor_model_parallel_size
+        size = self.parallel.tensor_model_parallel_size
+        divisor = self.parallel.make_vocab_size_divisible_by
+        return padded_vocab_size(self.num_rows, divisible_by=divisor, tensor_size=size) // size
 
     @property
     def data_ranks(self) -> int:

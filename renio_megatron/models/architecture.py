@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.hf_index import TensorIndex, has_weights
-from renio_megatron.megatron.rope import KINDS, Rope
-from renio_megatron.settings import ParallelConfig
+from renio_megatron.models.hf_index import TensorIndex, has_weights
+from renio_megatron.models.rope import KINDS, Rope
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 _MIXTURES = ("qwen3_moe", "mixtral")
@@ -156,13 +155,13 @@ def notices(directory: Path) -> list[str]:
     return found
 
 
-def padded_vocab_size(vocab_size: int, parallel: ParallelConfig) -> int:
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_size: int) -> int:
     """Columns of all shards together: the smallest multiple of the divisor times the tensor-parallel size.
 
-    >>> padded_vocab_size(17, ParallelConfig(tensor_model_parallel_size=2, make_vocab_size_divisible_by=8))
+    >>> padded_vocab_size(17, divisible_by=8, tensor_size=2)
     32
     """
-    multiple = parallel.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
+    multiple = divisible_by * tensor_size
     return -(-vocab_size // multiple) * multiple
 
 

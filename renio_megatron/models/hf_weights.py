@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.finite import require_finite
-from renio_megatron.megatron.hf_index import TensorIndex, View
-from renio_megatron.megatron.hf_slices import Slice, hf_names
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.finite import require_finite
+from renio_megatron.models.hf_index import TensorIndex, View
+from renio_megatron.models.param_map import Slice, hf_names
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BUFFERS = re.compile(r".*rotary_emb\.inv_freq")  # that old versions of transformers saved; config.json says the same

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.architecture import Architecture
-from renio_megatron.megatron.hf_index import OF_EXPERTS
+from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.hf_index import OF_EXPERTS
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 

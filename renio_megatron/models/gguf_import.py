@@ -1,6 +1,6 @@
 """A small pretrained model out of a GGUF file: SmolLM2-135M-Instruct as a Hugging Face model directory.
 
-Run as ``python -m renio_megatron.data.gguf_import FILE.gguf DIRECTORY``; ``scripts/get_smollm2.sh`` fetches the file.
+Run as ``python -m renio_megatron.models.gguf_import FILE.gguf DIRECTORY``; ``scripts/get_smollm2.sh`` fetches the file.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The Hugging Face side of a model: its description, tokenizer and files; no Megatron"""
