@@ -20,6 +20,7 @@ from pathlib import Path
 
 from renio_megatron.algorithms.distillation import WeightedDivergence
 from renio_megatron.cli.launch import become_single_rank
+from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, TrainConfig, WeightingConfig
 from renio_megatron.data.collate import flat_completions
 from renio_megatron.losses.sample_weights import sample_weights
 from renio_megatron.megatron.hf import load_weights
@@ -31,7 +32,6 @@ from renio_megatron.megatron.teacher_weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig, WeightingConfig
 from renio_megatron.types import Prompt, Rollout
 
 COMPLETION = 24

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from renio_megatron.config import LossConfig, WeightingConfig
     from renio_megatron.losses.distillation import DistillationOutput, distillation_loss
     from renio_megatron.losses.linear_distillation import linear_distillation_loss
     from renio_megatron.parallel.vocab import VocabShard
-    from renio_megatron.settings import LossConfig, WeightingConfig
 
 __version__ = "0.1.0"
 
@@ -22,8 +22,8 @@ _HOMES = {
     "distillation_loss": "renio_megatron.losses.distillation",
     "linear_distillation_loss": "renio_megatron.losses.linear_distillation",
     "VocabShard": "renio_megatron.parallel.vocab",
-    "LossConfig": "renio_megatron.settings",
-    "WeightingConfig": "renio_megatron.settings",
+    "LossConfig": "renio_megatron.config",
+    "WeightingConfig": "renio_megatron.config",
 }
 __all__ = [
     "DistillationOutput",

@@ -12,7 +12,10 @@ from renio_megatron.algorithms import Algorithm
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
 from renio_megatron.build_teacher import build_teacher
-from renio_megatron.config import RunConfig, SftConfig, to_yaml
+from renio_megatron.config import HeadConfig, LoraConfig, TrainConfig
+from renio_megatron.config.resume import to_yaml
+from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.teachers import single_teachers
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
 from renio_megatron.data.sources import Source, build_source
@@ -41,9 +44,7 @@ from renio_megatron.models.tokenizer import check_embedding, load_tokenizer, pad
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.roles import Sampler
 from renio_megatron.rollout_log import RolloutObserver
-from renio_megatron.settings import HeadConfig, LoraConfig, TrainConfig
 from renio_megatron.tasks import build_grader
-from renio_megatron.teacher_routes import single_teachers
 from renio_megatron.trainer import Trainer
 from renio_megatron.types import Decoding, Rollout
 

@@ -7,14 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 from renio_megatron.algorithms.routing import RoutedTeachers
-from renio_megatron.config import RunConfig
+from renio_megatron.config import ParallelConfig, TrainConfig
+from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.teachers import (
+    ONLY,
+    has_own_layout,
+    num_scorers,
+    same_weights,
+    single_teachers,
+    teacher_parallel,
+)
 from renio_megatron.files import user_path
 from renio_megatron.inputs import Inputs, TeacherInputs, most_completion_tokens
-from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_parallel
 from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.settings import ParallelConfig, TrainConfig
-from renio_megatron.teacher_routes import ONLY, same_weights, single_teachers
 
 
 def build_teacher(

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
 from renio_megatron.checkpoint_files import find_pretrained, latest_step, step_directory, steps
+from renio_megatron.config import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import as_others_are
 from renio_megatron.megatron.hf import hf_state
@@ -28,7 +29,6 @@ from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import description_files
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.rundir import RunDirectory
-from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 
 MAX_SHARD_SIZE = "5GB"
 

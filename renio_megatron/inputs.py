@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.checkpoint_files import find_pretrained
-from renio_megatron.config import RunConfig, SftConfig
+from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.teachers import ONLY, setting_of, single_teachers
 from renio_megatron.data.chat import View, chat_template_of, teacher_view
 from renio_megatron.data.prompts import PromptStream
 from renio_megatron.files import user_path
@@ -18,7 +19,6 @@ from renio_megatron.models.ends import Ends, differing_ends, ends_of
 from renio_megatron.models.hf_weights import WeightFiles
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.models.tokenizer import check_embedding, check_same_tokenizer, load_tokenizer
-from renio_megatron.teacher_routes import ONLY, setting_of, single_teachers
 from renio_megatron.types import Prompt, Rollout
 
 _MAX_NAMED = 3
@@ -50,7 +50,7 @@ class Inputs:
         weights: where its weights are: there, or a checkpoint that Megatron wrote.
         architecture: its own.
         adapter: that it starts with; None where it has none, or new ones.
-        teachers: by the names of `teacher_routes.single_teachers`; none in fine-tuning.
+        teachers: by the names of `teachers.single_teachers`; none in fine-tuning.
         vocab_size: V of the loss: the columns that all models have.
         stream: the prompts.
         evaluation: the problems of the evaluation; none where there is none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from renio_megatron.settings import TrainConfig
+from renio_megatron.config import TrainConfig
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:

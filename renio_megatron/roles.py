@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
+from renio_megatron.config import LossConfig
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.settings import LossConfig
 from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 
 

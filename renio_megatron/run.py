@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from renio_megatron.build import build_trainer, read_inputs
 from renio_megatron.build_teacher import build_scorers
-from renio_megatron.config import Recipe, RunConfig, SftConfig
+from renio_megatron.config.schema import Recipe, RunConfig, SftConfig
+from renio_megatron.config.teachers import num_scorers, shares_student, single_teachers, teacher_parallel
 from renio_megatron.diagnose.health import health, layers, trained
 from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.inputs import Inputs
-from renio_megatron.layout_rules import num_scorers, teacher_parallel
 from renio_megatron.megatron.start import bridge, start
 from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
 from renio_megatron.origins import origins
@@ -28,7 +28,6 @@ from renio_megatron.preview import prompt_lines
 from renio_megatron.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.stop import StopSignal
-from renio_megatron.teacher_routes import shares_student, single_teachers
 
 logger = logging.getLogger(__name__)
 _Value = TypeVar("_Value")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.checkpoint_files import find_checkpoint, latest_step, step_of
-from renio_megatron.config import Recipe, changes, differences, to_yaml
+from renio_megatron.config.resume import changes, differences, to_yaml
+from renio_megatron.config.schema import Recipe
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import Lock, user_path, write_atomically
 
@@ -53,7 +54,7 @@ class RunDirectory:
 
         Args:
             recipe: the present recipe; an existing directory must hold the same settings, but for those of
-                `recipe_rules.CHANGEABLE`.
+                `config.resume.CHANGEABLE`.
             fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
             origins: digests from `origins.origins`, which a run that goes on from its checkpoint must find unchanged;
                 None: not looked at.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from renio_megatron.settings import DataConfig, HeadConfig, ParallelConfig, TeacherConfig, TrainConfig, WeightingConfig
+from renio_megatron.config import DataConfig, HeadConfig, ParallelConfig, TeacherConfig, TrainConfig, WeightingConfig
 from renio_megatron.types import Rollout
 from tests.training_cases import recipe
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from renio_megatron.settings import DataConfig, LoraConfig, ParallelConfig, TrainConfig
+from renio_megatron.config import DataConfig, LoraConfig, ParallelConfig, TrainConfig
 from tests.layout_cases import own_part, small_buckets
 from tests.training_cases import recipe, reference_step
 

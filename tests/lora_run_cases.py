@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from renio_megatron.checkpoint_files import step_directory
-from renio_megatron.settings import CheckpointConfig, DataConfig, LoraConfig, ParallelConfig, TeacherConfig
+from renio_megatron.config import CheckpointConfig, DataConfig, LoraConfig, ParallelConfig, TeacherConfig
 from tests.resuming import error_of, run, run_config, train_config
 from tests.training_cases import layout_of
 

@@ -50,7 +50,7 @@ def run_sft(folder: Path) -> dict[str, float]:
 
 def sft_config(case: Case, folder: Path) -> Any:
     """The recipe of a case, for fine-tuning."""
-    from renio_megatron.config import SftConfig
+    from renio_megatron.config.schema import SftConfig
 
     given = config_of(case, folder)
     return SftConfig(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from renio_megatron.settings import DataConfig, ParallelConfig, TeacherConfig, TrainConfig
+from renio_megatron.config import DataConfig, ParallelConfig, TeacherConfig, TrainConfig
 from renio_megatron.tasks.modchain import build_tokenizer
 from tests.moe_reference import gradient_errors, reference_step
 from tests.training_cases import VOCAB_SIZE, recipe, save_models

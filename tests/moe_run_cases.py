@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from renio_megatron.settings import CheckpointConfig, EvaluateConfig, LoraConfig, ParallelConfig
+from renio_megatron.config import CheckpointConfig, EvaluateConfig, LoraConfig, ParallelConfig
 from renio_megatron.types import Rollout
 from tests.moe_cases import CP2, EP2, OVERLAP, PP2, TP2_SP, Case, config_of
 from tests.moe_reference import reference_step
@@ -73,7 +73,7 @@ def rows() -> list[list[int]]:
 def fine_tune(layout_name: str, folder: Path) -> dict[str, float]:
     """Errors of a step whose denominator counts tokens."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.config import SftConfig
+    from renio_megatron.config.schema import SftConfig
     from renio_megatron.megatron.start import start
 
     given = config_of(Case(TUNED[layout_name]), folder)

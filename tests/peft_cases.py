@@ -142,6 +142,7 @@ def by_peft(model: Path, adapter: Path, ids: list[list[int]] | None = None) -> t
 @torch.no_grad()
 def by_us(model: Path, adapter: Path, tensor: int = 1) -> dict[str, torch.Tensor | str]:
     """The same by this package, as a teacher's adapter that is merged and as the one that a student starts with."""
+    from renio_megatron.config import ParallelConfig, TrainConfig
     from renio_megatron.errors import ConfigError
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.merging import Merger
@@ -150,7 +151,6 @@ def by_us(model: Path, adapter: Path, tensor: int = 1) -> dict[str, torch.Tensor
     from renio_megatron.megatron.residual import residual_of
     from renio_megatron.megatron.start import start
     from renio_megatron.models.architecture import Architecture
-    from renio_megatron.settings import ParallelConfig, TrainConfig
     from tests.test_hf import logits_of
 
     parallel = ParallelConfig(tensor_model_parallel_size=tensor, make_vocab_size_divisible_by=1)

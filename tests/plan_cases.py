@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.config import RunConfig
-from renio_megatron.settings import DataConfig, LoraConfig, ParallelConfig, RolloutConfig, TeacherConfig
+from renio_megatron.config import DataConfig, LoraConfig, ParallelConfig, RolloutConfig, TeacherConfig
+from renio_megatron.config.schema import RunConfig
 from tests.teacher_layout_cases import own
 from tests.training_cases import layout_of, recipe
 

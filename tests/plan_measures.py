@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from renio_megatron.config import RunConfig
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.types import Decoding, Prompt, Rollout
 from tests.plan_cases import COMPLETION, PROMPT, cases, dedicated_cases, expert_cases, own_cases
 from tests.scoring_ranks import answer, on_scoring_ranks

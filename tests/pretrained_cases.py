@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from renio_megatron.settings import LoraConfig, ParallelConfig, TeacherConfig, TrainConfig
+from renio_megatron.config import LoraConfig, ParallelConfig, TeacherConfig, TrainConfig
 from tests.resuming import error_of, run, run_config, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of
 from tests.whole_tensors import take_shard, to_megatron
@@ -49,12 +49,12 @@ def write(folder: Path, name: str) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+    from renio_megatron.config import PrecisionConfig
     from renio_megatron.megatron.model import transformer_config
     from renio_megatron.megatron.start import start
     from renio_megatron.megatron.versions import own_writer
     from renio_megatron.models.architecture import Architecture
     from renio_megatron.models.param_map import hf_names
-    from renio_megatron.settings import PrecisionConfig
 
     directory, parallel, metadata = WRITTEN[name]
     layout = start(parallel, seed=3)

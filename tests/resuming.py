@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
 from renio_megatron.checkpoint_files import latest_step, steps
-from renio_megatron.config import Recipe, RunConfig
+from renio_megatron.config import CheckpointConfig, EvaluateConfig, TrainConfig, WeightingConfig
+from renio_megatron.config.schema import Recipe, RunConfig
 from renio_megatron.errors import CheckpointError, ConfigError, NumericsError, RunStopped
-from renio_megatron.settings import CheckpointConfig, EvaluateConfig, TrainConfig, WeightingConfig
 from tests.training_cases import layout_of, recipe
 
 TIMES = ("time/step_s", "time/rollout_s", "time/teacher_s", "time/train_s", "tokens_per_s")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from renio_megatron.config import RunConfig
+from renio_megatron.config import DataConfig, ParallelConfig, TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.data.sources import build_source
-from renio_megatron.settings import DataConfig, ParallelConfig, TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
 from renio_megatron.tasks.modchain import make_problem
 from tests.lora_run_cases import DISTRIBUTED, LORA
 from tests.resuming import run, run_config, same, train_config
@@ -108,7 +108,7 @@ def run_cases(folder: Path) -> dict[str, Any]:
 
 
 def _weights_loaded(config: RunConfig) -> int:
-    from renio_megatron.teacher_routes import same_weights
+    from renio_megatron.config.teachers import same_weights
 
     return len(set(same_weights(config).values()))
 

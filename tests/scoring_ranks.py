@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from renio_megatron.config import RunConfig
-from renio_megatron.layout_rules import num_scorers, teacher_parallel
+from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.teachers import num_scorers, teacher_parallel
 
 
 def on_scoring_ranks(

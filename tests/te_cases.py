@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from renio_megatron.config import RunConfig
-from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
+from renio_megatron.config import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.types import Decoding, Prompt, Rollout
 from tests import te_standin
 from tests.training_cases import layout_of, one_step, recipe
@@ -91,10 +91,10 @@ def step_of(part, train, parallel, precision=None, steps=1):
 
 def logp_of(part, train):
     """log p of every completion token of the whole batch, fp32 [N], on every rank of the model."""
+    from renio_megatron.config import HeadConfig
     from renio_megatron.data.collate import collate
     from renio_megatron.losses.token_logp import linear_token_logp
     from renio_megatron.megatron.pipeline import run_forward, share_tokens
-    from renio_megatron.settings import HeadConfig
 
     arrangement = part.arrangement(0, train.micro_batch_size, train.max_tokens_per_micro_batch)
     batches = collate(rollouts(), view="student", arrangement=arrangement)

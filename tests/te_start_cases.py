@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from renio_megatron.settings import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from renio_megatron.config import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from tests import te_standin
 from tests.resuming import error_of
 from tests.te_cases import FP8, TE, build, initial_values_are_loaded, start_everything

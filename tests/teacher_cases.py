@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from renio_megatron.checkpoint_files import step_directory
-from renio_megatron.settings import CheckpointConfig, DataConfig, EvaluateConfig, LoraConfig, TeacherConfig
+from renio_megatron.config import CheckpointConfig, DataConfig, EvaluateConfig, LoraConfig, TeacherConfig
 from tests.lora_run_cases import DISTRIBUTED, LORA
 from tests.resuming import error_of, run, run_config, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of

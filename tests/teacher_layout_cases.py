@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.config import RunConfig
-from renio_megatron.settings import ParallelConfig, TeacherConfig, TeacherParallelConfig
+from renio_megatron.config import ParallelConfig, TeacherConfig, TeacherParallelConfig
+from renio_megatron.config.schema import RunConfig
 from tests.scoring_ranks import answer, on_scoring_ranks
 from tests.training_cases import layout_of, one_step, recipe
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from renio_megatron.settings import ParallelConfig, TeacherConfig
+from renio_megatron.config import ParallelConfig, TeacherConfig
 from tests.lora_cases import peft_student
 from tests.resuming import error_of, train_config
 from tests.teacher_cases import LAYOUTS, STEPS, built, config_of
@@ -144,7 +144,7 @@ def save_adapters(folder: Path) -> None:
     import json
     import shutil
 
-    from renio_megatron.settings import LoraConfig
+    from renio_megatron.config import LoraConfig
 
     for name, settings in ADAPTERS.items():
         model = peft_student(str(folder / "teacher"), LoraConfig(**settings))

@@ -14,7 +14,7 @@ PACKAGE = "renio_megatron"
 FLOORS = (
     ("errors", "types"),
     (
-        "settings",
+        "config",
         "models",
         "files",
         "stop",
@@ -33,13 +33,7 @@ FLOORS = (
     ("megatron", "evaluate", "diagnose"),
     ("algorithms", "trainer", "rollout_log"),
     (
-        "recipe_file",
-        "recipe_rules",
-        "recipe_checks",
-        "teacher_routes",
-        "layout_rules",
-        "expert_rules",
-        "config",
+        "runner",
         "plan",
         "rundir",
         "inputs",

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from renio_megatron.config import DataConfig
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.models.chat_template import ChatTemplate
-from renio_megatron.settings import DataConfig
 from tests.multiprocess import Ranks
 from tests.resuming import rows, same
 from tests.test_prompts import characters, stream

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from renio_megatron.checkpoint_files import latest_step, steps
-from renio_megatron.config import RunConfig, to_yaml
-from renio_megatron.settings import CheckpointConfig, ParallelConfig
+from renio_megatron.config import CheckpointConfig, ParallelConfig
+from renio_megatron.config.resume import to_yaml
+from renio_megatron.config.schema import RunConfig
 from tests.multiprocess import run_ranks
 from tests.resuming import error_of, full_at_step_4, rows, run, run_config, same, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, save_models

@@ -14,11 +14,11 @@ import pytest
 
 from renio_megatron.checkpoint_files import new_partial, publish
 from renio_megatron.cli.worker import _guard
-from renio_megatron.config import load_recipe
+from renio_megatron.config import ParallelConfig
+from renio_megatron.config.load import load_recipe
+from renio_megatron.config.resume import CHANGEABLE, is_changeable
 from renio_megatron.errors import CheckpointError, ConfigError, RunStopped
-from renio_megatron.recipe_rules import CHANGEABLE, is_changeable
 from renio_megatron.rundir import RunDirectory
-from renio_megatron.settings import ParallelConfig
 from tests.test_trainer import Keeper, trainer
 
 

@@ -98,7 +98,7 @@ def test_help_is_quick_and_does_without_torch(environment):
 
 def test_recipes_are_checked_without_torch(environment, recipe):
     code = (
-        "import sys; from renio_megatron.config import *\n"
+        "import sys; from renio_megatron.config.load import *\n"
         f"recipe = load_recipe('sft', {recipe!r}); check_world(recipe.config, 1); check_models(recipe.config)\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )

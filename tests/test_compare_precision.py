@@ -11,8 +11,7 @@ import pytest
 
 from renio_megatron.cli.compare_precision import NOISE, describe, precisions_of
 from renio_megatron.cli.main import main
-from renio_megatron.errors import ConfigError
-from renio_megatron.settings import (
+from renio_megatron.config import (
     HeadConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -20,6 +19,7 @@ from renio_megatron.settings import (
     TeacherPrecisionConfig,
     TrainConfig,
 )
+from renio_megatron.errors import ConfigError
 from tests.multiprocess import run_ranks
 from tests.training_cases import recipe, save_models
 

@@ -1,8 +1,10 @@
 import pytest
 
-from renio_megatron.config import RunConfig, SftConfig, differences, load_recipe, to_yaml
+from renio_megatron.config.load import load_recipe
+from renio_megatron.config.parser import read_recipe
+from renio_megatron.config.resume import differences, to_yaml
+from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.recipe_file import read_recipe
 
 TRAIN = "model: student\noutput_dir: runs/a\nteacher:\n  model: teacher\n"
 SFT = "model: student\noutput_dir: runs/a\n"

@@ -33,8 +33,8 @@ LAYOUTS = {  # name: (tensor, pipeline, context)
 
 
 def _layouts():
+    from renio_megatron.config import ParallelConfig
     from renio_megatron.megatron.start import start
-    from renio_megatron.settings import ParallelConfig
 
     doctor.SIZES["gloo"] = (1 << 16,)
     found = {}

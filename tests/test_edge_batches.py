@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from renio_megatron.config import RunConfig
+from renio_megatron.config import ParallelConfig, WeightingConfig
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.errors import DataError, NumericsError
-from renio_megatron.settings import ParallelConfig, WeightingConfig
 from renio_megatron.types import Decoding, Prompt, Rollout
 from tests.multiprocess import run_ranks
 from tests.training_cases import VOCAB_SIZE, layout_of, one_step, recipe, save_models

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from renio_megatron.config import DataConfig, RolloutConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.ends import Ends, differing_ends, ends_of
-from renio_megatron.settings import DataConfig, RolloutConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.types import Prompt, Rollout
 from tests.multiprocess import Ranks
@@ -155,12 +155,12 @@ def by_transformers(directory: Path, prompts: list[list[int]], strings: list[str
 
 
 def by_us(directory: Path, prompts: list[list[int]], strings: list[str], tensor: int, pipeline: int) -> list[Rollout]:
+    from renio_megatron.config import TrainConfig
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.sampler import MegatronSampler
     from renio_megatron.megatron.start import start
     from renio_megatron.models.architecture import Architecture
-    from renio_megatron.settings import TrainConfig
     from renio_megatron.types import Decoding
     from tests.training_cases import layout_of
 

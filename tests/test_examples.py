@@ -12,7 +12,8 @@ import yaml
 
 import renio_megatron
 from renio_megatron.cli.run import QUICKSTART_VARIANTS
-from renio_megatron.config import RunConfig, SftConfig, check_models, check_world, load_recipe
+from renio_megatron.config.load import check_models, check_world, load_recipe
+from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.models.shipped import QUICKSTART_RECIPE, SHIPPED
 from renio_megatron.tasks.modchain import END, PAD, SYMBOLS, make_problem
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from renio_megatron.settings import ParallelConfig, PrecisionConfig, TrainConfig
+from renio_megatron.config import ParallelConfig, PrecisionConfig, TrainConfig
 from tests.multiprocess import run_ranks
 
 RECIPES = ("tensorwise", "blockwise", "mxfp8")

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from renio_megatron.config import load_recipe, to_yaml
+from renio_megatron.config import ParallelConfig, TrainConfig
+from renio_megatron.config.load import load_recipe
+from renio_megatron.config.resume import to_yaml
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import Architecture
-from renio_megatron.settings import ParallelConfig, TrainConfig
 from renio_megatron.types import Prompt, Rollout
 from tests.multiprocess import run_ranks
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from renio_megatron.config import check_models, check_world, load_recipe
+from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.errors import ConfigError
 
 TRAIN = "model: student\noutput_dir: runs/a\nteacher:\n  model: teacher\n"

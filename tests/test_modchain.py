@@ -3,8 +3,8 @@ import re
 import pytest
 from transformers import AutoTokenizer, Qwen3Config
 
+from renio_megatron.config import DataConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import DataConfig
 from renio_megatron.tasks import build_grader, modchain
 from renio_megatron.types import Prompt, Rollout
 

@@ -72,7 +72,8 @@ def test_a_mutant_is_seen(two_ranks: Ranks, folder: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def exports(folder: Path) -> None:
     """A run directory for each export, as a run leaves it, still without checkpoints."""
-    from renio_megatron.config import load_recipe, to_yaml
+    from renio_megatron.config.load import load_recipe
+    from renio_megatron.config.resume import to_yaml
 
     recipe = Path(__file__).resolve().parents[1] / "examples" / "modchain" / "student.yaml"
     for model in MIXTURES:

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from renio_megatron.algorithms.distillation import weight_metrics
 from renio_megatron.cli import worker
+from renio_megatron.config import LossConfig, WeightingConfig
 from renio_megatron.diagnose.notices import Notices, weights_line
 from renio_megatron.report.progress import Progress
-from renio_megatron.settings import LossConfig, WeightingConfig
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from renio_megatron.build import read_inputs
-from renio_megatron.config import RunConfig, load_recipe
+from renio_megatron.config.load import load_recipe
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.origins import _digest, _files, origins

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from renio_megatron.config import RunConfig, differences, load_recipe, to_yaml
+from renio_megatron.config.load import load_recipe
+from renio_megatron.config.parser import read_recipe
+from renio_megatron.config.resume import differences, to_yaml
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.recipe_file import read_recipe
 from tests.test_config import TRAIN
 
 

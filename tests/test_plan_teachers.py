@@ -9,13 +9,7 @@ from typing import Any
 import pytest
 
 import renio_megatron
-from renio_megatron.config import RunConfig, smallest_world
-from renio_megatron.plan.memory import RankMemory, plan_memory, stages_of_ranks
-from renio_megatron.plan.mixture import forward_bytes, kept_bytes, left_bytes
-from renio_megatron.plan.models import read_model
-from renio_megatron.plan.workload import Pieces
-from renio_megatron.report.plan_table import plan_table
-from renio_megatron.settings import (
+from renio_megatron.config import (
     DataConfig,
     LoraConfig,
     ParallelConfig,
@@ -25,7 +19,14 @@ from renio_megatron.settings import (
     TeacherRouteConfig,
     TrainConfig,
 )
-from renio_megatron.teacher_routes import ONLY
+from renio_megatron.config.load import smallest_world
+from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.teachers import ONLY
+from renio_megatron.plan.memory import RankMemory, plan_memory, stages_of_ranks
+from renio_megatron.plan.mixture import forward_bytes, kept_bytes, left_bytes
+from renio_megatron.plan.models import read_model
+from renio_megatron.plan.workload import Pieces
+from renio_megatron.report.plan_table import plan_table
 
 MODELS = Path(renio_megatron.__file__).parents[1] / "tests" / "data" / "models"
 ROWS = 1025

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from renio_megatron.checkpoint_files import find_pretrained
-from renio_megatron.config import load_recipe
+from renio_megatron.config.load import load_recipe
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.pretrained import fingerprint
 from renio_megatron.models.architecture import Architecture

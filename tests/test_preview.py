@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from renio_megatron.cli.main import main
-from renio_megatron.config import load_recipe
+from renio_megatron.config.load import load_recipe
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.shipped import SHIPPED, model_directory
 from renio_megatron.models.tokenizer import load_tokenizer

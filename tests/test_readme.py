@@ -25,7 +25,7 @@ def test_the_snippet_runs(capsys):
 
 
 def test_the_recipe_loads(tmp_path):
-    from renio_megatron.config import load_recipe
+    from renio_megatron.config.load import load_recipe
 
     (recipe,) = _code("yaml")
     path = tmp_path / "recipe.yaml"

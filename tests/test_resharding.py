@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from renio_megatron.settings import CheckpointConfig, DataConfig, ParallelConfig
+from renio_megatron.config import CheckpointConfig, DataConfig, ParallelConfig
 from tests.multiprocess import Ranks, run_ranks
 from tests.resuming import full_at_step_4, rows, run, run_config, same, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of, save_models

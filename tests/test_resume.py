@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from renio_megatron.config import to_yaml
+from renio_megatron.config.resume import to_yaml
 from tests.multiprocess import run_ranks
 from tests.resuming import error_of, rows, run, run_config
 from tests.training_cases import save_models

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from renio_megatron.config import DataConfig
 from renio_megatron.data.row_files import rows_of
 from renio_megatron.data.sources import build_source, check_file
 from renio_megatron.errors import DataError
-from renio_megatron.settings import DataConfig
 
 ROWS: list[dict[str, Any]] = [
     {"problem": "1 + 1?", "answer": "2"},

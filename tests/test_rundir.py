@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from renio_megatron.config import load_recipe
+from renio_megatron.config.load import load_recipe
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.rundir import RunDirectory
 
@@ -40,7 +40,7 @@ def test_a_run_goes_from_new_to_unfinished_to_finished(run, recipe):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from renio_megatron.config import load_recipe
+from renio_megatron.config.load import load_recipe
 from renio_megatron.rundir import RunDirectory
 run = RunDirectory(sys.argv[1])
 run.open(load_recipe("sft", sys.argv[2]), fresh=False)

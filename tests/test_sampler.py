@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from renio_megatron.settings import ParallelConfig, TrainConfig
+from renio_megatron.config import ParallelConfig, TrainConfig
 from renio_megatron.types import Decoding, Prompt
 from tests.multiprocess import run_ranks
 

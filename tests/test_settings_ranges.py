@@ -8,12 +8,12 @@ import stat
 import pytest
 import torch
 
-from renio_megatron.config import RunConfig
+from renio_megatron.config import RolloutConfig, TrainConfig, WeightingConfig
+from renio_megatron.config.parser import read_recipe
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.files import as_others_are
 from renio_megatron.objective.normalise import moving_average
-from renio_megatron.recipe_file import read_recipe
-from renio_megatron.settings import RolloutConfig, TrainConfig, WeightingConfig
 
 NAN, INF = float("nan"), float("inf")
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from renio_megatron.config import RunConfig, load_recipe
+from renio_megatron.config.load import load_recipe
+from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.teachers import ONLY
 from renio_megatron.plan.memory import plan_memory
 from renio_megatron.plan.models import read_model
-from renio_megatron.teacher_routes import ONLY
 from tests import warm
 from tests.multiprocess import run_ranks
 
@@ -164,6 +165,7 @@ def test_the_exported_adapter_generates(adapted: Run, model: Path, tmp_path: Pat
 
 def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     """All positions' logits at TP = 3, gathered: [S, V]."""
+    from renio_megatron.config import ParallelConfig, TrainConfig
     from renio_megatron.data.collate import Arrangement, collate
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
@@ -171,7 +173,6 @@ def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     from renio_megatron.megatron.start import start
     from renio_megatron.models.architecture import Architecture
     from renio_megatron.parallel.vocab import gather_columns
-    from renio_megatron.settings import ParallelConfig, TrainConfig
     from renio_megatron.types import Prompt, Rollout
 
     parallel = ParallelConfig(tensor_model_parallel_size=3)

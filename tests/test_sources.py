@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from renio_megatron.config import DataConfig
 from renio_megatron.data import sources
 from renio_megatron.data.sources import build_source
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.settings import DataConfig
 from renio_megatron.tasks import build_grader
 from renio_megatron.types import Prompt, Rollout
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from renio_megatron.config import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from renio_megatron.data.collate import Arrangement
 from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.rope import Rope
-from renio_megatron.settings import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from tests import te_cases, te_imports, te_start_cases, training_cases
 from tests.multiprocess import Ranks
 

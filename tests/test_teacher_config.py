@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from renio_megatron.config import load_recipe
+from renio_megatron.config.load import load_recipe
+from renio_megatron.config.resume import is_changeable
+from renio_megatron.config.teachers import shares_student
 from renio_megatron.errors import ConfigError
-from renio_megatron.recipe_rules import is_changeable
-from renio_megatron.teacher_routes import shares_student
 from tests.test_trainer import PROMPTS, Roles
 
 VIEW = "data: {teacher_template: '{problem}{solution}'}\n"

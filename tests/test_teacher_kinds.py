@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from renio_megatron.settings.teacher import TEACHER_KINDS
+from renio_megatron.config.sections.teacher import TEACHER_KINDS
 from tests.lora_run_cases import DISTRIBUTED
 from tests.multiprocess import Ranks
 from tests.resuming import rows, same

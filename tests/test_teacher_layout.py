@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from renio_megatron.config import check_models, check_world, load_recipe, smallest_world
+from renio_megatron.config import ParallelConfig, TeacherConfig, TeacherParallelConfig
+from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
+from renio_megatron.config.teachers import has_own_layout, teacher_parallel
 from renio_megatron.errors import ConfigError
-from renio_megatron.layout_rules import has_own_layout, teacher_parallel
 from renio_megatron.parallel.exchange import RowExchange
 from renio_megatron.parallel.layout import Axis
-from renio_megatron.settings import ParallelConfig, TeacherConfig, TeacherParallelConfig
 from tests.jobs import LIMIT, assert_gone, job_starter
 from tests.multiprocess import run_ranks
 from tests.teacher_layout_cases import HIDDEN, READS, colocated_cases, dedicated_cases, run_colocated, run_dedicated

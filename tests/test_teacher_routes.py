@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from renio_megatron.config import check_models, load_recipe
+from renio_megatron.config.load import check_models, load_recipe
+from renio_megatron.config.teachers import same_weights, single_teachers
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.teacher_routes import same_weights, single_teachers
 from tests.multiprocess import run_ranks
 from tests.resuming import rows, same
 from tests.route_cases import (

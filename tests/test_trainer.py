@@ -12,13 +12,13 @@ import torch
 from renio_megatron import VocabShard, distillation_loss
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
+from renio_megatron.config import HeadConfig, LossConfig, TrainConfig, WeightingConfig
 from renio_megatron.data.collate import Arrangement, collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.metrics import Tally
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.settings import HeadConfig, LossConfig, TrainConfig, WeightingConfig
 from renio_megatron.trainer import Trainer
 from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 

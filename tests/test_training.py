@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from renio_megatron.settings import LossConfig, WeightingConfig
+from renio_megatron.config import LossConfig, WeightingConfig
 from tests.multiprocess import Ranks
 from tests.training_cases import layout_of, one_step, recipe, save_models
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from renio_megatron import VocabShard
+from renio_megatron.config import HeadConfig, LossConfig
 from renio_megatron.losses import kernels, tune_kernels
-from renio_megatron.settings import HeadConfig, LossConfig
 from tests import tuning_cases
 from tests.multiprocess import run_ranks
 from tests.training_cases import save_models

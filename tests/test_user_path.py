@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from renio_megatron.config import CheckpointConfig, DataConfig, EvaluateConfig, LoraConfig, TeacherConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import user_path
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.settings import CheckpointConfig, DataConfig, EvaluateConfig, LoraConfig, TeacherConfig
 from tests.multiprocess import Ranks
 from tests.training_cases import save_models
 

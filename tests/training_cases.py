@@ -15,9 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from renio_megatron.config import RunConfig
-from renio_megatron.objective.reference import reference_objective
-from renio_megatron.settings import (
+from renio_megatron.config import (
     DataConfig,
     LossConfig,
     ParallelConfig,
@@ -26,6 +24,8 @@ from renio_megatron.settings import (
     TrainConfig,
     WeightingConfig,
 )
+from renio_megatron.config.schema import RunConfig
+from renio_megatron.objective.reference import reference_objective
 from renio_megatron.tasks.modchain import build_tokenizer
 from renio_megatron.types import Rollout
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from renio_megatron.settings import LossConfig, WeightingConfig
+from renio_megatron.config import LossConfig, WeightingConfig
 
 FILE = Path(__file__).parent / "data" / "objective.safetensors"
 DTYPES = (torch.float64, torch.float32)

@@ -44,7 +44,7 @@ def _parts(model: str, *, toy: bool) -> tuple[list[Any], Any]:
 
 def scores_of(model: str, *, bf16: bool, toy: bool) -> dict[str, Any]:
     """What a first step says, with a learning rate of 0."""
-    from renio_megatron.settings import LossConfig
+    from renio_megatron.config import LossConfig
     from step_bench.roles import Precision, Step, Workload
 
     rollouts = rollouts_of(model)

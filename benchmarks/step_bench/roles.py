@@ -13,6 +13,15 @@ import torch
 
 from renio_megatron.algorithms.distillation import Distillation, WeightedDivergence
 from renio_megatron.cli.launch import become_single_rank
+from renio_megatron.config import (
+    HeadConfig,
+    LossConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TeacherPrecisionConfig,
+    TrainConfig,
+    WeightingConfig,
+)
 from renio_megatron.data.collate import flat_completions
 from renio_megatron.diagnose.precision import Scores
 from renio_megatron.losses.sample_weights import sample_weights
@@ -24,15 +33,6 @@ from renio_megatron.megatron.teacher import MegatronTeacher
 from renio_megatron.megatron.teacher_weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.settings import (
-    HeadConfig,
-    LossConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    TeacherPrecisionConfig,
-    TrainConfig,
-    WeightingConfig,
-)
 from renio_megatron.types import Decoding, Prompt, Rollout
 from step_bench.models import random_model
 

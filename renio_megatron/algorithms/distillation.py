@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from renio_megatron.algorithms.routing import RoutedDivergence, RoutedScores, RoutedTeachers, names_metrics
+from renio_megatron.config import HeadConfig, LossConfig, WeightingConfig
 from renio_megatron.data.collate import flat_completions, flat_logp
 from renio_megatron.evaluate.accuracy import auc
 from renio_megatron.losses.chunked_logits import Logits, logits_dtype_of
@@ -23,7 +24,6 @@ from renio_megatron.parallel.batch import gather_batch, sum_pieces
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.roles import Learner, Sampler, StepLoss, Teacher
-from renio_megatron.settings import HeadConfig, LossConfig, WeightingConfig
 from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from renio_megatron.cli.run import checked_recipe, set_hardware_variables_of
-from renio_megatron.config import RunConfig
+from renio_megatron.config import PrecisionConfig
+from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.teachers import has_own_layout
 from renio_megatron.errors import CheckpointError, ConfigError, RenioError
-from renio_megatron.layout_rules import has_own_layout
-from renio_megatron.settings import PrecisionConfig
 
 if TYPE_CHECKING:
     import torch

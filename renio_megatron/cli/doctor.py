@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from renio_megatron.config import load_recipe
+from renio_megatron.config import ParallelConfig
+from renio_megatron.config.load import load_recipe
+from renio_megatron.config.parser import read_recipe
 from renio_megatron.errors import RenioError
 from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
-from renio_megatron.recipe_file import read_recipe
-from renio_megatron.settings import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

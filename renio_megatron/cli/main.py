@@ -217,8 +217,9 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
         run_rank(rank_arguments)
 
     from renio_megatron.cli.run import finished_message
-    from renio_megatron.config import check_data, check_models, check_world, load_recipe, smallest_world
+    from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
     from renio_megatron.rundir import RunDirectory
+    from renio_megatron.runner.recipe import check_data
 
     recipe = load_recipe(arguments.command, arguments.recipe, overrides)
     config = recipe.config
@@ -279,7 +280,7 @@ def _run_compare_precision(arguments: argparse.Namespace) -> int:
 
         run_rank(rank_arguments)
 
-    from renio_megatron.config import check_models, check_world, load_recipe, smallest_world
+    from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
 
     config = load_recipe("train", arguments.recipe, overrides).config
     num_ranks = arguments.nproc or smallest_world(config)

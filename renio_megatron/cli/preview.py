@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from renio_megatron.config import check_data, kind_of, load_recipe
+from renio_megatron.config.load import kind_of, load_recipe
+from renio_megatron.runner.recipe import check_data
 
 
 def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.config import Recipe, RunConfig, SftConfig, check_data, check_models, check_world, load_recipe
+from renio_megatron.config.load import check_models, check_world, load_recipe
+from renio_megatron.config.schema import Recipe, RunConfig, SftConfig
+from renio_megatron.config.teachers import has_own_layout, num_scorers, teacher_words
 from renio_megatron.errors import CheckpointError, RenioError
-from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_words
 from renio_megatron.models.shipped import QUICKSTART_RECIPE
 from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
+from renio_megatron.runner.recipe import check_data
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from renio_megatron.config import DataConfig
+from renio_megatron.config.templates import check_fields, fields_of, filled
 from renio_megatron.data.sources import Record, solution_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.models.chat_template import ChatTemplate
-from renio_megatron.settings import DataConfig
-from renio_megatron.settings.templates import check_fields, fields_of, filled
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from renio_megatron.config import DataConfig
 from renio_megatron.errors import DataError
-from renio_megatron.settings import DataConfig
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "problem_key": ("problem", "question", "prompt", "instruction", "query"),

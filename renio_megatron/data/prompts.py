@@ -8,10 +8,10 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from renio_megatron.config import DataConfig
 from renio_megatron.data.chat import View, chat_template_of, encode_text, encode_view, student_view, teacher_view
 from renio_megatron.data.sources import Record, Source, build_source, solution_of
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.settings import DataConfig
 from renio_megatron.types import Prompt
 
 
@@ -21,7 +21,7 @@ class Room:
 
     Attributes:
         student: of the student.
-        teachers: of each teacher, by the names of `teacher_routes.single_teachers`.
+        teachers: of each teacher, by the names of `teachers.single_teachers`.
         completion: tokens of the longest completion; None: each record's own.
         answer: of the longest answer in an evaluation.
     """

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from renio_megatron.config import DataConfig
+from renio_megatron.config.validators import require_choice
 from renio_megatron.data.columns import answer_text, resolve_columns
 from renio_megatron.data.row_files import rows_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.files import user_path
-from renio_megatron.settings import DataConfig
-from renio_megatron.settings.checks import require_choice
 
 SPLITS = ("train", "eval")
 DEFAULT_GYM_SIZE = 10_000

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 import renio_megatron
+from renio_megatron.config import LoraConfig, PrecisionConfig
 from renio_megatron.megatron.backend import words
 from renio_megatron.parallel.layout import Layout, device_name
-from renio_megatron.settings import LoraConfig, PrecisionConfig
 
 
 def health(layout: Layout) -> tuple[str, list[str]]:

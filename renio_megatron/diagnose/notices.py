@@ -7,9 +7,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from renio_megatron.config import LossConfig, WeightingConfig
 from renio_megatron.losses.sample_weights import applied_cap
 from renio_megatron.objective.weightings import WEIGHTINGS
-from renio_megatron.settings import LossConfig, WeightingConfig
 
 logger = logging.getLogger(__name__)
 

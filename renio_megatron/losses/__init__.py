@@ -1,1 +1,1 @@
-"""The losses over sharded logits and hidden states: where the mathematics meets the shards"""
+"""The losses over sharded logits and hidden states: where the mathematics meets the shards."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from renio_megatron.config import HeadConfig
 from renio_megatron.errors import LayoutError
 from renio_megatron.losses import kernels
 from renio_megatron.losses.chunk_size import token_bytes
-from renio_megatron.settings import HeadConfig
 
 
 def chosen_dtype(hidden: torch.Tensor, logits_dtype: torch.dtype | None) -> torch.dtype:

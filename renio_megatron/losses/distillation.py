@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from renio_megatron.config import LossConfig, WeightingConfig
 from renio_megatron.losses import kernels
 from renio_megatron.losses.argument_checks import check_logits, check_tokens
 from renio_megatron.losses.sample_weights import sample_weights
 from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.objective.reduce import token_scale
 from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.settings import LossConfig, WeightingConfig
 
 RAN_TWICE = (
     "backward through this loss ran twice; its gradient was handed over the first time. "

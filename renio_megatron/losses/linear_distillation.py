@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from renio_megatron.config import LossConfig, WeightingConfig
 from renio_megatron.errors import LayoutError
 from renio_megatron.losses import kernels
 from renio_megatron.losses.argument_checks import check_heads, check_tokens
@@ -23,7 +24,6 @@ from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
 from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.vocab import VocabShard, sum_gradient_over_shards
-from renio_megatron.settings import LossConfig, WeightingConfig
 
 _DEFAULT_LOSS = LossConfig()
 _DEFAULT_WEIGHTING = WeightingConfig()

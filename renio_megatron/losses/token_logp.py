@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from renio_megatron.config import HeadConfig
 from renio_megatron.losses import kernels
 from renio_megatron.losses.chunk_size import chunk_size_for
 from renio_megatron.losses.chunked_logits import Logits, bytes_per_token, logits_dtype_of, slices
 from renio_megatron.losses.distillation import FinishedGradient
 from renio_megatron.parallel.vocab import LmHead, VocabShard, gather_in_rank_order, merge_sums
-from renio_megatron.settings import HeadConfig
 
 
 @torch.no_grad()

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from renio_megatron.config import HeadConfig, LossConfig
 from renio_megatron.losses import kernels
 from renio_megatron.losses.chunked_logits import logits_dtype_of
 from renio_megatron.losses.token_logp import cross_entropy, token_logp
 from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.parallel.vocab import VocabShard
-from renio_megatron.settings import HeadConfig, LossConfig
 
 _log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from renio_megatron.config import LossConfig
 from renio_megatron.losses import kernels
 from renio_megatron.objective.divergences import Divergence, divergence_of
 from renio_megatron.parallel.vocab import (
@@ -21,7 +22,6 @@ from renio_megatron.parallel.vocab import (
     merge_statistics,
     sum_in_rank_order,
 )
-from renio_megatron.settings import LossConfig
 
 
 @dataclass(frozen=True)

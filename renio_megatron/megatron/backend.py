@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from renio_megatron.config import ParallelConfig, PrecisionConfig, TrainConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import Architecture
-from renio_megatron.settings import ParallelConfig, PrecisionConfig, TrainConfig
 
 INSTALL = (
     "Use NVIDIA's PyTorch image (nvcr.io/nvidia/pytorch), which comes with it, or install transformer-engine[pytorch], "

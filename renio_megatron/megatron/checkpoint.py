@@ -32,6 +32,7 @@ from renio_megatron.checkpoint_files import (
     remove_leftovers,
     step_directory,
 )
+from renio_megatron.config import CheckpointConfig
 from renio_megatron.errors import CheckpointError
 from renio_megatron.files import remove_directory
 from renio_megatron.megatron.learner import MegatronLearner
@@ -45,7 +46,6 @@ from renio_megatron.megatron.sharded_state import (
     sharded_state,
 )
 from renio_megatron.megatron.versions import own_writer
-from renio_megatron.settings import CheckpointConfig
 from renio_megatron.stop import sigterm_held
 
 _Value = TypeVar("_Value")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from renio_megatron.config import HeadConfig, TrainConfig
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
@@ -27,7 +28,6 @@ from renio_megatron.parallel.exchange import RowExchange, RowsOf, gather_rows, s
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.seats import Agenda, Register, Seats
 from renio_megatron.parallel.vocab import LmHead, VocabShard
-from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.types import MicroBatch, Prompt, Rollout, TeacherScores
 
 _GROUP, _ALL, _END = 0, 1, 2

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
-from renio_megatron.settings import PrecisionConfig
+from renio_megatron.config import PrecisionConfig
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from renio_megatron.config import ParallelConfig
 from renio_megatron.parallel.layout import Axis, Layout
-from renio_megatron.settings import ParallelConfig
 
 _pristine: dict[str, Any] = {}
 _known: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, TrainConfig
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
@@ -27,7 +28,6 @@ from renio_megatron.metrics import Tally
 from renio_megatron.models.param_map import is_expert
 from renio_megatron.parallel.batch import reduce_tally, sum_pieces
 from renio_megatron.roles import StepLoss
-from renio_megatron.settings import HeadConfig, LossConfig, ParallelConfig, TrainConfig
 from renio_megatron.types import MicroBatch, Rollout
 
 logger = logging.getLogger(__name__)

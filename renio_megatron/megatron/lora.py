@@ -32,9 +32,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from renio_megatron.config import LoraConfig
+from renio_megatron.config.sections.lora import TARGETS
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import LoraConfig
-from renio_megatron.settings.lora import TARGETS
 
 _INSIDE = {
     "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
+from renio_megatron.config import HeadConfig, LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from renio_megatron.data.collate import Arrangement
 from renio_megatron.losses import kernels
 from renio_megatron.losses.tune_kernels import tune_scores
@@ -46,7 +47,6 @@ from renio_megatron.models.architecture import Architecture, padded_vocab_size
 from renio_megatron.models.rope import set_rope
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead, VocabShard, gather_sequence, sum_gradient_over_shards
-from renio_megatron.settings import HeadConfig, LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 

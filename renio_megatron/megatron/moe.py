@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
+from renio_megatron.config import ParallelConfig, PrecisionConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.versions import define_missing_gemm
 from renio_megatron.models.architecture import Architecture
@@ -24,7 +25,6 @@ from renio_megatron.models.param_map import is_expert
 from renio_megatron.objective.load_balance import load_balancing_loss, sum_by_sequence
 from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.settings import ParallelConfig, PrecisionConfig
 from renio_megatron.types import MicroBatch
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.local_experts\.)(\d+)(\..+)")

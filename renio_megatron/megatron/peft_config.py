@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from renio_megatron.config import LoraConfig
+from renio_megatron.config.sections.lora import OF_ATTENTION, TARGETS
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import LoraConfig
-from renio_megatron.settings.lora import OF_ATTENTION, TARGETS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OTHERS = ("lm_head", "model.embed_tokens")

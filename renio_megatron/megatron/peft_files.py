@@ -11,13 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from renio_megatron.config import LoraConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import as_others_are
 from renio_megatron.megatron.lora import is_adapter
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.peft_config import CONFIG, WEIGHTS, PeftAdapter, block_of, read_adapter_config
 from renio_megatron.models.finite import require_finite
-from renio_megatron.settings import LoraConfig
 
 _NAME = re.compile(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.\w+\.adapters\.(\w+)_([ab])")
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}

@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from renio_megatron.config import ParallelConfig
 from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.megatron import cpu
 from renio_megatron.megatron.groups import forget_groups, make_groups, present_layout
 from renio_megatron.parallel.bridge import Bridge, join_two_worlds
 from renio_megatron.parallel.layout import Layout, backend_and_device
-from renio_megatron.settings import ParallelConfig
 
 logger = logging.getLogger(__name__)
 

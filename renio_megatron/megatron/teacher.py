@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from renio_megatron.config import HeadConfig, TrainConfig
 from renio_megatron.data.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
@@ -13,7 +14,6 @@ from renio_megatron.megatron.payload import Kept, Recomputed, align
 from renio_megatron.megatron.pipeline import run_forward, share_tokens
 from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.settings import HeadConfig, TrainConfig
 from renio_megatron.types import MicroBatch, Rollout, TeacherScores
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from renio_megatron.config import TeacherConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.lora import switched_off
 from renio_megatron.megatron.model import ModelPart
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.settings import TeacherConfig
 
 Averages = tuple[tuple[torch.nn.Parameter, torch.Tensor], ...]
 """fp32 values that a checkpoint must hold, each with the parameter that it is of."""

@@ -9,10 +9,10 @@ with autograd's own list in tests/test_plan.py. The pipeline's formulas are Mega
 
 from __future__ import annotations
 
+from renio_megatron.config import ParallelConfig, TrainConfig
 from renio_megatron.plan import mixture
 from renio_megatron.plan.models import PlannedModel
 from renio_megatron.plan.workload import Pieces
-from renio_megatron.settings import ParallelConfig, TrainConfig
 
 
 def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False, is_balanced: bool = False) -> int:

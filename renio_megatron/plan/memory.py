@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from renio_megatron.config import RunConfig
-from renio_megatron.layout_rules import has_own_layout
+from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.teachers import has_own_layout, same_weights, shares_student, single_teachers
 from renio_megatron.plan.activations import tokens_bytes
 from renio_megatron.plan.mixture import left_bytes
 from renio_megatron.plan.models import PlannedModel
@@ -14,7 +14,6 @@ from renio_megatron.plan.parts import PlannedPart
 from renio_megatron.plan.student import PlannedStudent
 from renio_megatron.plan.teacher import AlikeTeacher, DetachedTeacher, PlannedTeacher
 from renio_megatron.plan.workload import Workload, ranks_of, teacher_element, teacher_layout, workload
-from renio_megatron.teacher_routes import same_weights, shares_student, single_teachers
 
 RESERVE = 0.1
 """Share of a GPU's memory that is left for what is not counted: CUDA's context, NCCL's buffers, gaps."""
@@ -95,7 +94,7 @@ def plan_memory(
     Args:
         config: the recipe, checked against `world_size` and the models.
         student: with config.lora.
-        teachers: by the names of `teacher_routes.single_teachers`; the student for those that are the student.
+        teachers: by the names of `teachers.single_teachers`; the student for those that are the student.
         world_size: ranks of the job, those that only score included.
         fused_norm: as torch computes norms on CUDA; False on a CPU.
     """

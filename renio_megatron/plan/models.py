@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from renio_megatron.config import LoraConfig
 from renio_megatron.models.architecture import Architecture, Experts
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.settings import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PlannedModel:
 
 
 def read_model(name: str, setting: str) -> PlannedModel:
-    """The model of a Hugging Face directory, of which only config.json is read; `config.check_models` comes first.
+    """The model of a Hugging Face directory, of which only config.json is read; `load.check_models` comes first.
 
     Raises:
         ConfigError: a model, or a feature of one, that neither the trainer nor the plan knows.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from renio_megatron.config import ParallelConfig, PrecisionConfig
 from renio_megatron.models.architecture import padded_vocab_size
 from renio_megatron.plan.models import PlannedModel
-from renio_megatron.settings import ParallelConfig, PrecisionConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from renio_megatron.config import RunConfig
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.losses.chunk_size import loss_buffer_bytes
 from renio_megatron.plan.activations import (
     backward_bytes,

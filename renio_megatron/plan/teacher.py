@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from renio_megatron.config import RunConfig
+from renio_megatron.config.schema import RunConfig
 from renio_megatron.plan.activations import forward_bytes
 from renio_megatron.plan.parts import PlannedPart
 from renio_megatron.plan.scoring import scoring_bytes, with_scales

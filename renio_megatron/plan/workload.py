@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from renio_megatron.config import RunConfig
-from renio_megatron.layout_rules import has_own_layout, num_scorers, teacher_parallel
-from renio_megatron.settings import ParallelConfig
+from renio_megatron.config import ParallelConfig
+from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.teachers import has_own_layout, num_scorers, teacher_parallel
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from renio_megatron.config import DataConfig
+from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.settings import DataConfig
-from renio_megatron.settings.checks import require_choice
 from renio_megatron.tasks import math, modchain
 from renio_megatron.types import Prompt, Rollout
 

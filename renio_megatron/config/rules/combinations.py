@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from renio_megatron.config import PrecisionConfig, WeightingConfig
+from renio_megatron.config.teachers import ONLY, has_own_layout, same_weights, shares_student, single_teachers
 from renio_megatron.errors import ConfigError
-from renio_megatron.layout_rules import has_own_layout
-from renio_megatron.settings import PrecisionConfig, WeightingConfig
-from renio_megatron.teacher_routes import ONLY, same_weights, shares_student, single_teachers
 
 
 def check_combinations(kind: str, config: Any) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from renio_megatron.config import ParallelConfig, TrainConfig
+from renio_megatron.config.sections.lora import OF_ATTENTION
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import ParallelConfig, TrainConfig
-from renio_megatron.settings.lora import OF_ATTENTION
 
 MIXTURE_TYPES = ("qwen3_moe", "mixtral")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings.checks import require_choice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings.checks import require_choice
 
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 

@@ -2,84 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from renio_megatron.config import ParallelConfig, TeacherConfig, TrainConfig
+from renio_megatron.config.teachers import fewest_ranks, has_own_layout, num_scorers, teacher_parallel
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import ParallelConfig, TeacherConfig, TrainConfig
-
-
-def teacher_parallel(parallel: ParallelConfig, teacher: TeacherConfig) -> ParallelConfig:
-    """How ranks share the teacher: the student's layout, or the teacher's own.
-
-    One of its own is neither interleaved nor context-parallel, and shares experts among its tensor ranks alone.
-    """
-    own = teacher.parallel
-    tensor = own.tensor_model_parallel_size or parallel.tensor_model_parallel_size
-    pipeline = own.pipeline_model_parallel_size or parallel.pipeline_model_parallel_size
-    wants_sequence = parallel.sequence_parallel if own.sequence_parallel is None else own.sequence_parallel
-    return replace(
-        parallel,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=None,
-        context_parallel_size=1 if _is_given(teacher) else parallel.context_parallel_size,
-        sequence_parallel=wants_sequence and tensor > 1,
-        expert_model_parallel_size=1 if _is_given(teacher) else parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=None if _is_given(teacher) else parallel.expert_tensor_parallel_size,
-        use_distributed_optimizer=False,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
-    )
-
-
-def has_own_layout(parallel: ParallelConfig, teacher: TeacherConfig) -> bool:
-    """Whether the teacher's ranks, or their places, are others than the student's."""
-    resolved = teacher_parallel(parallel, teacher)
-    return _is_given(teacher) and (
-        teacher.ranks == "dedicated"
-        or resolved.sequence_parallel != parallel.sequence_parallel
-        or any(
-            getattr(resolved, key) != getattr(parallel, key)
-            for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        )
-    )
-
-
-def num_scorers(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
-    """Ranks that only score, which are the last of the world."""
-    if teacher.ranks != "dedicated":
-        return 0
-    return teacher_parallel(parallel, teacher).model_ranks * teacher.data_parallel_size
-
-
-def teacher_words(parallel: ParallelConfig, teacher: TeacherConfig, student_ranks: int) -> str:
-    """A teacher's own layout, in words.
-
-    >>> own = TeacherConfig(model="a", ranks="dedicated", data_parallel_size=2)
-    >>> teacher_words(ParallelConfig(), own, 4)
-    'TP 1 x PP 1 x DP 2 on 2 ranks of its own'
-    """
-    resolved, own = teacher_parallel(parallel, teacher), num_scorers(parallel, teacher)
-    sizes = {
-        f"TP {resolved.tensor_model_parallel_size}": True,
-        "SP": resolved.sequence_parallel,
-        f"PP {resolved.pipeline_model_parallel_size}": True,
-        f"DP {(own or student_ranks) // resolved.model_ranks}": True,
-    }
-    layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
-    return f"{layout} on {own} rank{'s' * (own > 1)} of its own" if own else f"{layout} on the same ranks"
-
-
-def fewest_ranks(parallel: ParallelConfig, teacher: TeacherConfig | None) -> int:
-    """Ranks of the smallest world that can run it: one copy of the student, and the teacher's."""
-    if teacher is None:
-        return parallel.model_ranks
-    if teacher.ranks == "dedicated":
-        return parallel.model_ranks + num_scorers(parallel, teacher)
-    return math.lcm(parallel.model_ranks, teacher_parallel(parallel, teacher).model_ranks)
 
 
 def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world_size: int) -> None:
@@ -104,10 +32,6 @@ def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world
             f"not divide the world of {world_size}. Start a multiple of {fewest_ranks(parallel, teacher)} ranks "
             "(--nproc), or change the sizes in teacher.parallel."
         )
-
-
-def _is_given(teacher: TeacherConfig) -> bool:
-    return teacher.ranks == "dedicated" or any(value is not None for value in vars(teacher.parallel).values())
 
 
 def check_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:

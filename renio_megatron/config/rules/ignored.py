@@ -6,16 +6,15 @@ A setting that would be ignored is an error, because whoever wrote it believes t
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+from renio_megatron.config import TeacherParallelConfig, TeacherPrecisionConfig
+from renio_megatron.config.teachers import shares_student, single_teachers
+from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings import TeacherParallelConfig, TeacherPrecisionConfig
-from renio_megatron.settings.checks import require_choice
-from renio_megatron.teacher_routes import shares_student, single_teachers
 
 # Names that are looked up in tables of modules which import torch; repeated here so that a typo is found without it.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -23,33 +22,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting.name": ("renio", "uniform"),
     "data.source": ("modchain", "jsonl", "datasets", "reasoning_gym"),
     "data.grader": ("modchain", "number", "reasoning_gym", "none"),
-}
-
-# Settings that say how a run is computed and not what: a run may be continued with other values of them. The patterns
-# are fnmatch's; each with the reason why the run stays the same one. All other settings are the run's for good, also
-# parallel.use_distributed_optimizer: the results are the same, but the optimiser's state is written in another form.
-CHANGEABLE: dict[str, str] = {
-    "parallel.*_parallel*": "the same sums in another order; checkpoints know no layout",
-    "parallel.overlap_*": "the same sums, sent at another time",
-    "parallel.make_vocab_size_divisible_by": "padding of the vocabulary, of which nothing is saved",
-    "parallel.distributed_timeout_minutes": "when a rank gives up",
-    "train.micro_batch_size": "gradients are sums over the whole batch",
-    "train.max_tokens_per_micro_batch": "gradients are sums over the whole batch",
-    "train.recompute_*": "the same activations, kept or computed again",
-    "train.deterministic_mode": "the same sums, in an order that is always the same",
-    "head.chunk_size": "gradients are sums over the tokens",
-    "teacher.parallel.*": "the same hidden states, computed in another layout",
-    "teacher.ranks": "the same hidden states, computed on other ranks",
-    "teacher.data_parallel_size": "the same hidden states, computed on other ranks",
-    "teacher.payload_device": "the same hidden states, kept elsewhere or computed again",
-    "teacher.offload": "the same weights, kept elsewhere",
-    "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
-    "rollout.log": "what is written of the completions",
-    "rollout.prefix": "whether a word is said about completions that are cut",
-    "checkpoint.save_interval": "when the state is written",
-    "checkpoint.ckpt_format": "how the state is written",
-    "checkpoint.keep_last": "what is kept of what was written",
-    "checkpoint.async_save": "who writes the state",
 }
 
 
@@ -330,11 +302,6 @@ def refuse_ignored(reasons: Mapping[str, str]) -> None:
                 for key, because in reasons.items()
             )
         )
-
-
-def is_changeable(key: str) -> bool:
-    """Whether a run may be continued with another value of this dotted key; see `CHANGEABLE`."""
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in CHANGEABLE)
 
 
 def _check_needed(kind: str, config: Any) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from renio_megatron.config.templates import FIELDS, check_template
+from renio_megatron.config.validators import require_choice, require_positive
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings.checks import require_choice, require_positive
-from renio_megatron.settings.templates import FIELDS, check_template
 
 TEACHER_KINDS = ("separate", "initial", "ema", "current")
 """Who may teach; `megatron/teacher_weights.py` has the table of what each is made of."""

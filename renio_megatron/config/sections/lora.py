@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from renio_megatron.config.validators import require_positive
 from renio_megatron.errors import ConfigError
-from renio_megatron.settings.checks import require_positive
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers that can have an adapter, by their names in Hugging Face's Llama, Qwen2 and Qwen3."""

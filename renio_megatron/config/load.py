@@ -1,0 +1,193 @@
+"""A recipe, read from YAML and checked as a whole before any rank starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from renio_megatron.config import (
+    ParallelConfig,
+)
+from renio_megatron.config.parser import read_recipe
+from renio_megatron.config.rules.combinations import check_combinations, check_weighting
+from renio_megatron.config.rules.experts import check_expert_ranks, check_experts
+from renio_megatron.config.rules.ignored import check_settings, ignored_settings, refuse_ignored
+from renio_megatron.config.rules.layout import (
+    check_adapters_cut,
+    check_cut,
+    check_layout,
+    check_recomputation,
+    check_teacher_layout,
+)
+from renio_megatron.config.schema import SCHEMAS, Recipe, RunConfig, SftConfig
+from renio_megatron.config.teachers import (
+    fewest_ranks,
+    has_own_layout,
+    num_scorers,
+    setting_of,
+    shares_student,
+    single_teachers,
+    teacher_parallel,
+)
+from renio_megatron.config.validators import require_choice
+from renio_megatron.errors import ConfigError
+from renio_megatron.models.family_defaults import FAMILY_DEFAULTS
+from renio_megatron.models.shipped import model_directory
+
+MODEL_TYPES = tuple(FAMILY_DEFAULTS)
+_PLAIN_KEYS = ("model", "pretrained_checkpoint", "init", "output_dir")
+
+
+def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file and the `key=value` settings of a command line, checked.
+
+    Args:
+        kind: `train` or `sft`.
+        path: the YAML file.
+        overrides: for example `["train.lr=1e-5", "weighting=uniform"]`; see `parser.read_recipe`.
+
+    Raises:
+        ConfigError: the file, a key, a value or a combination of values cannot be used.
+    """
+    require_choice("the kind of a recipe", kind, SCHEMAS)
+    try:
+        recipe = _read(kind, path, overrides)
+    except ConfigError as error:
+        if kind == "train" and _reads_as_sft(path, overrides):
+            raise ConfigError(f"{error} (The recipe reads as one of `renio sft`: it names no teacher.)") from error
+        if kind == "sft" and _names_a_teacher(path):
+            raise ConfigError(
+                f"{path} names a teacher, so it is a recipe of `renio train`; `renio sft` learns from given "
+                "completions. Start it with `renio train`, or leave out what concerns a teacher."
+            ) from error
+        raise
+    check_combinations(kind, recipe.config)
+    return recipe
+
+
+def _read(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe, without those of its own keys that have no effect because of the command line.
+
+    Keys without effect are an error where the command line gave them, and where the recipe alone has the mistake.
+    """
+    dropped: dict[str, str] = {}
+    while True:
+        config, explicit, given = read_recipe(SCHEMAS[kind], path, overrides, without=dropped)
+        check_settings(kind, config)
+        ignored = ignored_settings(kind, config, explicit)
+        if not ignored:
+            return Recipe(config=config, explicit=explicit, kind=kind, dropped=dropped)
+        mistakes = _mistakes_of(kind, path, overrides)
+        refuse_ignored({key: because for key, because in ignored.items() if key in given or key in mistakes})
+        dropped |= ignored
+
+
+def _mistakes_of(kind: str, path: str | Path, overrides: Sequence[str]) -> frozenset[str]:
+    """Keys of a recipe that have no effect without the command line; of that only keys outside of sections are used."""
+    try:
+        plain = [text for text in overrides if text.partition("=")[0].strip() in _PLAIN_KEYS]
+        config, explicit, _ = read_recipe(SCHEMAS[kind], path, plain)
+        return frozenset(ignored_settings(kind, config, explicit))
+    except ConfigError:  # it needs the command line to be a recipe at all
+        return frozenset()
+
+
+def _names_a_teacher(path: str | Path) -> bool:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("teacher") is not None
+
+
+def kind_of(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Which command a recipe is for: `sft` where it reads as one and names no teacher, else `train`."""
+    return "sft" if _reads_as_sft(path, overrides) else "train"
+
+
+def _reads_as_sft(path: str | Path, overrides: Sequence[str]) -> bool:
+    try:
+        _read("sft", path, overrides)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
+    """Raises `ConfigError` where a run cannot be shared among `world_size` ranks, or its batch cannot be divided."""
+    if isinstance(config, RunConfig):
+        check_teacher_layout(config.parallel, config.teacher, world_size)
+        world_size -= num_scorers(config.parallel, config.teacher)
+    check_layout(config.parallel, config.train, world_size)
+    check_expert_ranks(config.parallel, config.train, world_size)
+    if isinstance(config, RunConfig) and config.weighting.name == "renio":
+        check_weighting(config.weighting, config.train.global_batch_size)
+
+
+def smallest_world(config: RunConfig | SftConfig) -> int:
+    """Ranks that hold one copy of each model."""
+    return fewest_ranks(config.parallel, config.teacher if isinstance(config, RunConfig) else None)
+
+
+def check_models(config: RunConfig | SftConfig) -> None:
+    """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
+    models = {"model": _check_model("model", config.model, config.parallel, trained=True)}
+    check_recomputation(models["model"]["num_hidden_layers"], config.parallel, config.train)
+    if config.lora.r is not None:
+        check_adapters_cut(models["model"], config.parallel)
+    layouts = {"model": config.parallel}
+    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
+        setting = setting_of(name, "model")
+        layouts[setting] = teacher_parallel(one.parallel, one.teacher)
+        if one.teacher.kind == "separate":
+            assert one.teacher.model is not None
+            section = "teacher.parallel" if has_own_layout(one.parallel, one.teacher) else "parallel"
+            models[setting] = _check_model(setting, one.teacher.model, layouts[setting], trained=False, section=section)
+        elif not shares_student(one):
+            models[setting] = models["model"]
+    check_experts(config, models, layouts)
+
+
+def _check_model(
+    setting: str, name: str, parallel: ParallelConfig, *, trained: bool, section: str = "parallel"
+) -> dict[str, Any]:
+    """What config.json of the model holds, with what its family has where it says nothing."""
+    file = model_directory(name, setting) / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{setting}: {file} cannot be read as JSON: {error}.") from error
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}. "
+            "Choose a model of one of these types."
+        )
+    content = _with_defaults(content)
+    counts = {key: _count(content, key, setting, file) for key in ("num_attention_heads", "num_hidden_layers")}
+    counts["num_key_value_heads"] = (
+        counts["num_attention_heads"]
+        if content.get("num_key_value_heads") is None
+        else _count(content, "num_key_value_heads", setting, file)
+    )
+    check_cut(setting, str(file), counts, parallel, trained=trained, section=section)
+    return content
+
+
+def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json and those that it leaves out; experts are counted under either of two names."""
+    defaults = FAMILY_DEFAULTS[content["model_type"]]
+    names = {"num_experts", "num_local_experts"}
+    is_counted = bool(names & content.keys())
+    return {key: value for key, value in defaults.items() if not (is_counted and key in names)} | dict(content)
+
+
+def _count(content: Mapping[str, Any], key: str, setting: str, file: Path) -> int:
+    value = content.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{setting}: {file} needs {key}, a whole number above 0; got {value!r}.")
+    return value

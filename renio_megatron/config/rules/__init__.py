@@ -1,0 +1,1 @@
+"""Rules about settings that several sections or models make together."""

@@ -1,0 +1,60 @@
+"""Settings of where problems come from and how the two models see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from renio_megatron.config.templates import check_template
+from renio_megatron.config.validators import require_choice, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where problems come from and how the two models see them.
+
+    Attributes:
+        source: `modchain`, `jsonl`, `datasets` or `reasoning_gym`.
+        seed: order of the problems, and their choice where they are generated.
+        path: file (`jsonl`) or directory written by `datasets.save_to_disk` (`datasets`).
+        eval_path: the same for evaluation; the generated sources need none.
+        task: generator of `reasoning_gym`, for example `gsm_symbolic`.
+        size: number of problems that `reasoning_gym` generates before they repeat.
+        problem_key, solution_key, answer_key: columns of a record. The solution and the answer may be missing.
+        teacher_key: column that names which of teacher.routes scores a record's completions.
+        student_template, teacher_template: text of the prompt, with the fields {problem} and {solution}; a null
+            teacher_template is the student's, which must have {problem}.
+        chat: wrap the prompt by the tokenizer's chat template.
+        enable_thinking: passed to the chat template of tokenizers that know it; null leaves it out.
+        teacher_enable_thinking: the same for the teacher's view; null follows enable_thinking.
+        grader: `modchain`, `number` (the last number of the completion), `reasoning_gym`, `none`, or null: what the
+            source brings.
+        grader_errors: what an exception in the grader does: `raise` stops the run and names the prompt, `count_wrong`
+            counts the completion as wrong, which `rollout/grader_error_frac` shows.
+        max_prompt_length: longer prompts are refused, in tokens.
+    """
+
+    source: str = "modchain"
+    seed: int = 1
+    path: str | None = None
+    eval_path: str | None = None
+    task: str | None = None
+    size: int | None = None
+    problem_key: str = "problem"
+    solution_key: str = "solution"
+    answer_key: str = "answer"
+    teacher_key: str | None = None
+    student_template: str = "{problem}"
+    teacher_template: str | None = None
+    chat: bool = False
+    enable_thinking: bool | None = None
+    teacher_enable_thinking: bool | None = None
+    grader: str | None = None
+    grader_errors: str = "raise"
+    max_prompt_length: int = 4096
+
+    def __post_init__(self) -> None:
+        require_positive("data", size=self.size, max_prompt_length=self.max_prompt_length)
+        require_choice("data.grader_errors", self.grader_errors, ("raise", "count_wrong"))
+        check_template("data.student_template", self.student_template, ("problem",))
+        if self.teacher_template is not None:
+            check_template("data.teacher_template", self.teacher_template, ("problem", "solution"))

@@ -1,0 +1,64 @@
+"""Settings of how the ranks share the model. Megatron's own names are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from renio_megatron.config.validators import require_positive
+from renio_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the model. The data-parallel size is what remains of the world.
+
+    Attributes:
+        tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size (stages of each
+            pipeline rank; null: one), context_parallel_size, sequence_parallel, use_distributed_optimizer,
+            overlap_grad_reduce, overlap_param_gather: as in Megatron.
+        expert_model_parallel_size, expert_tensor_parallel_size (null: the tensor-parallel size): as in Megatron: ranks
+            that share the experts of a layer, and each expert. They are among the tensor, context and data ranks.
+        make_vocab_size_divisible_by: as in Megatron; the padded vocabulary is a multiple of this times the
+            tensor-parallel size.
+        distributed_timeout_minutes: after this long a rank that waits for a dead one gives up.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    make_vocab_size_divisible_by: int = 1
+    distributed_timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        require_positive("parallel", **{key: value for key, value in vars(self).items() if not isinstance(value, bool)})
+        if self.virtual_pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.virtual_pipeline_model_parallel_size=1 is a plain pipeline; set null, or at least 2."
+            )
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_tensor_ranks(self) -> int:
+        """Ranks that share one expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of a layer's experts."""
+        return self.expert_model_parallel_size * self.expert_tensor_ranks
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
