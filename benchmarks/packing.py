@@ -21,7 +21,7 @@ from pathlib import Path
 from renio_megatron.algorithms.distillation import WeightedDivergence
 from renio_megatron.cli.launch import become_single_rank
 from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, TrainConfig, WeightingConfig
-from renio_megatron.data.collate import flat_completions
+from renio_megatron.data.batching.collate import flat_completions
 from renio_megatron.losses.sample_weights import sample_weights
 from renio_megatron.megatron.hf import load_weights
 from renio_megatron.megatron.learner import MegatronLearner

@@ -16,9 +16,10 @@ from renio_megatron.config import HeadConfig, LoraConfig, TrainConfig
 from renio_megatron.config.resume import to_yaml
 from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.config.teachers import single_teachers
-from renio_megatron.data.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
-from renio_megatron.data.sources import Source, build_source
+from renio_megatron.data.sources import build_source
+from renio_megatron.data.sources.source import Source
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluate.evaluator import Evaluator
 from renio_megatron.files import user_path

@@ -10,7 +10,7 @@ from typing import Any
 from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.config.teachers import ONLY, setting_of, single_teachers
-from renio_megatron.data.chat import View, chat_template_of, teacher_view
+from renio_megatron.data.prompt_views import View, chat_template_of, teacher_view
 from renio_megatron.data.prompts import PromptStream
 from renio_megatron.files import user_path
 from renio_megatron.megatron.peft_config import PeftAdapter

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import DataConfig, ParallelConfig, TeacherConfig, TrainConfig
-from renio_megatron.tasks.modchain import build_tokenizer
+from renio_megatron.data.sources.modchain import build_tokenizer
 from tests.moe_reference import gradient_errors, reference_step
 from tests.training_cases import VOCAB_SIZE, recipe, save_models
 

@@ -14,7 +14,7 @@ import torch
 from renio_megatron.config import DataConfig, ParallelConfig, TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.data.sources import build_source
-from renio_megatron.tasks.modchain import make_problem
+from renio_megatron.data.sources.modchain import make_problem
 from tests.lora_run_cases import DISTRIBUTED, LORA
 from tests.resuming import run, run_config, same, train_config
 from tests.scoring_ranks import answer, on_scoring_ranks

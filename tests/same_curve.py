@@ -136,7 +136,7 @@ def in_words_of(tree: Path, recipe: Recipe) -> Recipe:
 
 def write_records(path: Path, teachers: Sequence[str], count: int = 64) -> None:
     """A file of the modular chain's problems that name their teachers in turn."""
-    from renio_megatron.tasks.modchain import make_problem
+    from renio_megatron.data.sources.modchain import make_problem
 
     problems = [make_problem(1, "train", index) for index in range(count)]
     records = [

@@ -92,7 +92,7 @@ def step_of(part, train, parallel, precision=None, steps=1):
 def logp_of(part, train):
     """log p of every completion token of the whole batch, fp32 [N], on every rank of the model."""
     from renio_megatron.config import HeadConfig
-    from renio_megatron.data.collate import collate
+    from renio_megatron.data.batching.collate import collate
     from renio_megatron.losses.token_logp import linear_token_logp
     from renio_megatron.megatron.pipeline import run_forward, share_tokens
 

@@ -20,9 +20,9 @@ FLOORS = (
         "stop",
         "metrics",
         "objective",
-        "parallel",
     ),
     (
+        "parallel",
         "roles",
         "losses",
         "learning_rate",

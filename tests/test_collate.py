@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from renio_megatron.data.collate import Arrangement, collate, flat_completions, flat_logp
+from renio_megatron.data.batching.collate import Arrangement, collate, flat_completions, flat_logp
 from renio_megatron.errors import DataError
 from renio_megatron.types import Prompt, Rollout
 

@@ -12,7 +12,7 @@ import torch
 from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.resume import is_changeable
 from renio_megatron.config.rules.experts import MIXTURE_TYPES
-from renio_megatron.data.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.metrics import METRICS
 from renio_megatron.models.architecture import Architecture, Experts

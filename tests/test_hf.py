@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from renio_megatron.config import ParallelConfig, TrainConfig
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.resume import to_yaml
-from renio_megatron.data.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.types import Prompt, Rollout

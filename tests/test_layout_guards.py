@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import DataConfig, ParallelConfig, TrainConfig
-from renio_megatron.data.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.types import Prompt, Rollout
 from tests.layout_cases import Case, run_case
 from tests.multiprocess import run_ranks

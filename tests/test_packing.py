@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from renio_megatron.data.collate import Arrangement, collate
-from renio_megatron.parallel.balance import balance
+from renio_megatron.data.batching.balance import balance
+from renio_megatron.data.batching.collate import Arrangement, collate
+from renio_megatron.data.batching.packing import pack, share_out
 from renio_megatron.parallel.layout import Axis
-from renio_megatron.parallel.packing import pack, share_out
 from renio_megatron.types import Prompt, Rollout
 from tests.multiprocess import run_ranks
 

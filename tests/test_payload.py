@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from renio_megatron.data.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.types import MicroBatch, Prompt, Rollout
 from tests.multiprocess import run_ranks
 

@@ -203,6 +203,6 @@ def test_the_settings_of_the_page_are_settings(recipe: Path) -> None:
 
 
 def test_the_page_names_every_column_that_is_recognized() -> None:
-    from renio_megatron.data.columns import ALIASES
+    from renio_megatron.data.sources.columns import ALIASES
 
     assert all(f"`{name}`" in PAGE for names in ALIASES.values() for name in names[1:])

@@ -6,12 +6,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from renio_megatron.config import DataConfig
-from renio_megatron.data.chat import View, encode_view
+from renio_megatron.data.prompt_views import View, encode_view
 from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
-from renio_megatron.data.sources import Record, build_source
+from renio_megatron.data.sources import build_source, modchain
+from renio_megatron.data.sources.source import Record
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.models.tokenizer import check_same_tokenizer, load_tokenizer, padding_id
-from renio_megatron.tasks import modchain
 
 CHAT = (
     "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from renio_megatron.config import DataConfig
-from renio_megatron.data.row_files import rows_of
-from renio_megatron.data.sources import build_source, check_file
+from renio_megatron.data.sources import build_source
+from renio_megatron.data.sources.files import check_file
+from renio_megatron.data.sources.row_files import rows_of
 from renio_megatron.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -99,8 +100,8 @@ def test_what_is_no_record_is_named(content: bytes, words: str, tmp_path: Path) 
 
 
 def test_of_a_large_file_the_first_records_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("renio_megatron.data.sources._READ_WHOLE", 100)
-    monkeypatch.setattr("renio_megatron.data.sources._FIRST_RECORDS", 3)
+    monkeypatch.setattr("renio_megatron.data.sources.files._READ_WHOLE", 100)
+    monkeypatch.setattr("renio_megatron.data.sources.files._FIRST_RECORDS", 3)
     path = tmp_path / "a.jsonl"
     config = DataConfig(source="jsonl", path=str(path))
     path.write_text(LINES + "{\n")
@@ -200,7 +201,7 @@ def test_answers_are_read_as_text_in_full_digits(value: Any, text: str | None, t
 
 
 def test_a_small_number_is_graded() -> None:
-    from renio_megatron.data.columns import answer_text
+    from renio_megatron.data.sources.columns import answer_text
     from renio_megatron.tasks.math import grade_number
 
     answer = answer_text({"answer": 1e-05}, "answer", "here")

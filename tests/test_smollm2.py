@@ -166,7 +166,7 @@ def test_the_exported_adapter_generates(adapted: Run, model: Path, tmp_path: Pat
 def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     """All positions' logits at TP = 3, gathered: [S, V]."""
     from renio_megatron.config import ParallelConfig, TrainConfig
-    from renio_megatron.data.collate import Arrangement, collate
+    from renio_megatron.data.batching.collate import Arrangement, collate
     from renio_megatron.megatron.hf import load_weights
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.pipeline import run_forward

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
-from renio_megatron.data.collate import Arrangement
+from renio_megatron.data.batching.collate import Arrangement
 from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron import backend

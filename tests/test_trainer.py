@@ -13,7 +13,7 @@ from renio_megatron import VocabShard, distillation_loss
 from renio_megatron.algorithms.distillation import Distillation
 from renio_megatron.algorithms.sft import Sft
 from renio_megatron.config import HeadConfig, LossConfig, TrainConfig, WeightingConfig
-from renio_megatron.data.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.learning_rate import learning_rate
 from renio_megatron.metrics import Tally

@@ -25,8 +25,8 @@ from renio_megatron.config import (
     WeightingConfig,
 )
 from renio_megatron.config.schema import RunConfig
+from renio_megatron.data.sources.modchain import build_tokenizer
 from renio_megatron.objective.reference import reference_objective
-from renio_megatron.tasks.modchain import build_tokenizer
 from renio_megatron.types import Rollout
 
 VOCAB_SIZE = 17

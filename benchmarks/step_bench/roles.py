@@ -22,7 +22,7 @@ from renio_megatron.config import (
     TrainConfig,
     WeightingConfig,
 )
-from renio_megatron.data.collate import flat_completions
+from renio_megatron.data.batching.collate import flat_completions
 from renio_megatron.diagnose.precision import Scores
 from renio_megatron.losses.sample_weights import sample_weights
 from renio_megatron.megatron.learner import MegatronLearner

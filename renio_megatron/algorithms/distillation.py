@@ -11,7 +11,8 @@ import torch
 
 from renio_megatron.algorithms.routing import RoutedDivergence, RoutedScores, RoutedTeachers, names_metrics
 from renio_megatron.config import HeadConfig, LossConfig, WeightingConfig
-from renio_megatron.data.collate import flat_completions, flat_logp
+from renio_megatron.data.batching.balance import balance
+from renio_megatron.data.batching.collate import flat_completions, flat_logp
 from renio_megatron.evaluate.accuracy import auc
 from renio_megatron.losses.chunked_logits import Logits, logits_dtype_of
 from renio_megatron.losses.distillation import distillation_loss
@@ -19,7 +20,6 @@ from renio_megatron.losses.linear_distillation import linear_distillation_loss
 from renio_megatron.losses.sample_weights import SampleWeights, applied_cap, sample_weights
 from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.metrics import Tally
-from renio_megatron.parallel.balance import balance
 from renio_megatron.parallel.batch import gather_batch, sum_pieces
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead

@@ -250,7 +250,7 @@ class _Comparison:
     ) -> tuple[Scores, dict[str, torch.Tensor]]:
         """A step as the trainer computes it, up to the optimiser: the whole batch's scores, this rank's gradients."""
         from renio_megatron.algorithms.distillation import WeightedDivergence
-        from renio_megatron.data.collate import flat_completions
+        from renio_megatron.data.batching.collate import flat_completions
         from renio_megatron.diagnose.precision import Scores
         from renio_megatron.losses.sample_weights import sample_weights
         from renio_megatron.megatron.pipeline import share_tokens

@@ -9,9 +9,7 @@ from typing import Any
 
 import yaml
 
-from renio_megatron.config import (
-    ParallelConfig,
-)
+from renio_megatron.config import ParallelConfig
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.rules.combinations import check_combinations, check_weighting
 from renio_megatron.config.rules.experts import check_expert_ranks, check_experts

@@ -9,8 +9,16 @@ from functools import cached_property
 from typing import Any
 
 from renio_megatron.config import DataConfig
-from renio_megatron.data.chat import View, chat_template_of, encode_text, encode_view, student_view, teacher_view
-from renio_megatron.data.sources import Record, Source, build_source, solution_of
+from renio_megatron.data.prompt_views import (
+    View,
+    chat_template_of,
+    encode_text,
+    encode_view,
+    student_view,
+    teacher_view,
+)
+from renio_megatron.data.sources import build_source
+from renio_megatron.data.sources.source import Record, Source, solution_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.types import Prompt
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from renio_megatron.config import HeadConfig, TrainConfig
-from renio_megatron.data.collate import collate
+from renio_megatron.data.batching.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
 from renio_megatron.megatron.groups import Place

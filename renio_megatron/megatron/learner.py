@@ -16,7 +16,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, TrainConfig
-from renio_megatron.data.collate import collate
+from renio_megatron.data.batching.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
 from renio_megatron.losses.tune_kernels import tune_cross_entropy, tune_loss

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from renio_megatron.config import HeadConfig, LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
-from renio_megatron.data.collate import Arrangement
+from renio_megatron.data.batching.collate import Arrangement
 from renio_megatron.losses import kernels
 from renio_megatron.losses.tune_kernels import tune_scores
 from renio_megatron.megatron.backend import (

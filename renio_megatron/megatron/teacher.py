@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from renio_megatron.config import HeadConfig, TrainConfig
-from renio_megatron.data.collate import collate
+from renio_megatron.data.batching.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
 from renio_megatron.megatron.payload import Kept, Recomputed, align

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from renio_megatron.config.schema import RunConfig, SftConfig
-from renio_megatron.data.sources import check_file
+from renio_megatron.data.sources.files import check_file
 
 
 def check_data(config: RunConfig | SftConfig) -> None:

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from renio_megatron.data.batching.packing import share_out
 from renio_megatron.parallel.layout import Axis
-from renio_megatron.parallel.packing import share_out
 
 _Item = TypeVar("_Item")
 

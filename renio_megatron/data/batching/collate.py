@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
+from renio_megatron.data.batching.packing import pack
 from renio_megatron.errors import DataError
 from renio_megatron.parallel.context import local_positions
-from renio_megatron.parallel.packing import pack
 from renio_megatron.types import MicroBatch, Rollout
 
 View = Literal["student", "teacher"]

@@ -1,0 +1,104 @@
+"""What a source of problems is: records, and the order in which they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from renio_megatron.config import DataConfig
+from renio_megatron.errors import DataError
+
+SPLITS = ("train", "eval")
+
+
+EVAL_SEED_OFFSET = 2**31  # reasoning-gym seeds item i with seed + i: neighbouring seeds would share problems
+
+
+@dataclass(frozen=True)
+class Record:
+    """One problem.
+
+    Example: ``Record("2 + 2?", answer="4", where="train.jsonl:17")``.
+
+    Attributes:
+        problem: its text.
+        solution: worked solution; None where there is none.
+        answer: what a grader compares with; None where there is none.
+        metadata: whatever else is known, for the grader.
+        where: file and line, or number, for error messages.
+        teacher: what the column data.teacher_key holds; None where there is none.
+    """
+
+    problem: str
+    solution: str | None = None
+    answer: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "record"
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of one split, in the order in which they are used.
+
+    Attributes:
+        name: as in `data.source`.
+        read: record by its index: in [0, size) where the source is finite.
+        grader: name of the grader that fits.
+        size: number of records; None: endless.
+        shuffle_seed: seed of the order; each epoch of a finite source has its own permutation. None: as they stand.
+        has_answers: whether all records have an answer (a source where only some have one is refused).
+        has_all_solutions: whether every record is known to have a solution; the others are checked as they are read.
+        notices: sentences about how its records are read.
+        score: scoring of (given answer, right answer, metadata), 1.0 for right, of sources that have their own.
+    """
+
+    name: str
+    read: Callable[[int], Record]
+    grader: str
+    size: int | None = None
+    shuffle_seed: int | None = None
+    has_answers: bool = True
+    has_all_solutions: bool = False
+    score: Callable[[str, str, Mapping[str, Any]], float] | None = None
+    notices: tuple[str, ...] = ()
+
+    def record(self, position: int) -> Record:
+        """The record at `position` (0, 1, 2, ...) of the endless order; a pure function of position and seed."""
+        if self.size is None:
+            return self.read(position)
+        epoch, offset = divmod(position, self.size)
+        if self.shuffle_seed is not None:
+            offset = int(_permutation(self.size, self.shuffle_seed, epoch)[offset])
+        return self.read(offset)
+
+    def require_solutions(self, reason: str) -> None:
+        """Raises `DataError` naming the first record of a finite source that has no solution."""
+        if not self.has_all_solutions:
+            for index in range(self.size or 1):
+                solution_of(self.read(index), reason)
+
+
+def solution_of(record: Record, reason: str) -> str:
+    """The record's solution; raises `DataError` with the `reason` that asks for one where there is none."""
+    if record.solution is None:
+        raise DataError(
+            f"{record.where}: the record has no solution, and {reason}. "
+            "Set data.solution_key to the column of worked solutions, or leave such records out."
+        )
+    return record.solution
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    sequence = np.random.SeedSequence(seed, spawn_key=(epoch,))
+    return np.random.Generator(np.random.Philox(sequence)).permutation(size)
+
+
+def order_of(config: DataConfig, split: str) -> int | None:
+    """The seed of the order in which a split is used; None: as its records stand."""
+    return config.seed if split == "train" else None
