@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from renio_megatron.algorithms.distillation import WeightedDivergence
 from renio_megatron.cli.launch import become_single_rank
 from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, TrainConfig, WeightingConfig
 from renio_megatron.data.batching.collate import flat_completions
@@ -32,6 +31,7 @@ from renio_megatron.megatron.teacher_weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.training.algorithms.distillation import WeightedDivergence
 from renio_megatron.types import Prompt, Rollout
 
 COMPLETION = 24

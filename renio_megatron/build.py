@@ -8,9 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.algorithms import Algorithm
-from renio_megatron.algorithms.distillation import Distillation
-from renio_megatron.algorithms.sft import Sft
 from renio_megatron.build_teacher import build_teacher
 from renio_megatron.config import HeadConfig, LoraConfig, TrainConfig
 from renio_megatron.config.resume import to_yaml
@@ -33,20 +30,23 @@ from renio_megatron.inputs import (
     teacher_views,
     weights_of,
 )
-from renio_megatron.learning_rate import learning_rate
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.megatron.peft_config import PeftAdapter
-from renio_megatron.metrics import Observer
 from renio_megatron.models.architecture import Architecture, notices
 from renio_megatron.models.ends import ends_of
 from renio_megatron.models.hf_weights import WeightFiles
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.models.tokenizer import check_embedding, load_tokenizer, padding_id
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.roles import Sampler
-from renio_megatron.rollout_log import RolloutObserver
 from renio_megatron.tasks import build_grader
-from renio_megatron.trainer import Trainer
+from renio_megatron.training.algorithms import Algorithm
+from renio_megatron.training.algorithms.distillation import Distillation
+from renio_megatron.training.algorithms.sft import Sft
+from renio_megatron.training.interfaces import Sampler
+from renio_megatron.training.lr_schedule import learning_rate
+from renio_megatron.training.metrics.sinks import Observer
+from renio_megatron.training.rollout_log import RolloutObserver
+from renio_megatron.training.trainer import Trainer
 from renio_megatron.types import Decoding, Rollout
 
 

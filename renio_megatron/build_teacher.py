@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from renio_megatron.algorithms.routing import RoutedTeachers
 from renio_megatron.config import ParallelConfig, TrainConfig
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.config.teachers import (
@@ -21,6 +20,7 @@ from renio_megatron.files import user_path
 from renio_megatron.inputs import Inputs, TeacherInputs, most_completion_tokens
 from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.training.algorithms.multi_teacher import RoutedTeachers
 
 
 def build_teacher(

@@ -16,18 +16,18 @@ from renio_megatron.build_teacher import build_scorers
 from renio_megatron.config.schema import Recipe, RunConfig, SftConfig
 from renio_megatron.config.teachers import num_scorers, shares_student, single_teachers, teacher_parallel
 from renio_megatron.diagnose.health import health, layers, trained
-from renio_megatron.diagnose.notices import Notices
 from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.inputs import Inputs
 from renio_megatron.megatron.start import bridge, start
-from renio_megatron.metrics import JsonlSink, Observer, TensorBoardSink, read_metrics
 from renio_megatron.origins import origins
 from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.preview import prompt_lines
-from renio_megatron.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.stop import StopSignal
+from renio_megatron.training.metrics.sinks import JsonlSink, Observer, TensorBoardSink, read_metrics
+from renio_megatron.training.rollout_log import RolloutObserver, RolloutSink
+from renio_megatron.training.setting_warnings import Notices
 
 logger = logging.getLogger(__name__)
 _Value = TypeVar("_Value")

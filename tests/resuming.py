@@ -65,7 +65,7 @@ def run(
         before_step: (trainer, step) -> anything; called before each step.
     """
     import renio_megatron.run as job
-    from renio_megatron.trainer import Trainer
+    from renio_megatron.training.trainer import Trainer
 
     kept: dict[str, Any] = {}
     build, train_step = job.build_trainer, Trainer._train_step

@@ -72,8 +72,8 @@ def build(directory, layout, parallel, precision, train=None, *, trained=True):
 def step_of(part, train, parallel, precision=None, steps=1):
     """(metrics of the last step, gradients of this rank's parameters) of fine-tuning on this rank's share of the
     batch."""
-    from renio_megatron.algorithms.sft import token_cross_entropy
     from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.training.algorithms.sft import token_cross_entropy
 
     learner = MegatronLearner(part, train, parallel, temperature=1.0, pad_id=0)
     data, seen = part.layout.data, {}

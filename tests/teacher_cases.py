@@ -103,11 +103,11 @@ def run_and_look(config: Any) -> dict[str, Any]:
 
 def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dict[str, Any]:
     """An average from the weights of each step, in fp64, and a separate teacher that has them: both beside `ema`'s."""
-    from renio_megatron.algorithms.distillation import WeightedDivergence
     from renio_megatron.build import build_student
     from renio_megatron.megatron.pipeline import run_forward
     from renio_megatron.megatron.teacher import MegatronTeacher
     from renio_megatron.megatron.teacher_weights import TeacherWeights
+    from renio_megatron.training.algorithms.distillation import WeightedDivergence
 
     config = config_of(folder, "by hand", "ema", trained, **changes)
     trainer, inputs, layout = built(config, folder)

@@ -25,9 +25,9 @@ from renio_megatron.checkpoint_files import (
 )
 from renio_megatron.errors import CheckpointError, RunStopped
 from renio_megatron.files import JsonLines, write_atomically
-from renio_megatron.metrics import JsonlSink, read_metrics
-from renio_megatron.rollout_log import RolloutSink
 from renio_megatron.stop import StopSignal
+from renio_megatron.training.metrics.sinks import JsonlSink, read_metrics
+from renio_megatron.training.rollout_log import RolloutSink
 from renio_megatron.types import Prompt, Rollout
 
 

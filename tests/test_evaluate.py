@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from renio_megatron.evaluate.accuracy import accuracy, auc
+from renio_megatron.objective.statistics import auc
+from renio_megatron.tasks import accuracy
 from renio_megatron.types import Prompt, Rollout
 
 

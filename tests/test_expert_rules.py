@@ -14,11 +14,11 @@ from renio_megatron.config.resume import is_changeable
 from renio_megatron.config.rules.experts import MIXTURE_TYPES
 from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.errors import ConfigError
-from renio_megatron.metrics import METRICS
 from renio_megatron.models.architecture import Architecture, Experts
 from renio_megatron.models.hf_index import OF_EXPERTS
 from renio_megatron.models.hf_weights import hf_shapes
 from renio_megatron.objective.load_balance import load_balancing_loss
+from renio_megatron.training.metrics.registry import METRICS
 from renio_megatron.types import Prompt, Rollout
 
 DENSE = {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}

@@ -11,10 +11,9 @@ import pytest
 from renio_megatron import tasks
 from renio_megatron.config import DataConfig
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.evaluate.accuracy import accuracy
 from renio_megatron.evaluate.evaluator import Evaluator
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.tasks import build_grader
+from renio_megatron.tasks import accuracy, build_grader
 from renio_megatron.types import Decoding, Prompt, Rollout
 from tests.test_trainer import PROMPTS, Roles
 

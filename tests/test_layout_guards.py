@@ -71,7 +71,7 @@ def _small_denominators(folder: Path) -> dict[str, Any]:
     """Gradients where all denominators together are 1/100, with our division and with Megatron's clamped one."""
     from megatron.core.distributed import finalize_model_grads
 
-    from renio_megatron.algorithms.sft import token_cross_entropy
+    from renio_megatron.training.algorithms.sft import token_cross_entropy
 
     learner = _trainer(folder, ParallelConfig(tensor_model_parallel_size=2)).algorithm.learner
     batches = learner.arrange(ROLLOUTS)

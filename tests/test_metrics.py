@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from renio_megatron.errors import CheckpointError, DataError, NumericsError
-from renio_megatron.metrics import MAXIMA, MEANS, METRICS, JsonlSink, Tally, TensorBoardSink, read_metrics
+from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.metrics.registry import MAXIMA, MEANS, METRICS
+from renio_megatron.training.metrics.sinks import JsonlSink, TensorBoardSink, read_metrics
 
 
 def two_ranks() -> tuple[Tally, Tally]:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from renio_megatron.algorithms.distillation import weight_metrics
 from renio_megatron.cli import worker
 from renio_megatron.config import LossConfig, WeightingConfig
-from renio_megatron.diagnose.notices import Notices, weights_line
-from renio_megatron.report.progress import Progress
+from renio_megatron.training.algorithms.distillation import weight_metrics
+from renio_megatron.training.metrics.progress import Progress
+from renio_megatron.training.setting_warnings import Notices, weights_line
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from renio_megatron.objective.normalise import divide_and_cap, moving_average
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
 from renio_megatron.objective.weightings import WEIGHTINGS
 from renio_megatron.objective.weightings.renio import is_pivotal, pivotal_evidence, raw_weight
-from renio_megatron.parallel.batch import batch_mean, group_means, sum_pieces
+from renio_megatron.parallel.reductions import batch_mean, group_means, sum_pieces
 from renio_megatron.parallel.vocab import VocabShard, gather_columns, merge_statistics
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)

@@ -11,12 +11,12 @@ from renio_megatron.diagnose.precision import (
     Scores,
     gradient_errors,
     gradient_sums,
-    rank_correlation,
     score_errors,
     value_errors,
     verdict_errors,
 )
 from renio_megatron.errors import NumericsError
+from renio_megatron.objective.statistics import rank_correlation
 
 
 def scores(**changes) -> Scores:

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from renio_megatron.errors import CheckpointError
 from renio_megatron.report.curves import centred_mean, plot_curves
-from renio_megatron.report.progress import Progress, format_duration
 from renio_megatron.report.table import NOTE, RunSummary, comparison_table, summarise
+from renio_megatron.training.metrics.progress import Progress, format_duration
 
 ROW = {
     "loss": 0.5,

@@ -155,13 +155,13 @@ def test_the_optimizer_is_the_one_of_an_environment_without_transformer_engine()
 
 
 def train_one_step(*, experts=False):
-    from renio_megatron.algorithms.sft import token_cross_entropy
     from renio_megatron.config import ParallelConfig, TrainConfig
     from renio_megatron.megatron.learner import MegatronLearner
     from renio_megatron.megatron.model import build_model
     from renio_megatron.megatron.start import start
     from renio_megatron.models.architecture import Architecture, Experts
     from renio_megatron.models.rope import Rope
+    from renio_megatron.training.algorithms.sft import token_cross_entropy
     from renio_megatron.types import Prompt, Rollout
 
     architecture = Architecture(

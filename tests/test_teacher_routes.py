@@ -278,8 +278,9 @@ def test_the_command_for_one_teacher_says_so(load, models, tmp_path, monkeypatch
 
 
 def test_metrics_and_rollouts_carry_the_teachers_name(tmp_path):
-    from renio_megatron.metrics import JsonlSink, Tally, read_metrics
-    from renio_megatron.rollout_log import RolloutSink
+    from renio_megatron.training.metrics.accumulator import Tally
+    from renio_megatron.training.metrics.sinks import JsonlSink, read_metrics
+    from renio_megatron.training.rollout_log import RolloutSink
     from renio_megatron.types import Prompt, Rollout
 
     sink = JsonlSink(tmp_path / "metrics.jsonl")

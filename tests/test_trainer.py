@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from renio_megatron import VocabShard, distillation_loss
-from renio_megatron.algorithms.distillation import Distillation
-from renio_megatron.algorithms.sft import Sft
 from renio_megatron.config import HeadConfig, LossConfig, TrainConfig, WeightingConfig
 from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.errors import NumericsError
-from renio_megatron.learning_rate import learning_rate
-from renio_megatron.metrics import Tally
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.trainer import Trainer
+from renio_megatron.training.algorithms.distillation import Distillation
+from renio_megatron.training.algorithms.sft import Sft
+from renio_megatron.training.lr_schedule import learning_rate
+from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.trainer import Trainer
 from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 
 
@@ -155,7 +155,7 @@ def test_an_evaluation_that_is_not_finite_is_found_before_training():
 
 def test_the_token_rate_is_tokens_over_the_seconds_of_the_step(monkeypatch):
     clock = iter([10.0, 14.0, 20.0, 20.5])
-    monkeypatch.setattr("renio_megatron.trainer.time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("renio_megatron.training.trainer.time", SimpleNamespace(perf_counter=clock.__next__))
     told: list[dict[str, float]] = []
     algorithm = SimpleNamespace(step=lambda prompts, step: {"tokens_per_s": 600.0}, state=dict)
     trainer(algorithm=algorithm, train_iters=2, observers=[lambda _, row: told.append(row)]).run()

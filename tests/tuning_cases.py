@@ -15,11 +15,11 @@ from unittest import mock
 
 import torch
 
-from renio_megatron.algorithms import distillation
 from renio_megatron.config import HeadConfig, LossConfig, TeacherConfig
 from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.losses import kernels
 from renio_megatron.losses.kernels import torch_ops
+from renio_megatron.training.algorithms import distillation
 from tests.route_cases import routed
 from tests.teacher_layout_cases import own
 from tests.training_cases import VOCAB_SIZE, layout_of, recipe

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from renio_megatron.algorithms.distillation import Distillation, WeightedDivergence
 from renio_megatron.cli.launch import become_single_rank
 from renio_megatron.config import (
     HeadConfig,
@@ -33,6 +32,7 @@ from renio_megatron.megatron.teacher import MegatronTeacher
 from renio_megatron.megatron.teacher_weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.training.algorithms.distillation import Distillation, WeightedDivergence
 from renio_megatron.types import Decoding, Prompt, Rollout
 from step_bench.models import random_model
 

@@ -249,12 +249,12 @@ class _Comparison:
         self, learner: Any, config: RunConfig, teacher: _Scored, name: str
     ) -> tuple[Scores, dict[str, torch.Tensor]]:
         """A step as the trainer computes it, up to the optimiser: the whole batch's scores, this rank's gradients."""
-        from renio_megatron.algorithms.distillation import WeightedDivergence
         from renio_megatron.data.batching.collate import flat_completions
         from renio_megatron.diagnose.precision import Scores
         from renio_megatron.losses.sample_weights import sample_weights
         from renio_megatron.megatron.pipeline import share_tokens
         from renio_megatron.models.param_map import local_name
+        from renio_megatron.training.algorithms.distillation import WeightedDivergence
 
         device = self._layout.device
         _, owner, _ = flat_completions(self._rollouts)

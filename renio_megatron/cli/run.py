@@ -39,8 +39,8 @@ def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Rec
 
 def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
     """`renio train` and `renio sft` on this rank."""
-    from renio_megatron.report.progress import Progress
     from renio_megatron.run import run_recipe
+    from renio_megatron.training.metrics.progress import Progress
 
     recipe = checked_recipe(kind, path, overrides)
     config = recipe.config
@@ -66,8 +66,8 @@ def finished_message(config: RunConfig | SftConfig) -> str:
 
 def quickstart(output_dir: Path, *, fresh: bool) -> None:
     """Plain OPD and ReNIO on the modular chain, then a table and a picture of both."""
-    from renio_megatron.report.progress import Progress
     from renio_megatron.run import run_recipe
+    from renio_megatron.training.metrics.progress import Progress
 
     directories = {name: output_dir / name for name in QUICKSTART_VARIANTS}
     recipes = {
@@ -102,9 +102,9 @@ def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> N
     """The table and the picture of the quickstart."""
     from rich.console import Console
 
-    from renio_megatron.metrics import read_metrics
     from renio_megatron.report.curves import plot_curves
     from renio_megatron.report.table import comparison_table, summarise
+    from renio_megatron.training.metrics.sinks import read_metrics
 
     config = recipe.config
     rows = {_TITLES[name]: read_metrics(path / "metrics.jsonl") for name, path in directories.items()}
@@ -172,7 +172,7 @@ def _trainers(config: Any) -> int:
 
 def _say_weights(config: RunConfig | SftConfig) -> None:
     """Prints which weights are in force, and over how many sequences their mean is taken; none in fine-tuning."""
-    from renio_megatron.diagnose.notices import weights_line
+    from renio_megatron.training.setting_warnings import weights_line
 
     if isinstance(config, RunConfig):
         data_ranks = _trainers(config) // config.parallel.model_ranks

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from renio_megatron.errors import NumericsError
+from renio_megatron.objective.statistics import rank_correlation
 
 TINY = 1e-12
 
@@ -106,25 +107,6 @@ def verdict_errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, flo
         "pivotal/lost": int((expected & ~found).sum()) / pivotal,
         "pivotal/gained": int((found & ~expected).sum()) / pivotal,
     }
-
-
-def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing their mean rank; NaN where one side has no order.
-
-    >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 9.0, 5.0]))
-    0.5
-    """
-    a, b = (_ranks(values) for values in (first, second))
-    a, b = a - a.mean(), b - b.mean()
-    spread = a.square().sum() * b.square().sum()
-    return float((a * b).sum() / spread.sqrt()) if spread > 0 else float("nan")
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Mean place of each value among all, from 0; fp64."""
-    _, place, counts = values.double().unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts.double() + 1) / 2)[place]
 
 
 def gradient_sums(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from renio_megatron.metrics import Tally
-from renio_megatron.parallel.batch import reduce_tally
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.roles import Sampler
+from renio_megatron.training.interfaces import Sampler
+from renio_megatron.training.metrics.accumulator import Tally, reduce_tally
 from renio_megatron.types import Decoding, Prompt, Rollout
 
 # Evaluation draws from a stream of its own, the same every time, so that two evaluations differ by the model alone.

@@ -22,7 +22,7 @@ from renio_megatron.losses.distillation import RAN_TWICE, DistillationOutput, me
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
 from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
-from renio_megatron.parallel.batch import sum_pieces
+from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.parallel.vocab import VocabShard, sum_gradient_over_shards
 
 _DEFAULT_LOSS = LossConfig()

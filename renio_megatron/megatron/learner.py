@@ -24,10 +24,10 @@ from renio_megatron.megatron.model import ModelPart
 from renio_megatron.megatron.pipeline import broadcast_from_last_stage, run_forward, run_forward_backward, share_tokens
 from renio_megatron.megatron.spare_rows import SpareRows
 from renio_megatron.megatron.te_modules import slow_attention
-from renio_megatron.metrics import Tally
 from renio_megatron.models.param_map import is_expert
-from renio_megatron.parallel.batch import reduce_tally, sum_pieces
-from renio_megatron.roles import StepLoss
+from renio_megatron.parallel.reductions import sum_pieces
+from renio_megatron.training.interfaces import StepLoss
+from renio_megatron.training.metrics.accumulator import Tally, reduce_tally
 from renio_megatron.types import MicroBatch, Rollout
 
 logger = logging.getLogger(__name__)

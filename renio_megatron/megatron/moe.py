@@ -23,8 +23,8 @@ from renio_megatron.megatron.versions import define_missing_gemm
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.param_map import is_expert
 from renio_megatron.objective.load_balance import load_balancing_loss, sum_by_sequence
-from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.types import MicroBatch
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.local_experts\.)(\d+)(\..+)")

@@ -10,8 +10,8 @@ from typing import overload
 import torch
 import torch.distributed as dist
 
-from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Axis
+from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.parallel.vocab import gather_in_rank_order
 from renio_megatron.types import MicroBatch, Rollout
 

@@ -12,8 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from renio_megatron.megatron.attention import packing_of
 from renio_megatron.megatron.model import ModelPart
-from renio_megatron.parallel.batch import sum_pieces
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.types import MicroBatch
 
 OnRows = Callable[[int, MicroBatch, torch.Tensor], Any]

@@ -1,4 +1,4 @@
-"""From raw weights to weights, where the means are already known. Means over ranks are `parallel/batch.py`'s."""
+"""From raw weights to weights, where the means are already known. Means over ranks are `parallel/reductions.py`'s."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from renio_megatron.config import DataConfig
@@ -126,3 +126,9 @@ def _grader_error(problem: str) -> DataError:
     )
     error.shared = True  # type: ignore[attr-defined]  # every rank that shares the sequence grades it
     return error
+
+
+def accuracy(rollouts: Iterable[Rollout], grader: Grader) -> float:
+    """Share of the rollouts that the grader calls right, in [0, 1]; NaN without rollouts."""
+    verdicts = [bool(grader(rollout)) for rollout in rollouts]
+    return sum(verdicts) / len(verdicts) if verdicts else float("nan")

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from renio_megatron.algorithms import Algorithm
 from renio_megatron.errors import CheckpointError, NumericsError
-from renio_megatron.metrics import Observer
-from renio_megatron.roles import Keeper
+from renio_megatron.training.algorithms import Algorithm
+from renio_megatron.training.interfaces import Keeper
+from renio_megatron.training.metrics.sinks import Observer
 from renio_megatron.types import Prompt
 
 MOST_SKIPPED = 10

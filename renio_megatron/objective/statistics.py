@@ -1,20 +1,10 @@
-"""Accuracy of completions, and how well a score finds the wrong ones."""
+"""How well a score finds the wrong completions, and whether two scores order samples alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
-
-from renio_megatron.tasks import Grader
-from renio_megatron.types import Rollout
-
-
-def accuracy(rollouts: Iterable[Rollout], grader: Grader) -> float:
-    """Share of the rollouts that the grader calls right, in [0, 1]; NaN without rollouts."""
-    verdicts = [bool(grader(rollout)) for rollout in rollouts]
-    return sum(verdicts) / len(verdicts) if verdicts else float("nan")
 
 
 def auc(score: ArrayLike, positive: ArrayLike) -> float:
@@ -41,3 +31,22 @@ def auc(score: ArrayLike, positive: ArrayLike) -> float:
     mean_rank = np.cumsum(size) - (size - 1) / 2  # of each group of ties, counted from 1
     rank_sum = float(mean_rank[group][is_positive].sum())
     return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+
+
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Spearman's: the correlation of ranks, equal values sharing their mean rank; NaN where one side has no order.
+
+    >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 9.0, 5.0]))
+    0.5
+    """
+    a, b = (_ranks(values) for values in (first, second))
+    a, b = a - a.mean(), b - b.mean()
+    spread = a.square().sum() * b.square().sum()
+    return float((a * b).sum() / spread.sqrt()) if spread > 0 else float("nan")
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean place of each value among all, from 0; fp64."""
+    _, place, counts = values.double().unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return (ends - (counts.double() + 1) / 2)[place]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from renio_megatron.metrics import Tally
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import gather_in_rank_order
 
@@ -90,19 +89,6 @@ def _published(gathered: torch.Tensor, counts: list[int], ranks: range, start: i
 def gather_batch(values_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The whole batch's per-sequence values in the global order, from equal shares: [B, ...] -> [ranks x B, ...]."""
     return gather_in_rank_order(values_B, group).flatten(0, 1)
-
-
-def reduce_tally(tally: Tally, layout: Layout) -> dict[str, float]:
-    """The finished metrics of all ranks' tallies, equal on every rank.
-
-    Tensor ranks hold the same numbers, so the first one speaks for them; stages that computed nothing hold none.
-    """
-    if layout.world_size == 1:
-        return tally.result()
-    sums, maxima = (torch.tensor(part, dtype=torch.float64, device=layout.device) for part in tally.pack())
-    sums = sum_over_ranks(sums, layout)
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    return Tally.unpack(sums.tolist(), maxima.tolist()).result()
 
 
 def sum_over_ranks(values: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -9,21 +9,26 @@ from typing import Any
 
 import torch
 
-from renio_megatron.algorithms.routing import RoutedDivergence, RoutedScores, RoutedTeachers, names_metrics
 from renio_megatron.config import HeadConfig, LossConfig, WeightingConfig
 from renio_megatron.data.batching.balance import balance
 from renio_megatron.data.batching.collate import flat_completions, flat_logp
-from renio_megatron.evaluate.accuracy import auc
 from renio_megatron.losses.chunked_logits import Logits, logits_dtype_of
 from renio_megatron.losses.distillation import distillation_loss
 from renio_megatron.losses.linear_distillation import linear_distillation_loss
 from renio_megatron.losses.sample_weights import SampleWeights, applied_cap, sample_weights
 from renio_megatron.losses.tune_kernels import tuning_reported
-from renio_megatron.metrics import Tally
-from renio_megatron.parallel.batch import gather_batch, sum_pieces
+from renio_megatron.objective.statistics import auc
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.reductions import gather_batch, sum_pieces
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.roles import Learner, Sampler, StepLoss, Teacher
+from renio_megatron.training.algorithms.multi_teacher import (
+    RoutedDivergence,
+    RoutedScores,
+    RoutedTeachers,
+    names_metrics,
+)
+from renio_megatron.training.interfaces import Learner, Sampler, StepLoss, Teacher
+from renio_megatron.training.metrics.accumulator import Tally
 from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 
 

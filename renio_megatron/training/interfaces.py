@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from renio_megatron.config import LossConfig
-from renio_megatron.metrics import Tally
 from renio_megatron.parallel.vocab import LmHead
+from renio_megatron.training.metrics.accumulator import Tally
 from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
 
 

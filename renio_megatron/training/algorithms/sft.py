@@ -10,11 +10,11 @@ import torch
 
 from renio_megatron.losses.token_logp import cross_entropy
 from renio_megatron.losses.tune_kernels import tuning_reported
-from renio_megatron.metrics import Tally
-from renio_megatron.parallel.batch import gather_batch
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.reductions import gather_batch
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.roles import Learner
+from renio_megatron.training.interfaces import Learner
+from renio_megatron.training.metrics.accumulator import Tally
 from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 

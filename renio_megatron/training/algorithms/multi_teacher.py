@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from renio_megatron.metrics import Tally
-from renio_megatron.parallel.batch import sum_over_ranks
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.reductions import sum_over_ranks
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.roles import StepLoss, Teacher
+from renio_megatron.training.interfaces import StepLoss, Teacher
+from renio_megatron.training.metrics.accumulator import Tally
 from renio_megatron.types import MicroBatch, Rollout, TeacherScores
 
 

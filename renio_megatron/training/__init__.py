@@ -1,0 +1,1 @@
+"""The loop, the algorithms of one step, and what a run reports"""

@@ -1,0 +1,117 @@
+"""A step's numbers as sums and maxima, so that micro-batches and ranks can be joined before anything is divided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.reductions import sum_over_ranks
+from renio_megatron.training.metrics.registry import MAXIMA, MEANS, METRICS, metric_of
+
+
+class Tally:
+    """A step's numbers as sums and maxima, complete enough to be joined with those of other ranks.
+
+    >>> tally = Tally()
+    >>> tally.add("rollout/accuracy", 3, 4)
+    >>> tally.add("rollout/accuracy", 0, 2)
+    >>> tally.result()
+    {'rollout/accuracy': 0.5}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._maxima: dict[str, float] = {}
+
+    def add(self, name: str, numerator: float, denominator: float = 1.0) -> None:
+        """Adds a contribution to a mean; a number that every rank knows is added with denominator 1.
+
+        Raises:
+            KeyError: no such metric; the nearest one is named.
+            ValueError: the metric is a maximum.
+        """
+        self._require(name, "mean", "add_max")
+        old = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (old[0] + float(numerator), old[1] + float(denominator))
+
+    def add_max(self, name: str, value: float) -> None:
+        """Keeps `value` if it is the largest so far; NaN is kept for good.
+
+        Raises:
+            KeyError: no such metric; the nearest one is named.
+            ValueError: the metric is a mean.
+        """
+        self._require(name, "max", "add")
+        old = self._maxima.get(name, -math.inf)
+        value = float(value)
+        self._maxima[name] = old if math.isnan(old) or old > value else value
+
+    @staticmethod
+    def _require(name: str, reduction: str, other_method: str) -> None:
+        if (is_now := metric_of(name).reduction) != reduction:
+            raise ValueError(f"metric {name!r} is reduced by {is_now}: use Tally.{other_method}.")
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """Numerator and denominator of every mean added so far."""
+        return dict(self._sums)
+
+    def maxima(self) -> dict[str, float]:
+        """Every maximum added so far."""
+        return dict(self._maxima)
+
+    def merge(self, other: Tally) -> None:
+        """Adds what another micro-batch or rank counted."""
+        for name, (numerator, denominator) in other.sums().items():
+            self.add(name, numerator, denominator)
+        for name, value in other.maxima().items():
+            self.add_max(name, value)
+
+    def pack(self) -> tuple[list[float], list[float]]:
+        """Two lists, each of one length on every rank: to be reduced in fp64 by sum and by maximum.
+
+        The first holds numerator and denominator of each of `MEANS` (0, 0 where nothing was added), the second each of
+        `MAXIMA` (minus infinity where nothing was added).
+        """
+        sums = [part for name in MEANS for part in self._sums.get(name, (0.0, 0.0))]
+        return sums, [self._maxima.get(name, -math.inf) for name in MAXIMA]
+
+    @classmethod
+    def unpack(cls, sums: Sequence[float], maxima: Sequence[float]) -> Tally:
+        """The tally of two lists in the order of `pack`.
+
+        >>> tally = Tally()
+        >>> tally.add("loss", 1.5, 2)
+        >>> Tally.unpack(*tally.pack()).sums()
+        {'loss': (1.5, 2.0)}
+        """
+        tally = cls()
+        for name, numerator, denominator in zip(MEANS, sums[::2], sums[1::2], strict=True):
+            if denominator != 0.0:
+                tally.add(name, numerator, denominator)
+        for name, value in zip(MAXIMA, maxima, strict=True):
+            if value != -math.inf:
+                tally.add_max(name, value)
+        return tally
+
+    def result(self) -> dict[str, float]:
+        """Each metric's value, in the order of `METRICS`; a mean over nothing (denominator 0) is left out."""
+        means = {name: parts[0] / parts[1] for name, parts in self._sums.items() if parts[1] != 0.0}
+        values = {**means, **self._maxima}
+        return {name: values[name] for name in METRICS if name in values}
+
+
+def reduce_tally(tally: Tally, layout: Layout) -> dict[str, float]:
+    """The finished metrics of all ranks' tallies, equal on every rank.
+
+    Tensor ranks hold the same numbers, so the first one speaks for them; stages that computed nothing hold none.
+    """
+    if layout.world_size == 1:
+        return tally.result()
+    sums, maxima = (torch.tensor(part, dtype=torch.float64, device=layout.device) for part in tally.pack())
+    sums = sum_over_ranks(sums, layout)
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    return Tally.unpack(sums.tolist(), maxima.tolist()).result()
