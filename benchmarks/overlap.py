@@ -31,7 +31,7 @@ DEAF = """
 import os
 
 if "RANK" in os.environ:
-    from renio_megatron.megatron.detached_teacher import DetachedTeacher
+    from renio_megatron.megatron.teacher.own_layout import DetachedTeacher
 
     DetachedTeacher.hear = lambda self, rollouts: None
 """

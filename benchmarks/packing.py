@@ -22,12 +22,12 @@ from renio_megatron.cli.launch import become_single_rank
 from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, TrainConfig, WeightingConfig
 from renio_megatron.data.batching.collate import flat_completions
 from renio_megatron.losses.sample_weights import sample_weights
-from renio_megatron.megatron.hf import load_weights
-from renio_megatron.megatron.learner import MegatronLearner
-from renio_megatron.megatron.model import build_model
-from renio_megatron.megatron.start import start, stop
-from renio_megatron.megatron.teacher import MegatronTeacher
-from renio_megatron.megatron.teacher_weights import TeacherWeights
+from renio_megatron.megatron.model.build import build_model
+from renio_megatron.megatron.runtime.initialize import start, stop
+from renio_megatron.megatron.student.learner import MegatronLearner
+from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
+from renio_megatron.megatron.teacher.weights import TeacherWeights
+from renio_megatron.megatron.weights.hf import load_weights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.parallel.layout import Layout

@@ -31,7 +31,7 @@ from renio_megatron.inputs import (
     weights_of,
 )
 from renio_megatron.losses.sample_weights import SampleWeights
-from renio_megatron.megatron.peft_config import PeftAdapter
+from renio_megatron.megatron.weights.peft_config import PeftAdapter
 from renio_megatron.models.architecture import Architecture, notices
 from renio_megatron.models.ends import ends_of
 from renio_megatron.models.hf_weights import WeightFiles
@@ -145,8 +145,8 @@ def build_trainer(
         rollout_observers: told of every step's rollouts of this rank and of their weights.
         say: takes the progress lines of weights that take long to load, and a line about kernels that were tuned.
     """
-    from renio_megatron.megatron.checkpoint import MegatronKeeper
-    from renio_megatron.megatron.pretrained import fingerprint
+    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.weights.pretrained import fingerprint
 
     learner, sampler = build_student(config, inputs, layout, say)
     lr_at = functools.partial(learning_rate, config.train)
@@ -181,12 +181,12 @@ def build_student(
     config: RunConfig | SftConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
 ) -> tuple[Any, Any]:
     """(learner, sampler) of one model with its initial weights: `MegatronLearner`, `MegatronSampler`."""
-    from renio_megatron.megatron.learner import MegatronLearner
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.peft_files import load_adapter
-    from renio_megatron.megatron.pretrained import load_pretrained
-    from renio_megatron.megatron.residual import residual_of
-    from renio_megatron.megatron.sampler import MegatronSampler
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.student.learner import MegatronLearner
+    from renio_megatron.megatron.student.sampler import MegatronSampler
+    from renio_megatron.megatron.weights.peft import load_adapter
+    from renio_megatron.megatron.weights.pretrained import load_pretrained
+    from renio_megatron.megatron.weights.residual import residual_of
 
     parallel, train = config.parallel, config.train
     is_loaded = isinstance(config, RunConfig) or config.init == "pretrained"
@@ -285,7 +285,7 @@ def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None
     """The adapter that a student starts with."""
     if lora.adapter is None:
         return None
-    from renio_megatron.megatron.peft_files import check_adapter
+    from renio_megatron.megatron.weights.peft import check_adapter
 
     adapter = check_adapter(user_path(lora.adapter), lora)
     if adapter.start is not None and weights != model:

@@ -51,8 +51,8 @@ def _build_one(
     student: Any,
     say: Callable[[str], None] | None,
 ) -> Any:
-    from renio_megatron.megatron.teacher import MegatronTeacher
-    from renio_megatron.megatron.teacher_weights import KINDS
+    from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
+    from renio_megatron.megatron.teacher.weights import KINDS
 
     if has_own_layout(config.parallel, config.teacher):
         return _detached_teacher(config, inputs, name, layout, student, say)
@@ -97,12 +97,12 @@ def _detached_teacher(
     import torch
     import torch.distributed as dist
 
-    from renio_megatron.megatron.detached_teacher import DetachedTeacher, Reader
-    from renio_megatron.megatron.groups import place_beside
-    from renio_megatron.megatron.start import bridge
-    from renio_megatron.megatron.teacher_weights import KINDS
-    from renio_megatron.parallel.exchange import axis_of
-    from renio_megatron.parallel.seats import Seats
+    from renio_megatron.megatron.runtime.initialize import bridge
+    from renio_megatron.megatron.runtime.process_groups import place_beside
+    from renio_megatron.megatron.teacher.own_layout import DetachedTeacher, Reader
+    from renio_megatron.megatron.teacher.rank_map import Seats
+    from renio_megatron.megatron.teacher.weights import KINDS
+    from renio_megatron.parallel.row_exchange import axis_of
 
     parallel = teacher_parallel(config.parallel, config.teacher)
     is_dedicated = config.teacher.ranks == "dedicated"
@@ -146,9 +146,9 @@ def _teacher_part(
     say: Callable[[str], None] | None,
 ) -> Any:
     """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
-    from renio_megatron.megatron.merging import Merger
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.pretrained import load_pretrained
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.weights.merge_adapter import Merger
+    from renio_megatron.megatron.weights.pretrained import load_pretrained
 
     teacher: TeacherInputs = inputs.teachers[name]
     part = build_model(

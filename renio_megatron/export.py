@@ -13,18 +13,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
-from renio_megatron.checkpoint_files import find_pretrained, latest_step, step_directory, steps
 from renio_megatron.config import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import as_others_are
-from renio_megatron.megatron.hf import hf_state
-from renio_megatron.megatron.model import build_model
-from renio_megatron.megatron.peft_config import PeftAdapter
-from renio_megatron.megatron.peft_files import adapter_state, merged, write_adapter
-from renio_megatron.megatron.pretrained import fingerprint, load_pretrained, start_of
-from renio_megatron.megatron.residual import residual_of
-from renio_megatron.megatron.saved_model import load_model_weights, saved_base
-from renio_megatron.megatron.start import start, stop
+from renio_megatron.megatron.checkpoint.directory import find_pretrained, latest_step, step_directory, steps
+from renio_megatron.megatron.checkpoint.saved_model import load_model_weights, saved_base
+from renio_megatron.megatron.model.build import build_model
+from renio_megatron.megatron.runtime.initialize import start, stop
+from renio_megatron.megatron.weights.hf import hf_state
+from renio_megatron.megatron.weights.peft import adapter_state, merged, write_adapter
+from renio_megatron.megatron.weights.peft_config import PeftAdapter
+from renio_megatron.megatron.weights.pretrained import fingerprint, load_pretrained, start_of
+from renio_megatron.megatron.weights.residual import residual_of
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import description_files
 from renio_megatron.models.shipped import model_directory

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.config.teachers import ONLY, setting_of, single_teachers
 from renio_megatron.data.prompt_views import View, chat_template_of, teacher_view
 from renio_megatron.data.prompts import PromptStream
 from renio_megatron.files import user_path
-from renio_megatron.megatron.peft_config import PeftAdapter
+from renio_megatron.megatron.checkpoint.directory import find_pretrained
+from renio_megatron.megatron.weights.peft_config import PeftAdapter
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.ends import Ends, differing_ends, ends_of
 from renio_megatron.models.hf_weights import WeightFiles
@@ -130,7 +130,7 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
         if own == directory:
             WeightFiles(directory).check(architecture)
         if teacher.adapter is not None:
-            from renio_megatron.megatron.merging import Merger
+            from renio_megatron.megatron.weights.merge_adapter import Merger
 
             Merger(user_path(teacher.adapter), architecture, own)  # refuses what cannot be merged
         found[name] = TeacherInputs(directory, own, architecture, ends_of(directory, its_tokenizer))

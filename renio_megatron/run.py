@@ -18,10 +18,10 @@ from renio_megatron.config.teachers import num_scorers, shares_student, single_t
 from renio_megatron.diagnose.health import health, layers, trained
 from renio_megatron.errors import RenioError, RunStopped
 from renio_megatron.inputs import Inputs
-from renio_megatron.megatron.start import bridge, start
+from renio_megatron.megatron.runtime.initialize import bridge, start
 from renio_megatron.origins import origins
-from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.row_exchange import gather_rows
 from renio_megatron.preview import prompt_lines
 from renio_megatron.rundir import RunDirectory
 from renio_megatron.stop import StopSignal

@@ -11,11 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.checkpoint_files import find_checkpoint, latest_step, step_of
 from renio_megatron.config.resume import changes, differences, to_yaml
 from renio_megatron.config.schema import Recipe
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import Lock, user_path, write_atomically
+from renio_megatron.megatron.checkpoint.directory import find_checkpoint, latest_step, step_of
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from renio_megatron.checkpoint_files import latest_step
+from renio_megatron.megatron.checkpoint.directory import latest_step
 from tests import warm
 from tests.jobs import descendants, python_path
 from tests.resuming import TIMES, same, tensors

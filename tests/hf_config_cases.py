@@ -277,9 +277,9 @@ def by_us(directory: Path, tensor: int = 1) -> torch.Tensor | str:
     """The same by this package, on `tensor` ranks of a tensor-parallel group."""
     from renio_megatron.config import ParallelConfig, TrainConfig
     from renio_megatron.errors import ConfigError
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.weights.hf import load_weights
     from renio_megatron.models.architecture import Architecture
     from tests.test_hf import logits_of
 

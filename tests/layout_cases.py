@@ -112,7 +112,7 @@ def run_case(case: Case, folder: Path) -> dict[str, float]:
     The result is the largest of this rank's errors.
     """
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     parallel, train = VARIANTS[case.variant]
     config = recipe(
@@ -183,7 +183,7 @@ def run_case(case: Case, folder: Path) -> dict[str, float]:
 @contextlib.contextmanager
 def small_buckets() -> Iterator[None]:
     """Gradients and parameters of these tiny models travel in many pieces, as those of large models do."""
-    from renio_megatron.megatron import learner
+    from renio_megatron.megatron.student import learner
 
     real = learner.DistributedDataParallelConfig
     learner.DistributedDataParallelConfig = functools.partial(real, bucket_size=4000)  # type: ignore[misc]

@@ -106,7 +106,7 @@ def _each_parameter(change: Callable[[torch.Tensor], None]) -> Callable[[Any], A
 def _each_module(**attributes: Any) -> Callable[[Any], Any]:
     @contextlib.contextmanager
     def mutate(part: Any) -> Iterator[None]:
-        from renio_megatron.megatron.lora import Adapters
+        from renio_megatron.megatron.model.lora import Adapters
 
         for module in [m for chunk in part.chunks for m in chunk.modules() if isinstance(m, Adapters)]:
             vars(module).update(attributes)
@@ -118,7 +118,7 @@ def _each_module(**attributes: Any) -> Callable[[Any], Any]:
 def _between(*, is_column: bool, sequence_parallel: bool, does: Callable[..., Any]) -> Callable[[Any], Any]:
     @contextlib.contextmanager
     def mutate(part: Any) -> Iterator[None]:
-        from renio_megatron.megatron import lora
+        from renio_megatron.megatron.model import lora
 
         key, before = (is_column, sequence_parallel), dict(lora._BETWEEN)
         lora._BETWEEN[key] = functools.partial(before[key], tensor_parallel_output_grad=False) if does is None else does
@@ -239,8 +239,8 @@ def config_of(case: Case, folder: Path) -> Any:
 def run_case(case: Case, folder: Path, mutate: Callable[[Any], Any] | None = None) -> dict[str, float]:
     """One optimiser step; the largest errors of logits, gradients, their norm and the new weights on this rank."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.pipeline import run_forward
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.schedules import run_forward
+    from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.parallel.vocab import gather_columns
 
     config = config_of(case, folder)

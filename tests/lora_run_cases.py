@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from renio_megatron.checkpoint_files import step_directory
 from renio_megatron.config import CheckpointConfig, DataConfig, LoraConfig, ParallelConfig, TeacherConfig
+from renio_megatron.megatron.checkpoint.directory import step_directory
 from tests.resuming import error_of, run, run_config, train_config
 from tests.training_cases import layout_of
 
@@ -84,7 +84,7 @@ def self_teacher(folder: Path) -> dict[str, Any]:
     """Scores of the teacher that is the student without adapters, beside those of a second copy of the weights."""
     from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.build_teacher import build_teacher
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     config = config_of(
         folder,
@@ -181,7 +181,7 @@ def _greedy(model: Any, ids: list[int]) -> list[int]:
 def imported(folder: Path) -> dict[str, Any]:
     """A run that starts from the exported adapter: its adapters, and the greedy tokens that its sampler draws."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.types import Decoding
 
     found: dict[str, Any] = {}

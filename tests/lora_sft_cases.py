@@ -23,7 +23,7 @@ from tests.lora_cases import (
 def run_sft(folder: Path) -> dict[str, float]:
     """A step of fine-tuning a tied student on two tensor ranks: its loss and gradients against PEFT's cross-entropy."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     config = sft_config(Case(TP2_SP, FULL, tied=True), folder)
     layout, inputs = start(config.parallel, seed=7), read_inputs(config)
@@ -69,7 +69,7 @@ def run_overlap(folder: Path) -> dict[str, float]:
     Fine-tuning, because nothing else between two steps asks for the weights. `not called`: the same where the module
     that holds the adapters is passed by, whose hook waits for them.
     """
-    from renio_megatron.megatron.lora import Adapters
+    from renio_megatron.megatron.model.lora import Adapters
 
     expected = _three_steps({}, folder)
     overlap = _three_steps(OVERLAP, folder)
@@ -86,7 +86,7 @@ def run_overlap(folder: Path) -> dict[str, float]:
 
 def _three_steps(parallel: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     config = sft_config(Case(parallel, {"train_iters": 3, "lr": 1e-2}), folder)
     layout = start(config.parallel, seed=7)

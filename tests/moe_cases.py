@@ -131,12 +131,12 @@ def config_of(case: Case, folder: Path) -> Any:
 
 @contextlib.contextmanager
 def replaced(name: str, value: Callable[[Any], Any]) -> Iterator[None]:
-    """Something of `megatron/moe.py`, `Class.attribute` or a function, is what `value` makes of it."""
-    from renio_megatron.megatron import model, moe
+    """Something of `megatron/model/moe.py`, `Class.attribute` or a function, is what `value` makes of it."""
+    from renio_megatron.megatron.model import build, moe
 
     owner, _, last = name.rpartition(".")
     holders: list[Any] = (
-        [getattr(moe, owner)] if owner else [module for module in (moe, model) if hasattr(module, last)]
+        [getattr(moe, owner)] if owner else [module for module in (moe, build) if hasattr(module, last)]
     )
     before = getattr(holders[0], last)
     for holder in holders:
@@ -240,7 +240,7 @@ def run_mutant(name: str, folder: Path) -> dict[str, float]:
 def run_case(case: Case, folder: Path) -> dict[str, float]:
     """One optimiser step; this rank's errors against the single process, which runs once for equal steps."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
     from tests.layout_cases import own_part
 
     config = config_of(case, folder)

@@ -39,9 +39,9 @@ def logits_in(layout_name: str, name: str, folder: Path) -> tuple[Any, int, int]
 
     In a layout of `SAVED_IN` a checkpoint of the weights is left, which `export_all` exports.
     """
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.weights.hf import load_weights
     from renio_megatron.models.architecture import Architecture
     from tests.test_hf import logits_of, save_checkpoint
 
@@ -74,7 +74,7 @@ def fine_tune(layout_name: str, folder: Path) -> dict[str, float]:
     """Errors of a step whose denominator counts tokens."""
     from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.config.schema import SftConfig
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     given = config_of(Case(TUNED[layout_name]), folder)
     config = SftConfig(
@@ -93,7 +93,7 @@ def fine_tune(layout_name: str, folder: Path) -> dict[str, float]:
 def adapters_on_attention(folder: Path) -> dict[str, float]:
     """Errors of a step of adapters beside attention, the experts frozen and shared."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
     from tests.lora_cases import peft_student, set_adapters, whole_adapters
 
     lora = LoraConfig(r=3, alpha=6.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -117,7 +117,7 @@ def adapters_on_attention(folder: Path) -> dict[str, float]:
 def uneven_sampling(folder: Path) -> dict[str, Any]:
     """Completions of three prompts, one at a time, of which each rank has as many as its key says."""
     from renio_megatron.build import build_student, decoding_of, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     found = {}
     for name, parallel in (("EP1", {}), ("EP2", EP2)):
@@ -161,7 +161,7 @@ def _moved(name: str, parallel: dict[str, Any], folder: Path) -> Any:
 def export_all(folder: Path) -> list[str]:
     """Exports the checkpoints of `logits_in`, on one rank; their names."""
     from renio_megatron.export import export_checkpoint
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     names = sorted(path.name for path in (folder / "exports").iterdir())
     try:

@@ -144,12 +144,12 @@ def by_us(model: Path, adapter: Path, tensor: int = 1) -> dict[str, torch.Tensor
     """The same by this package, as a teacher's adapter that is merged and as the one that a student starts with."""
     from renio_megatron.config import ParallelConfig, TrainConfig
     from renio_megatron.errors import ConfigError
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.merging import Merger
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.peft_files import check_adapter, load_adapter, read_adapter_config
-    from renio_megatron.megatron.residual import residual_of
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.weights.hf import load_weights
+    from renio_megatron.megatron.weights.merge_adapter import Merger
+    from renio_megatron.megatron.weights.peft import check_adapter, load_adapter, read_adapter_config
+    from renio_megatron.megatron.weights.residual import residual_of
     from renio_megatron.models.architecture import Architecture
     from tests.test_hf import logits_of
 

@@ -72,8 +72,8 @@ class _Held:
 
 def _measured(config: RunConfig, folder: Path) -> dict[str, Any]:
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron import sampler as sampling
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.student import sampler as sampling
 
     layout = start(config.parallel, seed=config.train.seed)
     trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
@@ -184,9 +184,9 @@ def _left_bytes(parts: Sequence[Any]) -> dict[str, int]:
     """What Megatron keeps after the passes of models: buffers of gathered sequences, and what routers last said."""
     from megatron.core import parallel_state
 
-    from renio_megatron.megatron import groups
+    from renio_megatron.megatron.runtime import process_groups
 
-    states = [vars(parallel_state), *groups._known.values()]
+    states = [vars(parallel_state), *process_groups._known.values()]
     memory = {id(one): one for state in states if (one := state.get("_GLOBAL_MEMORY_BUFFER")) is not None}
     gathered = [tensor for one in memory.values() for (name, _), tensor in one.buffer.items() if name == "mpu"]
     dispatchers = [

@@ -50,9 +50,9 @@ def write(folder: Path, name: str) -> None:
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     from renio_megatron.config import PrecisionConfig
-    from renio_megatron.megatron.model import transformer_config
-    from renio_megatron.megatron.start import start
-    from renio_megatron.megatron.versions import own_writer
+    from renio_megatron.megatron.model.build import transformer_config
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.runtime.mcore_compat import own_writer
     from renio_megatron.models.architecture import Architecture
     from renio_megatron.models.param_map import hf_names
 
@@ -126,9 +126,9 @@ def compare(
     vocab_size: int = VOCAB_SIZE,
 ) -> dict[str, bool]:
     """Parameter -> whether a checkpoint gives the bits that Hugging Face's files give, in a layout of the reader's."""
-    from renio_megatron.checkpoint_files import find_pretrained
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.pretrained import load_pretrained
+    from renio_megatron.megatron.checkpoint.directory import find_pretrained
+    from renio_megatron.megatron.weights.hf import load_weights
+    from renio_megatron.megatron.weights.pretrained import load_pretrained
 
     directory = WRITTEN[name][0]
     mine, other = (_part(folder / directory, parallel, train, lora, vocab_size) for _ in range(2))
@@ -141,8 +141,8 @@ def compare(
 def _part(
     directory: Path, parallel: ParallelConfig, train: Any = None, lora: Any = None, vocab_size: int = VOCAB_SIZE
 ) -> Any:
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.models.architecture import Architecture
 
     layout = start(parallel, seed=1)
@@ -156,7 +156,7 @@ def _part(
 
 
 def refused(folder: Path) -> dict[str, str]:
-    from renio_megatron.megatron import pretrained
+    from renio_megatron.megatron.weights import pretrained
 
     def reading(name: str, directory: str, **changes: Any) -> str:
         part = _part(folder / directory, TP2)

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
-from renio_megatron.checkpoint_files import latest_step, steps
 from renio_megatron.config import CheckpointConfig, EvaluateConfig, TrainConfig, WeightingConfig
 from renio_megatron.config.schema import Recipe, RunConfig
 from renio_megatron.errors import CheckpointError, ConfigError, NumericsError, RunStopped
+from renio_megatron.megatron.checkpoint.directory import latest_step, steps
 from tests.training_cases import layout_of, recipe
 
 TIMES = ("time/step_s", "time/rollout_s", "time/teacher_s", "time/train_s", "tokens_per_s")
@@ -119,7 +119,7 @@ def small_files(limit: int) -> Iterator[None]:
 
 def full_at_step_4(config: RunConfig, *, rank: int, limit: int) -> dict[str, Any]:
     """A run, one rank of which may not write files above `limit` bytes at its second checkpoint; then without limit."""
-    from renio_megatron.megatron.checkpoint import MegatronKeeper
+    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
 
     save = MegatronKeeper.save
 

@@ -35,7 +35,7 @@ def on_scoring_ranks(
     """
     from renio_megatron.build import read_inputs
     from renio_megatron.build_teacher import build_scorers
-    from renio_megatron.megatron.start import start, stop
+    from renio_megatron.megatron.runtime.initialize import start, stop
 
     found: dict[str, Any] = {}
     port, world_size, ports = os.environ["MASTER_PORT"], dist.get_world_size(), _free_ports(len(runs))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from renio_megatron.checkpoint_files import step_directory
 from renio_megatron.config import CheckpointConfig, EvaluateConfig, LoraConfig, ParallelConfig, TeacherConfig
+from renio_megatron.megatron.checkpoint.directory import step_directory
 from tests.peft_cases import by_peft, save_adapter
 from tests.resuming import error_of, rows, run, run_config, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of

@@ -58,8 +58,8 @@ def rollouts(lengths=LENGTHS):
 
 
 def build(directory, layout, parallel, precision, train=None, *, trained=True):
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.weights.hf import load_weights
     from renio_megatron.models.architecture import Architecture
 
     architecture = Architecture.from_directory(directory)
@@ -72,7 +72,7 @@ def build(directory, layout, parallel, precision, train=None, *, trained=True):
 def step_of(part, train, parallel, precision=None, steps=1):
     """(metrics of the last step, gradients of this rank's parameters) of fine-tuning on this rank's share of the
     batch."""
-    from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.megatron.student.learner import MegatronLearner
     from renio_megatron.training.algorithms.sft import token_cross_entropy
 
     learner = MegatronLearner(part, train, parallel, temperature=1.0, pad_id=0)
@@ -94,7 +94,7 @@ def logp_of(part, train):
     from renio_megatron.config import HeadConfig
     from renio_megatron.data.batching.collate import collate
     from renio_megatron.losses.token_logp import linear_token_logp
-    from renio_megatron.megatron.pipeline import run_forward, share_tokens
+    from renio_megatron.megatron.model.schedules import run_forward, share_tokens
 
     arrangement = part.arrangement(0, train.micro_batch_size, train.max_tokens_per_micro_batch)
     batches = collate(rollouts(), view="student", arrangement=arrangement)
@@ -107,7 +107,7 @@ def logp_of(part, train):
 
 
 def sample_of(part, count=3, pad_id=0):
-    from renio_megatron.megatron.sampler import MegatronSampler
+    from renio_megatron.megatron.student.sampler import MegatronSampler
 
     prompts = [rollout.prompt for rollout in rollouts()[:count]]
     sampler = MegatronSampler(part, seed=1, temperature=1.0, stop_ids=[VOCAB - 1], pad_id=pad_id)
@@ -116,7 +116,7 @@ def sample_of(part, count=3, pad_id=0):
 
 
 def start_everything(parallel):
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     layout = start(parallel, seed=0)
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -128,7 +128,7 @@ def start_everything(parallel):
 def reference(root, family):
     """Gradients by Hugging Face name, log-probabilities, samples and parameters' names of the local spec on one rank of
     the model."""
-    from renio_megatron.megatron.hf import to_hf
+    from renio_megatron.megatron.weights.hf import to_hf
     from renio_megatron.models.param_map import hf_names
 
     parallel, train = ParallelConfig(), TrainConfig(micro_batch_size=2)
@@ -247,17 +247,17 @@ def exported(root):
 
 
 def save(part, folder, parallel):
-    from renio_megatron.megatron.checkpoint import MegatronKeeper
-    from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.student.learner import MegatronLearner
 
     learner = MegatronLearner(part, TrainConfig(), parallel, temperature=1.0, pad_id=0)
     MegatronKeeper(folder, learner).save(1, {})
 
 
 def reload(folder, directory, layout, backend):
-    from renio_megatron.checkpoint_files import step_directory
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.saved_model import load_model_weights
+    from renio_megatron.megatron.checkpoint.directory import step_directory
+    from renio_megatron.megatron.checkpoint.saved_model import load_model_weights
+    from renio_megatron.megatron.model.build import build_model
     from renio_megatron.models.architecture import Architecture
 
     architecture = Architecture.from_directory(directory)
@@ -268,7 +268,7 @@ def reload(folder, directory, layout, backend):
 
 
 def same(written, part):
-    from renio_megatron.megatron.hf import hf_state
+    from renio_megatron.megatron.weights.hf import hf_state
 
     state = dict(hf_state(part))
     return state.keys() == written.keys() and all(torch.equal(state[key], written[key]) for key in written)
@@ -338,7 +338,7 @@ def kept_in_fp8(part):
 def rounding_of(quantized, exact):
     """Largest difference, over the exported tensors, of FP8 weights from the rounded values of the exact ones."""
     by_name = dict(exact.named_parameters())
-    from renio_megatron.megatron.te_modules import values_of
+    from renio_megatron.megatron.model.te_modules import values_of
 
     worst = 0.0
     for name, parameter in quantized.named_parameters():

@@ -33,7 +33,7 @@ def warnings_of_attention(root: Path) -> list[int]:
     layout, said, counts = start_everything(parallel), [], []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("renio_megatron.megatron.learner").addHandler(handler)
+    logging.getLogger("renio_megatron.megatron.student.learner").addHandler(handler)
     chosen = types.ModuleType("transformer_engine.pytorch.attention.choice")
     sys.modules[chosen.__name__] = chosen
     for is_slow, precision in ((False, TE), (True, TE), (True, LOCAL)):
@@ -55,11 +55,11 @@ def from_a_checkpoint(root: Path) -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.pretrained import load_pretrained
-    from renio_megatron.megatron.sharded_state import sharded_model
-    from renio_megatron.megatron.te_modules import values_of
-    from renio_megatron.megatron.versions import own_writer
+    from renio_megatron.megatron.checkpoint.sharded_state import sharded_model
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.model.te_modules import values_of
+    from renio_megatron.megatron.runtime.mcore_compat import own_writer
+    from renio_megatron.megatron.weights.pretrained import load_pretrained
     from renio_megatron.models.architecture import Architecture
     from tests.te_cases import VOCAB
 
@@ -83,10 +83,10 @@ def from_a_checkpoint(root: Path) -> dict[str, Any]:
 def beside_adapters(root: Path) -> dict[str, Any]:
     """A step of a student with adapters and its teacher, built as on a GPU; the backends and the kinds of layers."""
     from renio_megatron.build import build_student, build_trainer, read_inputs
-    from renio_megatron.megatron import model
+    from renio_megatron.megatron.model import build
 
-    real = model.resolve_backend
-    model.resolve_backend = lambda precision, device, **given: real(precision, torch.device("cuda"), **given)
+    real = build.resolve_backend
+    build.resolve_backend = lambda precision, device, **given: real(precision, torch.device("cuda"), **given)
     config = recipe(root, parallel=layout_of(2, sp=True), lora=LoraConfig(r=2))
     config = replace(config, train=replace(config.train, bf16=True, train_iters=1))
     layout, inputs = start_everything(config.parallel), read_inputs(config)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from renio_megatron.checkpoint_files import step_directory
 from renio_megatron.config import CheckpointConfig, DataConfig, EvaluateConfig, LoraConfig, TeacherConfig
+from renio_megatron.megatron.checkpoint.directory import step_directory
 from tests.lora_run_cases import DISTRIBUTED, LORA
 from tests.resuming import error_of, run, run_config, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, layout_of
@@ -44,7 +44,7 @@ def config_of(
 def built(config: Any, folder: Path) -> tuple[Any, Any, Any]:
     """(trainer without checkpoints, inputs, layout)."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     layout = start(config.parallel, seed=1)
     inputs = read_inputs(config)
@@ -104,9 +104,9 @@ def run_and_look(config: Any) -> dict[str, Any]:
 def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dict[str, Any]:
     """An average from the weights of each step, in fp64, and a separate teacher that has them: both beside `ema`'s."""
     from renio_megatron.build import build_student
-    from renio_megatron.megatron.pipeline import run_forward
-    from renio_megatron.megatron.teacher import MegatronTeacher
-    from renio_megatron.megatron.teacher_weights import TeacherWeights
+    from renio_megatron.megatron.model.schedules import run_forward
+    from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
+    from renio_megatron.megatron.teacher.weights import TeacherWeights
     from renio_megatron.training.algorithms.distillation import WeightedDivergence
 
     config = config_of(folder, "by hand", "ema", trained, **changes)
@@ -268,7 +268,7 @@ def moved(folder: Path) -> dict[str, Any]:
 
 
 def _average_of_nothing(part: Any) -> None:
-    from renio_megatron.megatron.teacher_weights import MovingAverage
+    from renio_megatron.megatron.teacher.weights import MovingAverage
 
     for chunk in part.chunks:
         chunk.requires_grad_(False)

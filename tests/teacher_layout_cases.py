@@ -130,7 +130,7 @@ def run_dedicated(folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _held_up_until(file: Path) -> Iterator[None]:
     """Every group of sequences but the first is drawn only when the file is there."""
-    from renio_megatron.megatron.sampler import MegatronSampler
+    from renio_megatron.megatron.student.sampler import MegatronSampler
 
     decode, calls = MegatronSampler._decode, itertools.count()
 

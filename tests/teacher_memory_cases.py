@@ -103,7 +103,7 @@ def merged(folder: Path) -> dict[str, Any]:
     """Weights of a teacher with an adapter beside those of the model into which PEFT merged it; refusals."""
     from renio_megatron.build import read_inputs
     from renio_megatron.build_teacher import build_teacher
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     found: dict[str, Any] = {}
     layouts = {"TP2 + SP": SP, "PP2": layout_of(1, 2), "TP1": layout_of()}

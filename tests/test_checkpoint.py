@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from renio_megatron.checkpoint_files import latest_step, steps
 from renio_megatron.config import CheckpointConfig, ParallelConfig
 from renio_megatron.config.resume import to_yaml
 from renio_megatron.config.schema import RunConfig
+from renio_megatron.megatron.checkpoint.directory import latest_step, steps
 from tests.multiprocess import run_ranks
 from tests.resuming import error_of, full_at_step_4, rows, run, run_config, same, tensors, train_config
 from tests.training_cases import VOCAB_SIZE, save_models
@@ -81,7 +81,7 @@ def _sigterm(config: RunConfig) -> dict[str, Any]:
 def _saved_twice(config: RunConfig) -> tuple[int, int]:
     """Times of the checkpoint of step 5 before and after it is saved once more."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     root = Path(config.output_dir) / "checkpoints"
     trainer = build_trainer(config, read_inputs(config), start(config.parallel, seed=1), root)
@@ -161,8 +161,8 @@ def _taken_over(folder: Path) -> dict[str, Any]:
 def _relaid(folder: Path) -> dict[str, Any]:
     """The run that SIGTERM stopped at step 3, with two pipeline stages: saved as it was loaded, then continued."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.checkpoint import MegatronKeeper
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.runtime.initialize import start
 
     if _rank() == 0:
         source = folder / "terminated"

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from renio_megatron import stop
-from renio_megatron.checkpoint_files import (
+from renio_megatron.errors import CheckpointError, RunStopped
+from renio_megatron.files import JsonLines, write_atomically
+from renio_megatron.megatron.checkpoint.directory import (
     TRACKER,
     adopt,
     damage,
@@ -23,8 +25,6 @@ from renio_megatron.checkpoint_files import (
     remove_leftovers,
     steps,
 )
-from renio_megatron.errors import CheckpointError, RunStopped
-from renio_megatron.files import JsonLines, write_atomically
 from renio_megatron.stop import StopSignal
 from renio_megatron.training.metrics.sinks import JsonlSink, read_metrics
 from renio_megatron.training.rollout_log import RolloutSink
@@ -130,7 +130,7 @@ def test_a_failed_deletion_is_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(directory):
         raise OSError(16, "Device or resource busy")
 
-    monkeypatch.setattr("renio_megatron.checkpoint_files.remove_directory", refuse)
+    monkeypatch.setattr("renio_megatron.megatron.checkpoint.directory.remove_directory", refuse)
     _save(tmp_path, 4, keep_last=1)
     assert latest_step(tmp_path) == 4
     assert "iter_0000002 cannot be deleted: Device or resource busy" in caplog.text
@@ -163,7 +163,7 @@ def test_a_job_that_dies_before_its_first_checkpoint_is_named_goes_on_from_it(tm
     def die(*_):
         raise Died
 
-    monkeypatch.setattr("renio_megatron.checkpoint_files.write_atomically", die)
+    monkeypatch.setattr("renio_megatron.megatron.checkpoint.directory.write_atomically", die)
     with pytest.raises(Died):
         _save(tmp_path, 2)
     assert latest_step(tmp_path) == 2

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from renio_megatron.checkpoint_files import new_partial, publish
 from renio_megatron.cli.worker import _guard
 from renio_megatron.config import ParallelConfig
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.resume import CHANGEABLE, is_changeable
 from renio_megatron.errors import CheckpointError, ConfigError, RunStopped
+from renio_megatron.megatron.checkpoint.directory import new_partial, publish
 from renio_megatron.rundir import RunDirectory
 from tests.test_trainer import Keeper, trainer
 
@@ -176,7 +176,7 @@ def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
 def test_a_helper_process_of_the_first_save_outlives_sigterm():
     code = (
         "import multiprocessing, os, signal\n"
-        "from renio_megatron.stop import sigterm_held\n"
+        "from renio_megatron.megatron.checkpoint.sigterm import sigterm_held\n"
         "with sigterm_held():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('held', flush=True)\n"

@@ -51,7 +51,7 @@ def _compare(config: Any, layout: Any) -> dict[str, Any]:
 
 def _in_every_layout(folder: Path) -> dict[str, Any]:
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     found: dict[str, Any] = {}
     for name in LAYOUTS:

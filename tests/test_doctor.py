@@ -34,7 +34,7 @@ LAYOUTS = {  # name: (tensor, pipeline, context)
 
 def _layouts():
     from renio_megatron.config import ParallelConfig
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     doctor.SIZES["gloo"] = (1 << 16,)
     found = {}

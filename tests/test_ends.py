@@ -156,10 +156,10 @@ def by_transformers(directory: Path, prompts: list[list[int]], strings: list[str
 
 def by_us(directory: Path, prompts: list[list[int]], strings: list[str], tensor: int, pipeline: int) -> list[Rollout]:
     from renio_megatron.config import TrainConfig
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.sampler import MegatronSampler
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.student.sampler import MegatronSampler
+    from renio_megatron.megatron.weights.hf import load_weights
     from renio_megatron.models.architecture import Architecture
     from renio_megatron.types import Decoding
     from tests.training_cases import layout_of

@@ -42,7 +42,7 @@ def patch(module):
 
 NAN_GRADIENT = """
 def patch(module):
-    from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.megatron.student.learner import MegatronLearner
     real = MegatronLearner._bad_gradient
 
     def look(self):

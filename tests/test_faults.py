@@ -38,7 +38,7 @@ def grader(module):
     module.build_grader = lambda *args: fail_at_the_third(real(*args))
 
 def sampler(module):
-    from renio_megatron.megatron.sampler import MegatronSampler
+    from renio_megatron.megatron.student.sampler import MegatronSampler
     MegatronSampler.sample = fail_at_the_third(MegatronSampler.sample)
 
 patch = {"grader": grader, "sampler": sampler}[os.environ["FAULT"]]

@@ -106,7 +106,7 @@ def test_the_tables_hold_what_the_formats_are_known_for():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_value_stays_and_every_middle_goes_to_the_even_one(name):
-    from renio_megatron.megatron.fp8_emulation import E4M3, E5M2, round_to_fp8
+    from renio_megatron.megatron.model.fp8_emulation import E4M3, E5M2, round_to_fp8
 
     dtype = {"e4m3": E4M3, "e5m2": E5M2}[name]
     table = torch.tensor(TABLES[name], dtype=torch.float32)
@@ -120,7 +120,7 @@ def test_every_value_stays_and_every_middle_goes_to_the_even_one(name):
 @pytest.mark.parametrize("fp8", FORMATS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_output_and_gradients_equal_a_computation_by_hand(recipe, fp8):
-    from renio_megatron.megatron.fp8_emulation import Fp8Operands, Fp8Product
+    from renio_megatron.megatron.model.fp8_emulation import Fp8Operands, Fp8Product
 
     operands = Fp8Operands.of(PrecisionConfig(fp8=fp8, fp8_recipe=recipe, emulate_fp8=True))
     x, weight = spread_out(SEQUENCE * BATCH, HIDDEN, seed=1), spread_out(FFN, HIDDEN, seed=2)
@@ -137,7 +137,7 @@ def test_output_and_gradients_equal_a_computation_by_hand(recipe, fp8):
 
 
 def test_a_product_of_bf16_is_bf16_and_rounded_once():
-    from renio_megatron.megatron.fp8_emulation import Fp8Operands, Fp8Product
+    from renio_megatron.megatron.model.fp8_emulation import Fp8Operands, Fp8Product
 
     operands = Fp8Operands.of(PrecisionConfig(fp8="hybrid", emulate_fp8=True))
     x = spread_out(40, 64, seed=1).bfloat16().requires_grad_()
@@ -154,7 +154,7 @@ def test_a_product_of_bf16_is_bf16_and_rounded_once():
 @pytest.mark.parametrize("power", [False, True])
 @pytest.mark.parametrize("block", [None, (1, 4), (3, 1), (2, 2)])
 def test_zeros_tiny_values_and_values_that_are_no_numbers(block, power):
-    from renio_megatron.megatron.fp8_emulation import E4M3, round_to_fp8
+    from renio_megatron.megatron.model.fp8_emulation import E4M3, round_to_fp8
 
     assert not round_to_fp8(torch.zeros(5, 7), E4M3, block, power_of_two=power).any()
     assert round_to_fp8(torch.zeros(0, 7), E4M3, block, power_of_two=power).shape == (0, 7)
@@ -169,7 +169,7 @@ def test_zeros_tiny_values_and_values_that_are_no_numbers(block, power):
 
 
 def _on_two_ranks() -> dict[str, Any]:
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     found: dict[str, Any] = {}
     for name, parallel in (
@@ -190,7 +190,7 @@ def _on_two_ranks() -> dict[str, Any]:
 
 
 def _part(layout: Any, parallel: ParallelConfig, precision: PrecisionConfig | None, **more: Any) -> Any:
-    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.model.build import build_model
     from renio_megatron.models.architecture import Architecture
     from renio_megatron.models.rope import Rope
 

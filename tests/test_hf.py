@@ -95,7 +95,7 @@ def logits_by_transformers(model, rows):
 
 def launch(layouts, directories, refused, saves):
     """(logits of every case and layout, messages of refused directories) on this rank; writes checkpoints."""
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     logits, messages = {}, {}
     for tensor, pipeline in layouts:
@@ -126,8 +126,8 @@ def parallel_config(tensor, pipeline, divisor=1):
 
 
 def load(directory, layout, parallel, vocab_size):
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.weights.hf import load_weights
 
     architecture = Architecture.from_directory(directory)
     build = functools.partial(build_model, architecture, layout, parallel, TrainConfig(seed=99), vocab_size=vocab_size)
@@ -148,7 +148,7 @@ def marks(part):
 
 def logits_of(part, rows):
     """Logits at every position of every row, [positions, V], on the last stage; None elsewhere."""
-    from renio_megatron.megatron.pipeline import run_forward
+    from renio_megatron.megatron.model.schedules import run_forward
     from renio_megatron.parallel.vocab import gather_columns
 
     # A prompt of one token: every position of the row then predicts a completion token, the last one token 0.
@@ -164,8 +164,8 @@ def logits_of(part, rows):
 
 def save_checkpoint(part, run, step, new_value):
     """A checkpoint of untrained weights in a run directory; `new_value` replaces an element of the final norm."""
-    from renio_megatron.megatron.checkpoint import MegatronKeeper
-    from renio_megatron.megatron.learner import MegatronLearner
+    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.student.learner import MegatronLearner
 
     if new_value is not None and part.layout.pipeline.is_last:
         with torch.no_grad():
@@ -177,7 +177,7 @@ def save_checkpoint(part, run, step, new_value):
 def export(jobs, bad_jobs):
     """Steps that were exported, and messages of exports that were refused."""
     from renio_megatron.export import export_checkpoint
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     steps, messages = [], []
     try:

@@ -143,14 +143,14 @@ def test_what_is_no_number_is_found_while_loading(
 
 def nan_in_a_checkpoint(directory: Path, folder: Path) -> str:
     """What is said of a checkpoint of Megatron's in which one number of the second layer is none."""
-    from renio_megatron.checkpoint_files import step_directory
     from renio_megatron.config import ParallelConfig, TrainConfig
-    from renio_megatron.megatron.checkpoint import MegatronKeeper
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.learner import MegatronLearner
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.pretrained import load_pretrained
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.checkpoint.directory import step_directory
+    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.student.learner import MegatronLearner
+    from renio_megatron.megatron.weights.hf import load_weights
+    from renio_megatron.megatron.weights.pretrained import load_pretrained
     from tests.resuming import error_of
 
     parallel = ParallelConfig(tensor_model_parallel_size=2)

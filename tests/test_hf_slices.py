@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron import hf
+from renio_megatron.megatron.weights import hf
 from renio_megatron.models import hf_weights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import WeightFiles, hf_shapes

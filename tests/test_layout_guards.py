@@ -35,7 +35,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _trainer(folder: Path, parallel: ParallelConfig, **train: Any) -> Any:
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     config = recipe(
         folder,
@@ -51,10 +51,10 @@ def _trainer(folder: Path, parallel: ParallelConfig, **train: Any) -> Any:
 
 def _batched_sends(folder: Path) -> dict[str, float]:
     """Gradient errors of interleaved stages, with Megatron's default way to send and with ours."""
-    from renio_megatron.megatron import model
+    from renio_megatron.megatron.model import build
 
     case = Case("PP2 x VPP2", "recompute full", tied=False, packed=False)
-    make = model.transformer_config
+    make = build.transformer_config
 
     def batched(*args: Any, **kwargs: Any) -> Any:
         config = make(*args, **kwargs)
@@ -62,7 +62,7 @@ def _batched_sends(folder: Path) -> dict[str, float]:
         return config
 
     found = {"guarded": run_case(case, folder)["gradient"]}
-    with replaced(model, "transformer_config", batched):
+    with replaced(build, "transformer_config", batched):
         found["fault"] = run_case(case, folder)["gradient"]
     return found
 
@@ -105,7 +105,7 @@ def _small_denominators(folder: Path) -> dict[str, Any]:
 
 def _stale_parameters(folder: Path) -> dict[str, Any]:
     """Difference of the weights between two data ranks after a step, before and after they are settled for each use."""
-    from renio_megatron.megatron.sharded_state import sharded_weights
+    from renio_megatron.megatron.checkpoint.sharded_state import sharded_weights
 
     parallel = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
     found: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def _padding_side(folder: Path) -> dict[str, float]:
     """Change of the completion rows' hidden states by padding on the right, and on the left."""
     from dataclasses import replace
 
-    from renio_megatron.megatron.pipeline import run_forward
+    from renio_megatron.megatron.model.schedules import run_forward
 
     part = _trainer(folder, ParallelConfig(tensor_model_parallel_size=2)).algorithm.learner.part
     (alone,) = collate(ROLLOUTS[:1], view="student", arrangement=Arrangement(0))
@@ -198,7 +198,7 @@ def _skipped_step(folder: Path) -> dict[str, Any]:
 
 def _same_bits(folder: Path) -> dict[str, Any]:
     """Weights after a step, twice from the same start, where the user asked for the same bits."""
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     parallel, ends = ParallelConfig(tensor_model_parallel_size=2), []
     start(parallel, seed=7, deterministic_mode=True)

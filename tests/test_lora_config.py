@@ -11,7 +11,7 @@ from renio_megatron.config import LoraConfig
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.sections.lora import TARGETS
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.lora import check_backend
+from renio_megatron.megatron.model.lora import check_backend
 
 TEXTS = {
     "train": "model: student\noutput_dir: runs/a\nteacher: {model: teacher}\n",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from renio_megatron.checkpoint_files import step_directory
+from renio_megatron.megatron.checkpoint.directory import step_directory
 from tests.lora_run_cases import (
     exported,
     generated,

@@ -27,7 +27,7 @@ def states_of(rollouts: list[Rollout]) -> torch.Tensor:
 
 def wrong_rows(arrangements: dict[str, Any]) -> dict[str, int]:
     """Rows that the loss would be given wrongly, by arrangement and way."""
-    from renio_megatron.megatron.payload import Kept, Recomputed, align
+    from renio_megatron.megatron.teacher.payload import Kept, Recomputed, align
 
     group = dist.group.WORLD if dist.is_initialized() else None
     place = {"context_size": group.size(), "context_rank": group.rank()} if group is not None else {}

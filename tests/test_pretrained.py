@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from renio_megatron.checkpoint_files import find_pretrained
 from renio_megatron.config.load import load_recipe
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.pretrained import fingerprint
+from renio_megatron.megatron.checkpoint.directory import find_pretrained
+from renio_megatron.megatron.weights.pretrained import fingerprint
 from renio_megatron.models.architecture import Architecture
 from tests.multiprocess import Ranks
 from tests.pretrained_cases import READ, WRITTEN, describe, read, refused, runs, write

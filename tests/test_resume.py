@@ -19,7 +19,7 @@ from tests.training_cases import save_models
 def _nan_in_one_rank(folder: Path) -> str:
     """Rank 1's first norm weight becomes NaN before the first step."""
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     config = run_config(folder, "nan")
     layout = start(config.parallel, seed=1)

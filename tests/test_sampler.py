@@ -45,7 +45,7 @@ COMPARED = ("plain", "nucleus", "greedy", "micro")  # in every layout; the other
 
 @pytest.fixture(scope="module")
 def draw():
-    from renio_megatron.megatron.sampler import draw  # imports Megatron, which takes seconds
+    from renio_megatron.megatron.student.sampler import draw  # imports Megatron, which takes seconds
 
     return draw
 
@@ -129,9 +129,9 @@ def test_draw_leaves_the_logits_alone(draw):
 
 def sample_everywhere(layouts, directories):
     """(tokens, log-probabilities, finished) of every prompt, by layout, model and case."""
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.weights.hf import load_weights
     from renio_megatron.models.architecture import Architecture
 
     found = {}
@@ -151,7 +151,7 @@ def sample_everywhere(layouts, directories):
 
 def sample(part, *, decoding, temperature, stop_ids, stream, seed, order, pad_id=0):
     """Completions in the order of `PROMPTS`, whatever order they are asked for in."""
-    from renio_megatron.megatron.sampler import MegatronSampler
+    from renio_megatron.megatron.student.sampler import MegatronSampler
 
     sampler = MegatronSampler(part, seed=seed, temperature=temperature, stop_ids=stop_ids, pad_id=pad_id)
     prompts = [Prompt(100 + i, PROMPTS[i], ()) for i in order]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.start import check_transformer_engine
+from renio_megatron.megatron.runtime.initialize import check_transformer_engine
 from tests import te_imports
 from tests.jobs import python_path
 from tests.multiprocess import run_ranks
@@ -50,7 +50,7 @@ print(json.dumps([[a is b for a, b in zip(before, after)], megatron]))
     "imports",
     [
         "import renio_megatron, renio_megatron.losses.distillation; renio_megatron.distillation_loss",
-        "import renio_megatron.build, renio_megatron.megatron.cpu, renio_megatron.megatron.start",
+        "from renio_megatron import build\nfrom renio_megatron.megatron.runtime import cpu_patches, initialize",
     ],
 )
 def test_an_import_patches_nothing_and_leaves_megatron_out(imports):
@@ -66,9 +66,9 @@ def patched():
     """Everything that the shim replaces, in a fixed order."""
     import importlib
 
-    from renio_megatron.megatron import cpu
+    from renio_megatron.megatron.runtime import cpu_patches
 
-    modules = [importlib.import_module(f"megatron.core.{name}") for name in cpu._MODULES_WITH_LITERAL_CUDA]
+    modules = [importlib.import_module(f"megatron.core.{name}") for name in cpu_patches._MODULES_WITH_LITERAL_CUDA]
     functions = [
         torch.cuda.current_device,
         torch.cuda.synchronize,
@@ -84,20 +84,20 @@ def patched():
 
 def install_twice_and_train():
     """(what the first and the second installation changed, names of the calls counted, metrics; with experts)."""
-    from renio_megatron.megatron import cpu
+    from renio_megatron.megatron.runtime import cpu_patches
 
     original = patched()
-    cpu.install()
+    cpu_patches.install()
     once = patched()
-    cpu.install()
+    cpu_patches.install()
     twice = patched()
     changed = [a is not b for a, b in zip(original, once, strict=True)]
     changed_again = [a is not b for a, b in zip(once, twice, strict=True)]
     metrics = train_one_step()
-    calls = set(cpu.CALLS)
-    cpu.CALLS.clear()
+    calls = set(cpu_patches.CALLS)
+    cpu_patches.CALLS.clear()
     with_experts = train_one_step(experts=True)
-    return changed, changed_again, (calls, metrics), (set(cpu.CALLS), with_experts)
+    return changed, changed_again, (calls, metrics), (set(cpu_patches.CALLS), with_experts)
 
 
 OPTIMIZER = """
@@ -109,7 +109,7 @@ if {has_te}:
     sys.modules["transformer_engine.pytorch.cpp_extensions"] = types.SimpleNamespace(general_gemm=None)
 else:
     sys.modules.update(dict.fromkeys(("transformer_engine", "transformer_engine_torch", "apex", "amp_C")))
-from renio_megatron.megatron import cpu
+from renio_megatron.megatron.runtime import cpu_patches as cpu
 import megatron.core.optimizer
 from megatron.core.transformer.moe import moe_utils
 before = [megatron.core.optimizer.Adam.__name__, getattr(moe_utils, "te_general_gemm", None) is None]
@@ -156,9 +156,9 @@ def test_the_optimizer_is_the_one_of_an_environment_without_transformer_engine()
 
 def train_one_step(*, experts=False):
     from renio_megatron.config import ParallelConfig, TrainConfig
-    from renio_megatron.megatron.learner import MegatronLearner
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.student.learner import MegatronLearner
     from renio_megatron.models.architecture import Architecture, Experts
     from renio_megatron.models.rope import Rope
     from renio_megatron.training.algorithms.sft import token_cross_entropy

@@ -7,7 +7,7 @@ import pytest
 from renio_megatron.cli.main import main
 from renio_megatron.cli.slurm import first_host, rank_variables
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.start import _check_address
+from renio_megatron.megatron.runtime.initialize import _check_address
 
 TASK = {
     "SLURM_JOB_ID": "4711",

@@ -167,10 +167,10 @@ def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     """All positions' logits at TP = 3, gathered: [S, V]."""
     from renio_megatron.config import ParallelConfig, TrainConfig
     from renio_megatron.data.batching.collate import Arrangement, collate
-    from renio_megatron.megatron.hf import load_weights
-    from renio_megatron.megatron.model import build_model
-    from renio_megatron.megatron.pipeline import run_forward
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.model.build import build_model
+    from renio_megatron.megatron.model.schedules import run_forward
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.megatron.weights.hf import load_weights
     from renio_megatron.models.architecture import Architecture
     from renio_megatron.parallel.vocab import gather_columns
     from renio_megatron.types import Prompt, Rollout

@@ -19,7 +19,7 @@ from renio_megatron.config import ParallelConfig, PrecisionConfig, TeacherPrecis
 from renio_megatron.data.batching.collate import Arrangement
 from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron import backend
+from renio_megatron.megatron.model import backend
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.rope import Rope
 from tests import te_cases, te_imports, te_start_cases, training_cases

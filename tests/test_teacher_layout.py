@@ -15,8 +15,8 @@ from renio_megatron.config import ParallelConfig, TeacherConfig, TeacherParallel
 from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
 from renio_megatron.config.teachers import has_own_layout, teacher_parallel
 from renio_megatron.errors import ConfigError
-from renio_megatron.parallel.exchange import RowExchange
 from renio_megatron.parallel.layout import Axis
+from renio_megatron.parallel.row_exchange import RowExchange
 from tests.jobs import LIMIT, assert_gone, job_starter
 from tests.multiprocess import run_ranks
 from tests.teacher_layout_cases import HIDDEN, READS, colocated_cases, dedicated_cases, run_colocated, run_dedicated
@@ -147,7 +147,7 @@ def exchange_rows() -> list[list[float]]:
     """3 ranks hold rows 0-3, 4, and 5-9 of a table; what each asks for in 3 rounds."""
     import torch.distributed as dist
 
-    from renio_megatron.parallel.exchange import axis_of
+    from renio_megatron.parallel.row_exchange import axis_of
 
     axis = axis_of(dist.distributed_c10d._get_default_group())
     stops, starts = torch.tensor([4, 5, 10]), torch.tensor([0, 4, 5])

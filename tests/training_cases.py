@@ -98,7 +98,7 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
         tokens of all rollouts in the global order, weights, loss, and the worst relative errors against the reference.
     """
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     layout = start(config.parallel, seed=config.train.seed)
     trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")

@@ -135,7 +135,7 @@ def tuned_and_asked(config: RunConfig | SftConfig, folder: Path, least: int) -> 
         table's after it, all as text; the lines about tuning; whether random numbers went on as if there had been none.
     """
     from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.megatron.start import start
+    from renio_megatron.megatron.runtime.initialize import start
 
     layout, inputs, lines = start(config.parallel, seed=config.train.seed), read_inputs(config), list[str]()
     with played_gpu(least) as asked:

@@ -29,7 +29,7 @@ def rollouts_of(model: str) -> list[Any]:
 
 def _parts(model: str, *, toy: bool) -> tuple[list[Any], Any]:
     """(architectures of student and teacher, what fills them)."""
-    from renio_megatron.megatron.pretrained import load_pretrained
+    from renio_megatron.megatron.weights.pretrained import load_pretrained
     from renio_megatron.models.architecture import Architecture
     from renio_megatron.models.shipped import model_directory
     from step_bench.models import SHAPES, random_model

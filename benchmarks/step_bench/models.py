@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.rope import Rope
 

@@ -24,12 +24,12 @@ from renio_megatron.config import (
 from renio_megatron.data.batching.collate import flat_completions
 from renio_megatron.diagnose.precision import Scores
 from renio_megatron.losses.sample_weights import sample_weights
-from renio_megatron.megatron.learner import MegatronLearner
-from renio_megatron.megatron.model import ModelPart, build_model
-from renio_megatron.megatron.sampler import MegatronSampler
-from renio_megatron.megatron.start import start, stop
-from renio_megatron.megatron.teacher import MegatronTeacher
-from renio_megatron.megatron.teacher_weights import TeacherWeights
+from renio_megatron.megatron.model.build import ModelPart, build_model
+from renio_megatron.megatron.runtime.initialize import start, stop
+from renio_megatron.megatron.student.learner import MegatronLearner
+from renio_megatron.megatron.student.sampler import MegatronSampler
+from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
+from renio_megatron.megatron.teacher.weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.training.algorithms.distillation import Distillation, WeightedDivergence

@@ -120,7 +120,7 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
 
     from renio_megatron.build import read_inputs
     from renio_megatron.diagnose.health import versions
-    from renio_megatron.megatron.start import check_transformer_engine, start, stop
+    from renio_megatron.megatron.runtime.initialize import check_transformer_engine, start, stop
     from renio_megatron.parallel.layout import backend_and_device, device_name
     from renio_megatron.report.precision_table import precision_table
     from renio_megatron.run import on_the_same_day
@@ -252,7 +252,7 @@ class _Comparison:
         from renio_megatron.data.batching.collate import flat_completions
         from renio_megatron.diagnose.precision import Scores
         from renio_megatron.losses.sample_weights import sample_weights
-        from renio_megatron.megatron.pipeline import share_tokens
+        from renio_megatron.megatron.model.schedules import share_tokens
         from renio_megatron.models.param_map import local_name
         from renio_megatron.training.algorithms.distillation import WeightedDivergence
 

@@ -61,7 +61,7 @@ def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
 
     from renio_megatron.diagnose.doctor import examine
     from renio_megatron.diagnose.health import health
-    from renio_megatron.megatron.start import start, stop
+    from renio_megatron.megatron.runtime.initialize import start, stop
 
     layout = start(parallel, seed=1)
     line, _ = health(layout)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import renio_megatron
 from renio_megatron.config import LoraConfig, PrecisionConfig
-from renio_megatron.megatron.backend import words
+from renio_megatron.megatron.model.backend import words
 from renio_megatron.parallel.layout import Layout, device_name
 
 

@@ -26,7 +26,7 @@ class PlannedTeacher(Protocol):
 
 
 class AlikeTeacher:
-    """A teacher in the student's layout (`megatron/teacher.py`): each rank scores what it trains."""
+    """A teacher in the student's layout (`megatron/teacher/shared_layout.py`): each rank scores what it trains."""
 
     def __init__(self, config: RunConfig, part: PlannedPart, student: PlannedStudent, work: Workload) -> None:
         self._config, self._part, self._student, self._work = config, part, student, work
@@ -77,7 +77,7 @@ class AlikeTeacher:
 
 
 class DetachedTeacher:
-    """A teacher in a layout of its own (`megatron/detached_teacher.py`), on the student's ranks or on others."""
+    """A teacher in a layout of its own (`megatron/teacher/own_layout.py`), on the student's ranks or on others."""
 
     def __init__(
         self,

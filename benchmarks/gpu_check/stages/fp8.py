@@ -33,7 +33,7 @@ LEAVES_AT_MOST = 4 << 30
 
 def obstacle(setting: Setting) -> str | None:
     """Why the stage does not run here; at toy size FP8 is emulated."""
-    from renio_megatron.megatron.backend import te_problem
+    from renio_megatron.megatron.model.backend import te_problem
 
     return None if setting.toy or te_problem() is None else f"Transformer Engine does not import: {te_problem()}"
 

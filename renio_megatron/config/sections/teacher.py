@@ -10,7 +10,7 @@ from renio_megatron.config.validators import require_choice, require_positive
 from renio_megatron.errors import ConfigError
 
 TEACHER_KINDS = ("separate", "initial", "ema", "current")
-"""Who may teach; `megatron/teacher_weights.py` has the table of what each is made of."""
+"""Who may teach; `megatron/teacher/weights.py` has the table of what each is made of."""
 
 ROUTE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What several teachers may be called: the names stand in dotted keys and in the names of metrics."""

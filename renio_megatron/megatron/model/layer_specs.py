@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from renio_megatron.megatron.attention import SdpaCoreAttention
+from renio_megatron.megatron.model.attention import SdpaCoreAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.models.param_map import VOCABULARY
 
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from renio_megatron.config import TeacherConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.lora import switched_off
-from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.lora import switched_off
 from renio_megatron.parallel.vocab import LmHead
 
 Averages = tuple[tuple[torch.nn.Parameter, torch.Tensor], ...]

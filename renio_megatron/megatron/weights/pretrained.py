@@ -21,11 +21,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled
-from renio_megatron.megatron.hf import Change, load_weights
-from renio_megatron.megatron.lora import is_adapter
-from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.sharded_state import restore_weights, sharded_model
-from renio_megatron.megatron.te_modules import fill, is_quantised, values_of
+from renio_megatron.megatron.checkpoint.sharded_state import restore_weights, sharded_model
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.lora import is_adapter
+from renio_megatron.megatron.model.te_modules import fill, is_quantised, values_of
+from renio_megatron.megatron.weights.hf import Change, load_weights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.finite import require_finite
 from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
@@ -54,7 +54,7 @@ def load_pretrained(
 
     Args:
         part: the parameters, whatever they hold.
-        source: a Hugging Face directory, or a checkpoint from `checkpoint_files.find_pretrained`.
+        source: a Hugging Face directory, or a checkpoint from `directory.find_pretrained`.
         title, say, change: for a Hugging Face directory alone, see `hf.load_weights`.
 
     Raises:

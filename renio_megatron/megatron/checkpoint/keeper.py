@@ -21,7 +21,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
-from renio_megatron.checkpoint_files import (
+from renio_megatron.config import CheckpointConfig
+from renio_megatron.errors import CheckpointError
+from renio_megatron.files import remove_directory
+from renio_megatron.megatron.checkpoint.directory import (
     adopt,
     advice,
     damage,
@@ -32,21 +35,18 @@ from renio_megatron.checkpoint_files import (
     remove_leftovers,
     step_directory,
 )
-from renio_megatron.config import CheckpointConfig
-from renio_megatron.errors import CheckpointError
-from renio_megatron.files import remove_directory
-from renio_megatron.megatron.learner import MegatronLearner
-from renio_megatron.megatron.lora import lora_form
-from renio_megatron.megatron.saved_model import check_same_model, raise_shared, reason, refuse
-from renio_megatron.megatron.sharded_state import (
+from renio_megatron.megatron.checkpoint.saved_model import check_same_model, raise_shared, reason, refuse
+from renio_megatron.megatron.checkpoint.sharded_state import (
     Averages,
     restore_averages,
     restore_state,
     sharded_averages,
     sharded_state,
 )
-from renio_megatron.megatron.versions import own_writer
-from renio_megatron.stop import sigterm_held
+from renio_megatron.megatron.checkpoint.sigterm import sigterm_held
+from renio_megatron.megatron.model.lora import lora_form
+from renio_megatron.megatron.runtime.mcore_compat import own_writer
+from renio_megatron.megatron.student.learner import MegatronLearner
 
 _Value = TypeVar("_Value")
 

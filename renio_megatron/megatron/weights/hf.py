@@ -16,9 +16,9 @@ from threading import Lock
 
 import torch
 
-from renio_megatron.megatron.lora import is_adapter
-from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.te_modules import fill, is_quantised, values_of
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.lora import is_adapter
+from renio_megatron.megatron.model.te_modules import fill, is_quantised, values_of
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
 from renio_megatron.models.param_map import VOCABULARY, Slice, hf_names, is_expert, is_gate_and_up, is_qkv, slices_of

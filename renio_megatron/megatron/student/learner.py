@@ -20,10 +20,15 @@ from renio_megatron.data.batching.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
 from renio_megatron.losses.tune_kernels import tune_cross_entropy, tune_loss
-from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.pipeline import broadcast_from_last_stage, run_forward, run_forward_backward, share_tokens
-from renio_megatron.megatron.spare_rows import SpareRows
-from renio_megatron.megatron.te_modules import slow_attention
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.schedules import (
+    broadcast_from_last_stage,
+    run_forward,
+    run_forward_backward,
+    share_tokens,
+)
+from renio_megatron.megatron.model.te_modules import slow_attention
+from renio_megatron.megatron.student.spare_rows import SpareRows
 from renio_megatron.models.param_map import is_expert
 from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.training.interfaces import StepLoss

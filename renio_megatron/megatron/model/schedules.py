@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from renio_megatron.megatron.attention import packing_of
-from renio_megatron.megatron.model import ModelPart
+from renio_megatron.megatron.model.attention import packing_of
+from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.types import MicroBatch

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.peft_config import WEIGHTS, read_adapter_config
-from renio_megatron.megatron.peft_files import check_names
-from renio_megatron.megatron.residual import residual_of
+from renio_megatron.megatron.weights.peft import check_names
+from renio_megatron.megatron.weights.peft_config import WEIGHTS, read_adapter_config
+from renio_megatron.megatron.weights.residual import residual_of
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.finite import require_finite
 from renio_megatron.models.hf_weights import hf_shapes

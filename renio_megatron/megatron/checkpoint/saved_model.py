@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
-from renio_megatron.checkpoint_files import advice
 from renio_megatron.errors import CheckpointError
-from renio_megatron.megatron.lora import lora_form
-from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.sharded_state import restore_weights, sharded_weights
+from renio_megatron.megatron.checkpoint.directory import advice
+from renio_megatron.megatron.checkpoint.sharded_state import restore_weights, sharded_weights
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.lora import lora_form
 from renio_megatron.models.param_map import VOCABULARY
 
 _LOST_PEER_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset")

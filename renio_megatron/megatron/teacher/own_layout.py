@@ -17,17 +17,17 @@ from renio_megatron.config import HeadConfig, TrainConfig
 from renio_megatron.data.batching.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
-from renio_megatron.megatron.groups import Place
-from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.payload import Scattered, gather_pieces
-from renio_megatron.megatron.pipeline import run_forward, share_tokens
-from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.schedules import run_forward, share_tokens
+from renio_megatron.megatron.runtime.process_groups import Place
+from renio_megatron.megatron.teacher.payload import Scattered, gather_pieces
+from renio_megatron.megatron.teacher.rank_map import Agenda, Register, Seats
+from renio_megatron.megatron.teacher.weights import Averages, TeacherWeights
 from renio_megatron.models.architecture import Architecture
-from renio_megatron.parallel.bridge import Bridge
-from renio_megatron.parallel.exchange import RowExchange, RowsOf, gather_rows, sum_over
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.seats import Agenda, Register, Seats
+from renio_megatron.parallel.row_exchange import RowExchange, RowsOf, gather_rows, sum_over
 from renio_megatron.parallel.vocab import LmHead, VocabShard
+from renio_megatron.parallel.worlds import Bridge
 from renio_megatron.types import MicroBatch, Prompt, Rollout, TeacherScores
 
 _GROUP, _ALL, _END = 0, 1, 2

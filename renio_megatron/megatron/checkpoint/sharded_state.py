@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-from renio_megatron.megatron.learner import MegatronLearner
-from renio_megatron.megatron.lora import is_adapter
-from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.versions import make_adam_loadable, own_steps
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.lora import is_adapter
+from renio_megatron.megatron.runtime.mcore_compat import make_adam_loadable, own_steps
+from renio_megatron.megatron.student.learner import MegatronLearner
 
 # The only form of a distributed optimiser's state that loads in any layout: each parameter's moments in its own shape.
 # Copied at every use, because Megatron adds the present groups to it.

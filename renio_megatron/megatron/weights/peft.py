@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from renio_megatron.config import LoraConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import as_others_are
-from renio_megatron.megatron.lora import is_adapter
-from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.peft_config import CONFIG, WEIGHTS, PeftAdapter, block_of, read_adapter_config
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.lora import is_adapter
+from renio_megatron.megatron.weights.peft_config import CONFIG, WEIGHTS, PeftAdapter, block_of, read_adapter_config
 from renio_megatron.models.finite import require_finite
 
 _NAME = re.compile(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.\w+\.adapters\.(\w+)_([ab])")

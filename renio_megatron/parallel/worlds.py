@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from renio_megatron.parallel.exchange import axis_of
 from renio_megatron.parallel.layout import Axis
+from renio_megatron.parallel.row_exchange import axis_of
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 """Seconds between two looks at the store."""

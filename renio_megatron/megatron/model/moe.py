@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.megatron.versions import define_missing_gemm
+from renio_megatron.megatron.runtime.mcore_compat import define_missing_gemm
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.param_map import is_expert
 from renio_megatron.objective.load_balance import load_balancing_loss, sum_by_sequence

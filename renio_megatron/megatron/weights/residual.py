@@ -12,7 +12,7 @@ from threading import Lock
 
 import torch
 
-from renio_megatron.megatron.peft_config import PeftAdapter, block_of
+from renio_megatron.megatron.weights.peft_config import PeftAdapter, block_of
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
 from renio_megatron.models.param_map import Slice

@@ -24,16 +24,17 @@ from renio_megatron.config import HeadConfig, LoraConfig, ParallelConfig, Precis
 from renio_megatron.data.batching.collate import Arrangement
 from renio_megatron.losses import kernels
 from renio_megatron.losses.tune_kernels import tune_scores
-from renio_megatron.megatron.backend import (
+from renio_megatron.megatron.model.backend import (
     can_fuse_weight_gradients,
     check_model,
     fp8_multiple,
     megatron_settings,
     resolve_backend,
 )
-from renio_megatron.megatron.fp8_emulation import emulate_fp8
-from renio_megatron.megatron.lora import add_lora, check_backend
-from renio_megatron.megatron.moe import (
+from renio_megatron.megatron.model.fp8_emulation import emulate_fp8
+from renio_megatron.megatron.model.layer_specs import block_spec
+from renio_megatron.megatron.model.lora import add_lora, check_backend
+from renio_megatron.megatron.model.moe import (
     Routing,
     check_mixture,
     mark_experts,
@@ -41,8 +42,7 @@ from renio_megatron.megatron.moe import (
     watch_routers,
     whole_model_name,
 )
-from renio_megatron.megatron.spec import block_spec
-from renio_megatron.megatron.te_modules import padded_rows, whole_sequences
+from renio_megatron.megatron.model.te_modules import padded_rows, whole_sequences
 from renio_megatron.models.architecture import Architecture, padded_vocab_size
 from renio_megatron.models.rope import set_rope
 from renio_megatron.parallel.layout import Layout

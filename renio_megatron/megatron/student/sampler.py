@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from renio_megatron.megatron.model import ModelPart
-from renio_megatron.megatron.pipeline import broadcast_from_last_stage
+from renio_megatron.megatron.model.build import ModelPart
+from renio_megatron.megatron.model.schedules import broadcast_from_last_stage
 from renio_megatron.parallel.vocab import gather_columns
 from renio_megatron.types import Decoding, Prompt, Rollout
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from renio_megatron.config import ParallelConfig
 from renio_megatron.errors import ConfigError, LayoutError
-from renio_megatron.megatron import cpu
-from renio_megatron.megatron.groups import forget_groups, make_groups, present_layout
-from renio_megatron.parallel.bridge import Bridge, join_two_worlds
+from renio_megatron.megatron.runtime import cpu_patches
+from renio_megatron.megatron.runtime.process_groups import forget_groups, make_groups, present_layout
 from renio_megatron.parallel.layout import Layout, backend_and_device
+from renio_megatron.parallel.worlds import Bridge, join_two_worlds
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def start(
     """
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     check_transformer_engine()
-    cpu.install()
+    cpu_patches.install()
     if deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA is first used
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # read by Transformer Engine's attention

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from renio_megatron.data.batching.packing import share_out
-from renio_megatron.parallel.exchange import gather_rows
 from renio_megatron.parallel.layout import Axis, Layout
+from renio_megatron.parallel.row_exchange import gather_rows
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from renio_megatron.config import HeadConfig, TrainConfig
 from renio_megatron.data.batching.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
-from renio_megatron.megatron.payload import Kept, Recomputed, align
-from renio_megatron.megatron.pipeline import run_forward, share_tokens
-from renio_megatron.megatron.teacher_weights import Averages, TeacherWeights
+from renio_megatron.megatron.model.schedules import run_forward, share_tokens
+from renio_megatron.megatron.teacher.payload import Kept, Recomputed, align
+from renio_megatron.megatron.teacher.weights import Averages, TeacherWeights
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.types import MicroBatch, Rollout, TeacherScores
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: their directory, what they hold, saving and resuming."""

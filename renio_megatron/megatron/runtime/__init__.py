@@ -1,0 +1,1 @@
+"""Megatron's processes: start, groups, and what differs between versions and devices."""

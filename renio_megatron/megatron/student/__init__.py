@@ -1,0 +1,1 @@
+"""The student: its update and its completions."""

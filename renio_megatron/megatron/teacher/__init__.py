@@ -1,0 +1,1 @@
+"""The teachers: their layouts, weights and hidden states."""

@@ -1,0 +1,1 @@
+"""Weights between files and Megatron's shards."""
