@@ -18,7 +18,8 @@ from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
 from renio_megatron.data.sources import build_source
 from renio_megatron.data.sources.source import Source
 from renio_megatron.errors import ConfigError
-from renio_megatron.evaluate.evaluator import Evaluator
+from renio_megatron.evaluation.evaluator import Evaluator
+from renio_megatron.evaluation.graders import build_grader
 from renio_megatron.files import user_path
 from renio_megatron.inputs import (
     Inputs,
@@ -38,7 +39,6 @@ from renio_megatron.models.hf_weights import WeightFiles
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.models.tokenizer import check_embedding, load_tokenizer, padding_id
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.tasks import build_grader
 from renio_megatron.training.algorithms import Algorithm
 from renio_megatron.training.algorithms.distillation import Distillation
 from renio_megatron.training.algorithms.sft import Sft

@@ -24,10 +24,9 @@ FLOORS = (
     (
         "losses",
         "data",
-        "tasks",
     ),
     ("training",),
-    ("megatron", "evaluate", "diagnose"),
+    ("megatron", "evaluation", "diagnose"),
     (
         "runner",
         "plan",

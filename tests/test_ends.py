@@ -11,8 +11,8 @@ import torch
 
 from renio_megatron.config import DataConfig, RolloutConfig
 from renio_megatron.errors import ConfigError
+from renio_megatron.evaluation.graders import build_grader
 from renio_megatron.models.ends import Ends, differing_ends, ends_of
-from renio_megatron.tasks import build_grader
 from renio_megatron.types import Prompt, Rollout
 from tests.multiprocess import Ranks
 from tests.test_prompts import characters

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from renio_megatron.evaluation.graders import accuracy
 from renio_megatron.objective.statistics import auc
-from renio_megatron.tasks import accuracy
 from renio_megatron.types import Prompt, Rollout
 
 

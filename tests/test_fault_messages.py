@@ -28,7 +28,7 @@ real_run = [
 # The grader fails on the third and the fourth of every eight completions.
 BROKEN_GRADER = """
 def patch(module):
-    from renio_megatron.tasks import GRADERS
+    from renio_megatron.evaluation.graders import GRADERS
     real, graded = GRADERS["modchain"], []
 
     def judge(*args):

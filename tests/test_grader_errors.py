@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from renio_megatron import tasks
 from renio_megatron.config import DataConfig
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.evaluate.evaluator import Evaluator
+from renio_megatron.evaluation import graders
+from renio_megatron.evaluation.evaluator import Evaluator
+from renio_megatron.evaluation.graders import accuracy, build_grader
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.tasks import accuracy, build_grader
 from renio_megatron.types import Decoding, Prompt, Rollout
 from tests.test_trainer import PROMPTS, Roles
 
@@ -31,7 +31,7 @@ def rollouts(count: int = 8) -> list[Rollout]:
 @pytest.fixture
 def grader(monkeypatch: pytest.MonkeyPatch) -> Any:
     """grader_errors -> the grader; of four prompts the first is right and the second breaks the judge."""
-    monkeypatch.setitem(tasks.GRADERS, "modchain", _judge)
+    monkeypatch.setitem(graders.GRADERS, "modchain", _judge)
     source = SimpleNamespace(name="modchain", grader="modchain", has_answers=True, score=None)
     decoder = SimpleNamespace(decode=lambda token_ids, skip_special_tokens: "")
     return lambda errors: build_grader(DataConfig(grader_errors=errors), source, decoder)

@@ -3,8 +3,8 @@ from fractions import Fraction
 import pytest
 
 from renio_megatron.config import DataConfig
-from renio_megatron.tasks import build_grader
-from renio_megatron.tasks.math import boxed, find_number, grade_number, parse_number
+from renio_megatron.evaluation.graders import build_grader
+from renio_megatron.evaluation.graders.math import boxed, find_number, grade_number, parse_number
 from renio_megatron.types import Prompt, Rollout
 
 

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, Qwen3Config
 from renio_megatron.config import DataConfig
 from renio_megatron.data.sources import modchain
 from renio_megatron.errors import ConfigError
-from renio_megatron.tasks import build_grader
+from renio_megatron.evaluation.graders import build_grader
 from renio_megatron.types import Prompt, Rollout
 
 

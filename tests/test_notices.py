@@ -228,5 +228,5 @@ def test_a_warning_is_seen_beside_the_progress(terminal, monkeypatch, capsys):
     seen = console.file.getvalue() if terminal else capsys.readouterr().err
     assert seen.count("warning: the grader failed on 25.0% of the completions of step 1") == 1
     monkeypatch.setenv("RANK", "3")
-    logging.getLogger("renio_megatron.tasks").warning("text %d", 7)
+    logging.getLogger("renio_megatron.evaluation.graders").warning("text %d", 7)
     assert capsys.readouterr().err == "[rank 3] warning: text 7\n"

@@ -202,7 +202,7 @@ def test_answers_are_read_as_text_in_full_digits(value: Any, text: str | None, t
 
 def test_a_small_number_is_graded() -> None:
     from renio_megatron.data.sources.columns import answer_text
-    from renio_megatron.tasks.math import grade_number
+    from renio_megatron.evaluation.graders.math import grade_number
 
     answer = answer_text({"answer": 1e-05}, "answer", "here")
     assert answer is not None

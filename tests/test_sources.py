@@ -6,7 +6,7 @@ from renio_megatron.config import DataConfig
 from renio_megatron.data import sources
 from renio_megatron.data.sources import build_source
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.tasks import build_grader
+from renio_megatron.evaluation.graders import build_grader
 from renio_megatron.types import Prompt, Rollout
 
 

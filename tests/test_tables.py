@@ -6,11 +6,11 @@ from renio_megatron.config.load import MODEL_TYPES
 from renio_megatron.config.rules.ignored import CHOICES
 from renio_megatron.config.sections.teacher import TEACHER_KINDS
 from renio_megatron.data.sources import SOURCES
+from renio_megatron.evaluation.graders import GRADERS
 from renio_megatron.megatron.teacher.weights import KINDS
 from renio_megatron.models.architecture import FAMILIES
 from renio_megatron.objective.divergences import DIVERGENCES
 from renio_megatron.objective.weightings import WEIGHTINGS
-from renio_megatron.tasks import GRADERS
 
 
 def test_recipe_choices_are_the_tables():

@@ -10,7 +10,7 @@ from renio_megatron.config import DataConfig
 from renio_megatron.config.validators import require_choice
 from renio_megatron.data.sources import modchain
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.tasks import math
+from renio_megatron.evaluation.graders import math
 from renio_megatron.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
