@@ -27,7 +27,7 @@ def python_path(*folders: str | Path) -> str:
     return os.pathsep.join(map(str, (*folders, ROOT, *([given] if given else []))))
 
 
-# Stands in every process that has it on its path; on the ranks RANKS, PATCH changes what renio_megatron.build imports.
+# Stands in every process that has it on its path; on the ranks RANKS, PATCH changes what runner/build.py imports.
 INJECTION = """
 import os, sys
 
@@ -36,7 +36,7 @@ if os.environ.get("RANK") in RANKS:
 
     class Finder:
         def find_spec(self, name, path=None, target=None):
-            if name != "renio_megatron.build":
+            if name != "renio_megatron.runner.build":
                 return None
             sys.meta_path.remove(self)
             spec = importlib.util.find_spec(name)

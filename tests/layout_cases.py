@@ -111,8 +111,9 @@ def run_case(case: Case, folder: Path) -> dict[str, float]:
 
     The result is the largest of this rank's errors.
     """
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     parallel, train = VARIANTS[case.variant]
     config = recipe(

@@ -238,10 +238,11 @@ def config_of(case: Case, folder: Path) -> Any:
 
 def run_case(case: Case, folder: Path, mutate: Callable[[Any], Any] | None = None) -> dict[str, float]:
     """One optimiser step; the largest errors of logits, gradients, their norm and the new weights on this rank."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.model.schedules import run_forward
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.parallel.vocab import gather_columns
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     config = config_of(case, folder)
     layout = start(config.parallel, seed=7)

@@ -82,9 +82,10 @@ def _other_base(folder: Path) -> str:
 
 def self_teacher(folder: Path) -> dict[str, Any]:
     """Scores of the teacher that is the student without adapters, beside those of a second copy of the weights."""
-    from renio_megatron.build import build_trainer, read_inputs
-    from renio_megatron.build_teacher import build_teacher
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.build_teachers import build_teacher
+    from renio_megatron.runner.inputs import read_inputs
 
     config = config_of(
         folder,
@@ -126,7 +127,7 @@ def exported(folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
     from megatron.core import parallel_state
     from transformers import AutoModelForCausalLM
 
-    from renio_megatron import export
+    from renio_megatron.runner import export
 
     # This rank's process group is still needed; Megatron's groups go, as they do in a process of its own.
     export.stop = parallel_state.destroy_model_parallel  # type: ignore[assignment]
@@ -180,8 +181,9 @@ def _greedy(model: Any, ids: list[int]) -> list[int]:
 
 def imported(folder: Path) -> dict[str, Any]:
     """A run that starts from the exported adapter: its adapters, and the greedy tokens that its sampler draws."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
     from renio_megatron.types import Decoding
 
     found: dict[str, Any] = {}

@@ -22,8 +22,9 @@ from tests.lora_cases import (
 
 def run_sft(folder: Path) -> dict[str, float]:
     """A step of fine-tuning a tied student on two tensor ranks: its loss and gradients against PEFT's cross-entropy."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     config = sft_config(Case(TP2_SP, FULL, tied=True), folder)
     layout, inputs = start(config.parallel, seed=7), read_inputs(config)
@@ -85,8 +86,9 @@ def run_overlap(folder: Path) -> dict[str, float]:
 
 
 def _three_steps(parallel: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     config = sft_config(Case(parallel, {"train_iters": 3, "lr": 1e-2}), folder)
     layout = start(config.parallel, seed=7)

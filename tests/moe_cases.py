@@ -239,8 +239,9 @@ def run_mutant(name: str, folder: Path) -> dict[str, float]:
 
 def run_case(case: Case, folder: Path) -> dict[str, float]:
     """One optimiser step; this rank's errors against the single process, which runs once for equal steps."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
     from tests.layout_cases import own_part
 
     config = config_of(case, folder)

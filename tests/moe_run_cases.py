@@ -72,9 +72,10 @@ def rows() -> list[list[int]]:
 
 def fine_tune(layout_name: str, folder: Path) -> dict[str, float]:
     """Errors of a step whose denominator counts tokens."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.config.schema import SftConfig
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     given = config_of(Case(TUNED[layout_name]), folder)
     config = SftConfig(
@@ -92,8 +93,9 @@ def fine_tune(layout_name: str, folder: Path) -> dict[str, float]:
 
 def adapters_on_attention(folder: Path) -> dict[str, float]:
     """Errors of a step of adapters beside attention, the experts frozen and shared."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
     from tests.lora_cases import peft_student, set_adapters, whole_adapters
 
     lora = LoraConfig(r=3, alpha=6.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -116,8 +118,9 @@ def adapters_on_attention(folder: Path) -> dict[str, float]:
 
 def uneven_sampling(folder: Path) -> dict[str, Any]:
     """Completions of three prompts, one at a time, of which each rank has as many as its key says."""
-    from renio_megatron.build import build_student, decoding_of, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_student, decoding_of
+    from renio_megatron.runner.inputs import read_inputs
 
     found = {}
     for name, parallel in (("EP1", {}), ("EP2", EP2)):
@@ -160,8 +163,8 @@ def _moved(name: str, parallel: dict[str, Any], folder: Path) -> Any:
 
 def export_all(folder: Path) -> list[str]:
     """Exports the checkpoints of `logits_in`, on one rank; their names."""
-    from renio_megatron.export import export_checkpoint
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.export import export_checkpoint
 
     names = sorted(path.name for path in (folder / "exports").iterdir())
     try:

@@ -71,9 +71,10 @@ class _Held:
 
 
 def _measured(config: RunConfig, folder: Path) -> dict[str, Any]:
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.megatron.student import sampler as sampling
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     layout = start(config.parallel, seed=config.train.seed)
     trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")

@@ -64,7 +64,7 @@ def run(
         stop_before: the step before which the job dies.
         before_step: (trainer, step) -> anything; called before each step.
     """
-    import renio_megatron.run as job
+    import renio_megatron.runner.run as job
     from renio_megatron.training.trainer import Trainer
 
     kept: dict[str, Any] = {}

@@ -157,7 +157,7 @@ def run_runs(folder: Path) -> dict[str, Any]:
 
 def run_and_look(config: RunConfig) -> dict[str, Any]:
     """`resuming.run`, and of its teachers: how many were built, changed frozen parameters, averages in the end."""
-    import renio_megatron.build as module
+    import renio_megatron.runner.build as module
 
     build, kept = module.build_teacher, {}
 

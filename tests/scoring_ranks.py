@@ -33,9 +33,9 @@ def on_scoring_ranks(
         train: (config) -> what a rank that trains gives.
         serve: (teachers, layout) -> what one that only scores gives, after it has answered until the others are done.
     """
-    from renio_megatron.build import read_inputs
-    from renio_megatron.build_teacher import build_scorers
     from renio_megatron.megatron.runtime.initialize import start, stop
+    from renio_megatron.runner.build_teachers import build_scorers
+    from renio_megatron.runner.inputs import read_inputs
 
     found: dict[str, Any] = {}
     port, world_size, ports = os.environ["MASTER_PORT"], dist.get_world_size(), _free_ports(len(runs))
@@ -74,7 +74,7 @@ def _free_ports(count: int) -> list[int]:
 
 def answer(teachers: list[Any]) -> int:
     """Serves until the ranks that train are done; the number of calls that were answered."""
-    from renio_megatron.run import _serve
+    from renio_megatron.runner.run import _serve
 
     calls = 0
     while _serve(teachers):

@@ -79,7 +79,7 @@ def exports_of_start(folder: Path, start: str) -> dict[str, Any]:
     from megatron.core import parallel_state
     from transformers import AutoModelForCausalLM
 
-    from renio_megatron import export
+    from renio_megatron.runner import export
 
     # This rank's process group is still needed; Megatron's groups go, as they do in a process of its own.
     export.stop = parallel_state.destroy_model_parallel  # type: ignore[assignment]
@@ -164,7 +164,7 @@ def exports_with_rows(folder: Path, names: list[str]) -> None:
     """Runs and those that went on from them, exported."""
     from megatron.core import parallel_state
 
-    from renio_megatron import export
+    from renio_megatron.runner import export
 
     export.stop = parallel_state.destroy_model_parallel  # type: ignore[assignment]
     for name in names:

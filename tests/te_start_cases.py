@@ -82,8 +82,9 @@ def from_a_checkpoint(root: Path) -> dict[str, Any]:
 
 def beside_adapters(root: Path) -> dict[str, Any]:
     """A step of a student with adapters and its teacher, built as on a GPU; the backends and the kinds of layers."""
-    from renio_megatron.build import build_student, build_trainer, read_inputs
     from renio_megatron.megatron.model import build
+    from renio_megatron.runner.build import build_student, build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     real = build.resolve_backend
     build.resolve_backend = lambda precision, device, **given: real(precision, torch.device("cuda"), **given)

@@ -43,8 +43,9 @@ def config_of(
 
 def built(config: Any, folder: Path) -> tuple[Any, Any, Any]:
     """(trainer without checkpoints, inputs, layout)."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     layout = start(config.parallel, seed=1)
     inputs = read_inputs(config)
@@ -78,7 +79,7 @@ def run_cut_off(name: str, folder: Path) -> dict[str, Any]:
 
 def run_and_look(config: Any) -> dict[str, Any]:
     """`resuming.run`, and of its teacher: which frozen parameters have changed, and the averages in the end."""
-    import renio_megatron.build as module
+    import renio_megatron.runner.build as module
 
     build, kept = module.build_teacher, {}
 
@@ -103,10 +104,10 @@ def run_and_look(config: Any) -> dict[str, Any]:
 
 def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dict[str, Any]:
     """An average from the weights of each step, in fp64, and a separate teacher that has them: both beside `ema`'s."""
-    from renio_megatron.build import build_student
     from renio_megatron.megatron.model.schedules import run_forward
     from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
     from renio_megatron.megatron.teacher.weights import TeacherWeights
+    from renio_megatron.runner.build import build_student
     from renio_megatron.training.algorithms.distillation import WeightedDivergence
 
     config = config_of(folder, "by hand", "ema", trained, **changes)

@@ -50,7 +50,7 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def _one(config: Any, folder: Path) -> dict[str, Any]:
-    from renio_megatron.build_teacher import build_teacher
+    from renio_megatron.runner.build_teachers import build_teacher
 
     trainer, inputs, layout = built(replace(config, teacher=TeacherConfig(kind="current")), folder)
     algorithm = trainer.algorithm
@@ -101,9 +101,9 @@ def own_dtype(folder: Path) -> dict[str, Any]:
 
 def merged(folder: Path) -> dict[str, Any]:
     """Weights of a teacher with an adapter beside those of the model into which PEFT merged it; refusals."""
-    from renio_megatron.build import read_inputs
-    from renio_megatron.build_teacher import build_teacher
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build_teachers import build_teacher
+    from renio_megatron.runner.inputs import read_inputs
 
     found: dict[str, Any] = {}
     layouts = {"TP2 + SP": SP, "PP2": layout_of(1, 2), "TP1": layout_of()}

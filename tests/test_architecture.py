@@ -17,7 +17,6 @@ FLOORS = (
         "config",
         "models",
         "files",
-        "stop",
         "objective",
         "parallel",
     ),
@@ -26,20 +25,10 @@ FLOORS = (
         "data",
     ),
     ("training",),
-    ("megatron", "evaluation", "diagnose"),
-    (
-        "runner",
-        "plan",
-        "rundir",
-        "inputs",
-        "preview",
-        "origins",
-        "build_teacher",
-        "build",
-        "run",
-        "export",
-    ),
-    ("cli", "report"),
+    ("megatron", "evaluation"),
+    ("runner",),
+    ("diagnose", "plan", "report", "tools"),
+    ("cli",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 FORBIDDEN = (  # (files, imported modules, why); files are dotted names below the package, a folder ends in a dot
@@ -85,7 +74,7 @@ def violations(root: Path) -> list[str]:
                 found += [f"{module} imports {n}: {why}" for n in sorted(names) if re.match(rf"({imported})(\.|$)", n)]
         rooms = {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")}
         meets_loop = f"{PACKAGE}.training.trainer" in names
-        if meets_loop and "megatron" in rooms and room != "build":
+        if meets_loop and "megatron" in rooms and inner != "runner.build":
             found.append(f"{module} imports both trainer and {PACKAGE}.megatron: only build.py may")
         if room not in FLOOR_OF:
             found.append(f"{module} is on no floor: add it to FLOORS")
@@ -118,7 +107,8 @@ SOUND = {
     "megatron/model/build.py": "from megatron.core import parallel_state",
     "training/__init__.py": "",
     "training/trainer.py": "from renio_megatron.errors import RenioError",
-    "build.py": "from renio_megatron.megatron.model.build import x\nfrom renio_megatron.training.trainer import y",
+    "runner/__init__.py": "",
+    "runner/build.py": "from renio_megatron.megatron.model import build\nfrom renio_megatron.training import trainer",
 }
 
 

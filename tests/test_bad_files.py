@@ -8,8 +8,8 @@ import pytest
 
 from renio_megatron.cli import launch
 from renio_megatron.errors import CheckpointError, ConfigError
-from renio_megatron.export import export_checkpoint
-from renio_megatron.rundir import RunDirectory
+from renio_megatron.runner.export import export_checkpoint
+from renio_megatron.runner.run_directory import RunDirectory
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_every_rank_finds_it_before_the_ranks_join_and_the_first_one_says_it(
     def joined(*_: Any, **__: Any) -> None:
         raise AssertionError("the ranks joined: not found in time")
 
-    monkeypatch.setattr("renio_megatron.run.start", joined)
+    monkeypatch.setattr("renio_megatron.runner.run.start", joined)
     monkeypatch.setattr(worker, "_PATIENCE", 0.0)
     slept: list[float] = []
     monkeypatch.setattr(worker.time, "sleep", slept.append)
@@ -256,7 +256,7 @@ PLACES: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 
 def _rank_cases(models: Path, folder: Path) -> dict[str, Any]:
     """Case -> (exit code, stderr, whether the error is marked as every rank's, what became of the directory)."""
-    from renio_megatron.cli import run as commands
+    from renio_megatron.cli import train as commands
 
     def attempt(target: Path, *settings: str) -> dict[str, Any]:
         told, marks, real = io.StringIO(), [], commands.run

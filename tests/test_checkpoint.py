@@ -80,8 +80,9 @@ def _sigterm(config: RunConfig) -> dict[str, Any]:
 
 def _saved_twice(config: RunConfig) -> tuple[int, int]:
     """Times of the checkpoint of step 5 before and after it is saved once more."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     root = Path(config.output_dir) / "checkpoints"
     trainer = build_trainer(config, read_inputs(config), start(config.parallel, seed=1), root)
@@ -160,9 +161,10 @@ def _taken_over(folder: Path) -> dict[str, Any]:
 
 def _relaid(folder: Path) -> dict[str, Any]:
     """The run that SIGTERM stopped at step 3, with two pipeline stages: saved as it was loaded, then continued."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     if _rank() == 0:
         source = folder / "terminated"

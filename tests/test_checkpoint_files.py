@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from renio_megatron import stop
 from renio_megatron.errors import CheckpointError, RunStopped
 from renio_megatron.files import JsonLines, write_atomically
 from renio_megatron.megatron.checkpoint.directory import (
@@ -25,7 +24,8 @@ from renio_megatron.megatron.checkpoint.directory import (
     remove_leftovers,
     steps,
 )
-from renio_megatron.stop import StopSignal
+from renio_megatron.runner import signals
+from renio_megatron.runner.signals import StopSignal
 from renio_megatron.training.metrics.sinks import JsonlSink, read_metrics
 from renio_megatron.training.rollout_log import RolloutSink
 from renio_megatron.types import Prompt, Rollout
@@ -260,7 +260,7 @@ def test_sigterm_is_noted_once_and_its_echo_is_none(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
         assert (sigterm.received, deaths) == (True, [])
-        monkeypatch.setattr(stop, "REPEAT_SECONDS", 0.001)
+        monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.001)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         assert deaths == [1], "a second request ends the process"

@@ -18,7 +18,7 @@ from renio_megatron.config.load import load_recipe
 from renio_megatron.config.resume import CHANGEABLE, is_changeable
 from renio_megatron.errors import CheckpointError, ConfigError, RunStopped
 from renio_megatron.megatron.checkpoint.directory import new_partial, publish
-from renio_megatron.rundir import RunDirectory
+from renio_megatron.runner.run_directory import RunDirectory
 from tests.test_trainer import Keeper, trainer
 
 

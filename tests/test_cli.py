@@ -14,7 +14,7 @@ from renio_megatron.errors import ConfigError, DataError
 from tests import warm
 from tests.jobs import python_path
 
-# Stands in for renio_megatron.run and .export in every process that has it on its path; FAKE names the behaviour.
+# Stands in for runner/run.py and runner/export.py in every process that has it on its path; FAKE names the behaviour.
 FAKE_RUN = """
 import os, sys, time, types
 
@@ -48,7 +48,7 @@ def export_checkpoint(run_dir, destination, step, merge):
     return 40
 
 for function, name in ((run_recipe, "run"), (export_checkpoint, "export")):
-    module = types.ModuleType(f"renio_megatron.{name}")
+    module = types.ModuleType(f"renio_megatron.runner.{name}")
     setattr(module, function.__name__, function)
     sys.modules[module.__name__] = module
 """

@@ -42,16 +42,17 @@ def _config(folder: Path, layout: str, **changes: Any) -> Any:
 
 
 def _compare(config: Any, layout: Any) -> dict[str, Any]:
-    from renio_megatron.build import read_inputs
     from renio_megatron.cli.compare_precision import _Comparison
+    from renio_megatron.runner.inputs import read_inputs
 
     precisions = precisions_of(config, has_fp8=False)
     return _Comparison(precisions, read_inputs(precisions.baseline), layout).run()
 
 
 def _in_every_layout(folder: Path) -> dict[str, Any]:
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     found: dict[str, Any] = {}
     for name in LAYOUTS:

@@ -55,14 +55,14 @@ def _layouts():
 
 
 def _with_other_versions(layout):
-    from renio_megatron.diagnose import health
+    from renio_megatron.runner import environment
 
-    own = health.versions
-    health.versions = (lambda: "torch 1") if layout.rank == 2 else own
+    own = environment.versions
+    environment.versions = (lambda: "torch 1") if layout.rank == 2 else own
     try:
         return [str(verdict) for verdict in check_world(layout) if not verdict.is_good]
     finally:
-        health.versions = own
+        environment.versions = own
 
 
 def _with_a_missing_sum(layout):

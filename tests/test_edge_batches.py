@@ -54,8 +54,9 @@ def draw_lengths(lengths: Sequence[int], end: int) -> Any:
 
 def _refused(config: RunConfig, folder: Path, draw: Any = None, *, spoiled: float | None = None) -> dict[str, Any]:
     """The error of a step, and whether a parameter of the student was changed by it."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     layout = start(config.parallel, seed=1)
     trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")

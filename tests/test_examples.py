@@ -11,11 +11,11 @@ import torch
 import yaml
 
 import renio_megatron
-from renio_megatron.cli.run import QUICKSTART_VARIANTS
 from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.data.sources.modchain import END, PAD, SYMBOLS, make_problem
 from renio_megatron.models.shipped import QUICKSTART_RECIPE, SHIPPED
+from renio_megatron.tools.quickstart import QUICKSTART_VARIANTS
 
 ROOT = Path(renio_megatron.__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from renio_megatron.parallel import hardware
-from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
+from renio_megatron.runner import device_env
+from renio_megatron.runner.device_env import compute_capability, hardware_variables, set_variables
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
@@ -75,7 +75,7 @@ class Nvml:
 )
 def test_the_driver_is_asked(monkeypatch, failing, expected):
     library = Nvml(failing)
-    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(device_env.ctypes, "CDLL", lambda name: library)
     assert compute_capability() == expected
     assert not library.is_open
 
@@ -84,7 +84,7 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch):
     def missing(name):
         raise OSError(name)
 
-    monkeypatch.setattr(hardware.ctypes, "CDLL", missing)
+    monkeypatch.setattr(device_env.ctypes, "CDLL", missing)
     assert compute_capability() is None
 
 

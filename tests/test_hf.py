@@ -176,8 +176,8 @@ def save_checkpoint(part, run, step, new_value):
 
 def export(jobs, bad_jobs):
     """Steps that were exported, and messages of exports that were refused."""
-    from renio_megatron.export import export_checkpoint
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.export import export_checkpoint
 
     steps, messages = [], []
     try:

@@ -34,8 +34,9 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _trainer(folder: Path, parallel: ParallelConfig, **train: Any) -> Any:
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     config = recipe(
         folder,

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from renio_megatron.build import read_inputs
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.origins import _digest, _files, origins
-from renio_megatron.rundir import RunDirectory
+from renio_megatron.runner.digests import _digest, _files, origins
+from renio_megatron.runner.inputs import read_inputs
+from renio_megatron.runner.run_directory import RunDirectory
 
 ROWS = [{"problem": f"^{a}+1=", "solution": f"{a + 1}", "answer": f"{a + 1}"} for a in range(1, 8)]
 
@@ -104,7 +104,7 @@ def test_each_of_several_teachers_is_named(folder):
 
 def test_a_file_of_any_size_and_a_directory_are_read(folder, monkeypatch):
     before = found(folder)
-    monkeypatch.setattr("renio_megatron.origins._MOST_READ", 100)  # train.jsonl is larger: blocks of it are read
+    monkeypatch.setattr("renio_megatron.runner.digests._MOST_READ", 100)  # train.jsonl is larger: blocks of it are read
     sampled = found(folder)
     assert sampled["data.path"] != before["data.path"]
     _one_answer(folder / "train.jsonl")

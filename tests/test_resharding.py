@@ -23,9 +23,10 @@ def _first_part(folder: Path, name: str, tensor: int) -> Any:
 
 def _on_one_rank(folder: Path) -> dict[str, Any]:
     """A whole run on one rank; the other layouts' first parts saved as they are loaded, and continued."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     found: dict[str, Any] = {"whole": run(run_config(folder, "whole", parallel=layout_of(1)))["outcome"]}
     for name in LAYOUTS:

@@ -18,8 +18,9 @@ from tests.training_cases import save_models
 
 def _nan_in_one_rank(folder: Path) -> str:
     """Rank 1's first norm weight becomes NaN before the first step."""
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     config = run_config(folder, "nan")
     layout = start(config.parallel, seed=1)

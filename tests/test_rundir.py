@@ -8,7 +8,7 @@ import pytest
 
 from renio_megatron.config.load import load_recipe
 from renio_megatron.errors import CheckpointError, ConfigError
-from renio_megatron.rundir import RunDirectory
+from renio_megatron.runner.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from renio_megatron.config.load import load_recipe
-from renio_megatron.rundir import RunDirectory
+from renio_megatron.runner.run_directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 run.open(load_recipe("sft", sys.argv[2]), fresh=False)
 print("open", flush=True)

@@ -50,7 +50,7 @@ print(json.dumps([[a is b for a, b in zip(before, after)], megatron]))
     "imports",
     [
         "import renio_megatron, renio_megatron.losses.distillation; renio_megatron.distillation_loss",
-        "from renio_megatron import build\nfrom renio_megatron.megatron.runtime import cpu_patches, initialize",
+        "from renio_megatron.runner import build\nfrom renio_megatron.megatron.runtime import cpu_patches, initialize",
     ],
 )
 def test_an_import_patches_nothing_and_leaves_megatron_out(imports):

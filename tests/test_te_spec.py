@@ -17,11 +17,11 @@ import torch
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from renio_megatron.data.batching.collate import Arrangement
-from renio_megatron.diagnose.health import layers
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.model import backend
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.rope import Rope
+from renio_megatron.runner.environment import layers
 from tests import te_cases, te_imports, te_start_cases, training_cases
 from tests.multiprocess import Ranks
 

@@ -240,7 +240,7 @@ def _change(path: Path, line: int, **values: Any) -> None:
 def test_a_record_that_names_no_teacher_is_found_before_the_first_step(models, tmp_path, values, message):
     from dataclasses import replace
 
-    from renio_megatron.build import read_inputs
+    from renio_megatron.runner.inputs import read_inputs
 
     config = routed(models)
     data = replace(write_records(tmp_path / "records.jsonl", MIXED), path=str(tmp_path / "records.jsonl"))
@@ -252,7 +252,7 @@ def test_a_record_that_names_no_teacher_is_found_before_the_first_step(models, t
 def test_only_records_whose_teacher_reads_it_need_a_solution(models, tmp_path):
     from dataclasses import replace
 
-    from renio_megatron.build import read_inputs
+    from renio_megatron.runner.inputs import read_inputs
 
     data = write_records(tmp_path / "records.jsonl", MIXED)
     lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]

@@ -97,8 +97,9 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
     Returns:
         tokens of all rollouts in the global order, weights, loss, and the worst relative errors against the reference.
     """
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     layout = start(config.parallel, seed=config.train.seed)
     trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")

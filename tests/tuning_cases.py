@@ -134,8 +134,9 @@ def tuned_and_asked(config: RunConfig | SftConfig, folder: Path, least: int) -> 
         The keys that were tuned when it was built, when that was repeated, those of its step's large calls and the
         table's after it, all as text; the lines about tuning; whether random numbers went on as if there had been none.
     """
-    from renio_megatron.build import build_trainer, read_inputs
     from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
 
     layout, inputs, lines = start(config.parallel, seed=config.train.seed), read_inputs(config), list[str]()
     with played_gpu(least) as asked:

@@ -14,19 +14,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from renio_megatron.cli.run import checked_recipe, set_hardware_variables_of
 from renio_megatron.config import PrecisionConfig
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.config.teachers import has_own_layout
 from renio_megatron.errors import CheckpointError, ConfigError, RenioError
+from renio_megatron.runner.device_env import set_hardware_variables_of
+from renio_megatron.runner.recipe import checked_recipe
 
 if TYPE_CHECKING:
     import torch
 
     from renio_megatron.diagnose.precision import Scores
-    from renio_megatron.inputs import Inputs
     from renio_megatron.parallel.layout import Layout
     from renio_megatron.parallel.vocab import LmHead
+    from renio_megatron.runner.inputs import Inputs
     from renio_megatron.types import MicroBatch, Rollout, TeacherScores
 
 NOISE = "bf16 against fp32"
@@ -118,12 +119,12 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
 
     from rich.console import Console
 
-    from renio_megatron.build import read_inputs
-    from renio_megatron.diagnose.health import versions
     from renio_megatron.megatron.runtime.initialize import check_transformer_engine, start, stop
     from renio_megatron.parallel.layout import backend_and_device, device_name
     from renio_megatron.report.precision_table import precision_table
-    from renio_megatron.run import on_the_same_day
+    from renio_megatron.runner.environment import versions
+    from renio_megatron.runner.inputs import read_inputs
+    from renio_megatron.runner.run import on_the_same_day
 
     try:
         _make(output)
@@ -200,7 +201,7 @@ class _Comparison:
 
     def run(self) -> dict[str, Any]:
         """Facts about the baseline's step, and the figures of each variant; the same on every rank."""
-        from renio_megatron.build import build_student, decoding_of
+        from renio_megatron.runner.build import build_student, decoding_of
 
         at, layout = self._precisions, self._layout
         learner, sampler = build_student(at.baseline, self._inputs, layout)
@@ -233,13 +234,13 @@ class _Comparison:
         }
 
     def _student(self, config: RunConfig) -> Any:
-        from renio_megatron.build import build_student
+        from renio_megatron.runner.build import build_student
 
         gc.collect()  # the last one's modules and Megatron's hooks hold each other
         return build_student(config, self._inputs, self._layout)[0]
 
     def _teacher(self, config: RunConfig) -> _Scored:
-        from renio_megatron.build_teacher import build_teacher
+        from renio_megatron.runner.build_teachers import build_teacher
 
         teacher = build_teacher(config, self._inputs, self._layout)
         scores = teacher.score(self._rollouts, self._batches)

@@ -10,7 +10,7 @@ from renio_megatron.config import ParallelConfig
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.errors import RenioError
-from renio_megatron.parallel.hardware import compute_capability, hardware_variables, set_variables
+from renio_megatron.runner.device_env import compute_capability, hardware_variables, set_variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
     import torch
 
     from renio_megatron.diagnose.doctor import examine
-    from renio_megatron.diagnose.health import health
     from renio_megatron.megatron.runtime.initialize import start, stop
+    from renio_megatron.runner.environment import health
 
     layout = start(parallel, seed=1)
     line, _ = health(layout)

@@ -216,10 +216,10 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
 
         run_rank(rank_arguments)
 
-    from renio_megatron.cli.run import finished_message
     from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
-    from renio_megatron.rundir import RunDirectory
+    from renio_megatron.runner.describe import finished_message
     from renio_megatron.runner.recipe import check_data
+    from renio_megatron.runner.run_directory import RunDirectory
 
     recipe = load_recipe(arguments.command, arguments.recipe, overrides)
     config = recipe.config
@@ -312,7 +312,7 @@ def _run_export(arguments: argparse.Namespace) -> int:
         )
     launch.become_single_rank()
 
-    from renio_megatron.export import export_checkpoint
+    from renio_megatron.runner.export import export_checkpoint
 
     destination = Path(arguments.destination)
     written = destination.resolve()  # an export to `.` replaces the directory that this process stands in

@@ -20,7 +20,7 @@ def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool) -> N
     """
     recipe = load_recipe(kind_of(path, overrides), path, overrides)
     check_data(recipe.config)
-    from renio_megatron.preview import preview
+    from renio_megatron.runner.preview import preview
 
     found = preview(recipe.config, count)
     found = replace(found, notices=[*recipe.dropped_lines(), *found.notices])

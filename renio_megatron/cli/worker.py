@@ -77,13 +77,13 @@ def show_warnings() -> None:
 
 
 def _run_recipe(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> None:
-    from renio_megatron.cli.run import run
+    from renio_megatron.cli.train import run
 
     run(kind, target, overrides, fresh=fresh)
 
 
 def _run_quickstart(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> None:
-    from renio_megatron.cli.run import quickstart
+    from renio_megatron.tools.quickstart import quickstart
 
     quickstart(Path(target), fresh=fresh)
 

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import LossConfig, WeightingConfig
-from renio_megatron.diagnose.health import differences, rank_report, versions
 from renio_megatron.losses.distillation import DistillationOutput, distillation_loss
 from renio_megatron.losses.linear_distillation import linear_distillation_loss
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.parallel.layout import Axis, Layout, device_identity
 from renio_megatron.parallel.vocab import VocabShard
+from renio_megatron.runner.environment import differences, rank_report, versions
 
 SIZES = {"gloo": (1 << 16, 1 << 20, 1 << 23), "nccl": (1 << 20, 1 << 24, 1 << 28)}
 """Bytes of the all-reduces that are timed, by backend."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from renio_megatron.config.schema import RunConfig, SftConfig
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from renio_megatron.config.load import check_models, check_world, load_recipe
+from renio_megatron.config.schema import Recipe, RunConfig, SftConfig
 from renio_megatron.data.sources.files import check_file
+from renio_megatron.errors import RenioError
 
 
 def check_data(config: RunConfig | SftConfig) -> None:
@@ -11,3 +17,16 @@ def check_data(config: RunConfig | SftConfig) -> None:
     check_file(config.data, "train")
     if config.evaluate.every:
         check_file(config.data, "eval")
+
+
+def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe, checked against this world; its errors are marked as every rank's."""
+    try:
+        recipe = load_recipe(kind, path, overrides)
+        check_world(recipe.config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_models(recipe.config)
+        check_data(recipe.config)
+    except RenioError as error:
+        error.shared = True  # type: ignore[attr-defined]
+        raise
+    return recipe

@@ -10,9 +10,9 @@ from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.config.teachers import setting_of, single_teachers
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled, user_path
-from renio_megatron.inputs import Inputs
 from renio_megatron.models.hf_weights import description_files
-from renio_megatron.rundir import DATE
+from renio_megatron.runner.inputs import Inputs
+from renio_megatron.runner.run_directory import DATE
 
 _BLOCKS = 16  # of a file of weights; what is edited, trained or quantised differs nearly everywhere
 _MOST_READ = 2**30  # bytes of a file that are read whole

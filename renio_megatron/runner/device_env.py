@@ -7,9 +7,14 @@ of the driver's management library, which creates no CUDA context.
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
+from renio_megatron.config.schema import RunConfig, SftConfig
+
+logger = logging.getLogger(__name__)
 BLACKWELL = (10, 0)
 """Compute capability from which on CUDA keeps the order of launches without help."""
 
@@ -106,3 +111,16 @@ def compute_capability() -> tuple[int, int] | None:
     finally:
         library.nvmlShutdown()
     return None if failed else (major.value, minor.value)
+
+
+def set_hardware_variables_of(config: RunConfig | SftConfig) -> None:
+    """Before CUDA is touched: CUDA's and NCCL's variables that the user has not set; a contradiction is a warning."""
+    variables = hardware_variables(
+        compute_capability(),
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        context_size=config.parallel.context_parallel_size,
+        is_deterministic=config.train.deterministic_mode,
+    )
+    for warning in set_variables(variables, os.environ):
+        if int(os.environ.get("RANK", "0")) == 0:
+            logger.warning(warning)

@@ -28,7 +28,7 @@ from renio_megatron.megatron.weights.residual import residual_of
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import description_files
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.rundir import RunDirectory
+from renio_megatron.runner.run_directory import RunDirectory
 
 MAX_SHARD_SIZE = "5GB"
 

@@ -56,7 +56,7 @@ class RunDirectory:
             recipe: the present recipe; an existing directory must hold the same settings, but for those of
                 `config.resume.CHANGEABLE`.
             fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
-            origins: digests from `origins.origins`, which a run that goes on from its checkpoint must find unchanged;
+            origins: digests from `digests.origins`, which a run that goes on from its checkpoint must find unchanged;
                 None: not looked at.
 
         Raises:

@@ -17,9 +17,9 @@ from renio_megatron.config.teachers import (
     teacher_parallel,
 )
 from renio_megatron.files import user_path
-from renio_megatron.inputs import Inputs, TeacherInputs, most_completion_tokens
 from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.runner.inputs import Inputs, TeacherInputs, most_completion_tokens
 from renio_megatron.training.algorithms.multi_teacher import RoutedTeachers
 
 

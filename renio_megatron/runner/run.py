@@ -6,31 +6,30 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from renio_megatron.build import build_trainer, read_inputs
-from renio_megatron.build_teacher import build_scorers
 from renio_megatron.config.schema import Recipe, RunConfig, SftConfig
 from renio_megatron.config.teachers import num_scorers, shares_student, single_teachers, teacher_parallel
-from renio_megatron.diagnose.health import health, layers, trained
 from renio_megatron.errors import RenioError, RunStopped
-from renio_megatron.inputs import Inputs
 from renio_megatron.megatron.runtime.initialize import bridge, start
-from renio_megatron.origins import origins
+from renio_megatron.parallel.collectives import any_rank, on_main_rank
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.row_exchange import gather_rows
-from renio_megatron.preview import prompt_lines
-from renio_megatron.rundir import RunDirectory
-from renio_megatron.stop import StopSignal
+from renio_megatron.runner.build import build_trainer
+from renio_megatron.runner.build_teachers import build_scorers
+from renio_megatron.runner.digests import origins
+from renio_megatron.runner.environment import health, layers, trained
+from renio_megatron.runner.inputs import Inputs, read_inputs
+from renio_megatron.runner.preview import prompt_lines
+from renio_megatron.runner.run_directory import RunDirectory
+from renio_megatron.runner.signals import StopSignal
 from renio_megatron.training.metrics.sinks import JsonlSink, Observer, TensorBoardSink, read_metrics
 from renio_megatron.training.rollout_log import RolloutObserver, RolloutSink
 from renio_megatron.training.setting_warnings import Notices
 
 logger = logging.getLogger(__name__)
-_Value = TypeVar("_Value")
 
 ProgressMaker = Callable[[str, int], AbstractContextManager[Any]]
 """(title, steps of the run) -> a context manager whose value has `update(step, metrics)`."""
@@ -128,7 +127,7 @@ def run_recipe(
                     stack.callback(log.close)
                     rollout_observers.append(log.write)
         sigterm = stack.enter_context(StopSignal())
-        trainer.stop_requested = lambda: _any_rank(layout, sigterm.received)
+        trainer.stop_requested = lambda: any_rank(layout, sigterm.received)
         metrics = trainer.run()
     trainer.algorithm.close()
     if trainer.stopped:
@@ -204,26 +203,3 @@ def _last_row(directory: RunDirectory) -> dict[str, Any]:
     """The last metrics of a run that was killed between its last step and its end."""
     rows = read_metrics(directory.metrics)
     return rows[-1] if rows else {}
-
-
-def _any_rank(layout: Layout, mine: bool) -> bool:
-    """Whether it is so on any rank; the same answer on all."""
-    count = torch.tensor(float(mine), device=layout.device)
-    dist.all_reduce(count)
-    return bool(count > 0)
-
-
-def on_main_rank(layout: Layout, action: Callable[[], _Value]) -> _Value:
-    """The result of `action`, run on the first rank alone; its error is raised on every rank, marked as shared."""
-    outcome: list[Any] = [None, None]
-    if layout.is_main:
-        try:
-            outcome[0] = action()
-        except RenioError as error:
-            outcome[1] = error
-    if layout.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        outcome[1].shared = True
-        raise outcome[1]
-    return outcome[0]

@@ -10,10 +10,10 @@ from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.config.teachers import ONLY, setting_of, single_teachers
 from renio_megatron.data.prompts import PromptStream
 from renio_megatron.data.sources import build_source
-from renio_megatron.inputs import notices_of_prompts, stops_of, teacher_views
 from renio_megatron.models.ends import Ends, ends_of
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.models.tokenizer import check_same_tokenizer, load_tokenizer
+from renio_megatron.runner.inputs import notices_of_prompts, stops_of, teacher_views
 from renio_megatron.types import Prompt
 
 _SHOWN = 1500

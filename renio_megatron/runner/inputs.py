@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from renio_megatron.config import LoraConfig, TrainConfig
 from renio_megatron.config.schema import RunConfig, SftConfig
 from renio_megatron.config.teachers import ONLY, setting_of, single_teachers
+from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.data.prompt_views import View, chat_template_of, teacher_view
-from renio_megatron.data.prompts import PromptStream
+from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
+from renio_megatron.data.sources import build_source
+from renio_megatron.data.sources.source import Source
+from renio_megatron.errors import ConfigError
+from renio_megatron.evaluation.graders import build_grader
 from renio_megatron.files import user_path
 from renio_megatron.megatron.checkpoint.directory import find_pretrained
 from renio_megatron.megatron.weights.peft_config import PeftAdapter
-from renio_megatron.models.architecture import Architecture
+from renio_megatron.models.architecture import Architecture, notices
 from renio_megatron.models.ends import Ends, differing_ends, ends_of
 from renio_megatron.models.hf_weights import WeightFiles
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.models.tokenizer import check_embedding, check_same_tokenizer, load_tokenizer
+from renio_megatron.models.tokenizer import check_embedding, check_same_tokenizer, load_tokenizer, padding_id
 from renio_megatron.types import Prompt, Rollout
 
 _MAX_NAMED = 3
@@ -179,3 +186,111 @@ def notices_of_prompts(
             "data.student_template, data.problem_key and the records (`renio preview` shows them)."
         )
     return found
+
+
+def read_inputs(config: RunConfig | SftConfig, now: datetime | None = None) -> Inputs:
+    """Opens and checks models' descriptions, tokenizers and data.
+
+    Args:
+        config: all settings.
+        now: the time that a chat template may write; None: the clock's.
+
+    Raises:
+        ConfigError, DataError: whatever does not fit together, named.
+    """
+    model = model_directory(config.model, "model")
+    architecture = Architecture.from_directory(model)
+    now = now or datetime.now().replace(microsecond=0)
+    tokenizer = load_tokenizer(model)
+    check_embedding(tokenizer, model, architecture)
+    weights = weights_of(model, config.pretrained_checkpoint, "pretrained_checkpoint")
+    if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
+        WeightFiles(model).check(architecture)
+    teachers = read_teachers(config, model, weights, tokenizer) if isinstance(config, RunConfig) else {}
+    # Rows beyond a tokenizer's tokens differ between models of a family; no model may be asked about them.
+    vocab_size = min(one.vocab_size for one in (architecture, *(teacher.architecture for teacher in teachers.values())))
+    adapter = _adapter(config.lora, model, weights)
+    source = build_source(config.data, "train")
+    stream = PromptStream(
+        source,
+        tokenizer,
+        config.data,
+        teacher_views=teacher_views(config, tokenizer) if isinstance(config, RunConfig) else None,
+        with_completions=isinstance(config, SftConfig),
+        room=_room(config, architecture, teachers),
+        now=now,
+    )
+    first = stream.batch(0, _num_checked(source, config.train))
+    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
+        if one.teacher.kind != "separate":
+            check_views_differ([prompt for prompt in first if prompt.teacher == name], one.teacher.kind)
+    if isinstance(config, SftConfig) and config.train.max_tokens_per_micro_batch is not None:
+        arrangement = Arrangement(
+            0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
+        )
+        given = [Rollout(prompt, prompt.completion_ids or ()) for prompt in first]
+        collate(given, view="student", arrangement=arrangement)  # refuses what no row can hold
+    eval_grader, evaluation = None, []
+    if config.evaluate.every:
+        evaluation = stream.evaluation(config.evaluate.samples)
+        eval_grader = build_grader(config.data, stream.evaluation_source, tokenizer)
+        if eval_grader is None:
+            raise ConfigError(
+                "evaluate.every is set, but nothing can be graded: the evaluation records have no answers or "
+                "data.grader=none. Set data.answer_key and data.grader, or evaluate.every=0."
+            )
+    ends = ends_of(model, tokenizer, *stops_of(config))
+    directories = [model, *(teacher.directory for teacher in teachers.values())]
+    found = [notice for one in dict.fromkeys(directories) for notice in notices(one)]
+    teacher_ends = {name: teacher.ends for name, teacher in teachers.items()}
+    found += notices_of_prompts(stream, first, ends, teacher_ends, tokenizer)
+    return Inputs(
+        model=model,
+        weights=weights,
+        architecture=architecture,
+        adapter=adapter,
+        teachers=teachers,
+        vocab_size=vocab_size,
+        stream=stream,
+        evaluation=evaluation,
+        grader=build_grader(config.data, source, tokenizer),
+        eval_grader=eval_grader,
+        ends=ends,
+        tokenizer=tokenizer,
+        pad_id=padding_id(tokenizer),
+        notices=tuple(found),
+        date=now.isoformat() if stream.chat_template is not None and stream.chat_template.has_date else None,
+    )
+
+
+def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None:
+    """The adapter that a student starts with."""
+    if lora.adapter is None:
+        return None
+    from renio_megatron.megatron.weights.peft import check_adapter
+
+    adapter = check_adapter(user_path(lora.adapter), lora)
+    if adapter.start is not None and weights != model:
+        raise ConfigError(
+            f"lora.adapter: {lora.adapter} has init_lora_weights={adapter.start!r}, so it stands beside a part of the "
+            "model's matrices, which is computed from Hugging Face's files; pretrained_checkpoint is set. Export that "
+            "checkpoint, give the result as `model`, and leave pretrained_checkpoint out."
+        )
+    return adapter
+
+
+def _room(config: RunConfig | SftConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> Room:
+    completion = config.rollout.max_completion_length if isinstance(config, RunConfig) else None
+    positions = {name: teacher.architecture.max_sequence_length for name, teacher in teachers.items()}
+    return Room(student.max_sequence_length, positions, completion, config.evaluate.max_completion_length or completion)
+
+
+def _num_checked(source: Source, train: TrainConfig) -> int:
+    """Prompts that are built once at setup, so that a bad one is found before step 1.
+
+    Of a file's records all that the run will use; of generated problems, which are all alike, a few.
+    """
+    used = train.train_iters * train.global_batch_size
+    if source.size is None or source.name not in ("jsonl", "datasets"):
+        return min(8, used)
+    return min(source.size, used)

@@ -1,0 +1,29 @@
+"""What a rank does for `train` and `sft`: a run with its progress, and what is said at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from renio_megatron.runner.describe import describe_run, finished_message, say, say_weights
+from renio_megatron.runner.device_env import set_hardware_variables_of
+from renio_megatron.runner.recipe import checked_recipe
+
+
+def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
+    """`renio train` and `renio sft` on this rank."""
+    from renio_megatron.runner.run import run_recipe
+    from renio_megatron.training.metrics.progress import Progress
+
+    recipe = checked_recipe(kind, path, overrides)
+    config = recipe.config
+    set_hardware_variables_of(config)
+    for line in recipe.dropped_lines():
+        say(line)
+    say(f"{path}: {describe_run(config)}")
+    say_weights(config)
+    outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress, say=say)
+    if outcome == "finished":
+        say(finished_message(config))
+    else:
+        say(f"done: {config.output_dir} holds config.yaml, metrics.jsonl, tensorboard/ and checkpoints/")

@@ -1,0 +1,71 @@
+"""What a run says about itself at its start and its end."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.teachers import has_own_layout, num_scorers, teacher_words
+
+
+def finished_message(config: RunConfig | SftConfig) -> str:
+    """What is said where there is nothing left to do."""
+    return (
+        f"{config.output_dir} is finished: all {config.train.train_iters} steps are done. "
+        "Export it with `renio export`, or run it again with --fresh."
+    )
+
+
+def describe_run(config: Any) -> str:
+    """One line about a run: what learns from what, on how many ranks."""
+    parallel, train = config.parallel, config.train
+    sizes = {
+        f"TP {parallel.tensor_model_parallel_size}": True,
+        "SP": parallel.sequence_parallel,
+        f"PP {parallel.pipeline_model_parallel_size}": True,
+        f"VPP {parallel.virtual_pipeline_model_parallel_size}": parallel.virtual_pipeline_model_parallel_size,
+        f"CP {parallel.context_parallel_size}": parallel.context_parallel_size > 1,
+        f"DP {_trainers(config) // parallel.model_ranks}": True,
+        f"EP {parallel.expert_model_parallel_size}": parallel.expert_model_parallel_size > 1,
+    }
+    layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
+    what = f"{config.model} on its solutions"
+    if isinstance(config, RunConfig):
+        what = f"{config.model} learns from {_teachers(config)}, weighting {config.weighting.name}"
+        if has_own_layout(parallel, config.teacher):
+            layout = f"{layout}; teacher {teacher_words(parallel, config.teacher, _trainers(config))}"
+    return f"{what}; {train.train_iters} steps of {train.global_batch_size} sequences; {layout}"
+
+
+def _teachers(config: RunConfig) -> str:
+    """Who teaches, in words."""
+
+    def words(teacher: Any) -> str:
+        return teacher.model or f"itself ({teacher.kind}), shown more"
+
+    routes = config.teacher.routes
+    if not routes:
+        return words(config.teacher)
+    return f"{', '.join(f'{name}: {words(one)}' for name, one in routes.items())} (by {config.data.teacher_key})"
+
+
+def _trainers(config: Any) -> int:
+    """Ranks of the student."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return world - num_scorers(config.parallel, config.teacher) if isinstance(config, RunConfig) else world
+
+
+def say_weights(config: RunConfig | SftConfig) -> None:
+    """Prints which weights are in force, and over how many sequences their mean is taken; none in fine-tuning."""
+    from renio_megatron.training.setting_warnings import weights_line
+
+    if isinstance(config, RunConfig):
+        data_ranks = _trainers(config) // config.parallel.model_ranks
+        say(weights_line(config.weighting, config.train.global_batch_size, data_ranks))
+
+
+def say(text: str) -> None:
+    """Prints on the first rank."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
