@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from renio_megatron.cli.compare_precision import NOISE, describe, precisions_of
 from renio_megatron.cli.main import main
 from renio_megatron.config import (
     HeadConfig,
@@ -20,6 +19,7 @@ from renio_megatron.config import (
     TrainConfig,
 )
 from renio_megatron.errors import ConfigError
+from renio_megatron.tools.precision.experiment import NOISE, describe, precisions_of
 from tests.multiprocess import run_ranks
 from tests.training_cases import recipe, save_models
 
@@ -42,8 +42,8 @@ def _config(folder: Path, layout: str, **changes: Any) -> Any:
 
 
 def _compare(config: Any, layout: Any) -> dict[str, Any]:
-    from renio_megatron.cli.compare_precision import _Comparison
     from renio_megatron.runner.inputs import read_inputs
+    from renio_megatron.tools.precision.experiment import _Comparison
 
     precisions = precisions_of(config, has_fp8=False)
     return _Comparison(precisions, read_inputs(precisions.baseline), layout).run()

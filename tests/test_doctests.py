@@ -39,7 +39,7 @@ def test_there_are_examples():
         "losses.distillation",
         "losses.token_logp",
         "objective.weightings.renio",
-        "objective.normalise",
+        "objective.normalize",
     )
     modules = [importlib.import_module(f"renio_megatron.{name}") for name in names]
     assert sum(len(test.examples) for module in modules for test in finder.find(module)) >= 10

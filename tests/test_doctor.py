@@ -10,8 +10,10 @@ import torch
 
 from renio_megatron.cli.doctor import read_settings
 from renio_megatron.cli.main import main
-from renio_megatron.diagnose import doctor
-from renio_megatron.diagnose.doctor import (
+from renio_megatron.errors import ConfigError
+from renio_megatron.parallel.layout import Layout
+from renio_megatron.tools import doctor
+from renio_megatron.tools.doctor import (
     bandwidth_verdict,
     check_linear_loss,
     check_loss,
@@ -19,8 +21,6 @@ from renio_megatron.diagnose.doctor import (
     examine,
     loss_verdict,
 )
-from renio_megatron.errors import ConfigError
-from renio_megatron.parallel.layout import Layout
 from tests.multiprocess import run_ranks
 
 LAYOUTS = {  # name: (tensor, pipeline, context)

@@ -11,7 +11,7 @@ import torch
 
 from renio_megatron.losses.kernels import statistics
 from renio_megatron.objective.divergences import DIVERGENCES, divergence_of
-from renio_megatron.objective.normalise import divide_and_cap, moving_average
+from renio_megatron.objective.normalize import divide_and_cap, moving_average
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
 from renio_megatron.objective.weightings import WEIGHTINGS
 from renio_megatron.objective.weightings.renio import is_pivotal, pivotal_evidence, raw_weight

@@ -24,11 +24,11 @@ from renio_megatron.config.schema import RunConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.losses.chunk_size import loss_buffer_bytes
 from renio_megatron.losses.linear_distillation import buffer_bytes
-from renio_megatron.plan.activations import chunk_bytes, layer_bytes
-from renio_megatron.plan.memory import RankMemory, plan_memory
-from renio_megatron.plan.models import read_model
-from renio_megatron.plan.parts import PlannedPart
-from renio_megatron.plan.workload import Pieces, workload
+from renio_megatron.tools.plan.activations import chunk_bytes, layer_bytes
+from renio_megatron.tools.plan.memory import RankMemory, plan_memory
+from renio_megatron.tools.plan.models import read_model
+from renio_megatron.tools.plan.parts import PlannedPart
+from renio_megatron.tools.plan.workload import Pieces, workload
 from tests.moe_cases import save_mixtures
 from tests.multiprocess import Ranks
 from tests.plan_cases import cases, dedicated_cases, expert_cases, own_cases

@@ -16,7 +16,7 @@ import renio_megatron
 from renio_megatron.cli.main import main
 from renio_megatron.cli.plan import DOES_NOT_FIT
 from renio_megatron.errors import ConfigError
-from renio_megatron.plan.models import read_model
+from renio_megatron.tools.plan.models import read_model
 from tests.jobs import python_path
 
 ROOT = Path(renio_megatron.__file__).parents[1]

@@ -22,11 +22,11 @@ from renio_megatron.config import (
 from renio_megatron.config.load import smallest_world
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.config.teachers import ONLY
-from renio_megatron.plan.memory import RankMemory, plan_memory, stages_of_ranks
-from renio_megatron.plan.mixture import forward_bytes, kept_bytes, left_bytes
-from renio_megatron.plan.models import read_model
-from renio_megatron.plan.workload import Pieces
-from renio_megatron.report.plan_table import plan_table
+from renio_megatron.tools.plan.memory import RankMemory, plan_memory, stages_of_ranks
+from renio_megatron.tools.plan.models import read_model
+from renio_megatron.tools.plan.moe import forward_bytes, kept_bytes, left_bytes
+from renio_megatron.tools.plan.table import plan_table
+from renio_megatron.tools.plan.workload import Pieces
 
 MODELS = Path(renio_megatron.__file__).parents[1] / "tests" / "data" / "models"
 ROWS = 1025

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from renio_megatron.diagnose.precision import (
+from renio_megatron.errors import NumericsError
+from renio_megatron.objective.statistics import rank_correlation
+from renio_megatron.tools.precision.errors import (
     Scores,
     gradient_errors,
     gradient_sums,
@@ -15,8 +17,6 @@ from renio_megatron.diagnose.precision import (
     value_errors,
     verdict_errors,
 )
-from renio_megatron.errors import NumericsError
-from renio_megatron.objective.statistics import rank_correlation
 
 
 def scores(**changes) -> Scores:

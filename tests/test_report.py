@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from renio_megatron.errors import CheckpointError
-from renio_megatron.report.curves import centred_mean, plot_curves
-from renio_megatron.report.table import NOTE, RunSummary, comparison_table, summarise
+from renio_megatron.tools.report.curves import centred_mean, plot_curves
+from renio_megatron.tools.report.table import NOTE, RunSummary, comparison_table, summarise
 from renio_megatron.training.metrics.progress import Progress, format_duration
 
 ROW = {
@@ -197,7 +197,7 @@ def test_centred_mean_keeps_the_ends():
 
 def drawn(monkeypatch, tmp_path, runs):
     """The figure's axes, caught before it is saved: accuracy, loss, weights, detection, right axis of the weights."""
-    from renio_megatron.report import curves
+    from renio_megatron.tools.report import curves
 
     caught = []
     monkeypatch.setattr(curves, "_save", lambda figure, path: caught.append(figure))

@@ -13,7 +13,7 @@ from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.files import as_others_are
-from renio_megatron.objective.normalise import moving_average
+from renio_megatron.objective.normalize import moving_average
 
 NAN, INF = float("nan"), float("inf")
 

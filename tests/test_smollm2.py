@@ -16,8 +16,8 @@ import torch
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.config.teachers import ONLY
-from renio_megatron.plan.memory import plan_memory
-from renio_megatron.plan.models import read_model
+from renio_megatron.tools.plan.memory import plan_memory
+from renio_megatron.tools.plan.models import read_model
 from tests import warm
 from tests.multiprocess import run_ranks
 

@@ -269,7 +269,7 @@ def test_only_records_whose_teacher_reads_it_need_a_solution(models, tmp_path):
 def test_the_command_for_one_teacher_says_so(load, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text('{"problem": "^1+1="}\n')
-    from renio_megatron.cli.compare_precision import compare_precision
+    from renio_megatron.tools.precision.experiment import compare_precision
 
     whole = {"math": {"model": str(models / "teacher")}, "self": ROUTES["self"]}
     load(model=str(models / "student"), teacher={"routes": whole})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from renio_megatron.config import DataConfig, LossConfig, RolloutConfig, TeacherConfig, TrainConfig
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.models.architecture import Architecture
-from renio_megatron.plan.memory import plan_memory
-from renio_megatron.plan.models import PlannedModel
+from renio_megatron.tools.plan.memory import plan_memory
+from renio_megatron.tools.plan.models import PlannedModel
 from step_bench.models import forward_flops, layer_parameters
 from step_bench.roles import Workload
 

@@ -22,7 +22,6 @@ from renio_megatron.config import (
     WeightingConfig,
 )
 from renio_megatron.data.batching.collate import flat_completions
-from renio_megatron.diagnose.precision import Scores
 from renio_megatron.losses.sample_weights import sample_weights
 from renio_megatron.megatron.model.build import ModelPart, build_model
 from renio_megatron.megatron.runtime.initialize import start, stop
@@ -32,6 +31,7 @@ from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
 from renio_megatron.megatron.teacher.weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.layout import Layout
+from renio_megatron.tools.precision.errors import Scores
 from renio_megatron.training.algorithms.distillation import Distillation, WeightedDivergence
 from renio_megatron.types import Decoding, Prompt, Rollout
 from step_bench.models import random_model

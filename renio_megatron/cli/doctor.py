@@ -59,9 +59,9 @@ def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
 
     import torch
 
-    from renio_megatron.diagnose.doctor import examine
     from renio_megatron.megatron.runtime.initialize import start, stop
     from renio_megatron.runner.environment import health
+    from renio_megatron.tools.doctor import examine
 
     layout = start(parallel, seed=1)
     line, _ = health(layout)

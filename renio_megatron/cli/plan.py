@@ -11,10 +11,10 @@ from renio_megatron.config import ParallelConfig
 from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.config.teachers import has_own_layout, setting_of, single_teachers, teacher_words
-from renio_megatron.plan.memory import RESERVE, plan_memory
-from renio_megatron.plan.models import PlannedModel, read_model
-from renio_megatron.plan.workload import ranks_of, teacher_layout, workload
-from renio_megatron.report.plan_table import plan_table
+from renio_megatron.tools.plan.memory import RESERVE, plan_memory
+from renio_megatron.tools.plan.models import PlannedModel, read_model
+from renio_megatron.tools.plan.table import plan_table
+from renio_megatron.tools.plan.workload import ranks_of, teacher_layout, workload
 
 DOES_NOT_FIT = 3
 """The exit code where the largest rank needs more than there is."""

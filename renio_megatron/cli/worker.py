@@ -95,7 +95,7 @@ def _run_doctor(kind: str, target: str, overrides: Sequence[str], fresh: bool) -
 
 
 def _run_compare_precision(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> int:
-    from renio_megatron.cli.compare_precision import compare_precision
+    from renio_megatron.tools.precision.experiment import compare_precision
 
     option = "--output="
     output = next((text.removeprefix(option) for text in overrides if text.startswith(option)), None)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from renio_megatron.config import WeightingConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.objective.normalise import divide_and_cap, moving_average
+from renio_megatron.objective.normalize import divide_and_cap, moving_average
 from renio_megatron.objective.reduce import tokens_per_sequence
 from renio_megatron.objective.weightings import WEIGHTINGS
 from renio_megatron.objective.weightings.renio import is_pivotal, pivotal_evidence, raw_weight

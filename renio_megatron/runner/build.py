@@ -15,10 +15,7 @@ from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.runner.build_teachers import build_teacher
-from renio_megatron.runner.inputs import (
-    Inputs,
-    most_completion_tokens,
-)
+from renio_megatron.runner.inputs import Inputs, most_completion_tokens
 from renio_megatron.training.algorithms import Algorithm
 from renio_megatron.training.algorithms.distillation import Distillation
 from renio_megatron.training.algorithms.sft import Sft

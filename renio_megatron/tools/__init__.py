@@ -1,1 +1,1 @@
-"""What people ask without training: will it fit, is the machine fit, what does FP8 do; reports and the quickstart."""
+"""What people ask of a recipe beside training it: memory, a fit machine, FP8, tables and curves, the quickstart."""

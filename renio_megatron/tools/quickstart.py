@@ -57,8 +57,8 @@ def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> N
     """The table and the picture of the quickstart."""
     from rich.console import Console
 
-    from renio_megatron.report.curves import plot_curves
-    from renio_megatron.report.table import comparison_table, summarise
+    from renio_megatron.tools.report.curves import plot_curves
+    from renio_megatron.tools.report.table import comparison_table, summarise
     from renio_megatron.training.metrics.sinks import read_metrics
 
     config = recipe.config

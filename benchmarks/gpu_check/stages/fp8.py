@@ -89,7 +89,7 @@ def baseline(record: Record, setting: Setting) -> None:
 
 
 def _compare(record: Record, setting: Setting, name: str, scores: Any, figures: tuple[str, ...]) -> None:
-    from renio_megatron.diagnose.precision import Scores, score_errors
+    from renio_megatron.tools.precision.errors import Scores, score_errors
 
     truth = Scores(**torch.load(_baseline_file(setting)))
     for key, value in score_errors(scores, truth).items():
@@ -118,8 +118,8 @@ def fp32(record: Record, setting: Setting) -> None:
 
 def chain(record: Record, setting: Setting, recipe: str) -> None:
     """Every figure of `renio compare-precision` for the modular chain; in this process, which saves the imports."""
-    from renio_megatron.cli.compare_precision import compare_precision
     from renio_megatron.cli.launch import become_single_rank
+    from renio_megatron.tools.precision.experiment import compare_precision
 
     become_single_rank()
     folder = setting.folder / f"precision-{recipe}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from renio_megatron.objective.divergences import Divergence
-from renio_megatron.objective.divergences.impossible import drop_impossible_
+from renio_megatron.objective.divergences.zero_probability import drop_impossible_
 from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalisers
 
 CHUNK_ENTRIES = 1 << 18

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from renio_megatron.objective.divergences.impossible import drop_impossible_
+from renio_megatron.objective.divergences.zero_probability import drop_impossible_
 
 
 def terms(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from renio_megatron.objective.divergences.impossible import drop_impossible_
+from renio_megatron.objective.divergences.zero_probability import drop_impossible_
 
 
 def terms(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from renio_megatron.config import HeadConfig
 from renio_megatron.losses.chunk_size import chunk_size_for, token_bytes
-from renio_megatron.plan.activations import forward_bytes, tokens_bytes
-from renio_megatron.plan.parts import PlannedPart
-from renio_megatron.plan.workload import Reading
+from renio_megatron.tools.plan.activations import forward_bytes, tokens_bytes
+from renio_megatron.tools.plan.parts import PlannedPart
+from renio_megatron.tools.plan.workload import Reading
 
 
 def scoring_bytes(part: PlannedPart, reading: Reading, head: HeadConfig) -> dict[str, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig
 from renio_megatron.models.architecture import padded_vocab_size
-from renio_megatron.plan.models import PlannedModel
+from renio_megatron.tools.plan.models import PlannedModel
 
 
 @dataclass(frozen=True)

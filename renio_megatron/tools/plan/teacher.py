@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from renio_megatron.config.schema import RunConfig
-from renio_megatron.plan.activations import forward_bytes
-from renio_megatron.plan.parts import PlannedPart
-from renio_megatron.plan.scoring import scoring_bytes, with_scales
-from renio_megatron.plan.student import PlannedStudent
-from renio_megatron.plan.workload import Workload
+from renio_megatron.tools.plan.activations import forward_bytes
+from renio_megatron.tools.plan.parts import PlannedPart
+from renio_megatron.tools.plan.scoring import scoring_bytes, with_scales
+from renio_megatron.tools.plan.student import PlannedStudent
+from renio_megatron.tools.plan.workload import Workload
 
 
 class PlannedTeacher(Protocol):

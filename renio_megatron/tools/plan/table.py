@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from renio_megatron.plan.memory import HELD, PHASES, RankMemory
+from renio_megatron.tools.plan.memory import HELD, PHASES, RankMemory
 
 MOST_COLUMNS = 4
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.losses.chunk_size import loss_buffer_bytes
-from renio_megatron.plan.activations import (
+from renio_megatron.tools.plan.activations import (
     backward_bytes,
     chunk_bytes,
     chunks_in_flight,
@@ -16,9 +16,9 @@ from renio_megatron.plan.activations import (
     forward_bytes,
     untouched_bytes,
 )
-from renio_megatron.plan.parts import PlannedPart, Tensors
-from renio_megatron.plan.scoring import gathered_bytes, logit_bytes, scoring_bytes, sent_bytes, with_scales
-from renio_megatron.plan.workload import Workload
+from renio_megatron.tools.plan.parts import PlannedPart, Tensors
+from renio_megatron.tools.plan.scoring import gathered_bytes, logit_bytes, scoring_bytes, sent_bytes, with_scales
+from renio_megatron.tools.plan.workload import Workload
 
 Payload = Callable[[bool], int]
 """Whether a micro-batch's loss reads it now -> bytes of the teacher's hidden states on this rank's device."""

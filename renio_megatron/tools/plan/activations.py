@@ -10,9 +10,9 @@ with autograd's own list in tests/test_plan.py. The pipeline's formulas are Mega
 from __future__ import annotations
 
 from renio_megatron.config import ParallelConfig, TrainConfig
-from renio_megatron.plan import mixture
-from renio_megatron.plan.models import PlannedModel
-from renio_megatron.plan.workload import Pieces
+from renio_megatron.tools.plan import moe
+from renio_megatron.tools.plan.models import PlannedModel
+from renio_megatron.tools.plan.workload import Pieces
 
 
 def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False, is_balanced: bool = False) -> int:
@@ -39,7 +39,7 @@ def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False,
     if model.experts is None:
         kept += _mlp_bytes(model, pieces)
     else:
-        kept += mixture.kept_bytes(model, pieces, is_balanced=is_balanced)
+        kept += moe.kept_bytes(model, pieces, is_balanced=is_balanced)
     return kept + _adapter_bytes(model, pieces)
 
 
@@ -118,14 +118,14 @@ def forward_bytes(model: PlannedModel, pieces: Pieces) -> int:
     around = 2 * hidden // pieces.share
     attention = around + tokens * (_projection_width(model, pieces) + 4 * queries + 2 * groups)
     if model.experts is not None:
-        return max(attention * pieces.element, mixture.forward_bytes(model, pieces))
+        return max(attention * pieces.element, moe.forward_bytes(model, pieces))
     return max(attention, around + _mlp_entries(model, pieces) + hidden) * pieces.element
 
 
 def backward_bytes(model: PlannedModel, pieces: Pieces) -> int:
     """Gradients of a layer's tensors that are alive together in its backward pass: the MLP's and two hidden states'."""
     if model.experts is not None:
-        return mixture.backward_bytes(model, pieces)
+        return moe.backward_bytes(model, pieces)
     width = model.architecture.ffn_hidden_size // pieces.tensor
     return pieces.tokens * (3 * width + 2 * model.architecture.hidden_size) * pieces.element
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.config.teachers import has_own_layout, same_weights, shares_student, single_teachers
-from renio_megatron.plan.activations import tokens_bytes
-from renio_megatron.plan.mixture import left_bytes
-from renio_megatron.plan.models import PlannedModel
-from renio_megatron.plan.parts import PlannedPart
-from renio_megatron.plan.student import PlannedStudent
-from renio_megatron.plan.teacher import AlikeTeacher, DetachedTeacher, PlannedTeacher
-from renio_megatron.plan.workload import Workload, ranks_of, teacher_element, teacher_layout, workload
+from renio_megatron.tools.plan.activations import tokens_bytes
+from renio_megatron.tools.plan.models import PlannedModel
+from renio_megatron.tools.plan.moe import left_bytes
+from renio_megatron.tools.plan.parts import PlannedPart
+from renio_megatron.tools.plan.student import PlannedStudent
+from renio_megatron.tools.plan.teacher import AlikeTeacher, DetachedTeacher, PlannedTeacher
+from renio_megatron.tools.plan.workload import Workload, ranks_of, teacher_element, teacher_layout, workload
 
 RESERVE = 0.1
 """Share of a GPU's memory that is left for what is not counted: CUDA's context, NCCL's buffers, gaps."""

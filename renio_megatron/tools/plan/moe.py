@@ -8,8 +8,8 @@ then a rank receives as many as it sends, and each of the ranks that share an ex
 from __future__ import annotations
 
 from renio_megatron.models.architecture import Experts
-from renio_megatron.plan.models import PlannedModel
-from renio_megatron.plan.workload import Pieces
+from renio_megatron.tools.plan.models import PlannedModel
+from renio_megatron.tools.plan.workload import Pieces
 
 
 def kept_bytes(model: PlannedModel, pieces: Pieces, *, is_balanced: bool) -> int:

@@ -24,10 +24,10 @@ from renio_megatron.runner.recipe import checked_recipe
 if TYPE_CHECKING:
     import torch
 
-    from renio_megatron.diagnose.precision import Scores
     from renio_megatron.parallel.layout import Layout
     from renio_megatron.parallel.vocab import LmHead
     from renio_megatron.runner.inputs import Inputs
+    from renio_megatron.tools.precision.errors import Scores
     from renio_megatron.types import MicroBatch, Rollout, TeacherScores
 
 NOISE = "bf16 against fp32"
@@ -121,10 +121,10 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
 
     from renio_megatron.megatron.runtime.initialize import check_transformer_engine, start, stop
     from renio_megatron.parallel.layout import backend_and_device, device_name
-    from renio_megatron.report.precision_table import precision_table
     from renio_megatron.runner.environment import versions
     from renio_megatron.runner.inputs import read_inputs
     from renio_megatron.runner.run import on_the_same_day
+    from renio_megatron.tools.precision.table import precision_table
 
     try:
         _make(output)
@@ -251,10 +251,10 @@ class _Comparison:
     ) -> tuple[Scores, dict[str, torch.Tensor]]:
         """A step as the trainer computes it, up to the optimiser: the whole batch's scores, this rank's gradients."""
         from renio_megatron.data.batching.collate import flat_completions
-        from renio_megatron.diagnose.precision import Scores
         from renio_megatron.losses.sample_weights import sample_weights
         from renio_megatron.megatron.model.schedules import share_tokens
         from renio_megatron.models.param_map import local_name
+        from renio_megatron.tools.precision.errors import Scores
         from renio_megatron.training.algorithms.distillation import WeightedDivergence
 
         device = self._layout.device
@@ -301,7 +301,7 @@ class _Comparison:
         return self._figures(scores, truth, self._sums(mine, gradients))
 
     def _figures(self, found: Scores, expected: Scores, sums: dict[str, list[float]]) -> dict[str, Any]:
-        from renio_megatron.diagnose.precision import gradient_errors, score_errors
+        from renio_megatron.tools.precision.errors import gradient_errors, score_errors
 
         figures, worst = gradient_errors(sums)
         all_figures = {**score_errors(found, expected), **figures}
@@ -310,7 +310,7 @@ class _Comparison:
 
     def _sums(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, list[float]]:
         """Of whole parameters: every rank adds those of its own."""
-        from renio_megatron.diagnose.precision import gradient_sums
+        from renio_megatron.tools.precision.errors import gradient_sums
 
         whole: dict[str, list[float]] = {}
         for one in self._gathered(gradient_sums(found, expected), None, self._layout.world_size):

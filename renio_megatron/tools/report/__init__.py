@@ -1,0 +1,1 @@
+"""What a person sees of finished runs: the table at the end, curves."""
