@@ -8,7 +8,7 @@ check:  ## lint, format, types, architecture
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
-	$(python) -m pytest -q tests/test_architecture.py
+	$(python) -m pytest -q tests/repo/test_architecture.py
 
 test:  ## everything that runs without a GPU
 	./scripts/test.sh

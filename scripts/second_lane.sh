@@ -7,8 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-files=(tests/test_doctests.py tests/test_shim.py tests/test_training.py tests/test_layout_matrix.py tests/test_resharding.py
-    tests/test_checkpoint.py tests/test_te_spec.py)
+files=(tests/repo/test_doctests.py tests/megatron/test_{shim,training,layout_matrix,resharding,checkpoint,te_spec}.py)
 
 if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ] && .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then

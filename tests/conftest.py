@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multiprocess import Ranks
+from tests.helpers.multiprocess import Ranks
 
 LONGEST = (
     "test_layout_matrix",

@@ -116,7 +116,7 @@ def kernels(stage: Found) -> str:
         for name in losses
     ]
     return (
-        f"{table(['cases of `tests/triton_cases.py`', 'comparisons', 'outside their limit'], first)}\n\n"
+        f"{table(['cases of `tests/losses/triton_cases.py`', 'comparisons', 'outside their limit'], first)}\n\n"
         f"{table(['a whole vocabulary', 'error of the loss', 'of the gradient'], second)}"
     )
 

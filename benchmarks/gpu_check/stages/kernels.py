@@ -1,4 +1,4 @@
-"""Each kernel, and the fused loss, against fp64: the cases of `tests/triton_cases.py` on this device, then whole
+"""Each kernel, and the fused loss, against fp64: the cases of `tests/losses/triton_cases.py` on this device, then whole
 vocabularies."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SANITIZER_SECONDS = 30
 
 def units(setting: Setting) -> list[Unit]:
     """Whole vocabularies first: what a training step asks for."""
-    from tests import triton_cases
+    from tests.losses import triton_cases
 
     at_size = [Unit(cell.title, partial(exact, cell=cell)) for cell in cells(setting)]
     names = [name for name in triton_cases.GROUPS if setting.is_cuda or name not in ONLY_KERNELS]
@@ -79,14 +79,14 @@ def exact(record: Record, setting: Setting, cell: Any) -> None:
 
 def group(record: Record, setting: Setting, name: str) -> None:
     """How many comparisons of a group there were, and the largest share of its limit that one took."""
-    from tests import triton_cases
+    from tests.losses import triton_cases
 
     _judge(record, name, list(triton_cases.GROUPS[name]()))
 
 
 def beyond(record: Record, setting: Setting) -> None:
     """So many rows that offsets pass 2^31, with block sizes chosen by their time."""
-    from tests import triton_cases
+    from tests.losses import triton_cases
 
     if not setting.is_cuda or torch.cuda.mem_get_info()[0] < triton_cases.FREE_BYTES:
         record.add("offsets beyond 32 bits, comparisons", None, "1", why="needs a GPU with 20 GB free")
@@ -109,7 +109,16 @@ def checker(record: Record, setting: Setting) -> None:
         why = "there is no compute-sanitizer" if setting.is_cuda else "needs a GPU"
         record.add("memory checker, errors", None, "1", why=why)
         return
-    command = [program, "--error-exitcode", "9", sys.executable, "-m", "tests.triton_cases", "views", "nothing to do"]
+    command = [
+        program,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "tests.losses.triton_cases",
+        "views",
+        "nothing to do",
+    ]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RENIO_KERNELS": "triton"}
     try:
         done = subprocess.run(

@@ -3,7 +3,7 @@
 The formulas list, tensor by tensor, what autograd saves in this package's layer: Megatron's local spec with torch's
 norm and attention (`megatron/model/build.py`, `megatron/model/attention.py`), and Megatron's unfused gated MLP. Beside
 adapters the weights are frozen: a product keeps its input only for an adapter that reads it, too. They are compared
-with autograd's own list in tests/test_plan.py. The pipeline's formulas are Megatron's `get_pp_rank_microbatches`
+with autograd's own list in tests/tools/test_plan.py. The pipeline's formulas are Megatron's `get_pp_rank_microbatches`
 (`pipeline_parallel/schedules.py`).
 """
 

@@ -1,0 +1,1 @@
+"""The repository: its house, pages, scripts, packaging, and the tests' own machinery."""

@@ -1,0 +1,224 @@
+"""The floors of the house: who may import whom, read from the source without importing it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+PACKAGE = "renio_megatron"
+ROOT_MODULES = ("errors", "types", "files")
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "types"),
+    ("files", "models", "objective", "parallel"),
+    ("config",),
+    ("losses", "data"),
+    ("training",),
+    ("megatron", "evaluation"),
+    ("runner",),
+    ("tools",),
+    ("cli",),
+)
+INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "config": (
+        ("validators", "templates", "parser"),
+        ("sections",),
+        ("schema",),
+        ("teachers",),
+        ("rules", "resume"),
+        ("load",),
+    ),
+    "losses": (
+        ("argument_checks", "chunk_size", "kernels", "sample_weights"),
+        ("chunked_logits", "vocab_passes"),
+        ("distillation", "token_logp"),
+        ("linear_distillation", "tune_kernels"),
+    ),
+    "training": (
+        ("metrics", "lr_schedule", "rollout_log"),
+        ("interfaces", "setting_warnings"),
+        ("algorithms",),
+        ("trainer",),
+    ),
+    "megatron": (("runtime",), ("model",), ("student", "teacher"), ("checkpoint",), ("weights",)),
+}
+FORBIDDEN = (  # (files, imported modules, why); files are dotted names below the package, a folder ends in a dot
+    (r"objective\.", rf"torch\.distributed|{PACKAGE}\.parallel", "objective is plain mathematics"),
+    (r"(?!megatron\.)", "megatron", "only renio_megatron/megatron/ imports megatron"),
+    (r"training\.trainer$", rf"{PACKAGE}\.megatron", "the trainer never meets renio_megatron.megatron"),
+    (r"(?!parallel\.layout$|losses\.kernels\.|megatron\.)", r"torch\.cuda", "CUDA is chosen in the layout"),
+)
+MAX_LINES = 400
+MAX_FLOORS = 10
+
+
+def _floor_of(floors: tuple[tuple[str, ...], ...], room: str) -> int | None:
+    return next((number for number, rooms in enumerate(floors, 1) if room in rooms), None)
+
+
+def _arrows_up(module: str, names: set[str], floors: tuple[tuple[str, ...], ...], depth: int) -> list[str]:
+    """A line for each import of a room on a higher floor; rooms are the parts number `depth` of dotted names."""
+    path, found = module.split("."), []
+    if len(path) <= depth:
+        return []
+    if (own := _floor_of(floors, path[depth])) is None:
+        return [f"{module} is on no floor: add it to the floors of {'.'.join(path[:depth])}"]
+    around = ".".join(path[:depth]) + "."
+    for other in sorted({name.split(".")[depth] for name in names if name.startswith(around)}):
+        if (floor := _floor_of(floors, other)) is not None and floor > own:
+            found.append(f"{module} (floor {own}) imports {other} (floor {floor})")
+    return found
+
+
+def _circle(graph: dict[str, set[str]], what: str) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [f"{what} run in a circle: " + " -> ".join(error.args[1])]
+    return []
+
+
+def imports_of(path: Path, module: str, modules: set[str]) -> set[str]:
+    """Dotted names that a file imports anywhere, also inside functions, and every `torch.name` that it reads."""
+    names, package = set(), module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                names.add(base if base in modules and full not in modules else full)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            names.add(f"torch.{node.attr}")
+    return names
+
+
+def violations(root: Path) -> list[str]:
+    """Everything in the package under `root` that breaks the rules of the house."""
+    found: list[str] = []
+    modules: dict[str, Path] = {}
+    graph: dict[str, set[str]] = {}
+    rooms: dict[str, set[str]] = {}
+    for path in sorted([*root.glob(f"{PACKAGE}/**/*.py"), *root.glob("tests/**/*.py")]):
+        name = path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        if (length := len(path.read_text().splitlines())) > MAX_LINES:
+            found.append(f"{name} has {length} lines, more than {MAX_LINES}")
+        if name.startswith(f"{PACKAGE}."):  # the package itself holds only the lazy table of public names
+            modules[name] = path
+    for module, path in modules.items():
+        inner, names = module.removeprefix(f"{PACKAGE}."), imports_of(path, module, modules.keys())
+        room, where = inner.split(".")[0], f"{inner}." if path.stem == "__init__" else inner
+        for files, imported, why in FORBIDDEN:
+            if re.match(files, where):
+                found += [f"{module} imports {n}: {why}" for n in sorted(names) if re.match(rf"({imported})(\.|$)", n)]
+        if {f"{PACKAGE}.training.trainer", f"{PACKAGE}.megatron"} <= _with_parents(names) and inner != "runner.build":
+            found.append(f"{module} imports both trainer and {PACKAGE}.megatron: only runner/build.py may")
+        if path.parent == root / PACKAGE and inner not in ROOT_MODULES:
+            found.append(f"{module} is a loose module at the root: give it a room")
+        found += _arrows_up(module, names, FLOORS, 1)
+        if room in INNER_FLOORS:
+            found += _arrows_up(module, names, INNER_FLOORS[room], 2)
+        graph[module] = (names & modules.keys()) - {module}
+        rooms.setdefault(room, set()).update({name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")})
+    for room, others in rooms.items():
+        others.intersection_update(rooms.keys() - {room})
+    return [*found, *_circle(graph, "imports"), *_circle(rooms, "rooms")]
+
+
+def _with_parents(names: set[str]) -> set[str]:
+    """The names and whatever they lie in."""
+    return {".".join(parts[:n]) for name in names for parts in [name.split(".")] for n in range(1, len(parts) + 1)}
+
+
+def test_there_are_few_floors():
+    assert len(FLOORS) <= MAX_FLOORS
+    assert len({room for rooms in FLOORS for room in rooms} - set(ROOT_MODULES)) <= 13
+
+
+def test_the_house_stands():
+    found = violations(ROOT)
+    assert not found, "\n".join(["", *found])
+
+
+SOUND = {
+    "errors.py": "class RenioError(Exception): ...",
+    "objective/__init__.py": "from renio_megatron.objective import reduce",
+    "objective/reduce.py": "import torch",
+    "parallel/layout.py": "import torch\nimport torch.distributed as dist\ntorch.cuda.is_available()",
+    "losses/kernels/__init__.py": "import torch\nfrom renio_megatron.parallel import layout\ntorch.cuda.synchronize()",
+    "losses/distillation.py": "from renio_megatron.losses import kernels, sample_weights",
+    "losses/sample_weights.py": "from ..objective.reduce import tokens_per_sequence\nweigh = 1",
+    "training/trainer.py": "from renio_megatron.errors import RenioError",
+    "megatron/runtime/initialize.py": "from megatron.core import parallel_state",
+    "megatron/model/build.py": "from renio_megatron.megatron.runtime import initialize",
+    "runner/build.py": "from renio_megatron.megatron.model import build\nfrom renio_megatron.training import trainer",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("errors.py", "", None),
+        ("objective/reduce.py", "import torch.distributed as dist", "reduce imports torch.distributed"),
+        ("objective/reduce.py", "from torch import distributed", "reduce imports torch.distributed"),
+        ("objective/reduce.py", "import torch\nx = torch.distributed.all_reduce", "reduce imports torch.distributed"),
+        ("objective/reduce.py", "from ..parallel.layout import Layout", "reduce imports renio_megatron.parallel"),
+        ("parallel/layout.py", "def f():\n    from megatron.core import mpu", "layout imports megatron.core.mpu"),
+        ("losses/distillation.py", "import megatron", "distillation imports megatron: only"),
+        ("losses/distillation.py", "import torch\ntorch.cuda.synchronize()", "distillation imports torch.cuda"),
+        ("training/trainer.py", "from renio_megatron import megatron", "the trainer never meets"),
+        (
+            "cli/main.py",
+            "import renio_megatron.training.trainer, renio_megatron.megatron.model.build",
+            "only runner/build.py may",
+        ),
+        (
+            "errors.py",
+            "from renio_megatron.losses.distillation import x",
+            r"errors \(floor 1\) imports losses \(floor 4\)",
+        ),
+        (
+            "megatron/runtime/initialize.py",
+            "from renio_megatron.megatron.model.build import x",
+            r"initialize \(floor 1\) imports model \(floor 2\)",
+        ),
+        (
+            "losses/kernels/__init__.py",
+            "def f():\n    from renio_megatron.losses import distillation",
+            "circle: .*losses.distillation",
+        ),
+        ("objective/reduce.py", "from renio_megatron.objective import entropy", "circle: .*renio_megatron.objective"),
+        ("files.py", "from renio_megatron.parallel import layout", None),
+        ("parallel/layout.py", "from renio_megatron import models", None),
+        ("cellar.py", "", "cellar is on no floor"),
+        ("cellar.py", "", "cellar is a loose module"),
+        ("cellar/boxes.py", "", "boxes is on no floor"),
+        ("megatron/cellar.py", "", "cellar is on no floor"),
+        ("losses/distillation.py", "x = 1\n" * 401, "distillation has 401 lines"),
+    ],
+)
+def test_a_broken_wall_is_seen(tmp_path, file, source, message):
+    for name, text in {**SOUND, file: source}.items():
+        path = tmp_path / PACKAGE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in path.relative_to(tmp_path).parents[:-1]:
+            (tmp_path / folder / "__init__.py").touch()
+        path.write_text(text)
+    found = violations(tmp_path)
+    assert (not found) if message is None else any(re.search(message, line) for line in found), found
+
+
+def test_rooms_that_lean_on_each_other_are_seen(tmp_path):
+    for room, other in (("files", "models"), ("models", "parallel"), ("parallel", "files")):
+        path = tmp_path / PACKAGE / (f"{room}.py" if room == "files" else f"{room}/a_{other}.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"from renio_megatron import {other}")
+        (path.parent / "__init__.py").touch()
+    assert any("rooms run in a circle" in line for line in violations(tmp_path))

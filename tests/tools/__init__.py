@@ -1,0 +1,1 @@
+"""Plan, doctor, precision, reports."""

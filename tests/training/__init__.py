@@ -1,0 +1,1 @@
+"""The loop, algorithms and metrics, on fakes."""
