@@ -40,7 +40,7 @@ def _lines(folder: Path, depth: int) -> list[str]:
     return found
 
 
-PARTS: dict[str, tuple[str, Callable[[], str]]] = {"tree": ("docs/architecture.md", tree)}
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {"tree": ("docs/design/architecture.md", tree)}
 """Name -> (the page, what stands there)."""
 
 

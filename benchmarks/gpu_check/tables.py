@@ -15,7 +15,7 @@ from typing import Any
 from gpu_check.record import problems, read
 
 Found = dict[str, Any]
-PAGES = ("benchmarks.md", "fp8.md")
+PAGES = ("results/benchmarks.md", "design/fp8.md")
 _PLACE = re.compile(r"(<!-- gpu_check (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -19,7 +19,7 @@ RECIPES = {
 }
 # Greedy draws: both devices write the same completions, but for ties of logits.
 SHARED = "rollout.top_k=1 rollout.top_p=null train.train_iters=2 checkpoint.save_interval=2"
-# Of fp32 by the reference layouts' bound with room for another device's sums; of bf16 as docs/layouts.md has it.
+# Of fp32 by the reference layouts' bound with room for another device's sums; of bf16 as docs/design/layouts.md has it.
 LIMITS = {"false": 1e-3, "true": 5e-2}
 COMPARED = ("loss", "loss/kl", "renio/raw_weight_mean", "renio/weight_max", "grad_norm")
 

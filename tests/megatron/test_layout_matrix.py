@@ -1,4 +1,4 @@
-"""Every layout, through the trainer, against a single process; `docs/layouts.md` holds the figures.
+"""Every layout, through the trainer, against a single process; `docs/design/layouts.md` holds the figures.
 
 RENIO_WRITE_LAYOUTS=1 pytest tests/megatron/test_layout_matrix.py    # measures and writes them
 """
@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.training_cases import save_models
 from tests.megatron.layout_cases import FOUR_RANKS, LAYOUTS, MODELS, VARIANTS, Case, cases, run_case
 
-DOCUMENT = ROOT / "docs" / "layouts.md"
+DOCUMENT = ROOT / "docs" / "design" / "layouts.md"
 BEGIN, END = "<!-- matrix: written by tests/megatron/test_layout_matrix.py -->", "<!-- end of matrix -->"
 ALL = [case for world_size in (2, 4) for case in cases(world_size)]
 

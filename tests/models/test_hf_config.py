@@ -71,7 +71,7 @@ def test_released_models_are_computed(name: str, of: Callable[[str], Found]) -> 
 
 
 def test_every_reason_is_in_the_documentation() -> None:
-    page = (ROOT / "docs" / "how-to" / "models.md").read_text()
+    page = (ROOT / "docs" / "guides" / "models.md").read_text()
     for words in (
         "hidden_act",
         "model_type",

@@ -19,7 +19,7 @@ import pytest
 from gpu_check import __main__ as command
 from gpu_check import child, supervise
 from gpu_check.record import Record, read
-from gpu_check.tables import write_tables
+from gpu_check.tables import PAGES, write_tables
 from gpu_check.unit import Unit, Wrong, require
 from tests.helpers import warm
 from tests.helpers.jobs import ROOT, python_path
@@ -304,13 +304,13 @@ def test_a_process_that_lost_its_device_is_followed_by_another(tmp_path, monkeyp
 def test_the_tables_of_the_docs_are_those_of_what_was_measured(tmp_path, capsys):
     """What docs/ says of a GPU is what the files beside it hold; another figure in a file changes the page."""
     docs = tmp_path / "docs"
-    docs.mkdir()
-    for name in ("benchmarks.md", "fp8.md"):
-        shutil.copy(ROOT / "docs" / name, docs)
-    before = {path.name: path.read_text() for path in docs.iterdir()}
+    for name in PAGES:
+        (docs / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / "docs" / name, docs / name)
+    before = {name: (docs / name).read_text() for name in PAGES}
     (folder,) = (path for path in RESULTS.iterdir() if path.is_dir())
     assert write_tables(folder, docs) == 0
-    assert {path.name: path.read_text() for path in docs.iterdir()} == before
+    assert {name: (docs / name).read_text() for name in PAGES} == before
     changed = tmp_path / "changed"
     shutil.copytree(folder, changed)
     for name in ("step", "fp8"):

@@ -6,9 +6,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.paths import ROOT
+from tests.repo.test_architecture import FLOORS
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _code(language: str) -> list[str]:
@@ -41,13 +45,42 @@ def test_what_follows_from_the_code_is_up_to_date():
 
 
 def test_every_file_of_the_package_has_a_purpose():
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    page = (ROOT / "docs" / "design" / "architecture.md").read_text()
     entries = page.partition("<!-- begin tree -->")[2].partition("<!-- end tree -->")[0].split("\n")[3:-2]
     named = [entry.split()[0] for entry in entries if entry.split()[0].endswith(".py")]
     files = [path.name for path in (ROOT / "renio_megatron").rglob("*.py") if path.name != "__init__.py"]
     assert sorted(named) == sorted(files)
     for entry in entries:
         assert len(entry.split()) > 2, f"no purpose: {entry}"
+
+
+def test_the_tree_has_a_line_for_each_room():
+    (tree,) = re.findall(r"```\nrenio_megatron/\n(.*?)```", README, flags=re.DOTALL)
+    named = [line.split()[0] for line in tree.splitlines() if line.startswith("  ") and "/" in line.split()[0]]
+    rooms = [path.parent.name + "/" for path in (ROOT / "renio_megatron").glob("*/__init__.py")]
+    assert sorted(named) == sorted(rooms)
+    assert all(len(line.split()) > 2 for line in tree.splitlines())
+
+
+def test_the_floors_of_the_page_are_those_of_the_house():
+    page = (ROOT / "docs" / "design" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", page, flags=re.MULTILINE)
+    assert [tuple(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows] == list(FLOORS)
+    assert [int(number) for number, _ in rows] == list(range(1, len(FLOORS) + 1))
+
+
+@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in PAGES])
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        file = target.partition("#")[0]
+        if file and not file.startswith("http"):
+            assert ((ROOT / page).parent / file).exists(), target
+
+
+def test_the_index_names_every_page():
+    named = re.findall(r"\]\(([^)]+)\)", (ROOT / "docs" / "index.md").read_text())
+    pages = [path for path in PAGES if ROOT / "docs" in path.parents and path.parent.name != "decisions"]
+    assert {path.relative_to(ROOT / "docs").as_posix() for path in pages} - {"index.md"} <= set(named)
 
 
 def test_commands_and_links_exist():

@@ -179,7 +179,7 @@ def test_a_run_shows_a_prompt_and_the_ends_at_its_start(tmp_path: Path, capsys) 
     shutil.rmtree(tmp_path / "run")
 
 
-PAGE = (ROOT / "docs" / "how-to" / "prompts.md").read_text()
+PAGE = (ROOT / "docs" / "guides" / "prompts.md").read_text()
 
 
 def test_the_commands_of_the_page_run(capsys, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from tests.helpers.jobs import python_path
 from tests.helpers.paths import MODELS, ROOT
 
 EXAMPLE = ROOT / "examples" / "qwen3_32b_to_1_7b.yaml"
-DOCUMENT = ROOT / "docs" / "how-to" / "plan.md"
+DOCUMENT = ROOT / "docs" / "guides" / "plan.md"
 
 
 @pytest.fixture

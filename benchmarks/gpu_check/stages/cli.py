@@ -20,7 +20,7 @@ LIMITS = {
     "bf16": {"loss": 5e-2, "grad_norm": 5e-2, "weights": 0.2},
 }
 """Relative difference from the CPU's fp32: of fp32 the bound of the reference layouts with room for another device's
-sums, of bf16 what docs/layouts.md grants it. A token near the threshold may change sides in bf16, and moves its
+sums, of bf16 what docs/design/layouts.md grants it. A token near the threshold may change sides in bf16, and moves its
 sequence's mean of a few pivotal tokens by tenths of a nat."""
 
 
