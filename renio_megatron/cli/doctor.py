@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from renio_megatron.config import ParallelConfig
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.parser import read_recipe
-from renio_megatron.errors import RenioError
+from renio_megatron.errors import on_every_rank
 from renio_megatron.runner.device_env import compute_capability, hardware_variables, set_variables
 
 
@@ -44,11 +44,8 @@ def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
     Raises:
         ConfigError, LayoutError: settings that do not fit, or not this world.
     """
-    try:
+    with on_every_rank():
         settings = read_settings(recipe, overrides)
-    except RenioError as error:
-        error.shared = True  # type: ignore[attr-defined]
-        raise
     parallel = settings.parallel
     variables = hardware_variables(
         compute_capability(),

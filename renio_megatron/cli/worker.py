@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from renio_megatron.errors import RenioError, RunStopped
+from renio_megatron.errors import RenioError, RunStopped, Scope
 
 # Seconds that a rank keeps still with an error that is not its own to tell, or may follow from another rank's. If that
 # other rank ends first, whoever started the ranks ends this one, and one message is printed instead of many.
@@ -138,13 +138,12 @@ def _guard(run: Callable[[], int | None]) -> int:
 def _turn(rank: int, error: RenioError) -> float | None:
     """Seconds before a rank tells its error, None for at once: the first to tell it ends the others.
 
-    A `shared` error is told late, because the first rank has it, too; so is one that speaks of "another rank", on every
+    One of all ranks is told late, because the first rank has it, too; so is one that follows another rank's, on every
     rank, because that one's own is behind it.
     """
-    follows = "another rank" in str(error)
-    if rank == 0 and not follows:
+    if rank == 0 and error.scope is not Scope.FOLLOWS:
         return None
-    return _PATIENCE * (0.5 * min(rank, 20) + (4.5 if follows or getattr(error, "shared", False) else 0.0))
+    return _PATIENCE * (0.5 * min(rank, 20) + (0.0 if error.scope is Scope.ONE_RANK else 4.5))
 
 
 def peer_problem(error: Exception) -> str | None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import renio_megatron
 from renio_megatron.config import LoraConfig, PrecisionConfig
 from renio_megatron.megatron.model.backend import words
+from renio_megatron.parallel.collectives import gather_objects
 from renio_megatron.parallel.layout import Layout, device_name
 
 
@@ -24,11 +25,7 @@ def health(layout: Layout) -> tuple[str, list[str]]:
     Args:
         layout: this rank's, in the world that was just joined.
     """
-    mine = rank_report(layout)
-    reports = [mine]
-    if layout.world_size > 1:
-        reports = [mine] * layout.world_size
-        dist.all_gather_object(reports, mine)
+    reports = gather_objects(rank_report(layout))
     return describe(layout, reports), differences(reports)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.schema import Recipe, RunConfig, SftConfig
 from renio_megatron.data.sources.files import check_file
-from renio_megatron.errors import RenioError
+from renio_megatron.errors import on_every_rank
 
 
 def check_data(config: RunConfig | SftConfig) -> None:
@@ -21,12 +21,9 @@ def check_data(config: RunConfig | SftConfig) -> None:
 
 def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
     """The recipe, checked against this world; its errors are marked as every rank's."""
-    try:
+    with on_every_rank():
         recipe = load_recipe(kind, path, overrides)
         check_world(recipe.config, int(os.environ.get("WORLD_SIZE", "1")))
         check_models(recipe.config)
         check_data(recipe.config)
-    except RenioError as error:
-        error.shared = True  # type: ignore[attr-defined]
-        raise
     return recipe

@@ -12,7 +12,7 @@ import torch
 
 from renio_megatron.config.schema import Recipe, RunConfig, SftConfig
 from renio_megatron.config.teachers import num_scorers, shares_student, single_teachers, teacher_parallel
-from renio_megatron.errors import RenioError, RunStopped
+from renio_megatron.errors import RunStopped, on_every_rank
 from renio_megatron.megatron.runtime.initialize import bridge, start
 from renio_megatron.parallel.collectives import any_rank, on_main_rank
 from renio_megatron.parallel.layout import Layout
@@ -56,7 +56,7 @@ def run_recipe(
         `finished` where the run was complete before this call, `resumed` or `new` where this call completed it.
 
     Raises:
-        RenioError: with the attribute `shared` set where every rank raises the same.
+        RenioError: its scope says whether every rank raises the same.
         RunStopped: on every rank, where any rank got SIGTERM; the state is saved.
     """
     config, directory = recipe.config, RunDirectory(recipe.config.output_dir)
@@ -76,11 +76,8 @@ def run_recipe(
         return _score(config, inputs, layout)
     inputs = on_the_same_day(config, inputs, layout)
     line, warnings = health(layout)
-    try:
+    with on_every_rank():
         line = f"{line}; {_models_line(config, layout)}"
-    except RenioError as error:
-        error.shared = True  # type: ignore[attr-defined]
-        raise
     if layout.is_main:
         say(line)
         if isinstance(config, RunConfig) or config.evaluate.every:
@@ -138,11 +135,8 @@ def run_recipe(
 
 def _read(config: RunConfig | SftConfig, date: str | None) -> Inputs:
     """The inputs, with `date` for what a chat template writes; their errors are every rank's."""
-    try:
+    with on_every_rank():
         return read_inputs(config, None if date is None else datetime.fromisoformat(date))
-    except RenioError as error:
-        error.shared = True  # type: ignore[attr-defined]
-        raise
 
 
 def on_the_same_day(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> Inputs:

@@ -15,6 +15,7 @@ from renio_megatron.config import LossConfig, WeightingConfig
 from renio_megatron.losses.distillation import DistillationOutput, distillation_loss
 from renio_megatron.losses.linear_distillation import linear_distillation_loss
 from renio_megatron.objective.reference import reference_objective
+from renio_megatron.parallel.collectives import gather_objects
 from renio_megatron.parallel.layout import Axis, Layout, device_identity
 from renio_megatron.parallel.vocab import VocabShard
 from renio_megatron.runner.environment import differences, rank_report, versions
@@ -70,7 +71,7 @@ def examine(layout: Layout, *, dtype: torch.dtype, warnings: Sequence[str] = ())
         dtype: of logits, hidden states and heads in the loss's check, fp32 or bf16.
         warnings: what this rank has found about its environment variables.
     """
-    said = [warning for found in _gathered(layout, list(warnings)) for warning in found]
+    said = [warning for found in gather_objects(list(warnings)) for warning in found]
     yield Verdict(not said, "environment", said[0] if said else "no variable contradicts the layout")
     yield from check_world(layout)
     groups = list(check_groups(layout))
@@ -85,7 +86,7 @@ def examine(layout: Layout, *, dtype: torch.dtype, warnings: Sequence[str] = ())
 def check_world(layout: Layout) -> Iterator[Verdict]:
     """Versions and devices: alike on all ranks, and each GPU one rank's."""
     mine = (*rank_report(layout), device_identity(layout.device))
-    reports = _gathered(layout, mine)
+    reports = gather_objects(mine)
     odd = differences([report[:3] for report in reports])
     unlike = [line for line in odd if "install the same" in line]
     yield Verdict(not unlike, "versions", " ".join(unlike) or versions())
@@ -109,7 +110,7 @@ def check_groups(layout: Layout) -> Iterator[Verdict]:
         if axis.size > 1:
             dist.all_reduce(numbers, group=axis.group)
         wrong = numbers.tolist() != [len(axis.ranks), sum(axis.ranks)]
-        is_good = not any(_gathered(layout, wrong))
+        is_good = not any(gather_objects(wrong))
         ranks = f"{layout.world_size // axis.size} group(s) of {axis.size}"
         hint = (
             "" if is_good else "; the sum over the group is wrong. See NCCL_DEBUG=INFO for the transport that it took."
@@ -126,7 +127,7 @@ def measure_groups(layout: Layout) -> Iterator[Verdict]:
             rates: list[float] = []
             for size in SIZES[backend]:
                 seconds = _seconds_of_all_reduce(layout, axis, size)
-                rates = _gathered(layout, bus_bandwidth(size, axis.size, seconds))
+                rates = gather_objects(bus_bandwidth(size, axis.size, seconds))
                 shown.append(f"{_bytes(size)} {min(rates):.3g} GB/s")
             yield bandwidth_verdict(name, ", ".join(shown), rates, backend)
 
@@ -252,7 +253,7 @@ def _errors(
         max(_error(found.double(), wanted) for found, wanted in gradients),
         _error(out.weights.double().cpu(), weights),
     )
-    return [max(column) for column in zip(*_gathered(layout, errors), strict=True)]
+    return [max(column) for column in zip(*gather_objects(errors), strict=True)]
 
 
 def _summed(layout: Layout, values: torch.Tensor) -> torch.Tensor:
@@ -377,14 +378,6 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     if not expected.numel():
         return 0.0
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-
-
-def _gathered(layout: Layout, mine: _Value) -> list[_Value]:
-    """Every rank's, in rank order."""
-    found = [mine] * layout.world_size
-    if layout.world_size > 1:
-        dist.all_gather_object(found, mine)
-    return found
 
 
 def _bytes(size: int) -> str:

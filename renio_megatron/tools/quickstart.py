@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from renio_megatron.config.schema import Recipe
-from renio_megatron.errors import CheckpointError
+from renio_megatron.errors import CheckpointError, Scope
 from renio_megatron.models.shipped import QUICKSTART_RECIPE
 from renio_megatron.runner.describe import describe_run, say, say_weights
 from renio_megatron.runner.device_env import set_hardware_variables_of
@@ -46,11 +46,10 @@ def _make(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problem = CheckpointError(
-            f"the output directory {str(directory)!r} cannot be made: {error.strerror or error}. Choose another."
-        )
-        problem.shared = True  # type: ignore[attr-defined]
-        raise problem from error
+        raise CheckpointError(
+            f"the output directory {str(directory)!r} cannot be made: {error.strerror or error}. Choose another.",
+            scope=Scope.ALL_RANKS,
+        ) from error
 
 
 def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> None:

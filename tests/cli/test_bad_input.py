@@ -17,6 +17,7 @@ import pytest
 
 from renio_megatron.cli import launch, worker
 from renio_megatron.cli.main import main
+from renio_megatron.errors import Scope
 from tests.fakes.broken_models import save_broken_models
 from tests.helpers import warm
 from tests.helpers.jobs import python_path
@@ -265,7 +266,7 @@ def _rank_cases(models: Path, folder: Path) -> dict[str, Any]:
             try:
                 real(*args, **kwargs)
             except Exception as error:
-                marks.append(getattr(error, "shared", False))
+                marks.append(getattr(error, "scope", None) is Scope.ALL_RANKS)
                 raise
 
         commands.run, worker._PATIENCE = watch, 0.0  # type: ignore[assignment]

@@ -10,7 +10,7 @@ import pytest
 import renio_megatron
 from renio_megatron.cli import launch, worker
 from renio_megatron.cli.main import main
-from renio_megatron.errors import ConfigError, DataError
+from renio_megatron.errors import ConfigError, DataError, Scope
 from tests.helpers import warm
 from tests.helpers.jobs import python_path
 
@@ -23,7 +23,7 @@ def say(text):
     sys.stdout.flush()
 
 def run_recipe(recipe, *, fresh, title, progress, **_):
-    from renio_megatron.errors import ConfigError, DataError
+    from renio_megatron.errors import ConfigError, DataError, Scope
     rank, behaviour = int(os.environ["RANK"]), os.environ.get("FAKE", "")
     say(f"rank {rank} of {os.environ['WORLD_SIZE']} seed {recipe.config.train.seed} fresh {fresh} "
           f"threads {os.environ['OMP_NUM_THREADS']} warnings {os.environ['PYTHONWARNINGS']}")
@@ -32,9 +32,7 @@ def run_recipe(recipe, *, fresh, title, progress, **_):
             raise DataError("line 3 is broken")
         time.sleep(300)
     if behaviour == "all raise":
-        error = ConfigError("all ranks agree")
-        error.shared = True
-        raise error
+        raise ConfigError("all ranks agree", scope=Scope.ALL_RANKS)
     if behaviour == "killed" and rank == 1:
         os.kill(os.getpid(), 9)
     if behaviour == "bug" and rank == 1:
@@ -299,9 +297,7 @@ def test_a_rank_waits_for_the_first_one_to_tell_an_error_that_all_share(monkeypa
     slept = []
 
     def fail() -> None:
-        error = DataError("broken")
-        error.shared = shared  # type: ignore[attr-defined]
-        raise error
+        raise DataError("broken", scope=Scope.ALL_RANKS if shared else Scope.ONE_RANK)
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(worker.time, "sleep", slept.append)

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from renio_megatron.cli import worker
-from renio_megatron.errors import DataError, NumericsError
+from renio_megatron.errors import DataError, NumericsError, Scope
 from tests.helpers.jobs import LIMIT, assert_gone, injected, job_starter
 from tests.helpers.training_cases import save_models
 
@@ -184,9 +184,8 @@ def test_several_ranks_tell_one_error_in_turn(monkeypatch):
 
         return run
 
-    shared, own = DataError("every rank's"), DataError("of some")
-    follows = NumericsError("stopped, another rank's gradient is not finite")
-    shared.shared = True  # type: ignore[attr-defined]
+    shared, own = DataError("every rank's", scope=Scope.ALL_RANKS), DataError("of some")
+    follows = NumericsError("stopped", scope=Scope.FOLLOWS)
     for error, expected in (
         (own, [0.5, 1.0, 10.0, 10.0]),
         (follows, [4.5, 5.0, 5.5, 14.5, 14.5]),

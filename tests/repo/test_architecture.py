@@ -53,6 +53,8 @@ FORBIDDEN = (  # (files, imported modules, why); files are dotted names below th
     (r"training\.trainer$", rf"{PACKAGE}\.megatron", "the trainer never meets renio_megatron.megatron"),
     (r"(?!parallel\.layout$|losses\.kernels\.|megatron\.)", r"torch\.cuda", "CUDA is chosen in the layout"),
 )
+OBJECT_COLLECTIVES = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
+COLLECTIVES = "parallel.collectives"
 MAX_LINES = 400
 MAX_FLOORS = 10
 
@@ -100,6 +102,36 @@ def imports_of(path: Path, module: str, modules: set[str]) -> set[str]:
     return names
 
 
+def unwanted(path: Path, module: str) -> list[str]:
+    """Collectives of pickled objects outside their file, and attributes set on exceptions."""
+    found, tree = [], ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in OBJECT_COLLECTIVES and module != COLLECTIVES:
+            found.append(f"{module} calls {node.attr}: only {COLLECTIVES} may")
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        nodes = list(ast.walk(function))
+        errors = {node.name for node in nodes if isinstance(node, ast.ExceptHandler)}
+        for node in nodes:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                made = ast.unparse(node.value.func).rpartition(".")[2]
+                if made.endswith("Error"):
+                    errors |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        for node in nodes:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                if (
+                    isinstance(target, ast.Attribute)
+                    and isinstance(target.value, ast.Name)
+                    and target.value.id in errors
+                ):
+                    found.append(
+                        f"{module} sets {target.value.id}.{target.attr}: an error says what it is when it is made"
+                    )
+    return found
+
+
 def violations(root: Path) -> list[str]:
     """Everything in the package under `root` that breaks the rules of the house."""
     found: list[str] = []
@@ -114,6 +146,7 @@ def violations(root: Path) -> list[str]:
             modules[name] = path
     for module, path in modules.items():
         inner, names = module.removeprefix(f"{PACKAGE}."), imports_of(path, module, modules.keys())
+        found += unwanted(path, inner)
         room, where = inner.split(".")[0], f"{inner}." if path.stem == "__init__" else inner
         for files, imported, why in FORBIDDEN:
             if re.match(files, where):
@@ -201,6 +234,18 @@ SOUND = {
         ("cellar.py", "", "cellar is a loose module"),
         ("cellar/boxes.py", "", "boxes is on no floor"),
         ("megatron/cellar.py", "", "cellar is on no floor"),
+        (
+            "runner/build.py",
+            "import torch.distributed as dist\ndef f():\n    dist.all_gather_object([], 1)",
+            "build calls all_gather_object: only parallel.collectives",
+        ),
+        ("parallel/collectives.py", "import torch.distributed as dist\ndist.all_gather_object([], 1)", None),
+        (
+            "runner/build.py",
+            "def f():\n    try:\n        g()\n    except OSError as error:\n        error.shared = True",
+            "build sets error.shared",
+        ),
+        ("runner/build.py", "def f():\n    e = DataError()\n    e.step = 1\n    raise e", "build sets e.step"),
         ("losses/distillation.py", "x = 1\n" * 401, "distillation has 401 lines"),
     ],
 )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from renio_megatron.data.batching.packing import share_out
+from renio_megatron.parallel.collectives import gather_objects
 from renio_megatron.parallel.layout import Axis
 
 _Item = TypeVar("_Item")
@@ -29,17 +28,13 @@ def balance(items: Sequence[_Item], costs: Sequence[int], axis: Axis, *, unit: i
     count = len(items)
     if axis.size == 1 or count % unit:
         return list(items)
-    everyones: list[list[int]] = [[] for _ in range(axis.size)]
-    dist.all_gather_object(everyones, list(costs), group=axis.group)
-    flat = [cost for part in everyones for cost in part]
+    flat = [cost for part in gather_objects(list(costs), axis.group) for cost in part]
     totals = [sum(flat[start : start + unit]) for start in range(0, len(flat), unit)]
     shares = share_out(totals, axis.size, equal_numbers=True)
     wanted = [[unit * block + i for block in share for i in range(unit)] for share in shares]
     first = axis.rank * count
     leaving = {first + i: items[i] for i in range(count) if first + i not in wanted[axis.rank]}
-    travelling: list[dict[int, _Item]] = [{} for _ in range(axis.size)]
-    dist.all_gather_object(travelling, leaving, group=axis.group)
     here = {first + i: item for i, item in enumerate(items)}
-    for arrived in travelling:
+    for arrived in gather_objects(leaving, axis.group):
         here |= arrived
     return [here[number] for number in wanted[axis.rank]]

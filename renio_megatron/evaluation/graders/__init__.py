@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from renio_megatron.config import DataConfig
 from renio_megatron.config.validators import require_choice
 from renio_megatron.data.sources import modchain
-from renio_megatron.errors import ConfigError, DataError
+from renio_megatron.errors import ConfigError, DataError, Scope
 from renio_megatron.evaluation.graders import math
 from renio_megatron.types import Prompt, Rollout
 
@@ -120,12 +120,11 @@ def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grad
 
 
 def _grader_error(problem: str) -> DataError:
-    error = DataError(
+    return DataError(
         f"{problem} Mend the record or the grader, or set data.grader_errors=count_wrong to count such completions as "
-        "wrong."
+        "wrong.",
+        scope=Scope.ALL_RANKS,  # every rank that shares the sequence grades it
     )
-    error.shared = True  # type: ignore[attr-defined]  # every rank that shares the sequence grades it
-    return error
 
 
 def accuracy(rollouts: Iterable[Rollout], grader: Grader) -> float:

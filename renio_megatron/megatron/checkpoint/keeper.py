@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -22,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import CheckpointException
 
 from renio_megatron.config import CheckpointConfig
-from renio_megatron.errors import CheckpointError
+from renio_megatron.errors import CheckpointError, Scope
 from renio_megatron.files import remove_directory
 from renio_megatron.megatron.checkpoint.directory import (
     adopt,
@@ -35,7 +34,7 @@ from renio_megatron.megatron.checkpoint.directory import (
     remove_leftovers,
     step_directory,
 )
-from renio_megatron.megatron.checkpoint.saved_model import check_same_model, raise_shared, reason, refuse
+from renio_megatron.megatron.checkpoint.saved_model import check_same_model, reason, refuse
 from renio_megatron.megatron.checkpoint.sharded_state import (
     Averages,
     restore_averages,
@@ -47,6 +46,7 @@ from renio_megatron.megatron.checkpoint.sigterm import sigterm_held
 from renio_megatron.megatron.model.lora import lora_form
 from renio_megatron.megatron.runtime.mcore_compat import own_writer
 from renio_megatron.megatron.student.learner import MegatronLearner
+from renio_megatron.parallel.collectives import on_main_rank
 
 _Value = TypeVar("_Value")
 
@@ -145,10 +145,11 @@ class MegatronKeeper:
         common = check_same_model(directory, self._learner.part, self._base)
         self._check_same_optimizer(directory, common.get("optimizer_form"))
         if self._averages and not common.get("has_teacher_average"):
-            raise_shared(
+            raise CheckpointError(
                 f"the checkpoint {directory} holds no moving average of the weights, which teacher.kind=ema goes on "
                 "with. Set teacher.kind as in the run that wrote it, or start a new run from its weights: write them "
-                "with `renio export`, and give that directory as `model`."
+                "with `renio export`, and give that directory as `model`.",
+                scope=Scope.ALL_RANKS,
             )
         groups = self._learner.optimizer.param_groups
         settings = [{key: group[key] for key in _OPTIMIZER_SETTINGS if key in group} for group in groups]
@@ -192,10 +193,11 @@ class MegatronKeeper:
         wanted = self._learner.optimizer_form()
         differing = [f"{key}: {(saved or {}).get(key)} there, {wanted[key]} here" for key in wanted]
         if saved != wanted:
-            raise_shared(
+            raise CheckpointError(
                 f"the checkpoint {directory} holds the optimiser in another form ({'; '.join(differing)}). Set the "
                 "values that it was saved with, or start a new run from its weights: write them with `renio export`, "
-                "and give that directory as `model`."
+                "and give that directory as `model`.",
+                scope=Scope.ALL_RANKS,
             )
 
     def _find(self) -> Path | None:
@@ -237,18 +239,16 @@ class MegatronKeeper:
 
     def _on_main(self, step: int | None, action: Callable[[], _Value]) -> _Value:
         """The result of `action`, run on the first rank; what the disk says there is every rank's CheckpointError."""
-        outcome: list[Any] = [None, None]
-        if self._learner.part.layout.is_main:
+
+        def act() -> _Value:
             try:
-                outcome[0] = action()
-            except CheckpointError as error:
-                outcome[1] = str(error)
+                return action()
+            except CheckpointError:
+                raise
             except OSError as error:
-                outcome[1] = self._refused(step, error)
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise_shared(outcome[1])
-        return outcome[0]
+                raise CheckpointError(self._refused(step, error)) from error
+
+        return on_main_rank(self._learner.part.layout, act)
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int, partial: Path) -> Iterator[None]:
@@ -263,7 +263,7 @@ class MegatronKeeper:
                 with contextlib.suppress(OSError):
                     remove_directory(partial)
             if isinstance(error, CheckpointException):  # every rank's, the details are on the first one
-                raise_shared(self._refused(step, error), error)
+                raise CheckpointError(self._refused(step, error), scope=Scope.ALL_RANKS) from error
             raise CheckpointError(self._refused(step, error)) from error
 
     def _refused(self, step: int | None, error: BaseException) -> str:

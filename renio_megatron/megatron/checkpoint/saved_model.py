@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
-from renio_megatron.errors import CheckpointError
+from renio_megatron.errors import CheckpointError, Scope
 from renio_megatron.megatron.checkpoint.directory import advice
 from renio_megatron.megatron.checkpoint.sharded_state import restore_weights, sharded_weights
 from renio_megatron.megatron.model.build import ModelPart
@@ -64,31 +64,35 @@ def check_same_model(directory: Path, part: ModelPart, base: str | None = None) 
         refuse(directory, error)
     saved = common.get("architecture")
     if not isinstance(saved, dict) or "run" not in common:
-        raise_shared(
+        raise CheckpointError(
             f"the checkpoint {directory} was written by another program: it holds no `architecture` and `run`. "
-            "To start from its weights, give it as `pretrained_checkpoint`."
+            "To start from its weights, give it as `pretrained_checkpoint`.",
+            scope=Scope.ALL_RANKS,
         )
     wanted = dataclasses.asdict(part.architecture)
     differing = [
         f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]
     ]
     if differing:
-        raise_shared(
+        raise CheckpointError(
             f"the checkpoint {directory} is of another architecture ({'; '.join(differing)}). "
-            "Point `model` back to the model that the run started from, or start again with --fresh."
+            "Point `model` back to the model that the run started from, or start again with --fresh.",
+            scope=Scope.ALL_RANKS,
         )
     lora, own_lora = common.get("lora"), lora_form(part.lora)
     if lora != own_lora:
-        raise_shared(
+        raise CheckpointError(
             f"the checkpoint {directory} holds {_what_is_trained(lora)}, and {_what_is_trained(own_lora)} would be "
             "read from it. Set `lora` as in the run that wrote it; or write its model with `renio export` (--merge for "
-            "adapters), and give that directory as `model`."
+            "adapters), and give that directory as `model`.",
+            scope=Scope.ALL_RANKS,
         )
     if common.get("base") != base:
-        raise_shared(
+        raise CheckpointError(
             f"the checkpoint {directory} holds adapters, which were trained beside other weights than those of `model` "
             "(or `pretrained_checkpoint`): these have changed, or are another model's. Point the setting to the "
-            "weights that the run started from, unchanged, or start again with --fresh."
+            "weights that the run started from, unchanged, or start again with --fresh.",
+            scope=Scope.ALL_RANKS,
         )
     _check_rows(directory, part)
     return common
@@ -102,11 +106,12 @@ def _check_rows(directory: Path, part: ModelPart) -> None:
         refuse(directory, error)
     lacking = [key for key in VOCABULARY if key in found and found[key].global_shape[0] < part.architecture.vocab_size]
     if lacking:
-        raise_shared(
+        raise CheckpointError(
             f"the checkpoint {directory} holds {found[lacking[0]].global_shape[0]} rows of {lacking[0]!r}, and the "
             f"model has {part.architecture.vocab_size}: an earlier version of this package wrote it, which left out "
             "rows beyond the vocabulary that student and teacher share. Export it with that version, or start again "
-            "with --fresh."
+            "with --fresh.",
+            scope=Scope.ALL_RANKS,
         )
 
 
@@ -123,13 +128,6 @@ def refuse(directory: Path, error: BaseException) -> NoReturn:
     raise CheckpointError(
         f"the checkpoint {directory} cannot be read ({reason(error)}). {advice(directory)}"
     ) from error
-
-
-def raise_shared(message: str, cause: BaseException | None = None) -> NoReturn:
-    """Raises a `CheckpointError` that every rank raises; the first one tells it."""
-    error = CheckpointError(message)
-    error.shared = True  # type: ignore[attr-defined]
-    raise error from cause
 
 
 def reason(error: BaseException) -> str:

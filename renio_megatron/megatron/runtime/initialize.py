@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import ParallelConfig
-from renio_megatron.errors import ConfigError, LayoutError
+from renio_megatron.errors import ConfigError, LayoutError, Scope
 from renio_megatron.megatron.runtime import cpu_patches
 from renio_megatron.megatron.runtime.process_groups import forget_groups, make_groups, present_layout
 from renio_megatron.parallel.layout import Layout, backend_and_device
@@ -153,12 +153,11 @@ def check_transformer_engine() -> bool:
 
 
 def _broken_transformer_engine(name: str, error: Exception) -> ConfigError:
-    problem = ConfigError(
+    return ConfigError(
         f"transformer_engine is installed but {name} cannot be imported ({type(error).__name__}: {error}), and "
-        "megatron-core imports it where it is there. Uninstall it, or use an image that comes with it."
+        "megatron-core imports it where it is there. Uninstall it, or use an image that comes with it.",
+        scope=Scope.ALL_RANKS,
     )
-    problem.shared = True  # type: ignore[attr-defined]
-    return problem
 
 
 def stop() -> None:

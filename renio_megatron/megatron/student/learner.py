@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, TrainConfig
 from renio_megatron.data.batching.collate import collate
-from renio_megatron.errors import NumericsError
+from renio_megatron.errors import NumericsError, Scope
 from renio_megatron.losses.token_logp import linear_token_logp
 from renio_megatron.losses.tune_kernels import tune_cross_entropy, tune_loss
 from renio_megatron.megatron.model.build import ModelPart
@@ -271,7 +271,8 @@ class MegatronLearner:
             )
         if somewhere:
             raise NumericsError(
-                f"step {step}, rank {self.part.layout.rank}: stopped, another rank's gradient is not finite."
+                f"step {step}, rank {self.part.layout.rank}: stopped, another rank's gradient is not finite.",
+                scope=Scope.FOLLOWS,
             )
 
 

@@ -16,6 +16,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.megatron.model.schedules import broadcast_from_last_stage
+from renio_megatron.parallel.collectives import gather_objects
 from renio_megatron.parallel.vocab import gather_columns
 from renio_megatron.types import Decoding, Prompt, Rollout
 
@@ -84,9 +85,7 @@ class MegatronSampler:
                     on_group(decoded)
             self._accompany()
         if context.size > 1:
-            everyones: list[dict[int, Rollout]] = [{} for _ in range(context.size)]
-            dist.all_gather_object(everyones, rollouts, group=context.group)
-            rollouts = {i: rollout for part in everyones for i, rollout in part.items()}
+            rollouts = {i: one for part in gather_objects(rollouts, context.group) for i, one in part.items()}
         drawn = [rollouts[i] for i in range(len(prompts))]
         if on_group is not None and is_shared:
             on_group(drawn)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint import CheckpointException
 
-from renio_megatron.errors import ConfigError
+from renio_megatron.errors import ConfigError, Scope
 from renio_megatron.files import sampled
 from renio_megatron.megatron.checkpoint.sharded_state import restore_weights, sharded_model
 from renio_megatron.megatron.model.build import ModelPart
@@ -30,6 +29,7 @@ from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.finite import require_finite
 from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
 from renio_megatron.models.param_map import VOCABULARY, Slice
+from renio_megatron.parallel.collectives import gather_objects
 
 _OPTIMIZERS = ("optimizer.", "chained_")
 _MAX_NAMED = 3
@@ -169,9 +169,7 @@ def _wanted(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         for tensor in nested_values({"": one.build()}) if isinstance(one, ShardedTensorFactory) else [one]:
             if isinstance(tensor, ShardedTensor):
                 mine[tensor.key] = tuple(tensor.global_shape)
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
-    return {key: shape for one in everybody for key, shape in one.items()}
+    return {key: shape for one in gather_objects(mine) for key, shape in one.items()}
 
 
 def _check(
@@ -190,12 +188,11 @@ def _check(
         shapes = ((key, found[key], wanted[key]) for key in sorted(wanted))
         problem = next(filter(None, (_shape_problem(*one, part.architecture.vocab_size) for one in shapes)), None)
     if problem is not None:
-        error = ConfigError(
+        raise ConfigError(
             f"the checkpoint {source} {problem}. Give the Hugging Face directory whose config.json describes this very "
-            "model, or another checkpoint."
+            "model, or another checkpoint.",
+            scope=Scope.ALL_RANKS,
         )
-        error.shared = True  # type: ignore[attr-defined]
-        raise error
 
 
 def _shape_problem(key: str, there: tuple[int, ...], here: tuple[int, ...], vocab_size: int) -> str | None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from renio_megatron.config import PrecisionConfig
 from renio_megatron.config.schema import RunConfig
 from renio_megatron.config.teachers import has_own_layout
-from renio_megatron.errors import CheckpointError, ConfigError, RenioError
+from renio_megatron.errors import CheckpointError, ConfigError, on_every_rank
+from renio_megatron.parallel.collectives import gather_objects
 from renio_megatron.runner.device_env import set_hardware_variables_of
 from renio_megatron.runner.recipe import checked_recipe
 
@@ -126,14 +127,11 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
     from renio_megatron.runner.run import on_the_same_day
     from renio_megatron.tools.precision.table import precision_table
 
-    try:
+    with on_every_rank():
         _make(output)
         has_fp8 = backend_and_device(0)[1].type == "cuda" and check_transformer_engine()
         precisions = precisions_of(recipe.config, has_fp8=has_fp8)
         inputs = read_inputs(precisions.baseline)
-    except RenioError as error:
-        error.shared = True  # type: ignore[attr-defined]
-        raise
     train = recipe.config.train
     layout = start(precisions.baseline.parallel, seed=train.seed, deterministic_mode=train.deterministic_mode)
     inputs = on_the_same_day(precisions.baseline, inputs, layout)
@@ -313,7 +311,7 @@ class _Comparison:
         from renio_megatron.tools.precision.errors import gradient_sums
 
         whole: dict[str, list[float]] = {}
-        for one in self._gathered(gradient_sums(found, expected), None, self._layout.world_size):
+        for one in gather_objects(gradient_sums(found, expected)):
             for name, sums in one.items():
                 whole[name] = [a + b for a, b in zip(whole.get(name, [0.0] * 4), sums, strict=True)]
         return whole
@@ -325,14 +323,5 @@ class _Comparison:
         names = [field.name for field in fields(mine)]
         own = {name: getattr(mine, name).detach().cpu() for name in names}
         data = self._layout.data
-        shares = self._gathered(own, data.group, data.size)
+        shares = gather_objects(own, data.group) if data.size > 1 else [own]
         return type(mine)(**{name: torch.cat([share[name] for share in shares]) for name in names})
-
-    @staticmethod
-    def _gathered(mine: Any, group: Any, size: int) -> list[Any]:
-        import torch.distributed as dist
-
-        found = [mine] * size
-        if size > 1:
-            dist.all_gather_object(found, mine, group=group)
-        return found
