@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from renio_megatron.config import DataConfig, LossConfig, RolloutConfig, TeacherConfig, TrainConfig
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.tools.plan.memory import plan_memory
 from renio_megatron.tools.plan.models import PlannedModel
@@ -20,7 +20,7 @@ PLANNED = {
 
 def planned_bytes(student: Architecture, teacher: Architecture, work: Workload, *, bf16: bool = True) -> dict[str, int]:
     """What `renio plan` counts on one rank at the largest moment of each phase, bytes."""
-    config = RunConfig(
+    config = DistillationConfig(
         model="student",
         teacher=TeacherConfig(kind="separate", model="teacher"),
         data=DataConfig(max_prompt_length=work.prompt),

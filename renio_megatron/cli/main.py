@@ -216,14 +216,14 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
 
         run_rank(rank_arguments)
 
-    from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
+    from renio_megatron.config.load import check_models, check_world, load_recipe
     from renio_megatron.runner.describe import finished_message
     from renio_megatron.runner.recipe import check_data
     from renio_megatron.runner.run_directory import RunDirectory
 
     recipe = load_recipe(arguments.command, arguments.recipe, overrides)
     config = recipe.config
-    num_ranks = arguments.nproc or smallest_world(config)
+    num_ranks = arguments.nproc or config.fewest_ranks
     check_world(config, num_ranks)
     check_models(config)
     check_data(config)
@@ -280,10 +280,10 @@ def _run_compare_precision(arguments: argparse.Namespace) -> int:
 
         run_rank(rank_arguments)
 
-    from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
+    from renio_megatron.config.load import check_models, check_world, load_recipe
 
     config = load_recipe("train", arguments.recipe, overrides).config
-    num_ranks = arguments.nproc or smallest_world(config)
+    num_ranks = arguments.nproc or config.fewest_ranks
     check_world(config, num_ranks)
     check_models(config)
     return launch.start_ranks(rank_arguments, num_ranks)

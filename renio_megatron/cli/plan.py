@@ -8,13 +8,13 @@ from dataclasses import replace
 from rich.console import Console
 
 from renio_megatron.config import ParallelConfig
-from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
-from renio_megatron.config.schema import RunConfig
-from renio_megatron.config.teachers import has_own_layout, setting_of, single_teachers, teacher_words
+from renio_megatron.config.load import check_models, check_world, load_recipe
+from renio_megatron.config.schema import DistillationConfig
+from renio_megatron.config.teachers import teacher_words
 from renio_megatron.tools.plan.memory import RESERVE, plan_memory
 from renio_megatron.tools.plan.models import PlannedModel, read_model
 from renio_megatron.tools.plan.table import plan_table
-from renio_megatron.tools.plan.workload import ranks_of, teacher_layout, workload
+from renio_megatron.tools.plan.workload import workload
 
 DOES_NOT_FIT = 3
 """The exit code where the largest rank needs more than there is."""
@@ -30,14 +30,14 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     """
     recipe = load_recipe("train", path, overrides)
     config = recipe.config
-    assert isinstance(config, RunConfig)
-    ranks = world_size or smallest_world(config)
+    assert isinstance(config, DistillationConfig)
+    ranks = world_size or config.fewest_ranks
     check_world(config, ranks)
     check_models(config)
     student = read_model(config.model, "model")
     teachers = {
-        name: student if one.teacher.model is None else read_model(one.teacher.model, setting_of(name, "model"))
-        for name, one in single_teachers(config).items()
+        one.name: student if one.settings.model is None else read_model(one.settings.model, one.setting("model"))
+        for one in config.teachers
     }
     found = plan_memory(config, replace(student, lora=config.lora), teachers, ranks)
     memory = None if memory_gib is None else memory_gib * 2**30
@@ -65,8 +65,8 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     return 0 if fits else DOES_NOT_FIT
 
 
-def _layout(config: RunConfig, ranks: int) -> str:
-    parallel, (trainers, _) = config.parallel, ranks_of(config, ranks)
+def _layout(config: DistillationConfig, ranks: int) -> str:
+    parallel, trainers = config.parallel, ranks - config.num_teacher_ranks
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
         "PP": parallel.pipeline_model_parallel_size,
@@ -90,12 +90,10 @@ def _layout(config: RunConfig, ranks: int) -> str:
         )
         if is_so
     ]
-    if has_own_layout(parallel, config.teacher):
+    if any(one.has_own_layout for one in config.teachers):
         more.append(f"teacher {teacher_words(parallel, config.teacher, trainers)}")
     on = f"{ranks} ranks" if trainers == ranks else f"{trainers} of {ranks} ranks"
-    named = (
-        f"{name + ': ' if name else ''}{one.teacher.model or 'itself'}" for name, one in single_teachers(config).items()
-    )
+    named = (f"{one.name + ': ' if one.name else ''}{one.settings.model or 'itself'}" for one in config.teachers)
     return f"{config.model} learns from {', '.join(named)}; {on}: {layout}; {', '.join(more)}"
 
 
@@ -103,8 +101,8 @@ def _dtype(bf16: bool | None) -> str:
     return "bf16" if bf16 else "fp32"
 
 
-def _work(config: RunConfig, ranks: int) -> str:
-    work = workload(config, ranks)
+def _work(config: DistillationConfig, ranks: int) -> str:
+    work = workload(config, config.teachers[0], ranks)
     return (
         f"longest: prompt {config.data.max_prompt_length} + completion {config.rollout.max_completion_length} tokens; "
         f"{work.student.pieces.tokens} tokens of a micro-batch on a rank, {work.student.rows} of them completion; "
@@ -112,15 +110,15 @@ def _work(config: RunConfig, ranks: int) -> str:
     )
 
 
-def _notes(config: RunConfig, student: PlannedModel, teachers: Mapping[str, PlannedModel]) -> list[str]:
+def _notes(config: DistillationConfig, student: PlannedModel, teachers: Mapping[str, PlannedModel]) -> list[str]:
     """What the reader must know of this plan."""
-    notes, singles = [], single_teachers(config)
-    if config.lora.r is not None and any(one.teacher.kind == "initial" for one in singles.values()):
-        which = "teacher" if len(singles) == 1 else "teacher of kind `initial`"
+    notes = []
+    if config.lora.r is not None and any(one.kind == "initial" for one in config.teachers):
+        which = "teacher" if len(config.teachers) == 1 else "teacher of kind `initial`"
         notes.append(f"note: the {which} is the student without its adapters; it has no parameters of its own.")
-    if len(singles) > 1:
+    if len(config.teachers) > 1:
         notes.append("note: each teacher is counted as if all sequences of a step were its own.")
-    models = [(student, config.parallel), *((teachers[name], teacher_layout(one)) for name, one in singles.items())]
+    models = [(student, config.parallel), *((teachers[one.name], one.parallel) for one in config.teachers)]
     notes += dict.fromkeys(_experts(model, parallel) for model, parallel in models if model.experts is not None)
     if config.parallel.context_parallel_size > 1:
         notes.append(

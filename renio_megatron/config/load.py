@@ -21,14 +21,8 @@ from renio_megatron.config.rules.layout import (
     check_recomputation,
     check_teacher_layout,
 )
-from renio_megatron.config.schema import SCHEMAS, Recipe, RunConfig, SftConfig
+from renio_megatron.config.schema import SCHEMAS, DistillationConfig, JobConfig, Recipe
 from renio_megatron.config.teachers import (
-    fewest_ranks,
-    has_own_layout,
-    num_scorers,
-    setting_of,
-    shares_student,
-    single_teachers,
     teacher_parallel,
 )
 from renio_megatron.config.validators import require_choice
@@ -115,37 +109,34 @@ def _reads_as_sft(path: str | Path, overrides: Sequence[str]) -> bool:
     return True
 
 
-def check_world(config: RunConfig | SftConfig, world_size: int) -> None:
+def check_world(config: JobConfig, world_size: int) -> None:
     """Raises `ConfigError` where a run cannot be shared among `world_size` ranks, or its batch cannot be divided."""
-    if isinstance(config, RunConfig):
+    if isinstance(config, DistillationConfig):
         check_teacher_layout(config.parallel, config.teacher, world_size)
-        world_size -= num_scorers(config.parallel, config.teacher)
+    world_size -= config.num_teacher_ranks
     check_layout(config.parallel, config.train, world_size)
     check_expert_ranks(config.parallel, config.train, world_size)
-    if isinstance(config, RunConfig) and config.weighting.name == "renio":
+    if isinstance(config, DistillationConfig) and config.weighting.is_normalized:
         check_weighting(config.weighting, config.train.global_batch_size)
 
 
-def smallest_world(config: RunConfig | SftConfig) -> int:
-    """Ranks that hold one copy of each model."""
-    return fewest_ranks(config.parallel, config.teacher if isinstance(config, RunConfig) else None)
-
-
-def check_models(config: RunConfig | SftConfig) -> None:
+def check_models(config: JobConfig) -> None:
     """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
     models = {"model": _check_model("model", config.model, config.parallel, trained=True)}
     check_recomputation(models["model"]["num_hidden_layers"], config.parallel, config.train)
     if config.lora.r is not None:
         check_adapters_cut(models["model"], config.parallel)
     layouts = {"model": config.parallel}
-    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
-        setting = setting_of(name, "model")
-        layouts[setting] = teacher_parallel(one.parallel, one.teacher)
-        if one.teacher.kind == "separate":
-            assert one.teacher.model is not None
-            section = "teacher.parallel" if has_own_layout(one.parallel, one.teacher) else "parallel"
-            models[setting] = _check_model(setting, one.teacher.model, layouts[setting], trained=False, section=section)
-        elif not shares_student(one):
+    for one in config.teachers:
+        setting = one.setting("model")
+        layouts[setting] = teacher_parallel(config.parallel, one.settings)
+        if one.kind == "separate":
+            assert one.settings.model is not None
+            section = "teacher.parallel" if one.has_own_layout else "parallel"
+            models[setting] = _check_model(
+                setting, one.settings.model, layouts[setting], trained=False, section=section
+            )
+        elif not one.shares_student:
             models[setting] = models["model"]
     check_experts(config, models, layouts)
 

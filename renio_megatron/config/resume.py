@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from renio_megatron.config.parser import literal
-from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.schema import SECTIONS, JobConfig
 from renio_megatron.errors import ConfigError
 
 # Settings that say how a run is computed and not what: a run may be continued with other values of them. The patterns
@@ -42,12 +42,14 @@ CHANGEABLE: dict[str, str] = {
 }
 
 
-def to_yaml(config: RunConfig | SftConfig) -> str:
-    """Every setting as YAML, in the order of the fields; `load_recipe` need not accept it, `differences` reads it."""
-    return OmegaConf.to_yaml(OmegaConf.create(literal(dataclasses.asdict(config))))
+def to_yaml(config: JobConfig) -> str:
+    """Every setting as YAML, in `SECTIONS`' order; `load_recipe` need not accept it, `differences` reads it."""
+    values = dataclasses.asdict(config)
+    ordered = {key: values[key] for key in (*SECTIONS, *values) if key in values}
+    return OmegaConf.to_yaml(OmegaConf.create(literal(ordered)))
 
 
-def differences(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:
+def differences(old_yaml: str, config: JobConfig) -> list[str]:
     """A line for each setting of what is computed that differs from those that `to_yaml` wrote, with both values.
 
     Those that only say how it is computed are `changes`; `output_dir` is left out: a run directory may be moved. A
@@ -59,12 +61,12 @@ def differences(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:
     return [line for key, line in _differing(old_yaml, config).items() if not is_changeable(key)]
 
 
-def changes(old_yaml: str, config: RunConfig | SftConfig) -> list[str]:
+def changes(old_yaml: str, config: JobConfig) -> list[str]:
     """The same for the settings with which a run may be continued: `CHANGEABLE`."""
     return [line for key, line in _differing(old_yaml, config).items() if is_changeable(key)]
 
 
-def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
+def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
     try:
         old, new = _flatten(yaml.safe_load(old_yaml)), _flatten(yaml.safe_load(to_yaml(config)))
     except (yaml.YAMLError, AttributeError) as error:
@@ -78,7 +80,7 @@ def _differing(old_yaml: str, config: RunConfig | SftConfig) -> dict[str, str]:
     }
 
 
-def _default_of(config: RunConfig | SftConfig, key: str) -> Any:
+def _default_of(config: JobConfig, key: str) -> Any:
     """The default of a dotted key; None where it has none."""
     section: Any = config
     *path, last = key.split(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from renio_megatron.config import (
     CheckpointConfig,
@@ -20,69 +21,111 @@ from renio_megatron.config import (
     TrainConfig,
     WeightingConfig,
 )
+from renio_megatron.config.teachers import TeacherSpec, fewest_ranks, num_teacher_ranks, resolve_teachers
 from renio_megatron.config.validators import require_choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Settings of `renio train`: on-policy distillation.
+class JobConfig:
+    """Settings that every command which trains has.
 
     Attributes:
         model: the student's Hugging Face directory, or a model that ships with the package.
         pretrained_checkpoint: a checkpoint that Megatron wrote (torch_dist, of any layout), whose weights are the
             student's in place of those in `model`; null: `model`'s. config.json and the tokenizer are `model`'s.
-        teacher, data, rollout, loss, head, weighting, parallel, precision, teacher_precision, lora, train, checkpoint,
-            evaluate: sections, see `settings`.
+        data, parallel, precision, lora, train, checkpoint, evaluate: sections, see `config.sections`.
         output_dir: the run directory.
     """
 
     model: str
     pretrained_checkpoint: str | None = None
-    teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    output_dir: str
+
+    @property
+    def teachers(self) -> tuple[TeacherSpec, ...]:
+        """The teachers, none where nobody teaches."""
+        return ()
+
+    @property
+    def num_teacher_ranks(self) -> int:
+        """Ranks that only teachers have; they are the last of the world."""
+        return 0
+
+    @property
+    def fewest_ranks(self) -> int:
+        """Ranks that hold one copy of each model."""
+        return self.parallel.model_ranks
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the student's weights are read, and not drawn."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig(JobConfig):
+    """Settings of `renio train`: on-policy distillation.
+
+    Attributes:
+        teacher, rollout, loss, head, weighting, teacher_precision: sections, see `config.sections`.
+    """
+
+    teacher: TeacherConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     teacher_precision: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    output_dir: str
+
+    @cached_property
+    def teachers(self) -> tuple[TeacherSpec, ...]:  # resolved once
+        """One for each of `teacher.routes`; a single one is named `ONLY`."""
+        return resolve_teachers(self)
+
+    @property
+    def num_teacher_ranks(self) -> int:
+        """Ranks that only teachers have; they are the last of the world."""
+        return num_teacher_ranks(self.parallel, self.teacher)
+
+    @property
+    def fewest_ranks(self) -> int:
+        """Ranks that hold one copy of each model."""
+        return fewest_ranks(self.parallel, self.teacher)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig:
+class SftConfig(JobConfig):
     """Settings of `renio sft`: supervised fine-tuning on given completions.
 
     Attributes:
-        model: Hugging Face directory, or a model that ships with the package.
-        pretrained_checkpoint: where the weights come from in place of `model`'s, as in `RunConfig`.
         init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
-        data, parallel, precision, lora, train, checkpoint, evaluate: sections, see `settings`.
-        output_dir: the run directory.
     """
 
-    model: str
-    pretrained_checkpoint: str | None = None
     init: str = "pretrained"
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    output_dir: str
 
     def __post_init__(self) -> None:
         require_choice("init", self.init, ("pretrained", "random"))
 
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the student's weights are read, and not drawn."""
+        return self.init == "pretrained"
 
-SCHEMAS: dict[str, type[RunConfig] | type[SftConfig]] = {"train": RunConfig, "sft": SftConfig}
+
+SECTIONS: tuple[str, ...] = (
+    *("model", "pretrained_checkpoint", "init", "teacher", "data", "rollout", "loss", "head", "weighting", "parallel"),
+    *("precision", "teacher_precision", "lora", "train", "checkpoint", "evaluate", "output_dir"),
+)
+"""Keys of a recipe in the order in which people read them."""
+
+SCHEMAS: dict[str, type[JobConfig]] = {"train": DistillationConfig, "sft": SftConfig}
 
 
 @dataclass(frozen=True)
@@ -96,7 +139,7 @@ class Recipe:
         dropped: the recipe's own keys that the command line left without effect, and why; they have their defaults.
     """
 
-    config: RunConfig | SftConfig
+    config: JobConfig
     explicit: frozenset[str]
     kind: str
     dropped: Mapping[str, str] = field(default_factory=dict)

@@ -1,80 +1,123 @@
-"""Who the teachers are, and how ranks share them.
-
-Several are so many runs with one teacher each: whatever asks about a teacher, asks about one of them. A config is a
-RunConfig, which is defined on top of these functions.
-"""
+"""Who the teachers of a run are, and how ranks share them: resolved once, and read as `TeacherSpec`s by everybody."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from renio_megatron.config import ParallelConfig, TeacherConfig, TeacherParallelConfig, TeacherPrecisionConfig
+from renio_megatron.config import (
+    DataConfig,
+    ParallelConfig,
+    TeacherConfig,
+    TeacherParallelConfig,
+    TeacherPrecisionConfig,
+)
 from renio_megatron.files import user_path
 
 ONLY = ""
 """The name of a run's teacher where there is one."""
 
 
-def setting_of(name: str, key: str) -> str:
-    """The recipe's key of a teacher's setting.
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher of a run, with all that follows from the recipe.
 
-    >>> setting_of(ONLY, "model"), setting_of("math", "model")
-    ('teacher.model', 'teacher.routes.math.model')
+    Attributes:
+        name: of its route; `ONLY` where there is one teacher.
+        settings: the section `teacher` as it holds for this one alone, its route's keys in place; without routes.
+        precision: the section `teacher_precision`, as it holds for this one.
+        data: the section `data`, with this one's view of a problem.
+        parallel: the layout that it is built in: its own, or the student's.
+        bf16: whether it computes in bf16, else in fp32.
+        shares_student: whether it is the student's own modules, and so has no weights of its own.
+        has_own_layout: whether its ranks, or their places, are others than the student's.
+        num_ranks: ranks that only teachers have; 0 where it is on the student's.
+        weights_of: the first teacher with the same weights, which are loaded once: two such teachers see problems
+            differently, which is said with each prompt.
     """
-    return f"teacher.{key}" if name == ONLY else f"teacher.routes.{name}.{key}"
+
+    name: str
+    settings: TeacherConfig
+    precision: TeacherPrecisionConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    bf16: bool
+    shares_student: bool
+    has_own_layout: bool
+    num_ranks: int
+    weights_of: str
+
+    @property
+    def kind(self) -> str:
+        """One of `TEACHER_KINDS`."""
+        return self.settings.kind
+
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return "teacher" if self.name == ONLY else f"teacher {self.name}"
+
+    def setting(self, key: str) -> str:
+        """The recipe's dotted key of one of its settings, for example `teacher.routes.math.model` for `model`."""
+        return f"teacher.{key}" if self.name == ONLY else f"teacher.routes.{self.name}.{key}"
 
 
-def shares_student(config: Any) -> bool:
-    """Whether the only teacher is the student's own modules, and so has no weights of its own."""
-    kind = config.teacher.kind
-    return kind in ("ema", "current") or (kind == "initial" and config.lora.r is not None)
-
-
-def single_teachers(config: Any) -> dict[str, Any]:
-    """By name, for each of teacher.routes the same run with that teacher alone; a run with one teacher under `ONLY`.
+def resolve_teachers(config: Any) -> tuple[TeacherSpec, ...]:
+    """The teachers of a `DistillationConfig`, one for each of teacher.routes, or a single one.
 
     A teacher that is the student's modules has the student's layout and dtype, whatever the others have.
     """
-    teacher: TeacherConfig = config.teacher
-    if not teacher.routes:
-        return {ONLY: config}
-    found = {}
-    for name, route in teacher.routes.items():
-        own = {key: getattr(route, key) for key in ("kind", "model", "pretrained_checkpoint", "adapter", "ema_decay")}
-        data = replace(
-            config.data,
-            teacher_key=None,
-            **{
-                f"teacher_{key}": value
-                for key in ("template", "enable_thinking")
-                if (value := getattr(route, key)) is not None
-            },
+    sections = _sections_of_each(config)
+    made_of = {name: _made_of(teacher) for name, (teacher, _, _) in sections.items()}
+    found = []
+    for name, (teacher, precision, data) in sections.items():
+        is_own = has_own_layout(config.parallel, teacher)
+        found.append(
+            TeacherSpec(
+                name=name,
+                settings=teacher,
+                precision=precision,
+                data=data,
+                parallel=teacher_parallel(config.parallel, teacher) if is_own else config.parallel,
+                bf16=config.train.bf16 if teacher.bf16 is None else teacher.bf16,
+                shares_student=_shares_student(teacher, config),
+                has_own_layout=is_own,
+                num_ranks=num_teacher_ranks(config.parallel, teacher),
+                weights_of=next(first for first, other in made_of.items() if other == made_of[name]),
+            )
         )
-        one = replace(config, teacher=replace(teacher, routes={}, **own), data=data)
-        if shares_student(one):
-            students = replace(
-                one.teacher,
+    return tuple(found)
+
+
+def _sections_of_each(config: Any) -> dict[str, tuple[TeacherConfig, TeacherPrecisionConfig, DataConfig]]:
+    """By name, the sections teacher, teacher_precision and data as they hold for each teacher alone."""
+    shared: TeacherConfig = config.teacher
+    if not shared.routes:
+        return {ONLY: (shared, config.teacher_precision, config.data)}
+    found = {}
+    for name, route in shared.routes.items():
+        own = {key: getattr(route, key) for key in ("kind", "model", "pretrained_checkpoint", "adapter", "ema_decay")}
+        views = {f"teacher_{key}": getattr(route, key) for key in ("template", "enable_thinking")}
+        given = {key: value for key, value in views.items() if value is not None}
+        data = replace(config.data, teacher_key=None, **given)
+        teacher, precision = replace(shared, routes={}, **own), config.teacher_precision
+        if _shares_student(teacher, config):
+            precision = TeacherPrecisionConfig()
+            teacher = replace(
+                teacher,
                 parallel=TeacherParallelConfig(),
                 ranks="colocated",
                 data_parallel_size=1,
                 bf16=None,
                 offload=None,
             )
-            one = replace(one, teacher=students, teacher_precision=TeacherPrecisionConfig())
-        found[name] = one
+        found[name] = (teacher, precision, data)
     return found
 
 
-def same_weights(config: Any) -> dict[str, str]:
-    """For each teacher's name the first one that has the same weights: those are loaded once.
-
-    Two such teachers see problems differently, which is said with each prompt.
-    """
-    teachers = single_teachers(config)
-    made_of = {name: _made_of(one.teacher) for name, one in teachers.items()}
-    return {name: next(first for first, other in made_of.items() if other == mine) for name, mine in made_of.items()}
+def _shares_student(teacher: TeacherConfig, config: Any) -> bool:
+    return teacher.kind in ("ema", "current") or (teacher.kind == "initial" and config.lora.r is not None)
 
 
 def _made_of(teacher: TeacherConfig) -> TeacherConfig:
@@ -123,8 +166,8 @@ def has_own_layout(parallel: ParallelConfig, teacher: TeacherConfig) -> bool:
     )
 
 
-def num_scorers(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
-    """Ranks that only score, which are the last of the world."""
+def num_teacher_ranks(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
+    """Ranks that only teachers have; they are the last of the world."""
     if teacher.ranks != "dedicated":
         return 0
     return teacher_parallel(parallel, teacher).model_ranks * teacher.data_parallel_size
@@ -137,7 +180,7 @@ def teacher_words(parallel: ParallelConfig, teacher: TeacherConfig, student_rank
     >>> teacher_words(ParallelConfig(), own, 4)
     'TP 1 x PP 1 x DP 2 on 2 ranks of its own'
     """
-    resolved, own = teacher_parallel(parallel, teacher), num_scorers(parallel, teacher)
+    resolved, own = teacher_parallel(parallel, teacher), num_teacher_ranks(parallel, teacher)
     sizes = {
         f"TP {resolved.tensor_model_parallel_size}": True,
         "SP": resolved.sequence_parallel,
@@ -148,12 +191,10 @@ def teacher_words(parallel: ParallelConfig, teacher: TeacherConfig, student_rank
     return f"{layout} on {own} rank{'s' * (own > 1)} of its own" if own else f"{layout} on the same ranks"
 
 
-def fewest_ranks(parallel: ParallelConfig, teacher: TeacherConfig | None) -> int:
+def fewest_ranks(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
     """Ranks of the smallest world that can run it: one copy of the student, and the teacher's."""
-    if teacher is None:
-        return parallel.model_ranks
     if teacher.ranks == "dedicated":
-        return parallel.model_ranks + num_scorers(parallel, teacher)
+        return parallel.model_ranks + num_teacher_ranks(parallel, teacher)
     return math.lcm(parallel.model_ranks, teacher_parallel(parallel, teacher).model_ranks)
 
 

@@ -29,7 +29,7 @@ class Room:
 
     Attributes:
         student: of the student.
-        teachers: of each teacher, by the names of `teachers.single_teachers`.
+        teachers: of each teacher, by its name in the recipe.
         completion: tokens of the longest completion; None: each record's own.
         answer: of the longest answer in an evaluation.
     """

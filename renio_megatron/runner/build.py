@@ -9,7 +9,7 @@ from typing import Any
 
 from renio_megatron.config import HeadConfig
 from renio_megatron.config.resume import to_yaml
-from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.schema import DistillationConfig, JobConfig, SftConfig
 from renio_megatron.evaluation.evaluator import Evaluator
 from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
@@ -28,7 +28,7 @@ from renio_megatron.types import Decoding, Rollout
 
 
 def build_trainer(
-    config: RunConfig | SftConfig,
+    config: JobConfig,
     inputs: Inputs,
     layout: Layout,
     checkpoints: Path,
@@ -55,7 +55,7 @@ def build_trainer(
     start = None if inputs.adapter is None else inputs.adapter.start
     base = fingerprint(inputs.weights, inputs.architecture, start) if config.lora.r is not None else None
     algorithm: Algorithm
-    if isinstance(config, RunConfig):
+    if isinstance(config, DistillationConfig):
         teacher = build_teacher(config, inputs, layout, learner.part, say)
         algorithm = _distillation(config, inputs, layout, sampler, teacher, learner, lr_at, rollout_observers)
         averages = teacher.averages
@@ -80,7 +80,7 @@ def build_trainer(
 
 
 def build_student(
-    config: RunConfig | SftConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
+    config: JobConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
 ) -> tuple[Any, Any]:
     """(learner, sampler) of one model with its initial weights: `MegatronLearner`, `MegatronSampler`."""
     from renio_megatron.megatron.model.build import build_model
@@ -91,7 +91,7 @@ def build_student(
     from renio_megatron.megatron.weights.residual import residual_of
 
     parallel, train = config.parallel, config.train
-    is_loaded = isinstance(config, RunConfig) or config.init == "pretrained"
+    is_loaded = config.starts_from_weights
     part = build_model(
         inputs.architecture,
         layout,
@@ -108,8 +108,8 @@ def build_student(
         load_pretrained(part, inputs.weights, title="student", say=say, change=change)
     if config.lora.adapter is not None:
         load_adapter(part, user_path(config.lora.adapter))
-    temperature = config.loss.temperature if isinstance(config, RunConfig) else 1.0
-    head = config.head if isinstance(config, RunConfig) else HeadConfig()
+    temperature = config.loss.temperature if isinstance(config, DistillationConfig) else 1.0
+    head = config.head if isinstance(config, DistillationConfig) else HeadConfig()
     learner = MegatronLearner(
         part,
         train,
@@ -130,7 +130,7 @@ def build_student(
     return learner, sampler
 
 
-def decoding_of(config: RunConfig) -> Decoding:
+def decoding_of(config: DistillationConfig) -> Decoding:
     """How a recipe's completions are drawn."""
     rollout = config.rollout
     return Decoding(
@@ -139,7 +139,7 @@ def decoding_of(config: RunConfig) -> Decoding:
 
 
 def _distillation(
-    config: RunConfig,
+    config: DistillationConfig,
     inputs: Inputs,
     layout: Layout,
     sampler: Sampler,
@@ -170,12 +170,12 @@ def _distillation(
 
 
 def _evaluator(
-    config: RunConfig | SftConfig, inputs: Inputs, layout: Layout, sampler: Sampler
+    config: JobConfig, inputs: Inputs, layout: Layout, sampler: Sampler
 ) -> Callable[[], dict[str, float]] | None:
     if not config.evaluate.every or inputs.eval_grader is None:
         return None
     limit, together = config.evaluate.max_completion_length, None
-    if isinstance(config, RunConfig):
+    if isinstance(config, DistillationConfig):
         limit = limit or config.rollout.max_completion_length
         together = config.rollout.micro_batch_size
     assert limit is not None  # the recipe's rules see to it

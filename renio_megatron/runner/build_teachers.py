@@ -6,16 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from renio_megatron.config import ParallelConfig, TrainConfig
-from renio_megatron.config.schema import RunConfig
-from renio_megatron.config.teachers import (
-    ONLY,
-    has_own_layout,
-    num_scorers,
-    same_weights,
-    single_teachers,
-    teacher_parallel,
-)
+from renio_megatron.config.schema import DistillationConfig
+from renio_megatron.config.teachers import ONLY, TeacherSpec
 from renio_megatron.files import user_path
 from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.parallel.layout import Layout
@@ -24,7 +16,7 @@ from renio_megatron.training.algorithms.multi_teacher import RoutedTeachers
 
 
 def build_teacher(
-    config: RunConfig,
+    config: DistillationConfig,
     inputs: Inputs,
     layout: Layout,
     student: Any = None,
@@ -34,19 +26,21 @@ def build_teacher(
 
     Some kinds are `student`, the `ModelPart`, and have no weights of their own.
     """
+    built = {one.name: _build_one(config, one, inputs, layout, student, say) for one in _with_weights(config)}
     if not config.teacher.routes:
-        return _build_one(config, inputs, ONLY, layout, student, say)
-    teachers, same = single_teachers(config), same_weights(config)
-    built = {
-        name: _build_one(teachers[name], inputs, name, layout, student, say) for name in dict.fromkeys(same.values())
-    }
-    return RoutedTeachers(built, same)
+        return built[ONLY]
+    return RoutedTeachers(built, {one.name: one.weights_of for one in config.teachers})
+
+
+def _with_weights(config: DistillationConfig) -> list[TeacherSpec]:
+    """One teacher for each set of weights, in the recipe's order."""
+    return [one for one in config.teachers if one.weights_of == one.name]
 
 
 def _build_one(
-    config: RunConfig,
+    config: DistillationConfig,
+    spec: TeacherSpec,
     inputs: Inputs,
-    name: str,
     layout: Layout,
     student: Any,
     say: Callable[[str], None] | None,
@@ -54,31 +48,28 @@ def _build_one(
     from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
     from renio_megatron.megatron.teacher.weights import KINDS
 
-    if has_own_layout(config.parallel, config.teacher):
-        return _detached_teacher(config, inputs, name, layout, student, say)
+    if spec.has_own_layout:
+        return _detached_teacher(config, spec, inputs, layout, student, say)
 
     def build() -> Any:
-        return _teacher_part(config, inputs, name, layout, config.parallel, say)
+        return _teacher_part(config, spec, inputs, layout, say)
 
     return MegatronTeacher(
-        KINDS[config.teacher.kind](config.teacher, student, build),
+        KINDS[spec.kind](spec.settings, student, build),
         config.train,
         config.head,
         temperature=config.loss.temperature,
         pad_id=inputs.pad_id,
-        payload_device=config.teacher.payload_device,
+        payload_device=spec.settings.payload_device,
     )
 
 
 def build_scorers(
-    config: RunConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
+    config: DistillationConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
 ) -> list[Any]:
     """The `DetachedTeacher`s of a rank that only scores, in the order in which they are asked."""
-    teachers, same = single_teachers(config), same_weights(config)
     built = [
-        _detached_teacher(teachers[name], inputs, name, layout, None, say)
-        for name in dict.fromkeys(same.values())
-        if num_scorers(config.parallel, teachers[name].teacher)
+        _detached_teacher(config, one, inputs, layout, None, say) for one in _with_weights(config) if one.num_ranks
     ]
     with tuning_reported(layout.device):
         for teacher in built:
@@ -87,9 +78,9 @@ def build_scorers(
 
 
 def _detached_teacher(
-    config: RunConfig,
+    config: DistillationConfig,
+    spec: TeacherSpec,
     inputs: Inputs,
-    name: str,
     layout: Layout,
     student: Any,
     say: Callable[[str], None] | None,
@@ -104,17 +95,16 @@ def _detached_teacher(
     from renio_megatron.megatron.teacher.weights import KINDS
     from renio_megatron.parallel.row_exchange import axis_of
 
-    parallel = teacher_parallel(config.parallel, config.teacher)
-    is_dedicated = config.teacher.ranks == "dedicated"
+    is_dedicated = spec.num_ranks > 0
     reader = None
     if layout.is_scorer:
-        part = _teacher_part(config, inputs, name, layout, parallel, say)
-        reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), None)
+        part = _teacher_part(config, spec, inputs, layout, say)
+        reader = Reader(KINDS[spec.kind](spec.settings, None, lambda: part), None)
     elif not is_dedicated:
-        place = place_beside(parallel, layout.device)
+        place = place_beside(spec.parallel, layout.device)
         with place.entered():
-            part = _teacher_part(config, inputs, name, place.layout, parallel, say)
-        reader = Reader(KINDS[config.teacher.kind](config.teacher, None, lambda: part), place)
+            part = _teacher_part(config, spec, inputs, place.layout, say)
+        reader = Reader(KINDS[spec.kind](spec.settings, None, lambda: part), place)
     return DetachedTeacher(
         reader,
         None if layout.is_scorer else layout,
@@ -125,24 +115,23 @@ def _detached_teacher(
             layout.device,
         ),
         bridge() if is_dedicated else None,
-        architecture=inputs.teachers[name].architecture,
+        architecture=inputs.teachers[spec.name].architecture,
         shard=None if layout.is_scorer else student.shard,
         train=config.train,
         head=config.head,
-        dtype=torch.bfloat16 if _teacher_train(config).bf16 else torch.float32,
+        dtype=torch.bfloat16 if spec.bf16 else torch.float32,
         device=layout.device,
         temperature=config.loss.temperature,
         pad_id=inputs.pad_id,
-        payload_device=config.teacher.payload_device,
+        payload_device=spec.settings.payload_device,
     )
 
 
 def _teacher_part(
-    config: RunConfig,
+    config: DistillationConfig,
+    spec: TeacherSpec,
     inputs: Inputs,
-    name: str,
     layout: Layout,
-    parallel: ParallelConfig,
     say: Callable[[str], None] | None,
 ) -> Any:
     """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
@@ -150,26 +139,19 @@ def _teacher_part(
     from renio_megatron.megatron.weights.merge_adapter import Merger
     from renio_megatron.megatron.weights.pretrained import load_pretrained
 
-    teacher: TeacherInputs = inputs.teachers[name]
+    teacher: TeacherInputs = inputs.teachers[spec.name]
     part = build_model(
         teacher.architecture,
         layout,
-        parallel,
-        _teacher_train(config),
-        config.teacher_precision,
+        spec.parallel,
+        replace(config.train, bf16=spec.bf16),
+        spec.precision,
         vocab_size=inputs.vocab_size,
         num_rows=inputs.architecture.vocab_size,
         trained=False,
         initialise=False,
     )
-    adapter = config.teacher.adapter
+    adapter = spec.settings.adapter
     change = None if adapter is None else Merger(user_path(adapter), part.architecture, teacher.weights, layout.device)
-    title = "teacher" if name == ONLY else f"teacher {name}"
-    load_pretrained(part, teacher.weights, title=title, say=say, change=change)
+    load_pretrained(part, teacher.weights, title=spec.title, say=say, change=change)
     return part
-
-
-def _teacher_train(config: RunConfig) -> TrainConfig:
-    """`train`, in the teacher's dtype."""
-    own = config.teacher.bf16
-    return config.train if own is None else replace(config.train, bf16=own)

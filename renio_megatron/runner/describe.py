@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from renio_megatron.config.schema import RunConfig, SftConfig
-from renio_megatron.config.teachers import has_own_layout, num_scorers, teacher_words
+from renio_megatron.config.schema import DistillationConfig, JobConfig
+from renio_megatron.config.teachers import teacher_words
 
 
-def finished_message(config: RunConfig | SftConfig) -> str:
+def finished_message(config: JobConfig) -> str:
     """What is said where there is nothing left to do."""
     return (
         f"{config.output_dir} is finished: all {config.train.train_iters} steps are done. "
@@ -17,7 +17,7 @@ def finished_message(config: RunConfig | SftConfig) -> str:
     )
 
 
-def describe_run(config: Any) -> str:
+def describe_run(config: JobConfig) -> str:
     """One line about a run: what learns from what, on how many ranks."""
     parallel, train = config.parallel, config.train
     sizes = {
@@ -31,14 +31,14 @@ def describe_run(config: Any) -> str:
     }
     layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
     what = f"{config.model} on its solutions"
-    if isinstance(config, RunConfig):
+    if isinstance(config, DistillationConfig):
         what = f"{config.model} learns from {_teachers(config)}, weighting {config.weighting.name}"
-        if has_own_layout(parallel, config.teacher):
+        if any(one.has_own_layout for one in config.teachers):
             layout = f"{layout}; teacher {teacher_words(parallel, config.teacher, _trainers(config))}"
     return f"{what}; {train.train_iters} steps of {train.global_batch_size} sequences; {layout}"
 
 
-def _teachers(config: RunConfig) -> str:
+def _teachers(config: DistillationConfig) -> str:
     """Who teaches, in words."""
 
     def words(teacher: Any) -> str:
@@ -50,17 +50,17 @@ def _teachers(config: RunConfig) -> str:
     return f"{', '.join(f'{name}: {words(one)}' for name, one in routes.items())} (by {config.data.teacher_key})"
 
 
-def _trainers(config: Any) -> int:
+def _trainers(config: JobConfig) -> int:
     """Ranks of the student."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    return world - num_scorers(config.parallel, config.teacher) if isinstance(config, RunConfig) else world
+    return world - config.num_teacher_ranks
 
 
-def say_weights(config: RunConfig | SftConfig) -> None:
+def say_weights(config: JobConfig) -> None:
     """Prints which weights are in force, and over how many sequences their mean is taken; none in fine-tuning."""
     from renio_megatron.training.setting_warnings import weights_line
 
-    if isinstance(config, RunConfig):
+    if isinstance(config, DistillationConfig):
         data_ranks = _trainers(config) // config.parallel.model_ranks
         say(weights_line(config.weighting, config.train.global_batch_size, data_ranks))
 

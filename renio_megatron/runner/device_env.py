@@ -12,7 +12,7 @@ import os
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
-from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.schema import JobConfig
 
 logger = logging.getLogger(__name__)
 BLACKWELL = (10, 0)
@@ -113,7 +113,7 @@ def compute_capability() -> tuple[int, int] | None:
     return None if failed else (major.value, minor.value)
 
 
-def set_hardware_variables_of(config: RunConfig | SftConfig) -> None:
+def set_hardware_variables_of(config: JobConfig) -> None:
     """Before CUDA is touched: CUDA's and NCCL's variables that the user has not set; a contradiction is a warning."""
     variables = hardware_variables(
         compute_capability(),

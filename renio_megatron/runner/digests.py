@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from renio_megatron.config.schema import RunConfig, SftConfig
-from renio_megatron.config.teachers import setting_of, single_teachers
+from renio_megatron.config.schema import JobConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled, user_path
 from renio_megatron.models.hf_weights import description_files
@@ -18,7 +17,7 @@ _BLOCKS = 16  # of a file of weights; what is edited, trained or quantised diffe
 _MOST_READ = 2**30  # bytes of a file that are read whole
 
 
-def origins(config: RunConfig | SftConfig, inputs: Inputs) -> dict[str, str]:
+def origins(config: JobConfig, inputs: Inputs) -> dict[str, str]:
     """A digest of every file or directory that the rest of a run depends on, by the setting that names it; and the date
     that its prompts hold, where they hold one.
 
@@ -34,15 +33,15 @@ def origins(config: RunConfig | SftConfig, inputs: Inputs) -> dict[str, str]:
     for setting, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
         if path is not None:
             places[setting] = _files(user_path(path))
-    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
-        teacher, found = one.teacher, inputs.teachers[name]
+    for one in config.teachers:
+        teacher, found = one.settings, inputs.teachers[one.name]
         is_copy = teacher.kind == "initial" and config.lora.r is None
         if teacher.kind == "separate" or is_copy:
             given = teacher.pretrained_checkpoint if teacher.kind == "separate" else config.pretrained_checkpoint
             key = "model" if given is None else "pretrained_checkpoint"
-            places[key if is_copy else setting_of(name, key)] = _weights(found.weights)
+            places[key if is_copy else one.setting(key)] = _weights(found.weights)
         if teacher.adapter is not None:
-            places[setting_of(name, "adapter")] = _weights(user_path(teacher.adapter))
+            places[one.setting("adapter")] = _weights(user_path(teacher.adapter))
     try:
         digests = {setting: _digest(parts) for setting, parts in places.items()}
         return digests if inputs.date is None else {**digests, DATE: inputs.date}

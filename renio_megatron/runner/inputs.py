@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.config import LoraConfig, TrainConfig
-from renio_megatron.config.schema import RunConfig, SftConfig
-from renio_megatron.config.teachers import ONLY, setting_of, single_teachers
+from renio_megatron.config.schema import DistillationConfig, JobConfig, SftConfig
+from renio_megatron.config.teachers import ONLY
 from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.data.prompt_views import View, chat_template_of, teacher_view
 from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
@@ -57,7 +57,7 @@ class Inputs:
         weights: where its weights are: there, or a checkpoint that Megatron wrote.
         architecture: its own.
         adapter: that it starts with; None where it has none, or new ones.
-        teachers: by the names of `teachers.single_teachers`; none in fine-tuning.
+        teachers: by the names of `JobConfig.teachers`; none in fine-tuning.
         vocab_size: V of the loss: the columns that all models have.
         stream: the prompts.
         evaluation: the problems of the evaluation; none where there is none.
@@ -86,19 +86,19 @@ class Inputs:
     date: str | None = None
 
 
-def most_completion_tokens(config: RunConfig | SftConfig, inputs: Inputs) -> int:
+def most_completion_tokens(config: JobConfig, inputs: Inputs) -> int:
     """Completion tokens that no micro-batch exceeds, of either model: a packed row's, or those of sequences as long as
     they may be."""
     if config.train.max_tokens_per_micro_batch is not None:
         return config.train.max_tokens_per_micro_batch
     given = inputs.architecture.max_sequence_length
-    longest = config.rollout.max_completion_length if isinstance(config, RunConfig) else given
+    longest = config.rollout.max_completion_length if isinstance(config, DistillationConfig) else given
     return config.train.micro_batch_size * longest
 
 
-def stops_of(config: RunConfig | SftConfig) -> tuple[list[int], list[str]]:
+def stops_of(config: JobConfig) -> tuple[list[int], list[str]]:
     """Token ids and texts that end completions beside those of the model."""
-    if isinstance(config, SftConfig):
+    if not isinstance(config, DistillationConfig):
         return [], []
     return list(config.rollout.stop_token_ids or ()), list(config.rollout.stop_strings or ())
 
@@ -108,7 +108,7 @@ def weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
     return model if checkpoint is None else find_pretrained(checkpoint, setting)
 
 
-def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: Any) -> dict[str, TeacherInputs]:
+def read_teachers(config: JobConfig, student: Path, weights: Path, tokenizer: Any) -> dict[str, TeacherInputs]:
     """What is known of each teacher, by name.
 
     Args:
@@ -122,9 +122,9 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
             named.
     """
     found = {}
-    for name, one in single_teachers(config).items():
-        teacher = one.teacher
-        directory = student if teacher.model is None else model_directory(teacher.model, setting_of(name, "model"))
+    for one in config.teachers:
+        teacher = one.settings
+        directory = student if teacher.model is None else model_directory(teacher.model, one.setting("model"))
         architecture = Architecture.from_directory(directory)
         its_tokenizer = tokenizer
         if directory != student:
@@ -133,29 +133,31 @@ def read_teachers(config: RunConfig, student: Path, weights: Path, tokenizer: An
         check_embedding(tokenizer, directory, architecture)
         own = weights
         if teacher.kind == "separate":
-            own = weights_of(directory, teacher.pretrained_checkpoint, setting_of(name, "pretrained_checkpoint"))
+            own = weights_of(directory, teacher.pretrained_checkpoint, one.setting("pretrained_checkpoint"))
         if own == directory:
             WeightFiles(directory).check(architecture)
         if teacher.adapter is not None:
             from renio_megatron.megatron.weights.merge_adapter import Merger
 
             Merger(user_path(teacher.adapter), architecture, own)  # refuses what cannot be merged
-        found[name] = TeacherInputs(directory, own, architecture, ends_of(directory, its_tokenizer))
+        found[one.name] = TeacherInputs(directory, own, architecture, ends_of(directory, its_tokenizer))
     return found
 
 
-def teacher_views(config: RunConfig, tokenizer: Any) -> dict[str, View] | None:
+def teacher_views(config: JobConfig, tokenizer: Any) -> dict[str, View] | None:
     """How each of several teachers sees a problem, by name; None where there is one.
 
     Raises:
         ConfigError: an unknown field in a template, or settings of the chat template that do not fit the tokenizer.
     """
     views = {}
-    for name, route in config.teacher.routes.items():
-        data = single_teachers(config)[name].data
-        chat_template_of(tokenizer, data)
-        setting = "data.teacher_template" if route.template is None else f"teacher.routes.{name}.template"
-        views[name] = teacher_view(data, setting)
+    for one in config.teachers:
+        if one.name == ONLY:
+            return None
+        chat_template_of(tokenizer, one.data)
+        is_its_own = one.data.teacher_template != config.data.teacher_template
+        setting = one.setting("template") if is_its_own else "data.teacher_template"
+        views[one.name] = teacher_view(one.data, setting)
     return views or None
 
 
@@ -188,7 +190,7 @@ def notices_of_prompts(
     return found
 
 
-def read_inputs(config: RunConfig | SftConfig, now: datetime | None = None) -> Inputs:
+def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
     """Opens and checks models' descriptions, tokenizers and data.
 
     Args:
@@ -204,9 +206,9 @@ def read_inputs(config: RunConfig | SftConfig, now: datetime | None = None) -> I
     tokenizer = load_tokenizer(model)
     check_embedding(tokenizer, model, architecture)
     weights = weights_of(model, config.pretrained_checkpoint, "pretrained_checkpoint")
-    if weights == model and (isinstance(config, RunConfig) or config.init == "pretrained"):
+    if weights == model and config.starts_from_weights:
         WeightFiles(model).check(architecture)
-    teachers = read_teachers(config, model, weights, tokenizer) if isinstance(config, RunConfig) else {}
+    teachers = read_teachers(config, model, weights, tokenizer)
     # Rows beyond a tokenizer's tokens differ between models of a family; no model may be asked about them.
     vocab_size = min(one.vocab_size for one in (architecture, *(teacher.architecture for teacher in teachers.values())))
     adapter = _adapter(config.lora, model, weights)
@@ -215,15 +217,15 @@ def read_inputs(config: RunConfig | SftConfig, now: datetime | None = None) -> I
         source,
         tokenizer,
         config.data,
-        teacher_views=teacher_views(config, tokenizer) if isinstance(config, RunConfig) else None,
+        teacher_views=teacher_views(config, tokenizer),
         with_completions=isinstance(config, SftConfig),
         room=_room(config, architecture, teachers),
         now=now,
     )
     first = stream.batch(0, _num_checked(source, config.train))
-    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
-        if one.teacher.kind != "separate":
-            check_views_differ([prompt for prompt in first if prompt.teacher == name], one.teacher.kind)
+    for one in config.teachers:
+        if one.kind != "separate":
+            check_views_differ([prompt for prompt in first if prompt.teacher == one.name], one.kind)
     if isinstance(config, SftConfig) and config.train.max_tokens_per_micro_batch is not None:
         arrangement = Arrangement(
             0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
@@ -279,8 +281,8 @@ def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None
     return adapter
 
 
-def _room(config: RunConfig | SftConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> Room:
-    completion = config.rollout.max_completion_length if isinstance(config, RunConfig) else None
+def _room(config: JobConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> Room:
+    completion = config.rollout.max_completion_length if isinstance(config, DistillationConfig) else None
     positions = {name: teacher.architecture.max_sequence_length for name, teacher in teachers.items()}
     return Room(student.max_sequence_length, positions, completion, config.evaluate.max_completion_length or completion)
 

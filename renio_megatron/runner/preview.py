@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from renio_megatron.config.schema import RunConfig, SftConfig
-from renio_megatron.config.teachers import ONLY, setting_of, single_teachers
+from renio_megatron.config.schema import JobConfig, SftConfig
+from renio_megatron.config.teachers import ONLY
 from renio_megatron.data.prompts import PromptStream
 from renio_megatron.data.sources import build_source
 from renio_megatron.models.ends import Ends, ends_of
@@ -74,7 +74,7 @@ class Preview:
         return found + [f"note: {notice}" for notice in self.notices]
 
 
-def preview(config: RunConfig | SftConfig, count: int) -> Preview:
+def preview(config: JobConfig, count: int) -> Preview:
     """The first `count` prompts of a recipe, and what ends its completions; of models only tokenizers are read.
 
     Raises:
@@ -83,18 +83,18 @@ def preview(config: RunConfig | SftConfig, count: int) -> Preview:
     model = model_directory(config.model, "model")
     tokenizer = load_tokenizer(model)
     teacher_ends = {}
-    for name, one in single_teachers(config).items() if isinstance(config, RunConfig) else ():
+    for one in config.teachers:
         directory, its_tokenizer = model, tokenizer
-        if one.teacher.model is not None:
-            directory = model_directory(one.teacher.model, setting_of(name, "model"))
+        if one.settings.model is not None:
+            directory = model_directory(one.settings.model, one.setting("model"))
             its_tokenizer = load_tokenizer(directory)
             check_same_tokenizer(tokenizer, its_tokenizer)
-        teacher_ends[name] = ends_of(directory, its_tokenizer)
+        teacher_ends[one.name] = ends_of(directory, its_tokenizer)
     stream = PromptStream(
         build_source(config.data, "train"),
         tokenizer,
         config.data,
-        teacher_views=teacher_views(config, tokenizer) if isinstance(config, RunConfig) else None,
+        teacher_views=teacher_views(config, tokenizer),
         with_completions=isinstance(config, SftConfig),
     )
     prompts, ends = stream.batch(0, count), ends_of(model, tokenizer, *stops_of(config))

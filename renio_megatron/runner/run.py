@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from renio_megatron.config.schema import Recipe, RunConfig, SftConfig
-from renio_megatron.config.teachers import num_scorers, shares_student, single_teachers, teacher_parallel
+from renio_megatron.config.schema import DistillationConfig, JobConfig, Recipe
 from renio_megatron.errors import RunStopped, on_every_rank
 from renio_megatron.megatron.runtime.initialize import bridge, start
 from renio_megatron.parallel.collectives import any_rank, on_main_rank
@@ -61,10 +60,8 @@ def run_recipe(
     """
     config, directory = recipe.config, RunDirectory(recipe.config.output_dir)
     inputs = _read(config, None if fresh else directory.date())
-    scorers, places = _scorers(config), None
-    if scorers:
-        assert isinstance(config, RunConfig)
-        places = teacher_parallel(config.parallel, config.teacher)
+    scorers = config.num_teacher_ranks
+    places = next((one.parallel for one in config.teachers if one.num_ranks), None)
     layout = start(
         config.parallel,
         seed=config.train.seed,
@@ -80,9 +77,9 @@ def run_recipe(
         line = f"{line}; {_models_line(config, layout)}"
     if layout.is_main:
         say(line)
-        if isinstance(config, RunConfig) or config.evaluate.every:
+        if isinstance(config, DistillationConfig) or config.evaluate.every:
             say(f"completions end at {inputs.ends.words(inputs.tokenizer)}")
-        is_taught = isinstance(config, RunConfig)
+        is_taught = isinstance(config, DistillationConfig)
         say("\n".join(prompt_lines(inputs.stream.batch(0, 1)[0], inputs.tokenizer, is_taught=is_taught)))
         for warning in (*warnings, *inputs.notices):
             logger.warning(warning)
@@ -117,7 +114,7 @@ def run_recipe(
                 observers.append(sink.write)
             if progress is not None:
                 observers.append(stack.enter_context(progress(title, config.train.train_iters)).update)
-            if isinstance(config, RunConfig):
+            if isinstance(config, DistillationConfig):
                 observers.append(Notices(config.weighting, config.loss, prefix=config.rollout.prefix).update)
                 if config.rollout.log:
                     log = RolloutSink(directory.rollouts, purge_step=purge_step)
@@ -133,13 +130,13 @@ def run_recipe(
     return "resumed" if first else "new"
 
 
-def _read(config: RunConfig | SftConfig, date: str | None) -> Inputs:
+def _read(config: JobConfig, date: str | None) -> Inputs:
     """The inputs, with `date` for what a chat template writes; their errors are every rank's."""
     with on_every_rank():
         return read_inputs(config, None if date is None else datetime.fromisoformat(date))
 
 
-def on_the_same_day(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> Inputs:
+def on_the_same_day(config: JobConfig, inputs: Inputs, layout: Layout) -> Inputs:
     """The inputs with the first rank's date, where their prompts hold one; clocks and time zones may differ."""
     if inputs.date is None:
         return inputs
@@ -147,31 +144,26 @@ def on_the_same_day(config: RunConfig | SftConfig, inputs: Inputs, layout: Layou
     return inputs if date == inputs.date else _read(config, date)
 
 
-def _models_line(config: RunConfig | SftConfig, layout: Layout) -> str:
+def _models_line(config: JobConfig, layout: Layout) -> str:
     """What the models are made of, and what of the student is trained."""
-    teachers = single_teachers(config).values() if isinstance(config, RunConfig) else ()
-    of_their_own = [one for one in teachers if not shares_student(one)]  # one precision for all of them
+    of_their_own = [one for one in config.teachers if not one.shares_student]  # one precision for all of them
     text = layers(
         config.precision,
-        of_their_own[0].teacher_precision if of_their_own else None,
+        of_their_own[0].precision if of_their_own else None,
         layout.device,
         bf16=config.train.bf16,
-        teacher_bf16=of_their_own[0].teacher.bf16 if of_their_own else None,
+        teacher_bf16=of_their_own[0].settings.bf16 if of_their_own else None,
         has_adapters=config.lora.r is not None,
     )
     if config.lora.r is None:
         return text
-    is_teacher = any(one.teacher.kind == "initial" for one in teachers)
+    is_teacher = any(one.kind == "initial" for one in config.teachers)
     return f"{text}; {trained(config.lora)}{', and without them it is the teacher' if is_teacher else ''}"
 
 
-def _scorers(config: RunConfig | SftConfig) -> int:
-    return num_scorers(config.parallel, config.teacher) if isinstance(config, RunConfig) else 0
-
-
-def _score(config: RunConfig | SftConfig, inputs: Inputs, layout: Layout) -> str:
+def _score(config: JobConfig, inputs: Inputs, layout: Layout) -> str:
     """A run on a rank that only scores: it serves until the others are done. They save, and answer SIGTERM."""
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, DistillationConfig)
     if tell_scorers(False, layout):
         return "finished"
     teachers = build_scorers(config, inputs, layout)

@@ -3,7 +3,7 @@ import pytest
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.resume import differences, to_yaml
-from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.schema import DistillationConfig, SftConfig
 from renio_megatron.errors import ConfigError
 
 TRAIN = "model: student\noutput_dir: runs/a\nteacher:\n  model: teacher\n"
@@ -22,7 +22,7 @@ def sft(write):
 
 def test_a_minimal_recipe_has_the_documented_defaults(train):
     recipe = train()
-    assert isinstance(recipe.config, RunConfig)
+    assert isinstance(recipe.config, DistillationConfig)
     assert recipe.config.teacher.model == "teacher"
     assert recipe.config.weighting.threshold == 0.8
     assert recipe.config.train.lr == 5e-6
@@ -338,7 +338,7 @@ def test_written_settings_hold_every_value_and_differ_in_none(train):
 
 def test_written_settings_can_be_loaded_without_the_rules(train, write):
     config = train("data: {seed: 4}\n").config
-    assert read_recipe(RunConfig, write(to_yaml(config)))[0] == config
+    assert read_recipe(DistillationConfig, write(to_yaml(config)))[0] == config
 
 
 def test_differences_name_key_old_and_new(train):

@@ -12,7 +12,7 @@ import pytest
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.resume import differences, to_yaml
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.errors import ConfigError
 from tests.config.test_config import TRAIN
 
@@ -46,7 +46,7 @@ def test_text_on_the_command_line_is_literal(train, write, text):
     assert train("", f"rollout.stop_strings=[{json.dumps(text)}]").config.rollout.stop_strings == [text]
     # What a run directory holds reads as the same settings again.
     assert differences(to_yaml(config), config) == []
-    assert read_recipe(RunConfig, write(to_yaml(config)))[0] == config
+    assert read_recipe(DistillationConfig, write(to_yaml(config)))[0] == config
 
 
 def test_a_template_on_the_command_line_is_literal(train):

@@ -10,7 +10,7 @@ import torch
 
 from renio_megatron.config import RolloutConfig, TrainConfig, WeightingConfig
 from renio_megatron.config.parser import read_recipe
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.files import as_others_are
 from renio_megatron.objective.normalize import moving_average
@@ -54,8 +54,8 @@ def test_a_key_without_a_value_is_refused(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: a\noutput_dir: b\nteacher: {model: c}\n")
     with pytest.raises(ConfigError, match=r"train\.lr= has no value. Write train\.lr=null"):
-        read_recipe(RunConfig, recipe, ["train.lr="])
-    assert read_recipe(RunConfig, recipe, ["data.path=''"])[0].data.path == ""
+        read_recipe(DistillationConfig, recipe, ["train.lr="])
+    assert read_recipe(DistillationConfig, recipe, ["data.path=''"])[0].data.path == ""
 
 
 def test_the_state_of_an_average_is_one_number():

@@ -9,7 +9,6 @@ import pytest
 
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.resume import is_changeable
-from renio_megatron.config.teachers import shares_student
 from renio_megatron.errors import ConfigError
 from tests.training.test_trainer import PROMPTS, Roles
 
@@ -39,7 +38,7 @@ def load(tmp_path: Path, kind: str, *overrides: str, view: str = VIEW) -> Any:
 def test_what_can_be_asked_of_a_kind(kind, overrides, shares, tmp_path):
     config = load(tmp_path, kind, *overrides)
     assert config.teacher.kind == kind
-    assert shares_student(config) == shares
+    assert config.teachers[0].shares_student == shares
 
 
 def test_the_average_moves_slowly_by_default(tmp_path):

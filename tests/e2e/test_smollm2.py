@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from renio_megatron.config.load import load_recipe
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.tools.plan.memory import plan_memory
 from renio_megatron.tools.plan.models import read_model
@@ -133,7 +133,7 @@ def test_adapters_save_the_memory_of_the_optimiser(whole: Run, adapted: Run, mod
     planned = []
     for path in (WHOLE, ADAPTED):
         config = load_recipe("train", path, [f"model={model}"]).config
-        assert isinstance(config, RunConfig)
+        assert isinstance(config, DistillationConfig)
         read = read_model(config.model, "model")
         planned.append(plan_memory(config, replace(read, lora=config.lora), {ONLY: read}, 2, fused_norm=False))
     optimiser = max(all_of.held["optimiser"] - few.held["optimiser"] for all_of, few in zip(*planned, strict=True))

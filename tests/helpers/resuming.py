@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
 from renio_megatron.config import CheckpointConfig, EvaluateConfig, TrainConfig, WeightingConfig
-from renio_megatron.config.schema import Recipe, RunConfig
+from renio_megatron.config.schema import DistillationConfig, Recipe
 from renio_megatron.errors import CheckpointError, ConfigError, NumericsError, RunStopped
 from renio_megatron.megatron.checkpoint.directory import latest_step, steps
 from tests.helpers.training_cases import layout_of, recipe
@@ -27,7 +27,7 @@ class Stopped(Exception):
     """The job ended here."""
 
 
-def run_config(folder: Path, name: str, **changes: Any) -> RunConfig:
+def run_config(folder: Path, name: str, **changes: Any) -> DistillationConfig:
     """Five steps on two tensor-parallel ranks, a checkpoint and an evaluation every two; `changes` replace sections."""
     sections = {
         "parallel": layout_of(2),
@@ -55,7 +55,7 @@ def train_config(**changes: Any) -> TrainConfig:
 
 
 def run(
-    config: RunConfig, *, stop_before: int | None = None, before_step: Callable[[Any, int], None] | None = None
+    config: DistillationConfig, *, stop_before: int | None = None, before_step: Callable[[Any, int], None] | None = None
 ) -> dict[str, Any]:
     """A run of the real job in this process: its outcome, its step, and the parameters that it ends with.
 
@@ -117,7 +117,7 @@ def small_files(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def full_at_step_4(config: RunConfig, *, rank: int, limit: int) -> dict[str, Any]:
+def full_at_step_4(config: DistillationConfig, *, rank: int, limit: int) -> dict[str, Any]:
     """A run, one rank of which may not write files above `limit` bytes at its second checkpoint; then without limit."""
     from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from renio_megatron.config.schema import RunConfig
-from renio_megatron.config.teachers import num_scorers, teacher_parallel
+from renio_megatron.config.schema import DistillationConfig
+from renio_megatron.config.teachers import teacher_parallel
 
 
 def on_scoring_ranks(
-    runs: Mapping[str, RunConfig],
+    runs: Mapping[str, DistillationConfig],
     folder: Path,
     *,
-    train: Callable[[RunConfig], Any],
+    train: Callable[[DistillationConfig], Any],
     serve: Callable[[list[Any], Any], Any],
 ) -> dict[str, Any]:
     """What each run gives on this rank, by name.
@@ -47,7 +47,7 @@ def on_scoring_ranks(
             config.parallel,
             seed=config.train.seed,
             scorers=teacher_parallel(config.parallel, config.teacher),
-            num_scorers=num_scorers(config.parallel, config.teacher),
+            num_scorers=config.num_teacher_ranks,
         )
         if layout.is_scorer:
             found[name] = serve(build_scorers(config, read_inputs(config), layout), layout)

@@ -24,7 +24,7 @@ from renio_megatron.config import (
     TrainConfig,
     WeightingConfig,
 )
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.data.sources.modchain import build_tokenizer
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.types import Rollout
@@ -66,9 +66,9 @@ def save_models(folder: Path, models: Sequence[tuple[str, int, int, bool, float]
         build_tokenizer(folder / name)
 
 
-def recipe(folder: Path, **changes: Any) -> RunConfig:
+def recipe(folder: Path, **changes: Any) -> DistillationConfig:
     """A run of one step of 8 sequences; `changes` replace whole sections or top-level values."""
-    config = RunConfig(
+    config = DistillationConfig(
         model=str(folder / "student"),
         teacher=TeacherConfig(model=str(folder / "teacher")),
         data=DataConfig(seed=5),
@@ -86,7 +86,7 @@ def layout_of(tp: int = 1, pp: int = 1, *, sp: bool = False) -> ParallelConfig:
     return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
 
 
-def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any]:
+def one_step(config: DistillationConfig, folder: Path, draw: Any = None) -> dict[str, Any]:
     """One optimiser step through `Trainer.run`, compared on this rank with the single-process reference.
 
     Args:
@@ -144,7 +144,7 @@ def one_step(config: RunConfig, folder: Path, draw: Any = None) -> dict[str, Any
     }
 
 
-def reference_step(config: RunConfig, rollouts: list[Rollout], student: Any = None) -> dict[str, Any]:
+def reference_step(config: DistillationConfig, rollouts: list[Rollout], student: Any = None) -> dict[str, Any]:
     """Loss, weights and gradients of the whole batch in one process, by transformers and autograd.
 
     `student` takes the place of the model of `config`.

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from renio_megatron.config import HeadConfig, LossConfig, TeacherConfig
-from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.schema import JobConfig, SftConfig
 from renio_megatron.losses import kernels
 from renio_megatron.losses.kernels import torch_ops
 from renio_megatron.training.algorithms import distillation
@@ -99,7 +99,7 @@ def played_gpu(least: int) -> Iterator[Asked]:
         yield asked
 
 
-def runs(folder: Path) -> dict[str, RunConfig | SftConfig]:
+def runs(folder: Path) -> dict[str, JobConfig]:
     """Name -> run, for 2 ranks."""
     base = recipe(folder)
     bf16 = {"train": replace(base.train, bf16=True)}
@@ -127,7 +127,7 @@ def runs(folder: Path) -> dict[str, RunConfig | SftConfig]:
     return found
 
 
-def tuned_and_asked(config: RunConfig | SftConfig, folder: Path, least: int) -> dict[str, Any]:
+def tuned_and_asked(config: JobConfig, folder: Path, least: int) -> dict[str, Any]:
     """What a run asks for on this rank, where calls of `least` entries are large.
 
     Returns:

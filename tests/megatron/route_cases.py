@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from renio_megatron.config import DataConfig, ParallelConfig, TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.data.sources import build_source
 from renio_megatron.data.sources.modchain import make_problem
 from tests.helpers.resuming import run, run_config, same, train_config
@@ -55,7 +55,7 @@ def write_records(path: Path, teachers: Sequence[str]) -> DataConfig:
     return data
 
 
-def routed(folder: Path, teachers: Sequence[str] = MIXED, **changes: Any) -> RunConfig:
+def routed(folder: Path, teachers: Sequence[str] = MIXED, **changes: Any) -> DistillationConfig:
     """One step of 8 sequences; of the changes `teacher` holds settings of that section."""
     shared = changes.pop("teacher", {})
     name = f"{'-'.join(teachers)} {os.getpid()}.jsonl"  # each rank writes its own
@@ -63,7 +63,7 @@ def routed(folder: Path, teachers: Sequence[str] = MIXED, **changes: Any) -> Run
     return recipe(folder, data=data, teacher=TeacherConfig(routes=routes(folder), **shared), **changes)
 
 
-def cases(folder: Path) -> dict[str, RunConfig]:
+def cases(folder: Path) -> dict[str, DistillationConfig]:
     """Name -> run, for 2 ranks."""
     packed = replace(recipe(folder).train, max_tokens_per_micro_batch=50)
     cp = ParallelConfig(context_parallel_size=2)
@@ -86,7 +86,7 @@ def cases(folder: Path) -> dict[str, RunConfig]:
     }
 
 
-def own_layout_cases(folder: Path) -> dict[str, RunConfig]:
+def own_layout_cases(folder: Path) -> dict[str, DistillationConfig]:
     """Name -> run, for 4 ranks; those of `dedicated` have 2 that only score."""
     own = TeacherParallelConfig(tensor_model_parallel_size=2)
     alone = {"ranks": "dedicated", "parallel": own}
@@ -107,10 +107,8 @@ def run_cases(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _weights_loaded(config: RunConfig) -> int:
-    from renio_megatron.config.teachers import same_weights
-
-    return len(set(same_weights(config).values()))
+def _weights_loaded(config: DistillationConfig) -> int:
+    return len({one.weights_of for one in config.teachers})
 
 
 def run_own_layouts(folder: Path) -> dict[str, Any]:
@@ -155,7 +153,7 @@ def run_runs(folder: Path) -> dict[str, Any]:
     return found
 
 
-def run_and_look(config: RunConfig) -> dict[str, Any]:
+def run_and_look(config: DistillationConfig) -> dict[str, Any]:
     """`resuming.run`, and of its teachers: how many were built, changed frozen parameters, averages in the end."""
     import renio_megatron.runner.build as module
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.types import Decoding, Prompt, Rollout
 from tests.fakes import te_standin
 from tests.helpers.training_cases import layout_of, one_step, recipe
@@ -210,7 +210,7 @@ def distil(root):
     te_standin.install()
     found = {}
     for name, tp, sp in (("DP2", 1, False), ("TP2 SP", 2, True)):
-        config: RunConfig = recipe(
+        config: DistillationConfig = recipe(
             root,
             parallel=layout_of(tp, sp=sp),
             precision=TE,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.config import ParallelConfig, TeacherConfig, TeacherParallelConfig
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from tests.helpers.scoring_ranks import answer, on_scoring_ranks
 from tests.helpers.training_cases import layout_of, one_step, recipe
 
@@ -27,7 +27,7 @@ def own(folder: Path, tp: int, pp: int = 1, *, sp: bool | None = None, **more: A
     return TeacherConfig(model=str(folder / "teacher"), parallel=parallel, **more)
 
 
-def colocated_cases(folder: Path) -> dict[str, RunConfig]:
+def colocated_cases(folder: Path) -> dict[str, DistillationConfig]:
     """Name -> run, for 4 ranks."""
     base = recipe(folder)
     both, packed = layout_of(2, 2), replace(base.train, max_tokens_per_micro_batch=40)
@@ -56,7 +56,7 @@ def colocated_cases(folder: Path) -> dict[str, RunConfig]:
     }
 
 
-def dedicated_cases(folder: Path) -> dict[str, RunConfig]:
+def dedicated_cases(folder: Path) -> dict[str, DistillationConfig]:
     """Name -> run, for 4 ranks, of which 2 only score."""
     base = recipe(folder)
     tp, alone = layout_of(2), {"ranks": "dedicated"}
@@ -106,7 +106,7 @@ def run_dedicated(folder: Path) -> dict[str, Any]:
     cases = dedicated_cases(folder)
     names = iter(cases)
 
-    def train(config: RunConfig) -> dict[str, Any]:
+    def train(config: DistillationConfig) -> dict[str, Any]:
         is_held_up = READS[list(cases).index(name := next(names))] > 1
         with _held_up_until(folder / f"read {name}") if is_held_up else contextlib.nullcontext():
             return one_step(config, folder)

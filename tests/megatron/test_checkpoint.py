@@ -16,7 +16,7 @@ import torch
 
 from renio_megatron.config import CheckpointConfig, ParallelConfig
 from renio_megatron.config.resume import to_yaml
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.megatron.checkpoint.directory import latest_step, steps
 from tests.helpers.multiprocess import run_ranks
 from tests.helpers.resuming import error_of, full_at_step_4, rows, run, run_config, same, tensors, train_config
@@ -35,7 +35,7 @@ def _barrier() -> None:
     dist.barrier()
 
 
-def _asynchronous(config: RunConfig) -> dict[str, Any]:
+def _asynchronous(config: DistillationConfig) -> dict[str, Any]:
     """A run with a writer that takes its time; which checkpoint was in force before each step, and who waited."""
     root = Path(config.output_dir) / "checkpoints"
     in_force: dict[int, Any] = {}
@@ -65,7 +65,7 @@ def _asynchronous(config: RunConfig) -> dict[str, Any]:
     return {**outcome, "in force": in_force}
 
 
-def _sigterm(config: RunConfig) -> dict[str, Any]:
+def _sigterm(config: DistillationConfig) -> dict[str, Any]:
     """SIGTERM reaches rank 1 alone, during step 3; then the same command."""
 
     def before_step(trainer: Any, step: int) -> None:
@@ -78,7 +78,7 @@ def _sigterm(config: RunConfig) -> dict[str, Any]:
     return {"outcome": stopped["outcome"], "in force": in_force, "again": run(config)}
 
 
-def _saved_twice(config: RunConfig) -> tuple[int, int]:
+def _saved_twice(config: DistillationConfig) -> tuple[int, int]:
     """Times of the checkpoint of step 5 before and after it is saved once more."""
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.runner.build import build_trainer

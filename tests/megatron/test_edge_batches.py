@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from renio_megatron.config import ParallelConfig, WeightingConfig
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.errors import DataError, NumericsError
 from renio_megatron.types import Decoding, Prompt, Rollout
 from tests.helpers.multiprocess import run_ranks
@@ -52,7 +52,9 @@ def draw_lengths(lengths: Sequence[int], end: int) -> Any:
     return sample
 
 
-def _refused(config: RunConfig, folder: Path, draw: Any = None, *, spoiled: float | None = None) -> dict[str, Any]:
+def _refused(
+    config: DistillationConfig, folder: Path, draw: Any = None, *, spoiled: float | None = None
+) -> dict[str, Any]:
     """The error of a step, and whether a parameter of the student was changed by it."""
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.runner.build import build_trainer

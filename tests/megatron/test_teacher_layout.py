@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from renio_megatron.config import ParallelConfig, TeacherConfig, TeacherParallelConfig
-from renio_megatron.config.load import check_models, check_world, load_recipe, smallest_world
+from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.teachers import has_own_layout, teacher_parallel
 from renio_megatron.errors import ConfigError
 from renio_megatron.parallel.layout import Axis
@@ -258,10 +258,10 @@ def test_the_teacher_is_checked_in_its_own_layout(tmp_path):
 
 def test_the_smallest_world_holds_one_copy_of_each(tmp_path):
     student = "parallel.pipeline_model_parallel_size=2"
-    assert smallest_world(_recipe(tmp_path, student, f"{TP}=3", f"{PP}=1")) == 6
-    assert smallest_world(_recipe(tmp_path, student, f"{TP}=3", f"{PP}=1", "teacher.ranks=dedicated")) == 5
+    assert _recipe(tmp_path, student, f"{TP}=3", f"{PP}=1").fewest_ranks == 6
+    assert _recipe(tmp_path, student, f"{TP}=3", f"{PP}=1", "teacher.ranks=dedicated").fewest_ranks == 5
     copies = "teacher.data_parallel_size=4"
-    assert smallest_world(_recipe(tmp_path, student, f"{TP}=3", f"{PP}=1", "teacher.ranks=dedicated", copies)) == 14
+    assert _recipe(tmp_path, student, f"{TP}=3", f"{PP}=1", "teacher.ranks=dedicated", copies).fewest_ranks == 14
 
 
 def test_a_section_inside_a_section_is_read_from_a_file(tmp_path):

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from renio_megatron.config.load import check_models, load_recipe
-from renio_megatron.config.teachers import same_weights, single_teachers
 from renio_megatron.errors import ConfigError, DataError
 from tests.helpers.multiprocess import run_ranks
 from tests.helpers.resuming import rows, same
@@ -137,8 +136,8 @@ def test_a_recipe_names_its_teachers(load):
     assert list(routes) == ["math", "self", "code"]
     assert (routes["math"].adapter, routes["code"].model, routes["self"].kind) == ("a", "models/code", "initial")
     assert "teacher.routes.code.model" in recipe.explicit
-    teachers = single_teachers(recipe.config)
-    assert teachers["math"].teacher.offload == "host"
+    teachers = {one.name: one for one in recipe.config.teachers}
+    assert teachers["math"].settings.offload == "host"
     assert teachers["math"].data.teacher_template is None
     assert teachers["self"].data.teacher_template == "{problem} {solution}"
     word = load("teacher.routes.self=current", "data.teacher_template='{solution}'").config.teacher.routes["self"]
@@ -156,7 +155,14 @@ def test_weights_are_shared_where_they_are_the_same(load):
         "f": {"kind": "ema", "template": "{solution}"},
     }
     config = load(teacher={"routes": both}, data={**DATA, "chat": True}).config
-    assert same_weights(config) == {"a": "a", "b": "a", "c": "c", "d": "d", "e": "d", "f": "f"}
+    assert {one.name: one.weights_of for one in config.teachers} == {
+        "a": "a",
+        "b": "a",
+        "c": "c",
+        "d": "d",
+        "e": "d",
+        "f": "f",
+    }
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "config": (
         ("validators", "templates", "parser"),
         ("sections",),
-        ("schema",),
         ("teachers",),
+        ("schema",),
         ("rules", "resume"),
         ("load",),
     ),

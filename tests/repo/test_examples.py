@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from renio_megatron.config.load import check_models, check_world, load_recipe
-from renio_megatron.config.schema import RunConfig, SftConfig
+from renio_megatron.config.schema import DistillationConfig, SftConfig
 from renio_megatron.data.sources.modchain import END, PAD, SYMBOLS, make_problem
 from renio_megatron.models.shipped import QUICKSTART_RECIPE, SHIPPED
 from renio_megatron.tools.quickstart import QUICKSTART_VARIANTS
@@ -40,10 +40,10 @@ def test_there_are_recipes_of_both_kinds():
 @pytest.mark.parametrize("path", [*RECIPES, QUICKSTART_RECIPE], ids=_name)
 def test_a_recipe_can_be_run_as_it_stands(path):
     config = load_recipe(_kind(path), path).config
-    assert isinstance(config, SftConfig if _kind(path) == "sft" else RunConfig)
+    assert isinstance(config, SftConfig if _kind(path) == "sft" else DistillationConfig)
     ranks = config.parallel.model_ranks
     check_world(config, ranks)
-    names = [config.model, *([config.teacher.model or config.model] if isinstance(config, RunConfig) else [])]
+    names = [config.model, *([config.teacher.model or config.model] if isinstance(config, DistillationConfig) else [])]
     if SHIPPED_MODELS.issuperset(names):
         check_models(config)
     assert not Path(config.output_dir).is_absolute()

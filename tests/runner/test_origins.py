@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from renio_megatron.config.load import load_recipe
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.runner.digests import _digest, _files, origins
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(folder: Path, *changes: str) -> RunConfig:
+def settings(folder: Path, *changes: str) -> DistillationConfig:
     recipe = folder / "recipe.yaml"
     recipe.write_text(f"model: {folder}/student\nteacher: {{model: {folder}/teacher}}\noutput_dir: {folder}/run\n")
     data = ["data.source=jsonl", f"data.path={folder}/train.jsonl", f"data.eval_path={folder}/eval.jsonl"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.config import DataConfig, LoraConfig, ParallelConfig, RolloutConfig, TeacherConfig
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from tests.helpers.training_cases import layout_of, recipe
 from tests.megatron.teacher_layout_cases import own
 
@@ -15,7 +15,7 @@ PROMPT, COMPLETION = 40, 24
 LORA, SOME = LoraConfig(r=4), LoraConfig(r=2, targets=["v_proj", "gate_proj"])
 
 
-def cases(folder: Path) -> dict[str, RunConfig]:
+def cases(folder: Path) -> dict[str, DistillationConfig]:
     """Runs on two ranks of dense models in one layout."""
     base = recipe(folder)
     train = replace(base.train, global_batch_size=8, micro_batch_size=2)
@@ -69,7 +69,7 @@ def cases(folder: Path) -> dict[str, RunConfig]:
     return _recipes(folder, settings)
 
 
-def own_cases(folder: Path) -> dict[str, RunConfig]:
+def own_cases(folder: Path) -> dict[str, DistillationConfig]:
     """Runs on two ranks whose teacher has a layout or a dtype of its own."""
     base = recipe(folder).train
     packed = replace(base, max_tokens_per_micro_batch=130, micro_batch_size=1)
@@ -98,7 +98,7 @@ def own_cases(folder: Path) -> dict[str, RunConfig]:
     )
 
 
-def expert_cases(folder: Path) -> dict[str, RunConfig]:
+def expert_cases(folder: Path) -> dict[str, DistillationConfig]:
     """Runs on two ranks whose student or teacher has experts."""
     train = replace(recipe(folder).train, micro_batch_size=2)
     single = replace(train, micro_batch_size=1)
@@ -141,7 +141,7 @@ def expert_cases(folder: Path) -> dict[str, RunConfig]:
     return _recipes(folder, {name: {**qwen, **more} for name, more in settings.items()} | teachers)
 
 
-def dedicated_cases(folder: Path) -> dict[str, RunConfig]:
+def dedicated_cases(folder: Path) -> dict[str, DistillationConfig]:
     """Runs on four ranks, of which the last two only score."""
     alone = {"ranks": "dedicated"}
     return _recipes(
@@ -164,7 +164,7 @@ def dedicated_cases(folder: Path) -> dict[str, RunConfig]:
     )
 
 
-def _recipes(folder: Path, settings: dict[str, dict[str, Any]]) -> dict[str, RunConfig]:
+def _recipes(folder: Path, settings: dict[str, dict[str, Any]]) -> dict[str, DistillationConfig]:
     """Every sequence is as long as these recipes allow."""
     rollout = RolloutConfig(temperature=1.1, max_completion_length=COMPLETION)
     common: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.types import Decoding, Prompt, Rollout
 from tests.helpers.scoring_ranks import answer, on_scoring_ranks
 from tests.tools.plan_cases import COMPLETION, PROMPT, cases, dedicated_cases, expert_cases, own_cases
@@ -70,7 +70,7 @@ class _Held:
         self.saved.release(self.key, self.tensor.untyped_storage().nbytes())
 
 
-def _measured(config: RunConfig, folder: Path) -> dict[str, Any]:
+def _measured(config: DistillationConfig, folder: Path) -> dict[str, Any]:
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.megatron.student import sampler as sampling
     from renio_megatron.runner.build import build_trainer

@@ -19,7 +19,7 @@ from renio_megatron.config import (
     TeacherPrecisionConfig,
     TrainConfig,
 )
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.losses.chunk_size import loss_buffer_bytes
 from renio_megatron.losses.linear_distillation import buffer_bytes
@@ -35,8 +35,8 @@ from tests.tools.plan_cases import cases, dedicated_cases, expert_cases, own_cas
 from tests.tools.plan_measures import measure, measure_dedicated
 
 
-def _config(student: str = "Qwen3-32B", teacher: str = "Qwen3-32B", **changes: Any) -> RunConfig:
-    config = RunConfig(
+def _config(student: str = "Qwen3-32B", teacher: str = "Qwen3-32B", **changes: Any) -> DistillationConfig:
+    config = DistillationConfig(
         model=str(MODELS / student),
         teacher=TeacherConfig(model=str(MODELS / teacher)),
         data=DataConfig(max_prompt_length=1024),
@@ -48,7 +48,7 @@ def _config(student: str = "Qwen3-32B", teacher: str = "Qwen3-32B", **changes: A
     return replace(config, **changes)
 
 
-def _plan(config: RunConfig, world_size: int, **how: Any) -> list[RankMemory]:
+def _plan(config: DistillationConfig, world_size: int, **how: Any) -> list[RankMemory]:
     student = replace(read_model(config.model, "model"), lora=config.lora)
     teacher = read_model(config.teacher.model or config.model, "teacher.model")
     return plan_memory(config, student, {ONLY: teacher}, world_size, **how)
@@ -245,7 +245,7 @@ def test_recomputation_and_sequence_parallelism_take_away():
 def test_packed_rows_and_evaluation_bound_the_passes():
     train = TrainConfig(global_batch_size=64, bf16=True, max_tokens_per_micro_batch=10_000)
     config = _config("Qwen3-1.7B", train=train, rollout=RolloutConfig(max_completion_length=512, micro_batch_size=3))
-    work = workload(config, 16)
+    work = workload(config, config.teachers[0], 16)
     assert (work.student.pieces.tokens, work.student.rows, work.sampled) == (10_000, 10_000, 3)
     evaluated = replace(config, evaluate=replace(config.evaluate, every=1, samples=2, max_completion_length=4096))
     (before,), (after,) = _plan(config, 16), _plan(evaluated, 16)
@@ -287,7 +287,7 @@ def _bytes_by_name(rank: RankMemory) -> dict[str, int]:
     }
 
 
-def _assert_as_planned(config: RunConfig, found: list[dict[str, Any]]) -> None:
+def _assert_as_planned(config: DistillationConfig, found: list[dict[str, Any]]) -> None:
     """Every number of every rank. Where context ranks have unequal shares, the plan is of the larger one."""
     plans = {(rank.student_stage, rank.teacher_stage): rank for rank in _plan(config, len(found), fused_norm=False)}
     assert plans.keys() == {one["stages"] for one in found}

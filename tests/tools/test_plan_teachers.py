@@ -17,8 +17,7 @@ from renio_megatron.config import (
     TeacherRouteConfig,
     TrainConfig,
 )
-from renio_megatron.config.load import smallest_world
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.tools.plan.memory import RankMemory, plan_memory, stages_of_ranks
 from renio_megatron.tools.plan.models import read_model
@@ -31,10 +30,10 @@ ROWS = 1025
 """Completion tokens of a sequence, which has as many tokens of prompt less one."""
 
 
-def _config(student: str = "Qwen3-8B", teacher: str = "Qwen3-32B", **changes: Any) -> RunConfig:
+def _config(student: str = "Qwen3-8B", teacher: str = "Qwen3-32B", **changes: Any) -> DistillationConfig:
     """8 sequences, one of a micro-batch; the student on 2 tensor ranks unless `changes` say otherwise."""
     own = {"tensor_model_parallel_size": 8}
-    config = RunConfig(
+    config = DistillationConfig(
         model=str(MODELS / student),
         teacher=TeacherConfig(
             model=str(MODELS / teacher),
@@ -50,11 +49,11 @@ def _config(student: str = "Qwen3-8B", teacher: str = "Qwen3-32B", **changes: An
     return replace(config, **changes)
 
 
-def _plan(config: RunConfig, world_size: int | None = None) -> list[RankMemory]:
+def _plan(config: DistillationConfig, world_size: int | None = None) -> list[RankMemory]:
     student = replace(read_model(config.model, "model"), lora=config.lora)
     assert config.teacher.model is not None
     teacher = read_model(config.teacher.model, "teacher.model")
-    return plan_memory(config, student, {ONLY: teacher}, world_size or smallest_world(config))
+    return plan_memory(config, student, {ONLY: teacher}, world_size or config.fewest_ranks)
 
 
 # Qwen3-235B-A22B on one of 8 tensor ranks: 94 layers, H 4096, 64 query and 4 key-value heads of 128, 128 experts of
@@ -83,7 +82,7 @@ OF_8B = (
 def test_a_hand_count_of_qwen3_235b_on_ranks_of_its_own_beside_qwen3_8b():
     config = _config(teacher="Qwen3-235B-A22B", how={"ranks": "dedicated"})
     config = replace(config, parallel=replace(config.parallel, tensor_model_parallel_size=8))
-    assert smallest_world(config) == 16
+    assert config.fewest_ranks == 16
     training, scoring = _plan(config)
     assert (OF_235B, OF_8B) == (29_430_525_440, 1_024_111_616)
     tokens = 2 * ROWS - 2
@@ -128,7 +127,7 @@ def test_copies_of_a_teacher_share_the_sequences():
 def test_on_the_same_ranks_a_rank_has_both():
     (rank,) = _plan(_config())
     (alone,) = _plan(_config(own={}), 2)
-    assert smallest_world(_config()) == 8
+    assert _config().fewest_ranks == 8
     # The student's 4 replicas have 2 sequences each, the teacher's one has all 8.
     assert rank.phases["exchange"]["hidden states"] == 8 * ROWS // 8 * 5120 * 2
     assert rank.phases["exchange"]["payload"] == 2 * 513 * 5120 * 2
@@ -169,7 +168,7 @@ def test_a_teacher_in_its_own_dtype(student, teacher):
     assert rank.held["parameters"] == (1 if student else 2) * plain.held["parameters"]
 
 
-def _routed(student: str = "Qwen3-8B", *, how: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+def _routed(student: str = "Qwen3-8B", *, how: dict[str, Any] | None = None, **changes: Any) -> DistillationConfig:
     """The student learns from itself as it started, from Qwen3-32B twice, and from Qwen3-1.7B."""
     routes = {
         "itself": TeacherRouteConfig(kind="initial", template="{problem} {solution}"),
@@ -182,7 +181,7 @@ def _routed(student: str = "Qwen3-8B", *, how: dict[str, Any] | None = None, **c
     return replace(config, teacher=teacher, data=replace(config.data, source="jsonl", teacher_key="who"))
 
 
-def _plan_of_several(config: RunConfig, world_size: int, **models: str) -> list[RankMemory]:
+def _plan_of_several(config: DistillationConfig, world_size: int, **models: str) -> list[RankMemory]:
     student = replace(read_model(config.model, "model"), lora=config.lora)
     names = {"itself": "Qwen3-8B", "large": "Qwen3-32B", "again": "Qwen3-32B", "small": "Qwen3-1.7B", **models}
     teachers = {name: read_model(str(MODELS / model), name) for name, model in names.items()}
@@ -243,11 +242,11 @@ def test_stages_meet_where_their_blocks_of_ranks_overlap(mine, theirs, world, ex
     config = _config(
         parallel=ParallelConfig(pipeline_model_parallel_size=mine), own={"pipeline_model_parallel_size": theirs}
     )
-    assert list(dict.fromkeys(stages_of_ranks(config, world))) == expected
+    assert list(dict.fromkeys(stages_of_ranks(config, config.teachers[0], world))) == expected
 
 
 def test_columns_are_named_by_what_their_ranks_hold():
-    def titles(config: RunConfig, world_size: int | None = None) -> list[str]:
+    def titles(config: DistillationConfig, world_size: int | None = None) -> list[str]:
         return [str(column.header) for column in plan_table(_plan(config, world_size), None, 0).columns[1:]]
 
     pipeline = ParallelConfig(pipeline_model_parallel_size=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from renio_megatron.config import PrecisionConfig, WeightingConfig
-from renio_megatron.config.teachers import ONLY, has_own_layout, same_weights, shares_student, single_teachers
+from renio_megatron.config.teachers import ONLY, TeacherSpec
 from renio_megatron.errors import ConfigError
 
 
@@ -14,21 +14,21 @@ def check_combinations(kind: str, config: Any) -> None:
 
     Args:
         kind: `train` or `sft`.
-        config: the RunConfig or SftConfig.
+        config: the DistillationConfig or SftConfig.
     """
     if kind == "train":
         _check_packing(config)
         _check_routes(config)
-        for name, one in single_teachers(config).items():
+        for one in config.teachers:
             try:
-                _check_self_teacher(one)
-                _check_head(one)
-                _check_teachers_precision(one)
-                _check_adapters_teacher(one)
+                _check_self_teacher(config, one)
+                _check_head(config, one)
+                _check_teachers_precision(config, one)
+                _check_adapters_teacher(config, one)
             except ConfigError as error:
-                if name == ONLY:
+                if one.name == ONLY:
                     raise
-                raise ConfigError(f"teacher.routes.{name}: {error}") from error
+                raise ConfigError(f"teacher.routes.{one.name}: {error}") from error
     _check_precision(kind, config)
     if config.lora.r is not None:
         _check_lora(kind, config)
@@ -44,14 +44,13 @@ def _check_routes(config: Any) -> None:
             f"teacher.routes with data.source={config.data.source}: a column of each record names its teacher, and the "
             "problems of this source have no columns. Choose data.source=jsonl or datasets, or give one teacher."
         )
-    teachers, first = single_teachers(config), same_weights(config)
-    averages = [name for name, one in teachers.items() if one.teacher.kind == "ema" and first[name] == name]
+    averages = [one.name for one in config.teachers if one.kind == "ema" and one.weights_of == one.name]
     if len(averages) > 1:
         raise ConfigError(
             f"teacher.routes.{averages[0]} and teacher.routes.{averages[1]} are moving averages with different "
             "ema_decay; a run keeps one. Give both the same, or leave one of them out."
         )
-    students = [name for name, one in teachers.items() if shares_student(one)]
+    students = [one.name for one in config.teachers if one.shares_student]
     if students and parallel.virtual_pipeline_model_parallel_size is not None:
         raise ConfigError(
             f"teacher.routes.{students[0]} is the student's own modules, and an interleaved pipeline reads a multiple "
@@ -67,8 +66,8 @@ def _check_routes(config: Any) -> None:
         )
 
 
-def _check_self_teacher(config: Any) -> None:
-    data, kind = config.data, config.teacher.kind
+def _check_self_teacher(config: Any, one: TeacherSpec) -> None:
+    data, kind = one.data, one.kind
     same_text = data.teacher_template in (None, data.student_template)
     same_thinking = data.teacher_enable_thinking in (None, data.enable_thinking)
     if kind != "separate" and same_text and same_thinking:
@@ -77,7 +76,7 @@ def _check_self_teacher(config: Any) -> None:
             "model on the same text, and their KL is exactly zero at the first step. Give data.teacher_template "
             "something that the student does not see, for example {solution}, or set data.teacher_enable_thinking."
         )
-    if shares_student(config) and config.teacher.payload_device == "recompute":
+    if one.shares_student and one.settings.payload_device == "recompute":
         raise ConfigError(
             f"teacher.kind={kind} with teacher.payload_device=recompute: student and teacher are one model, which "
             "cannot read for one of them in the middle of a step of the other. Choose host, which keeps as little on "
@@ -104,8 +103,8 @@ def _check_packing(config: Any) -> None:
         )
 
 
-def _check_teachers_precision(config: Any) -> None:
-    teacher, precision = config.teacher, config.teacher_precision
+def _check_teachers_precision(config: Any, one: TeacherSpec) -> None:
+    teacher, precision = one.settings, one.precision
     if teacher.offload is not None and precision.fp8 and not precision.emulate_fp8:
         raise ConfigError(
             f"teacher.offload=host with teacher_precision.fp8={precision.fp8}: weights that are kept in FP8 are not "
@@ -156,8 +155,8 @@ def _check_lora(kind: str, config: Any) -> None:
         )
 
 
-def _check_adapters_teacher(config: Any) -> None:
-    if config.lora.r is not None and config.teacher.kind == "initial" and config.lora.adapter is not None:
+def _check_adapters_teacher(config: Any, one: TeacherSpec) -> None:
+    if config.lora.r is not None and one.kind == "initial" and config.lora.adapter is not None:
         raise ConfigError(
             f"lora.adapter={config.lora.adapter!r} with teacher.kind=initial: the teacher is the student with its "
             "adapters switched off, so it would not be the student that the run starts from. Merge the adapter into "
@@ -165,23 +164,23 @@ def _check_adapters_teacher(config: Any) -> None:
         )
 
 
-def _check_head(config: Any) -> None:
+def _check_head(config: Any, one: TeacherSpec) -> None:
     if config.head.logits_dtype == "bf16" and not config.train.bf16:
         raise ConfigError(
             "head.logits_dtype=bf16 with train.bf16=false: the models are fp32, and so are their logits. Set fp32."
         )
-    if config.teacher.payload_device == "recompute" and has_own_layout(config.parallel, config.teacher):
+    if one.settings.payload_device == "recompute" and one.has_own_layout:
         raise ConfigError(
             "teacher.payload_device=recompute beside a layout of the teacher's own (teacher.parallel, teacher.ranks): "
             "its ranks cannot read in the middle of the student's step. Choose host, which keeps as little on the "
             "device."
         )
-    if config.head.logits_dtype == "bf16" and config.teacher.bf16 is False:
+    if config.head.logits_dtype == "bf16" and one.settings.bf16 is False:
         raise ConfigError(
             "head.logits_dtype=bf16 with teacher.bf16=false: the teacher's logits would be rounded to what its "
             "weights were kept out of. Set head.logits_dtype=fp32, or teacher.bf16=null."
         )
-    if config.teacher.payload_device == "recompute" and config.parallel.pipeline_model_parallel_size > 1:
+    if one.settings.payload_device == "recompute" and config.parallel.pipeline_model_parallel_size > 1:
         raise ConfigError(
             "teacher.payload_device=recompute needs parallel.pipeline_model_parallel_size=1: the teacher's stages "
             "cannot run inside the student's schedule. Choose host, which keeps as little on the device."
@@ -192,7 +191,7 @@ def check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
     """Raises `ConfigError` where `num_sequences` of an optimiser step are not what the normalisation needs."""
     if weighting.normalise == "batch" and num_sequences < 2:
         raise ConfigError(
-            "weighting 'renio' needs at least 2 sequences per optimiser step to have a batch mean; got "
+            f"weighting '{weighting.name}' needs at least 2 sequences per optimiser step to have a batch mean; got "
             f"{num_sequences}. Raise train.global_batch_size, or choose weighting.normalise=none."
         )
     if weighting.normalise == "group" and num_sequences % (weighting.group_size or 1):

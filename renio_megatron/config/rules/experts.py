@@ -37,7 +37,7 @@ def check_experts(config: Any, models: Mapping[str, Mapping[str, Any]], layouts:
     """Raises `ConfigError` for settings that do not fit the models' experts, or have no effect without any.
 
     Args:
-        config: a RunConfig or SftConfig.
+        config: a DistillationConfig or SftConfig.
         models: what config.json holds, by the setting that names the model: `model` is the student.
         layouts: of each model.
     """

@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Any
 
 from renio_megatron.config import TeacherParallelConfig, TeacherPrecisionConfig
-from renio_megatron.config.teachers import shares_student, single_teachers
+from renio_megatron.config.teachers import TeacherSpec
 from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
 
@@ -146,7 +146,7 @@ _TEACHER_LAYOUT = tuple(f"teacher.parallel.{field.name}" for field in dataclasse
 _IGNORED_BY_TRAIN = (
     _Ignored(
         (*_TEACHER_PRECISION, *_TEACHER_LAYOUT, "teacher.ranks", "teacher.bf16", "teacher.offload"),
-        shares_student,
+        lambda config: config.teachers[0].shares_student,
         "the teacher is the student's own modules (teacher.kind=ema, current, or initial with lora.r)",
     ),
     _Ignored(
@@ -285,7 +285,7 @@ def check_settings(kind: str, config: Any) -> None:
 
     Args:
         kind: `train` or `sft`.
-        config: the RunConfig or SftConfig.
+        config: the DistillationConfig or SftConfig.
     """
     for key, choices in CHOICES.items():
         if hasattr(config, key.partition(".")[0]) and (value := _value(config, key)) is not None:
@@ -317,11 +317,11 @@ def ignored_settings(kind: str, config: Any, explicit: frozenset[str]) -> dict[s
 
     Args:
         kind: `train` or `sft`.
-        config: the RunConfig or SftConfig.
+        config: the DistillationConfig or SftConfig.
         explicit: dotted keys that were set to something other than null.
     """
     reasons: dict[str, str] = {}
-    teachers = single_teachers(config) if kind == "train" else {"": config}
+    teachers = {one.name: _with_one_teacher(config, one) for one in config.teachers} or {"": config}
     general = _IGNORED_BY_ROUTES if kind == "train" else ()
     for rule in (*general, *_IGNORED[kind]):
         for key in rule.keys:
@@ -334,6 +334,11 @@ def ignored_settings(kind: str, config: Any, explicit: frozenset[str]) -> dict[s
                 if own in explicit and key not in explicit and rule.when(one):
                     reasons.setdefault(own, rule.because.replace("teacher.", f"teacher.routes.{name}."))
     return reasons
+
+
+def _with_one_teacher(config: Any, one: TeacherSpec) -> Any:
+    """The settings of a run in which this teacher is the only one: what rules about a teacher are asked with."""
+    return dataclasses.replace(config, teacher=one.settings, teacher_precision=one.precision, data=one.data)
 
 
 def _value(config: Any, key: str) -> Any:

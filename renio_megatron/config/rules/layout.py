@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from renio_megatron.config import ParallelConfig, TeacherConfig, TrainConfig
-from renio_megatron.config.teachers import fewest_ranks, has_own_layout, num_scorers, teacher_parallel
+from renio_megatron.config.teachers import fewest_ranks, has_own_layout, num_teacher_ranks, teacher_parallel
 from renio_megatron.errors import ConfigError
 
 
 def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world_size: int) -> None:
     """Raises `ConfigError` where `world_size` ranks cannot hold the teacher in this way."""
-    resolved, scorers = teacher_parallel(parallel, teacher), num_scorers(parallel, teacher)
+    resolved, scorers = teacher_parallel(parallel, teacher), num_teacher_ranks(parallel, teacher)
     if teacher.parallel.sequence_parallel and resolved.tensor_model_parallel_size == 1:
         raise ConfigError(
             "teacher.parallel.sequence_parallel=true would be ignored: it shares the sequence among tensor-parallel "

@@ -41,6 +41,11 @@ class WeightingConfig:
     ema_decay: float = 0.9
     cap: float | None = 10.0
 
+    @property
+    def is_normalized(self) -> bool:
+        """Whether raw weights are divided by a mean, and capped; else every weight is 1 as it is."""
+        return self.name != "uniform"
+
     def __post_init__(self) -> None:
         if self.threshold != self.threshold or self.ceiling != self.ceiling:
             raise ConfigError("weighting.threshold and weighting.ceiling must be numbers; got NaN.")

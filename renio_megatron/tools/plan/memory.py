@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from renio_megatron.config.schema import RunConfig
-from renio_megatron.config.teachers import has_own_layout, same_weights, shares_student, single_teachers
+from renio_megatron.config.schema import DistillationConfig
+from renio_megatron.config.teachers import TeacherSpec
 from renio_megatron.tools.plan.activations import tokens_bytes
 from renio_megatron.tools.plan.models import PlannedModel
 from renio_megatron.tools.plan.moe import left_bytes
 from renio_megatron.tools.plan.parts import PlannedPart
 from renio_megatron.tools.plan.student import PlannedStudent
 from renio_megatron.tools.plan.teacher import AlikeTeacher, DetachedTeacher, PlannedTeacher
-from renio_megatron.tools.plan.workload import Workload, ranks_of, teacher_element, teacher_layout, workload
+from renio_megatron.tools.plan.workload import Workload, element_of, ranks_of, workload
 
 RESERVE = 0.1
 """Share of a GPU's memory that is left for what is not counted: CUDA's context, NCCL's buffers, gaps."""
@@ -64,14 +64,14 @@ class _Teaching:
     """One teacher of a run.
 
     Attributes:
-        config: the run with this teacher alone.
+        spec: who it is.
         model: the teacher.
         work: what a step asks, where all sequences are this teacher's.
         readers: ranks that hold the teacher.
         places: the pipeline ranks of student and teacher on each rank of the job; None where it has no part of a model.
     """
 
-    config: RunConfig
+    spec: TeacherSpec
     model: PlannedModel
     work: Workload
     readers: int
@@ -79,7 +79,7 @@ class _Teaching:
 
 
 def plan_memory(
-    config: RunConfig,
+    config: DistillationConfig,
     student: PlannedModel,
     teachers: Mapping[str, PlannedModel],
     world_size: int,
@@ -94,21 +94,22 @@ def plan_memory(
     Args:
         config: the recipe, checked against `world_size` and the models.
         student: with config.lora.
-        teachers: by the names of `teachers.single_teachers`; the student for those that are the student.
+        teachers: by their names; the student for those that are the student.
         world_size: ranks of the job, those that only score included.
         fused_norm: as torch computes norms on CUDA; False on a CPU.
     """
-    trainers, _ = ranks_of(config, world_size)
+    trainers = world_size - config.num_teacher_ranks
     vocab_size = min(model.architecture.vocab_size for model in (student, *teachers.values()))
     num_rows = student.architecture.vocab_size
     element, chunks = 2 if config.train.bf16 else 4, config.parallel.virtual_pipeline_model_parallel_size or 1
-    singles, teaching = single_teachers(config), []
-    for name in dict.fromkeys(same_weights(config).values()):
-        one = singles[name]
-        ranks = world_size if one.teacher.ranks == "dedicated" else trainers
-        here = stages_of_ranks(one, ranks) + [(None, None)] * (world_size - ranks)
-        work = workload(one, ranks, fused_norm=fused_norm)
-        teaching.append(_Teaching(one, teachers[name], work, ranks_of(one, ranks)[1], here))
+    teaching = []
+    for spec in config.teachers:
+        if spec.weights_of != spec.name:
+            continue
+        ranks = world_size if spec.num_ranks else trainers
+        here = stages_of_ranks(config, spec, ranks) + [(None, None)] * (world_size - ranks)
+        work = workload(config, spec, ranks, fused_norm=fused_norm)
+        teaching.append(_Teaching(spec, teachers[spec.name], work, ranks_of(spec, ranks)[1], here))
 
     def student_part(stage: int) -> PlannedPart:
         return PlannedPart(student, config.parallel, vocab_size, num_rows, element, trainers, stage, chunks)
@@ -116,8 +117,7 @@ def plan_memory(
     def teacher_part(one: _Teaching, stage: int | None) -> PlannedPart | None:
         if stage is None:
             return None
-        layout, element = teacher_layout(one.config), teacher_element(one.config)
-        return PlannedPart(one.model, layout, vocab_size, num_rows, element, one.readers, stage)
+        return PlannedPart(one.model, one.spec.parallel, vocab_size, num_rows, element_of(one.spec), one.readers, stage)
 
     found = []
     for places in dict.fromkeys(zip(*(one.places for one in teaching), strict=True)):
@@ -127,21 +127,23 @@ def plan_memory(
     return found
 
 
-def stages_of_ranks(config: RunConfig, world_size: int) -> list[tuple[int | None, int | None]]:
-    """The pipeline ranks of student and teacher on each rank of a run with one teacher.
+def stages_of_ranks(
+    config: DistillationConfig, teacher: TeacherSpec, world_size: int
+) -> list[tuple[int | None, int | None]]:
+    """The pipeline ranks of student and teacher on each rank.
 
     Pipeline ranks are consecutive blocks of ranks: Megatron's outermost axis.
     """
-    mine, theirs = config.parallel.pipeline_model_parallel_size, teacher_layout(config).pipeline_model_parallel_size
-    trainers, readers = ranks_of(config, world_size)
-    if config.teacher.ranks == "dedicated":
+    mine, theirs = config.parallel.pipeline_model_parallel_size, teacher.parallel.pipeline_model_parallel_size
+    trainers, readers = ranks_of(teacher, world_size)
+    if teacher.num_ranks:
         training = [(rank * mine // trainers, None) for rank in range(trainers)]
         return [*training, *((None, rank * theirs // readers) for rank in range(readers))]
     return [(rank * mine // world_size, rank * theirs // world_size) for rank in range(world_size)]
 
 
 def _rank_memory(
-    config: RunConfig,
+    config: DistillationConfig,
     student: PlannedPart | None,
     teaching: Sequence[_Teaching],
     parts: Sequence[PlannedPart | None],
@@ -150,9 +152,9 @@ def _rank_memory(
     work = teaching[0].work
     learner = None if student is None else PlannedStudent(config, student, work)
     scorers = [
-        _scorer(one, part, learner)
+        _scorer(config, one, part, learner)
         for one, part in zip(teaching, parts, strict=True)
-        if part is not None or has_own_layout(one.config.parallel, one.config.teacher)
+        if part is not None or one.spec.has_own_layout
     ]
     held = {} if learner is None else learner.held()
     phases: dict[str, dict[str, int]] = {}
@@ -169,7 +171,7 @@ def _rank_memory(
     own = [
         part.pipeline_rank
         for one, part in zip(teaching, parts, strict=True)
-        if part is not None and has_own_layout(one.config.parallel, one.config.teacher)
+        if part is not None and one.spec.has_own_layout
     ]
     theirs = own or [part.pipeline_rank for part in parts if part is not None]
     return RankMemory(
@@ -180,13 +182,17 @@ def _rank_memory(
     )
 
 
-def _scorer(one: _Teaching, part: PlannedPart | None, learner: PlannedStudent | None) -> PlannedTeacher:
-    if has_own_layout(one.config.parallel, one.config.teacher):
+def _scorer(
+    config: DistillationConfig, one: _Teaching, part: PlannedPart | None, learner: PlannedStudent | None
+) -> PlannedTeacher:
+    if one.spec.has_own_layout:
         student = None if learner is None else learner.part
-        return DetachedTeacher(one.config, part, student, one.work, hidden_size=one.model.architecture.hidden_size)
+        return DetachedTeacher(
+            config, one.spec, part, student, one.work, hidden_size=one.model.architecture.hidden_size
+        )
     assert part is not None
     assert learner is not None
-    return AlikeTeacher(one.config, part, learner, one.work)
+    return AlikeTeacher(config, one.spec, part, learner, one.work)
 
 
 def _left_over(
@@ -202,7 +208,7 @@ def _left_over(
     routed = 0 if student is None else left_bytes(student.model, reading.pieces) * student.num_layers
     for one, part in zip(teaching, parts, strict=True):
         theirs = 0 if part is None else left_bytes(part.model, one.work.teacher.pieces) * part.num_layers
-        routed = max(routed, theirs) if shares_student(one.config) else routed + theirs
+        routed = max(routed, theirs) if one.spec.shares_student else routed + theirs
     if routed:
         found["routing of the last pass"] = routed
     return found

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.losses.chunk_size import loss_buffer_bytes
 from renio_megatron.tools.plan.activations import (
     backward_bytes,
@@ -27,7 +27,7 @@ Payload = Callable[[bool], int]
 class PlannedStudent:
     """The arithmetic of one pipeline rank of the student."""
 
-    def __init__(self, config: RunConfig, part: PlannedPart, work: Workload) -> None:
+    def __init__(self, config: DistillationConfig, part: PlannedPart, work: Workload) -> None:
         self.part = part
         self._config, self._work, self._reading = config, work, work.student
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from renio_megatron.config.schema import RunConfig
+from renio_megatron.config.schema import DistillationConfig
+from renio_megatron.config.teachers import TeacherSpec
 from renio_megatron.tools.plan.activations import forward_bytes
 from renio_megatron.tools.plan.parts import PlannedPart
 from renio_megatron.tools.plan.scoring import scoring_bytes, with_scales
@@ -28,13 +29,20 @@ class PlannedTeacher(Protocol):
 class AlikeTeacher:
     """A teacher in the student's layout (`megatron/teacher/shared_layout.py`): each rank scores what it trains."""
 
-    def __init__(self, config: RunConfig, part: PlannedPart, student: PlannedStudent, work: Workload) -> None:
-        self._config, self._part, self._student, self._work = config, part, student, work
+    def __init__(
+        self,
+        config: DistillationConfig,
+        spec: TeacherSpec,
+        part: PlannedPart,
+        student: PlannedStudent,
+        work: Workload,
+    ) -> None:
+        self._config, self._spec, self._part, self._student, self._work = config, spec, part, student, work
         self._row = part.model.architecture.hidden_size * part.element
 
     def held(self) -> dict[str, int]:
         """Its weights; none where it is the student's modules."""
-        teacher, student = self._config.teacher, self._student
+        teacher, student = self._spec.settings, self._student
         if teacher.kind == "initial" and student.part.model.is_frozen:
             return {"teacher's parameters": 0}
         if teacher.kind == "current":
@@ -44,7 +52,7 @@ class AlikeTeacher:
             return {"teacher's average": student.trained.count * 4 + (head_bytes(self._part) if is_copied else 0)}
         if teacher.offload is not None:
             return {"teacher's LM head": head_bytes(self._part)}
-        return {"teacher's parameters": parameter_bytes(self._config, self._part)}
+        return {"teacher's parameters": parameter_bytes(self._spec, self._part)}
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Its pass, after which hidden states may have to be put into the student's order."""
@@ -52,7 +60,7 @@ class AlikeTeacher:
         if self._part.is_last:
             found["teacher"]["payload"] = self.payload(False)
         found["teacher"] |= self._moved()
-        if self._part.is_last and self._work.is_realigned and self._config.teacher.payload_device == "device":
+        if self._part.is_last and self._work.is_realigned and self._spec.settings.payload_device == "device":
             copy = self._work.teacher.step_tokens * self._row
             found["ordering"] = {"payload": self.payload(False), "copy": copy}
         return found
@@ -61,7 +69,7 @@ class AlikeTeacher:
         """The step's, or only those of the micro-batch `in_use` and what makes them again."""
         if not self._part.is_last:
             return 0
-        kind, reading = self._config.teacher.payload_device, self._work.student
+        kind, reading = self._spec.settings.payload_device, self._work.student
         if kind == "device":  # all of them, until the end of the step
             return reading.step_rows * self._row
         if not in_use:
@@ -71,9 +79,9 @@ class AlikeTeacher:
 
     def _moved(self) -> dict[str, int]:
         """What a pass puts into place."""
-        if self._config.teacher.kind == "ema" and self._part.element < 4:
+        if self._spec.settings.kind == "ema" and self._part.element < 4:
             return {"average in bf16": self._student.trained.count * self._part.element}
-        return moved_bytes(self._config, self._part)
+        return moved_bytes(self._spec, self._part)
 
 
 class DetachedTeacher:
@@ -81,7 +89,8 @@ class DetachedTeacher:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: DistillationConfig,
+        spec: TeacherSpec,
         part: PlannedPart | None,
         student: PlannedPart | None,
         work: Workload,
@@ -89,9 +98,9 @@ class DetachedTeacher:
         hidden_size: int,
     ) -> None:
         """A rank without a part of the teacher, or of the student, gives None; `hidden_size` is the teacher's."""
-        self._config, self._part, self._student, self._work = config, part, student, work
+        self._config, self._spec, self._part, self._student, self._work = config, spec, part, student, work
         self._row = hidden_size * work.teacher.pieces.element
-        self._waits_here = config.teacher.payload_device == "device"
+        self._waits_here = spec.settings.payload_device == "device"
         self._scores = part is not None and part.is_last
         self._trains = student is not None and student.is_last
 
@@ -101,8 +110,8 @@ class DetachedTeacher:
         if self._trains:
             assert self._student is not None
             head = self._student.width * self._row
-        if self._part is not None and self._config.teacher.offload is None:
-            found["teacher's parameters"] = parameter_bytes(self._config, self._part)
+        if self._part is not None and self._spec.settings.offload is None:
+            found["teacher's parameters"] = parameter_bytes(self._spec, self._part)
         elif self._part is not None:  # its own head stays, too
             head += head_bytes(self._part)
         return found | ({"teacher's LM head": head} if head else {})
@@ -116,7 +125,7 @@ class DetachedTeacher:
                 found["teacher"]["hidden states"] = self._table
                 if self._table:
                     found["ordering"] = {"hidden states": self._table, "copy": self._table}
-            found["teacher"] |= moved_bytes(self._config, self._part)
+            found["teacher"] |= moved_bytes(self._spec, self._part)
         exchange = {}
         if self._scores:
             exchange["hidden states"] = self._table
@@ -152,9 +161,9 @@ class DetachedTeacher:
         return rows * self._row if self._waits_here else 0
 
 
-def parameter_bytes(config: RunConfig, part: PlannedPart) -> int:
+def parameter_bytes(teacher: TeacherSpec, part: PlannedPart) -> int:
     """Weights of the teacher's own; in FP8 they are kept in FP8 alone, and never transposed."""
-    precision = config.teacher_precision
+    precision = teacher.precision
     entries = part.fp8_entries(precision)
     return (part.tensors().count - entries) * part.element + with_scales(entries, precision.fp8_recipe)
 
@@ -164,8 +173,8 @@ def head_bytes(part: PlannedPart) -> int:
     return part.width * part.model.architecture.hidden_size * part.element * part.is_last
 
 
-def moved_bytes(config: RunConfig, part: PlannedPart) -> dict[str, int]:
+def moved_bytes(teacher: TeacherSpec, part: PlannedPart) -> dict[str, int]:
     """What a pass brings onto the device of weights that wait on the host: all but the LM head."""
-    if config.teacher.offload is None:
+    if teacher.settings.offload is None:
         return {}
     return {"teacher's parameters": part.tensors().count * part.element - head_bytes(part)}

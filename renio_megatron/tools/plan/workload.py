@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from renio_megatron.config import ParallelConfig
-from renio_megatron.config.schema import RunConfig
-from renio_megatron.config.teachers import has_own_layout, num_scorers, teacher_parallel
+from renio_megatron.config.schema import DistillationConfig
+from renio_megatron.config.teachers import TeacherSpec
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,22 @@ class Workload:
     given_rows: int
 
 
-def workload(config: RunConfig, world_size: int, *, fused_norm: bool = True) -> Workload:
-    """The largest passes: every prompt of data.max_prompt_length, every completion of rollout.max_completion_length."""
+def workload(config: DistillationConfig, teacher: TeacherSpec, world_size: int, *, fused_norm: bool = True) -> Workload:
+    """The largest passes of the student and of one teacher.
+
+    Every prompt has data.max_prompt_length tokens, every completion rollout.max_completion_length.
+    """
     parallel, rollout = config.parallel, config.rollout
-    trainers, readers = ranks_of(config, world_size)
-    theirs = teacher_layout(config)
+    trainers, readers = ranks_of(teacher, world_size)
+    theirs = teacher.parallel
     student = _reading(config, parallel, trainers, element=2 if config.train.bf16 else 4, fused=fused_norm)
-    teacher = _reading(config, theirs, readers, element=teacher_element(config), fused=fused_norm)
+    scoring = _reading(config, theirs, readers, element=element_of(teacher), fused=fused_norm)
     context = parallel.context_parallel_size
     share = -(-_sequences(config, parallel, trainers) // context)
     asking = trainers // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     return Workload(
         student=student,
-        teacher=teacher,
+        teacher=scoring,
         sampled=min(rollout.micro_batch_size or share, share),
         sampled_length=config.data.max_prompt_length + rollout.max_completion_length,
         is_realigned=config.train.max_tokens_per_micro_batch is not None or context > 1,
@@ -104,30 +107,24 @@ def workload(config: RunConfig, world_size: int, *, fused_norm: bool = True) -> 
     )
 
 
-def ranks_of(config: RunConfig, world_size: int) -> tuple[int, int]:
+def ranks_of(teacher: TeacherSpec, world_size: int) -> tuple[int, int]:
     """Ranks that hold the student, and ranks that hold the teacher."""
-    scorers = num_scorers(config.parallel, config.teacher)
-    return world_size - scorers, scorers or world_size
+    return world_size - teacher.num_ranks, teacher.num_ranks or world_size
 
 
-def teacher_layout(config: RunConfig) -> ParallelConfig:
-    """The teacher's own layout, or the student's."""
-    is_own = has_own_layout(config.parallel, config.teacher)
-    return teacher_parallel(config.parallel, config.teacher) if is_own else config.parallel
-
-
-def teacher_element(config: RunConfig) -> int:
+def element_of(teacher: TeacherSpec) -> int:
     """Bytes of a number of the teacher."""
-    bf16 = config.train.bf16 if config.teacher.bf16 is None else config.teacher.bf16
-    return 2 if bf16 else 4
+    return 2 if teacher.bf16 else 4
 
 
-def _sequences(config: RunConfig, parallel: ParallelConfig, num_ranks: int) -> int:
+def _sequences(config: DistillationConfig, parallel: ParallelConfig, num_ranks: int) -> int:
     """Sequences of a step that the fullest of a model's replicas has."""
     return -(-config.train.global_batch_size // (num_ranks // parallel.model_ranks))
 
 
-def _reading(config: RunConfig, parallel: ParallelConfig, num_ranks: int, *, element: int, fused: bool) -> Reading:
+def _reading(
+    config: DistillationConfig, parallel: ParallelConfig, num_ranks: int, *, element: int, fused: bool
+) -> Reading:
     """The passes of a model over its share of the sequences, whose view of them has the same bound for both models."""
     train, completion = config.train, config.rollout.max_completion_length
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from renio_megatron.config import PrecisionConfig
-from renio_megatron.config.schema import RunConfig
-from renio_megatron.config.teachers import has_own_layout
+from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.errors import CheckpointError, ConfigError, on_every_rank
 from renio_megatron.parallel.collectives import gather_objects
 from renio_megatron.runner.device_env import set_hardware_variables_of
@@ -45,12 +44,12 @@ class Precisions:
         other: the baseline in fp32 where that is bf16, and in bf16 where it is fp32.
     """
 
-    baseline: RunConfig
-    fp8: RunConfig
-    other: RunConfig
+    baseline: DistillationConfig
+    fp8: DistillationConfig
+    other: DistillationConfig
 
 
-def precisions_of(config: RunConfig, *, has_fp8: bool) -> Precisions:
+def precisions_of(config: DistillationConfig, *, has_fp8: bool) -> Precisions:
     """What is compared for a recipe: its own FP8 settings where it has them, else `hybrid` with `tensorwise`.
 
     Args:
@@ -95,13 +94,13 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
         CheckpointError: `output` cannot be written.
     """
     recipe = checked_recipe("train", path, overrides)
-    assert isinstance(recipe.config, RunConfig)
+    assert isinstance(recipe.config, DistillationConfig)
     if recipe.config.teacher.routes:
         raise ConfigError(
             "renio compare-precision compares one teacher, and the recipe has teacher.routes. Give one of them as "
             "teacher.kind and teacher.model."
         )
-    if has_own_layout(recipe.config.parallel, recipe.config.teacher):
+    if any(one.has_own_layout for one in recipe.config.teachers):
         raise ConfigError(
             "renio compare-precision holds the teacher in the student's layout; the recipe gives it one of its own. "
             "Compare with teacher.ranks=colocated and the keys of teacher.parallel null."
@@ -231,13 +230,13 @@ class _Comparison:
             "variants": variants,
         }
 
-    def _student(self, config: RunConfig) -> Any:
+    def _student(self, config: DistillationConfig) -> Any:
         from renio_megatron.runner.build import build_student
 
         gc.collect()  # the last one's modules and Megatron's hooks hold each other
         return build_student(config, self._inputs, self._layout)[0]
 
-    def _teacher(self, config: RunConfig) -> _Scored:
+    def _teacher(self, config: DistillationConfig) -> _Scored:
         from renio_megatron.runner.build_teachers import build_teacher
 
         teacher = build_teacher(config, self._inputs, self._layout)
@@ -245,7 +244,7 @@ class _Comparison:
         return _Scored(teacher.head if self._layout.pipeline.is_last else None, scores)
 
     def _step(
-        self, learner: Any, config: RunConfig, teacher: _Scored, name: str
+        self, learner: Any, config: DistillationConfig, teacher: _Scored, name: str
     ) -> tuple[Scores, dict[str, torch.Tensor]]:
         """A step as the trainer computes it, up to the optimiser: the whole batch's scores, this rank's gradients."""
         from renio_megatron.data.batching.collate import flat_completions
@@ -289,7 +288,7 @@ class _Comparison:
     def _errors(
         self,
         learner: Any,
-        config: RunConfig,
+        config: DistillationConfig,
         teacher: _Scored,
         name: str,
         truth: Scores,
