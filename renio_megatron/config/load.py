@@ -21,7 +21,7 @@ from renio_megatron.config.rules.layout import (
     check_recomputation,
     check_teacher_layout,
 )
-from renio_megatron.config.schema import SCHEMAS, DistillationConfig, JobConfig, Recipe
+from renio_megatron.config.schema import COMMANDS, DistillationConfig, JobConfig, Recipe, schema_of
 from renio_megatron.config.teachers import (
     teacher_parallel,
 )
@@ -31,69 +31,90 @@ from renio_megatron.models.family_defaults import FAMILY_DEFAULTS
 from renio_megatron.models.shipped import model_directory
 
 MODEL_TYPES = tuple(FAMILY_DEFAULTS)
-_PLAIN_KEYS = ("model", "pretrained_checkpoint", "init", "output_dir")
+_PLAIN_KEYS = ("model", "pretrained_checkpoint", "algorithm", "init", "output_dir")
 
 
 def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file and the `key=value` settings of a command line, checked.
 
     Args:
-        kind: `train` or `sft`.
+        kind: the command, `train` or `sft`, which says what a recipe is that names no `algorithm`.
         path: the YAML file.
         overrides: for example `["train.lr=1e-5", "weighting=uniform"]`; see `parser.read_recipe`.
 
     Raises:
         ConfigError: the file, a key, a value or a combination of values cannot be used.
     """
-    require_choice("the kind of a recipe", kind, SCHEMAS)
+    require_choice("the kind of a recipe", kind, COMMANDS)
+    algorithm = _algorithm_of(kind, path, overrides)
     try:
-        recipe = _read(kind, path, overrides)
+        recipe = _read(kind, algorithm, path, overrides)
     except ConfigError as error:
-        if kind == "train" and _reads_as_sft(path, overrides):
+        if algorithm == "distillation" and _reads_as_sft(path, overrides):
             raise ConfigError(f"{error} (The recipe reads as one of `renio sft`: it names no teacher.)") from error
-        if kind == "sft" and _names_a_teacher(path):
+        if algorithm == "sft" and _names_a_teacher(path):
             raise ConfigError(
                 f"{path} names a teacher, so it is a recipe of `renio train`; `renio sft` learns from given "
                 "completions. Start it with `renio train`, or leave out what concerns a teacher."
             ) from error
         raise
-    check_combinations(kind, recipe.config)
+    check_combinations(recipe.config)
     return recipe
 
 
-def _read(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
+def _algorithm_of(kind: str, path: str | Path, overrides: Sequence[str]) -> str:
+    """The algorithm that a recipe names, the command line last; the command's own where it names none.
+
+    Raises:
+        ConfigError: there is no such algorithm, or another command is for it.
+    """
+    given = [text.partition("=")[2].strip() for text in overrides if text.partition("=")[0].strip() == "algorithm"]
+    named = given[-1] if given else _top_of(path).get("algorithm")
+    algorithm = str(named) if named not in (None, "null") else COMMANDS[kind]
+    schema_of(algorithm)
+    if kind == "sft" and algorithm != "sft":
+        raise ConfigError(f"algorithm={algorithm} is for `renio train`; `renio sft` fine-tunes. Start it with that.")
+    return algorithm
+
+
+def _read(kind: str, algorithm: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
     """The recipe, without those of its own keys that have no effect because of the command line.
 
     Keys without effect are an error where the command line gave them, and where the recipe alone has the mistake.
     """
     dropped: dict[str, str] = {}
     while True:
-        config, explicit, given = read_recipe(SCHEMAS[kind], path, overrides, without=dropped)
-        check_settings(kind, config)
-        ignored = ignored_settings(kind, config, explicit)
+        config, explicit, given = read_recipe(schema_of(algorithm), path, overrides, without=dropped)
+        check_settings(config)
+        ignored = ignored_settings(config, explicit)
         if not ignored:
             return Recipe(config=config, explicit=explicit, kind=kind, dropped=dropped)
-        mistakes = _mistakes_of(kind, path, overrides)
+        mistakes = _mistakes_of(algorithm, path, overrides)
         refuse_ignored({key: because for key, because in ignored.items() if key in given or key in mistakes})
         dropped |= ignored
 
 
-def _mistakes_of(kind: str, path: str | Path, overrides: Sequence[str]) -> frozenset[str]:
+def _mistakes_of(algorithm: str, path: str | Path, overrides: Sequence[str]) -> frozenset[str]:
     """Keys of a recipe that have no effect without the command line; of that only keys outside of sections are used."""
     try:
         plain = [text for text in overrides if text.partition("=")[0].strip() in _PLAIN_KEYS]
-        config, explicit, _ = read_recipe(SCHEMAS[kind], path, plain)
-        return frozenset(ignored_settings(kind, config, explicit))
+        config, explicit, _ = read_recipe(schema_of(algorithm), path, plain)
+        return frozenset(ignored_settings(config, explicit))
     except ConfigError:  # it needs the command line to be a recipe at all
         return frozenset()
 
 
 def _names_a_teacher(path: str | Path) -> bool:
+    return _top_of(path).get("teacher") is not None
+
+
+def _top_of(path: str | Path) -> dict[Any, Any]:
+    """What a recipe's file holds; nothing where it cannot be read, which `read_recipe` says."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("teacher") is not None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def kind_of(path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -103,7 +124,7 @@ def kind_of(path: str | Path, overrides: Sequence[str] = ()) -> str:
 
 def _reads_as_sft(path: str | Path, overrides: Sequence[str]) -> bool:
     try:
-        _read("sft", path, overrides)
+        _read("sft", "sft", path, overrides)
     except ConfigError:
         return False
     return True

@@ -99,8 +99,9 @@ class Keys:
         self._add("", schema)
 
     def _add(self, section: str, schema: type) -> None:
-        for name, hint in get_type_hints(schema).items():
-            key = f"{section}{name}"
+        hints = get_type_hints(schema)
+        for name in (field.name for field in dataclasses.fields(schema)):
+            key, hint = f"{section}{name}", hints[name]
             if isinstance(hint, type) and dataclasses.is_dataclass(hint):
                 self._add_section(key, hint)
             elif get_origin(hint) is dict:

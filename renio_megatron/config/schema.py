@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
+from typing import Any, ClassVar
 
 from renio_megatron.config import (
     CheckpointConfig,
@@ -33,12 +35,17 @@ class JobConfig:
         model: the student's Hugging Face directory, or a model that ships with the package.
         pretrained_checkpoint: a checkpoint that Megatron wrote (torch_dist, of any layout), whose weights are the
             student's in place of those in `model`; null: `model`'s. config.json and the tokenizer are `model`'s.
+        algorithm: what a step does, a name of `ALGORITHMS`, which selects the keys of the recipe.
+        builder: `module:function` that makes the algorithm of `training.algorithms` from `runner.build.Parts`.
         data, parallel, precision, lora, train, checkpoint, evaluate: sections, see `config.sections`.
         output_dir: the run directory.
     """
 
+    builder: ClassVar[str] = ""
+
     model: str
     pretrained_checkpoint: str | None = None
+    algorithm: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -64,6 +71,26 @@ class JobConfig:
         return self.parallel.model_ranks
 
     @property
+    def longest_completion(self) -> int | None:
+        """Tokens after which a completion of the student is cut; None where completions are given."""
+        return None
+
+    @property
+    def decoded_together(self) -> int | None:
+        """Sequences that are drawn at a time; None: all of a rank's."""
+        return None
+
+    @property
+    def loss_temperature(self) -> float:
+        """What the loss divides logits by."""
+        return 1.0
+
+    @property
+    def lm_head(self) -> HeadConfig:
+        """How the loss makes logits."""
+        return HeadConfig()
+
+    @property
     def starts_from_weights(self) -> bool:
         """Whether the student's weights are read, and not drawn."""
         return True
@@ -77,12 +104,35 @@ class DistillationConfig(JobConfig):
         teacher, rollout, loss, head, weighting, teacher_precision: sections, see `config.sections`.
     """
 
+    builder: ClassVar[str] = "renio_megatron.runner.build:build_distillation"
+
+    algorithm: str = "distillation"
     teacher: TeacherConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     teacher_precision: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
+
+    @property
+    def longest_completion(self) -> int | None:
+        """Tokens after which a completion of the student is cut."""
+        return self.rollout.max_completion_length
+
+    @property
+    def decoded_together(self) -> int | None:
+        """Sequences that are drawn at a time; None: all of a rank's."""
+        return self.rollout.micro_batch_size
+
+    @property
+    def loss_temperature(self) -> float:
+        """What the loss divides both models' logits by."""
+        return self.loss.temperature
+
+    @property
+    def lm_head(self) -> HeadConfig:
+        """How the loss makes logits."""
+        return self.head
 
     @cached_property
     def teachers(self) -> tuple[TeacherSpec, ...]:  # resolved once
@@ -108,6 +158,9 @@ class SftConfig(JobConfig):
         init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
     """
 
+    builder: ClassVar[str] = "renio_megatron.runner.build:build_sft"
+
+    algorithm: str = "sft"
     init: str = "pretrained"
 
     def __post_init__(self) -> None:
@@ -120,12 +173,46 @@ class SftConfig(JobConfig):
 
 
 SECTIONS: tuple[str, ...] = (
-    *("model", "pretrained_checkpoint", "init", "teacher", "data", "rollout", "loss", "head", "weighting", "parallel"),
+    *(
+        "model",
+        "pretrained_checkpoint",
+        "algorithm",
+        "init",
+        "teacher",
+        "data",
+        "rollout",
+        "loss",
+        "head",
+        "weighting",
+        "parallel",
+    ),
     *("precision", "teacher_precision", "lora", "train", "checkpoint", "evaluate", "output_dir"),
 )
 """Keys of a recipe in the order in which people read them."""
 
-SCHEMAS: dict[str, type[JobConfig]] = {"train": DistillationConfig, "sft": SftConfig}
+COMMANDS = {"train": "distillation", "sft": "sft"}
+"""Command -> the algorithm of a recipe that names none."""
+ALGORITHMS = {
+    "distillation": "renio_megatron.config.schema:DistillationConfig",
+    "sft": "renio_megatron.config.schema:SftConfig",
+}
+"""Algorithm -> `module:class` of its settings, a `JobConfig`, which is imported when it is chosen."""
+
+
+def schema_of(algorithm: str) -> type[JobConfig]:
+    """The class of an algorithm's settings; raises `ConfigError` for a name that is not in the table."""
+    require_choice("algorithm", algorithm, ALGORITHMS)
+    return imported(ALGORITHMS[algorithm])
+
+
+def imported(place: str) -> Any:
+    """What `module:name` names.
+
+    >>> imported("math:floor")(2.5)
+    2
+    """
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,57 @@
-"""Config -> roles -> Trainer: the only file that knows both the loop and Megatron."""
+"""Settings -> models -> algorithm -> Trainer: the only file that knows both the loop and Megatron."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from renio_megatron.config import HeadConfig
 from renio_megatron.config.resume import to_yaml
-from renio_megatron.config.schema import DistillationConfig, JobConfig, SftConfig
+from renio_megatron.config.schema import DistillationConfig, JobConfig, imported
 from renio_megatron.evaluation.evaluator import Evaluator
 from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.runner.build_teachers import build_teacher
 from renio_megatron.runner.inputs import Inputs, most_completion_tokens
+from renio_megatron.runner.run_log import RunLog
 from renio_megatron.training.algorithms import Algorithm
 from renio_megatron.training.algorithms.distillation import Distillation
 from renio_megatron.training.algorithms.sft import Sft
 from renio_megatron.training.interfaces import Sampler
 from renio_megatron.training.lr_schedule import learning_rate
-from renio_megatron.training.metrics.sinks import Observer
-from renio_megatron.training.rollout_log import RolloutObserver
 from renio_megatron.training.trainer import Trainer
 from renio_megatron.types import Decoding, Rollout
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an algorithm is built from, on one rank.
+
+    Attributes:
+        config: all settings, of the algorithm's own class.
+        inputs: what was read.
+        layout: this rank's place.
+        learner, sampler: the student's `MegatronLearner` and `MegatronSampler`.
+        lr_at: step -> learning rate.
+        on_rollouts: is shown (step, this rank's rollouts, their weights) after each step; None: nobody is.
+        say: takes progress lines of weights that take long to load; None: nobody does.
+    """
+
+    config: Any
+    inputs: Inputs
+    layout: Layout
+    learner: Any
+    sampler: Any
+    lr_at: Callable[[int], float]
+    on_rollouts: Callable[[int, Sequence[Rollout], SampleWeights], None] | None = None
+    say: Callable[[str], None] | None = None
+
+
+Averages: TypeAlias = Sequence[Any]
+"""Moving averages of weights that an algorithm keeps, and that are saved beside the learner."""
 
 
 def build_trainer(
@@ -32,35 +59,32 @@ def build_trainer(
     inputs: Inputs,
     layout: Layout,
     checkpoints: Path,
-    observers: Sequence[Observer] = (),
-    rollout_observers: Sequence[RolloutObserver] = (),
+    *,
+    log: RunLog | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] | None = None,
 ) -> Trainer:
-    """Builds the models on this rank and casts the roles.
+    """Builds the models on this rank, the algorithm around them, and the loop around that.
 
     Args:
         config: all settings.
         inputs: `read_inputs(config)`.
-        layout: this rank's place, from `megatron.start`.
+        layout: this rank's place, from `megatron.runtime.initialize.start`.
         checkpoints: where they go.
-        observers: told of every step's metrics.
-        rollout_observers: told of every step's rollouts of this rank and of their weights.
+        log: takes every step's metrics, and its rollouts with their weights; None: nobody does.
+        stop_requested: asked after every step, on every rank, whether the run is to stop there; all get one answer.
         say: takes the progress lines of weights that take long to load, and a line about kernels that were tuned.
     """
     from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
     from renio_megatron.megatron.weights.pretrained import fingerprint
 
     learner, sampler = build_student(config, inputs, layout, say)
-    lr_at = functools.partial(learning_rate, config.train)
     start = None if inputs.adapter is None else inputs.adapter.start
     base = fingerprint(inputs.weights, inputs.architecture, start) if config.lora.r is not None else None
-    algorithm: Algorithm
-    if isinstance(config, DistillationConfig):
-        teacher = build_teacher(config, inputs, layout, learner.part, say)
-        algorithm = _distillation(config, inputs, layout, sampler, teacher, learner, lr_at, rollout_observers)
-        averages = teacher.averages
-    else:
-        algorithm, averages = Sft(learner, layout=layout, lr_at=lr_at), ()
+    lr_at = functools.partial(learning_rate, config.train)
+    on_rollouts = None if log is None else log.rollouts
+    parts = Parts(config, inputs, layout, learner, sampler, lr_at, on_rollouts, say)
+    algorithm, averages = imported(config.builder)(parts)
     algorithm.tune(most_completion_tokens(config, inputs), say)
     return Trainer(
         algorithm=algorithm,
@@ -75,8 +99,36 @@ def build_trainer(
         save_interval=config.checkpoint.save_interval,
         evaluate=_evaluator(config, inputs, layout, sampler),
         evaluate_every=config.evaluate.every,
-        observers=observers,
+        observers=() if log is None else (log.metrics,),
+        stop_requested=stop_requested,
     )
+
+
+def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
+    """On-policy distillation, with its teachers."""
+    config: DistillationConfig = parts.config
+    teacher = build_teacher(config, parts.inputs, parts.layout, parts.learner.part, parts.say)
+    algorithm = Distillation(
+        parts.sampler,
+        teacher,
+        parts.learner,
+        layout=parts.layout,
+        decoding=decoding_of(config),
+        loss=config.loss,
+        head=config.head,
+        weighting=config.weighting,
+        recompute_student_scores=config.rollout.student_scores == "recompute",
+        lr_at=parts.lr_at,
+        grader=parts.inputs.grader,
+        on_rollouts=parts.on_rollouts,
+        is_balanced=config.train.max_tokens_per_micro_batch is not None,
+    )
+    return algorithm, teacher.averages
+
+
+def build_sft(parts: Parts) -> tuple[Algorithm, Averages]:
+    """Supervised fine-tuning."""
+    return Sft(parts.learner, layout=parts.layout, lr_at=parts.lr_at), ()
 
 
 def build_student(
@@ -108,16 +160,15 @@ def build_student(
         load_pretrained(part, inputs.weights, title="student", say=say, change=change)
     if config.lora.adapter is not None:
         load_adapter(part, user_path(config.lora.adapter))
-    temperature = config.loss.temperature if isinstance(config, DistillationConfig) else 1.0
-    head = config.head if isinstance(config, DistillationConfig) else HeadConfig()
+    temperature = config.loss_temperature
     learner = MegatronLearner(
         part,
         train,
         parallel,
-        head,
+        config.lm_head,
         temperature=temperature,
         pad_id=inputs.pad_id,
-        per_token=isinstance(config, SftConfig),
+        per_token=config.longest_completion is None,
     )
     sampler = MegatronSampler(
         part,
@@ -138,46 +189,12 @@ def decoding_of(config: DistillationConfig) -> Decoding:
     )
 
 
-def _distillation(
-    config: DistillationConfig,
-    inputs: Inputs,
-    layout: Layout,
-    sampler: Sampler,
-    teacher: Any,
-    learner: Any,
-    lr_at: Callable[[int], float],
-    rollout_observers: Sequence[RolloutObserver],
-) -> Distillation:
-    def tell(step: int, rollouts: Sequence[Rollout], sample: SampleWeights) -> None:
-        for observer in rollout_observers:
-            observer(step, rollouts, sample.weights.tolist())
-
-    return Distillation(
-        sampler,
-        teacher,
-        learner,
-        layout=layout,
-        decoding=decoding_of(config),
-        loss=config.loss,
-        head=config.head,
-        weighting=config.weighting,
-        recompute_student_scores=config.rollout.student_scores == "recompute",
-        lr_at=lr_at,
-        grader=inputs.grader,
-        on_rollouts=tell,
-        is_balanced=config.train.max_tokens_per_micro_batch is not None,
-    )
-
-
 def _evaluator(
     config: JobConfig, inputs: Inputs, layout: Layout, sampler: Sampler
 ) -> Callable[[], dict[str, float]] | None:
     if not config.evaluate.every or inputs.eval_grader is None:
         return None
-    limit, together = config.evaluate.max_completion_length, None
-    if isinstance(config, DistillationConfig):
-        limit = limit or config.rollout.max_completion_length
-        together = config.rollout.micro_batch_size
+    limit = config.evaluate.max_completion_length or config.longest_completion
     assert limit is not None  # the recipe's rules see to it
-    decoding = Decoding(config.evaluate.temperature, None, None, limit, together)
+    decoding = Decoding(config.evaluate.temperature, None, None, limit, config.decoded_together)
     return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, decoding, layout)

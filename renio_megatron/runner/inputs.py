@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.config import LoraConfig, TrainConfig
-from renio_megatron.config.schema import DistillationConfig, JobConfig, SftConfig
+from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.data.prompt_views import View, chat_template_of, teacher_view
@@ -91,9 +91,7 @@ def most_completion_tokens(config: JobConfig, inputs: Inputs) -> int:
     they may be."""
     if config.train.max_tokens_per_micro_batch is not None:
         return config.train.max_tokens_per_micro_batch
-    given = inputs.architecture.max_sequence_length
-    longest = config.rollout.max_completion_length if isinstance(config, DistillationConfig) else given
-    return config.train.micro_batch_size * longest
+    return config.train.micro_batch_size * (config.longest_completion or inputs.architecture.max_sequence_length)
 
 
 def stops_of(config: JobConfig) -> tuple[list[int], list[str]]:
@@ -218,7 +216,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
         tokenizer,
         config.data,
         teacher_views=teacher_views(config, tokenizer),
-        with_completions=isinstance(config, SftConfig),
+        with_completions=config.longest_completion is None,
         room=_room(config, architecture, teachers),
         now=now,
     )
@@ -226,7 +224,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
     for one in config.teachers:
         if one.kind != "separate":
             check_views_differ([prompt for prompt in first if prompt.teacher == one.name], one.kind)
-    if isinstance(config, SftConfig) and config.train.max_tokens_per_micro_batch is not None:
+    if config.longest_completion is None and config.train.max_tokens_per_micro_batch is not None:
         arrangement = Arrangement(
             0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
         )
@@ -282,7 +280,7 @@ def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None
 
 
 def _room(config: JobConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> Room:
-    completion = config.rollout.max_completion_length if isinstance(config, DistillationConfig) else None
+    completion = config.longest_completion
     positions = {name: teacher.architecture.max_sequence_length for name, teacher in teachers.items()}
     return Room(student.max_sequence_length, positions, completion, config.evaluate.max_completion_length or completion)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from renio_megatron.config.schema import JobConfig, SftConfig
+from renio_megatron.config.schema import JobConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.data.prompts import PromptStream
 from renio_megatron.data.sources import build_source
@@ -95,7 +95,7 @@ def preview(config: JobConfig, count: int) -> Preview:
         tokenizer,
         config.data,
         teacher_views=teacher_views(config, tokenizer),
-        with_completions=isinstance(config, SftConfig),
+        with_completions=config.longest_completion is None,
     )
     prompts, ends = stream.batch(0, count), ends_of(model, tokenizer, *stops_of(config))
     notices = notices_of_prompts(stream, prompts, ends, teacher_ends, tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -23,15 +23,11 @@ from renio_megatron.runner.environment import health, layers, trained
 from renio_megatron.runner.inputs import Inputs, read_inputs
 from renio_megatron.runner.preview import prompt_lines
 from renio_megatron.runner.run_directory import RunDirectory
+from renio_megatron.runner.run_log import ProgressMaker, RunLog
 from renio_megatron.runner.signals import StopSignal
-from renio_megatron.training.metrics.sinks import JsonlSink, Observer, TensorBoardSink, read_metrics
-from renio_megatron.training.rollout_log import RolloutObserver, RolloutSink
-from renio_megatron.training.setting_warnings import Notices
+from renio_megatron.training.metrics.sinks import read_metrics
 
 logger = logging.getLogger(__name__)
-
-ProgressMaker = Callable[[str, int], AbstractContextManager[Any]]
-"""(title, steps of the run) -> a context manager whose value has `update(step, metrics)`."""
 
 
 def run_recipe(
@@ -58,75 +54,85 @@ def run_recipe(
         RenioError: its scope says whether every rank raises the same.
         RunStopped: on every rank, where any rank got SIGTERM; the state is saved.
     """
+    run = _join(recipe, fresh)
+    if run.layout.is_scorer:
+        return _serve_teachers(run)
+    _say_start(run, say)
+    begun = on_main_rank(run.layout, lambda: origins(run.config, run.inputs))
+    state = on_main_rank(run.layout, lambda: run.directory.state(recipe, fresh, begun))
+    if run.config.num_teacher_ranks:
+        tell_scorers(state == "finished", run.layout)
+    if state == "finished":
+        return "finished"
+    log = RunLog(run.config, run.directory, is_main=run.layout.is_main, title=title, progress=progress)
+    return _train(run, log, lambda: run.directory.open(recipe, fresh, begun), say)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """This rank's part of a run: its settings, what it has read, its place in the world, and where it writes."""
+
+    config: JobConfig
+    inputs: Inputs
+    layout: Layout
+    directory: RunDirectory
+
+
+def _join(recipe: Recipe, fresh: bool) -> _Run:
+    """Reads what needs no other rank, and joins the world."""
     config, directory = recipe.config, RunDirectory(recipe.config.output_dir)
     inputs = _read(config, None if fresh else directory.date())
-    scorers = config.num_teacher_ranks
-    places = next((one.parallel for one in config.teachers if one.num_ranks), None)
     layout = start(
         config.parallel,
         seed=config.train.seed,
         deterministic_mode=config.train.deterministic_mode,
-        scorers=places,
-        num_scorers=scorers,
+        scorers=next((one.parallel for one in config.teachers if one.num_ranks), None),
+        num_scorers=config.num_teacher_ranks,
     )
-    if layout.is_scorer:
-        return _score(config, inputs, layout)
-    inputs = on_the_same_day(config, inputs, layout)
-    line, warnings = health(layout)
+    if not layout.is_scorer:
+        inputs = on_the_same_day(config, inputs, layout)
+    return _Run(config, inputs, layout, directory)
+
+
+def _say_start(run: _Run, say: Callable[[str], None]) -> None:
+    """What the first rank says of the world, the models and the first prompt."""
+    config, inputs = run.config, run.inputs
+    line, warnings = health(run.layout)
     with on_every_rank():
-        line = f"{line}; {_models_line(config, layout)}"
-    if layout.is_main:
-        say(line)
-        if isinstance(config, DistillationConfig) or config.evaluate.every:
-            say(f"completions end at {inputs.ends.words(inputs.tokenizer)}")
-        is_taught = isinstance(config, DistillationConfig)
-        say("\n".join(prompt_lines(inputs.stream.batch(0, 1)[0], inputs.tokenizer, is_taught=is_taught)))
-        for warning in (*warnings, *inputs.notices):
-            logger.warning(warning)
-    begun = on_main_rank(layout, lambda: origins(config, inputs))
-    is_finished = on_main_rank(layout, lambda: directory.state(recipe, fresh, begun)) == "finished"
-    if scorers:
-        tell_scorers(is_finished, layout)
-    if is_finished:
-        return "finished"
-    observers: list[Observer] = []
-    rollout_observers: list[RolloutObserver] = []
+        line = f"{line}; {_models_line(config, run.layout)}"
+    if not run.layout.is_main:
+        return
+    say(line)
+    if config.longest_completion is not None or config.evaluate.every:
+        say(f"completions end at {inputs.ends.words(inputs.tokenizer)}")
+    first = inputs.stream.batch(0, 1)[0]
+    say("\n".join(prompt_lines(first, inputs.tokenizer, is_taught=bool(config.teachers))))
+    for warning in (*warnings, *inputs.notices):
+        logger.warning(warning)
+
+
+def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], say: Callable[[str], None]) -> str:
+    """The steps that are left, and the end of the run: `resumed` or `new`."""
+    layout, sigterm = run.layout, StopSignal()
     trainer = build_trainer(
-        config,
-        inputs,
+        run.config,
+        run.inputs,
         layout,
-        directory.checkpoints,
-        observers,
-        rollout_observers,
+        run.directory.checkpoints,
+        log=log,
+        stop_requested=lambda: any_rank(layout, sigterm.received),
         say=say if layout.is_main else None,
     )
     # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
-    on_main_rank(layout, lambda: directory.open(recipe, fresh, begun))
+    on_main_rank(layout, open_directory)
     first = trainer.resume()
-    purge_step = first + 1 if first else 0
-    with ExitStack() as stack:
-        if layout.is_main:
-            for sink in (
-                JsonlSink(directory.metrics, purge_step=purge_step),
-                TensorBoardSink(directory.tensorboard, purge_step=purge_step),
-            ):
-                stack.callback(sink.close)
-                observers.append(sink.write)
-            if progress is not None:
-                observers.append(stack.enter_context(progress(title, config.train.train_iters)).update)
-            if isinstance(config, DistillationConfig):
-                observers.append(Notices(config.weighting, config.loss, prefix=config.rollout.prefix).update)
-                if config.rollout.log:
-                    log = RolloutSink(directory.rollouts, purge_step=purge_step)
-                    stack.callback(log.close)
-                    rollout_observers.append(log.write)
-        sigterm = stack.enter_context(StopSignal())
-        trainer.stop_requested = lambda: any_rank(layout, sigterm.received)
+    with log.opened(first), sigterm:
         metrics = trainer.run()
     trainer.algorithm.close()
     if trainer.stopped:
         raise RunStopped(trainer.step)
-    on_main_rank(layout, lambda: directory.mark_finished({"step": trainer.step, **(metrics or _last_row(directory))}))
+    last = {"step": trainer.step, **(metrics or _last_row(run.directory))}
+    on_main_rank(layout, lambda: run.directory.mark_finished(last))
     return "resumed" if first else "new"
 
 
@@ -161,12 +167,12 @@ def _models_line(config: JobConfig, layout: Layout) -> str:
     return f"{text}; {trained(config.lora)}{', and without them it is the teacher' if is_teacher else ''}"
 
 
-def _score(config: JobConfig, inputs: Inputs, layout: Layout) -> str:
+def _serve_teachers(run: _Run) -> str:
     """A run on a rank that only scores: it serves until the others are done. They save, and answer SIGTERM."""
-    assert isinstance(config, DistillationConfig)
-    if tell_scorers(False, layout):
+    assert isinstance(run.config, DistillationConfig)
+    if tell_scorers(False, run.layout):
         return "finished"
-    teachers = build_scorers(config, inputs, layout)
+    teachers = build_scorers(run.config, run.inputs, run.layout)
     with StopSignal():
         while _serve(teachers):
             pass

@@ -360,3 +360,16 @@ def test_differences_name_key_old_and_new(train):
     assert "extra: was 1, is now '(not there)'" in differences(gone, new)
     with pytest.raises(ConfigError):
         differences("- 1", new)
+
+
+def test_an_algorithm_selects_the_keys_of_a_recipe(write):
+    assert load_recipe("train", write(TRAIN)).config.algorithm == "distillation"
+    chosen = load_recipe("train", write(SFT), ["algorithm=sft", "init=random"])
+    assert (type(chosen.config), chosen.config.algorithm) == (SftConfig, "sft")
+    assert load_recipe("sft", write(f"algorithm: sft\n{SFT}")).config == load_recipe("sft", write(SFT)).config
+    with pytest.raises(ConfigError, match="algorithm must be one of distillation, sft; got 'gpro'"):
+        load_recipe("train", write(TRAIN), ["algorithm=gpro"])
+    with pytest.raises(ConfigError, match="algorithm=distillation is for `renio train`"):
+        load_recipe("sft", write(SFT), ["algorithm=distillation"])
+    with pytest.raises(ConfigError, match="unknown key 'init'"):
+        load_recipe("train", write(f"{TRAIN}init: random\n"))

@@ -34,8 +34,9 @@ def fail_at_the_third(real):
     return call
 
 def grader(module):
-    real = module.build_grader
-    module.build_grader = lambda *args: fail_at_the_third(real(*args))
+    from renio_megatron.runner import inputs
+    real = inputs.build_grader
+    inputs.build_grader = lambda *args: fail_at_the_third(real(*args))
 
 def sampler(module):
     from renio_megatron.megatron.student.sampler import MegatronSampler

@@ -9,15 +9,15 @@ from renio_megatron.config.teachers import ONLY, TeacherSpec
 from renio_megatron.errors import ConfigError
 
 
-def check_combinations(kind: str, config: Any) -> None:
+def check_combinations(config: Any) -> None:
     """Raises `ConfigError` for combinations of settings that cannot work.
 
     Args:
-        kind: `train` or `sft`.
-        config: the DistillationConfig or SftConfig.
+        config: a JobConfig.
     """
-    if kind == "train":
-        _check_packing(config)
+    if config.longest_completion is not None:
+        _check_packing(config, config.longest_completion)
+    if config.teachers:
         _check_routes(config)
         for one in config.teachers:
             try:
@@ -29,9 +29,9 @@ def check_combinations(kind: str, config: Any) -> None:
                 if one.name == ONLY:
                     raise
                 raise ConfigError(f"teacher.routes.{one.name}: {error}") from error
-    _check_precision(kind, config)
+    _check_precision(config)
     if config.lora.r is not None:
-        _check_lora(kind, config)
+        _check_lora(config)
 
 
 def _check_routes(config: Any) -> None:
@@ -89,8 +89,8 @@ def _check_self_teacher(config: Any, one: TeacherSpec) -> None:
         )
 
 
-def _check_packing(config: Any) -> None:
-    limit, completion = config.train.max_tokens_per_micro_batch, config.rollout.max_completion_length
+def _check_packing(config: Any, completion: int) -> None:
+    limit = config.train.max_tokens_per_micro_batch
     # The last token is not read, and context parallelism pads each sequence by less than 2 x its ranks.
     context = config.parallel.context_parallel_size
     padding = 2 * context - 1 if context > 1 else 0
@@ -124,7 +124,7 @@ def _check_rest_of_fp8(precision: PrecisionConfig, setting: str, bf16: bool) -> 
         )
 
 
-def _check_precision(kind: str, config: Any) -> None:
+def _check_precision(config: Any) -> None:
     _check_rest_of_fp8(config.precision, "train.bf16", config.train.bf16)
     if config.precision.fp8_param_gather:
         if not config.parallel.use_distributed_optimizer:
@@ -132,16 +132,16 @@ def _check_precision(kind: str, config: Any) -> None:
                 "precision.fp8_param_gather=true needs parallel.use_distributed_optimizer=true: that optimiser gathers "
                 "the parameters. Set it, or precision.fp8_param_gather=false."
             )
-        if kind == "sft" and config.init != "pretrained":
+        if not config.starts_from_weights:
             raise ConfigError(
                 "precision.fp8_param_gather=true needs init=pretrained: random FP8 weights would be the same on every "
                 "tensor-parallel rank. Set init=pretrained, or precision.fp8_param_gather=false."
             )
 
 
-def _check_lora(kind: str, config: Any) -> None:
+def _check_lora(config: Any) -> None:
     r, precision = config.lora.r, config.precision
-    if kind == "sft" and config.init != "pretrained":
+    if not config.starts_from_weights:
         raise ConfigError(
             f"lora.r={r} with init={config.init}: everything but the adapters would stay random. Set init=pretrained, "
             "or lora.r=null."

@@ -143,7 +143,7 @@ def _without_fp8(section: str) -> tuple[_Ignored, ...]:
 _TEACHER_PRECISION = tuple(f"teacher_precision.{field.name}" for field in dataclasses.fields(TeacherPrecisionConfig))
 _TEACHER_LAYOUT = tuple(f"teacher.parallel.{field.name}" for field in dataclasses.fields(TeacherParallelConfig))
 
-_IGNORED_BY_TRAIN = (
+_IGNORED_BY_DISTILLATION = (
     _Ignored(
         (*_TEACHER_PRECISION, *_TEACHER_LAYOUT, "teacher.ranks", "teacher.bf16", "teacher.offload"),
         lambda config: config.teachers[0].shares_student,
@@ -245,10 +245,8 @@ _IGNORED_BY_SFT = (
         "the weights come from checkpoint.load",
     ),
 )
-_IGNORED = {
-    "train": (*_IGNORED_BY_TRAIN, *_IGNORED_BY_ALL, *_without_fp8("precision")),
-    "sft": (*_IGNORED_BY_SFT, *_IGNORED_BY_ALL, *_without_fp8("precision")),
-}
+_IGNORED = {"distillation": _IGNORED_BY_DISTILLATION, "sft": _IGNORED_BY_SFT}
+"""Algorithm -> its own rules, which come before everybody's."""
 
 _NEEDED_BY_ALL = (
     _Needed("data.path", _reads_files, "the sources jsonl and datasets read records from it"),
@@ -270,27 +268,27 @@ _NEEDED_BY_SFT = (
         "a fine-tuning recipe has no rollout.max_completion_length to follow; evaluate.every=0 does without",
     ),
 )
-_NEEDED_BY_TRAIN = (
+_NEEDED_BY_DISTILLATION = (
     _Needed(
         "data.teacher_key",
         lambda config: bool(config.teacher.routes),
         "teacher.routes has several teachers, and this column of the records names one of them",
     ),
 )
-_NEEDED = {"train": (*_NEEDED_BY_ALL, *_NEEDED_BY_TRAIN), "sft": (*_NEEDED_BY_ALL, *_NEEDED_BY_SFT)}
+_NEEDED = {"distillation": _NEEDED_BY_DISTILLATION, "sft": _NEEDED_BY_SFT}
+"""The same of keys that are needed, which come after everybody's."""
 
 
-def check_settings(kind: str, config: Any) -> None:
+def check_settings(config: Any) -> None:
     """Raises `ConfigError` for names that no table knows, and settings that are missing.
 
     Args:
-        kind: `train` or `sft`.
-        config: the DistillationConfig or SftConfig.
+        config: a JobConfig.
     """
     for key, choices in CHOICES.items():
         if hasattr(config, key.partition(".")[0]) and (value := _value(config, key)) is not None:
             require_choice(key, value, choices)
-    _check_needed(kind, config)
+    _check_needed(config)
 
 
 def refuse_ignored(reasons: Mapping[str, str]) -> None:
@@ -304,26 +302,26 @@ def refuse_ignored(reasons: Mapping[str, str]) -> None:
         )
 
 
-def _check_needed(kind: str, config: Any) -> None:
-    for rule in _NEEDED[kind]:
+def _check_needed(config: Any) -> None:
+    for rule in (*_NEEDED_BY_ALL, *_NEEDED.get(config.algorithm, ())):
         if _value(config, rule.key) is None and rule.when(config):
             raise ConfigError(f"{rule.key} is missing: {rule.because}.")
 
 
-def ignored_settings(kind: str, config: Any, explicit: frozenset[str]) -> dict[str, str]:
+def ignored_settings(config: Any, explicit: frozenset[str]) -> dict[str, str]:
     """Every key that was set and has no effect, each with the first reason that holds.
 
     What several teachers share has no effect where it has none on any of them.
 
     Args:
-        kind: `train` or `sft`.
-        config: the DistillationConfig or SftConfig.
+        config: a JobConfig.
         explicit: dotted keys that were set to something other than null.
     """
     reasons: dict[str, str] = {}
     teachers = {one.name: _with_one_teacher(config, one) for one in config.teachers} or {"": config}
-    general = _IGNORED_BY_ROUTES if kind == "train" else ()
-    for rule in (*general, *_IGNORED[kind]):
+    general = _IGNORED_BY_ROUTES if config.teachers else ()
+    rules = (*_IGNORED.get(config.algorithm, ()), *_IGNORED_BY_ALL, *_without_fp8("precision"))
+    for rule in (*general, *rules):
         for key in rule.keys:
             if key in explicit and (
                 rule.when(config) if rule in general else all(rule.when(one) for one in teachers.values())
