@@ -103,7 +103,7 @@ def install_twice_and_train():
 OPTIMIZER = """
 import importlib, json, sys, types
 if {has_te}:
-    from tests import te_standin
+    from tests.fakes import te_standin
     te_standin.install()
     sys.modules["transformer_engine.pytorch.module.base"].get_workspace = None
     sys.modules["transformer_engine.pytorch.cpp_extensions"] = types.SimpleNamespace(general_gemm=None)
