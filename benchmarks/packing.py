@@ -31,7 +31,7 @@ from renio_megatron.megatron.weights.hf import load_weights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.training.algorithms.distillation import WeightedDivergence
+from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 from renio_megatron.types import Prompt, Rollout
 
 COMPLETION = 24
@@ -72,8 +72,7 @@ def stepper(train: TrainConfig, layout: Layout, rollouts: list[Rollout]) -> Call
         batches = learner.arrange(rollouts)
         scores = teacher.score(rollouts, batches)
         sample = sample_weights(learner.score(batches), scores.logp, owner, len(rollouts), weighting)
-        divergence = WeightedDivergence(teacher, scores, sample, loss, weighting, head)
-        learner.update(batches, divergence, step=next(steps), lr=1e-5)
+        learner.update(batches, WeightedLoss(scores, sample, loss, head), step=next(steps), lr=1e-5)
         return sum(batch.token_ids.numel() for batch in batches)
 
     return step

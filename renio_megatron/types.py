@@ -14,7 +14,7 @@ Log-probabilities are natural logarithms; log ratios and divergences are in nats
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,24 +166,3 @@ class MicroBatch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
         return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class TeacherScores:
-    """What a teacher says about a rank's rollouts.
-
-    Attributes:
-        logp: log-probability of each sampled token at the loss temperature, fp32 [N], equal on all ranks that share the
-            sequences.
-        payload: what the loss needs to rebuild the teacher's distribution, a value for each of the student's
-            micro-batches: final hidden states at its completion rows, [N of the micro-batch, H of the teacher]; it may
-            be fetched or computed where it is asked for. Empty on ranks that compute no loss.
-        payload_bytes: what the payload takes of the device's memory at a time.
-        sent_bytes: hidden states that went from a rank to another for it, over all ranks; None where the teacher's
-            layout is the student's.
-    """
-
-    logp: torch.Tensor
-    payload: Sequence[torch.Tensor]
-    payload_bytes: int = 0
-    sent_bytes: int | None = None

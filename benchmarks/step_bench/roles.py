@@ -32,7 +32,8 @@ from renio_megatron.megatron.teacher.weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.tools.precision.errors import Scores
-from renio_megatron.training.algorithms.distillation import Distillation, WeightedDivergence
+from renio_megatron.training.algorithms.distillation import Distillation
+from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 from renio_megatron.types import Decoding, Prompt, Rollout
 from step_bench.models import random_model
 
@@ -243,9 +244,7 @@ class Step:
         def place(index: int, found: torch.Tensor) -> None:
             divergence[batches[index].token_index] = found.to(divergence)
 
-        loss = WeightedDivergence(
-            self.teacher, theirs, sample, self._loss, self._weighting, self._head, on_divergence=place
-        )
+        loss = WeightedLoss(theirs, sample, self._loss, self._head, on_divergence=place)
         if update:
             metrics = watch.call("train", lambda: self.learner.update(batches, loss, step=1, lr=0.0))
         scores = Scores(mine, theirs.logp, divergence, sample.is_pivotal, sample.raw_weights, sample.weights)

@@ -1,8 +1,7 @@
 """The public loss from hidden states and LM heads: logits exist for a chunk of tokens at a time, never whole.
 
-A chunk's logits are made in buffers that the next chunk uses again; the three passes run over them; the gradient that
-takes the student logits' place is multiplied into those of the hidden states and of the head at once. So memory follows
-the chunk, not the batch, and nothing is computed twice where the sample weights are given.
+Weights, passes over chunks (`chunked_loss.py`), denominator. Nothing is computed twice where the sample weights are
+given.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import LossConfig, WeightingConfig
-from renio_megatron.errors import LayoutError
-from renio_megatron.losses import kernels
 from renio_megatron.losses.argument_checks import check_heads, check_tokens
-from renio_megatron.losses.chunk_size import chunk_size_for, loss_buffer_bytes
-from renio_megatron.losses.chunked_logits import Logits, bytes_per_token, chosen_dtype, slices
-from renio_megatron.losses.distillation import RAN_TWICE, DistillationOutput, mean_denominator
+from renio_megatron.losses.chunk_size import loss_buffer_bytes
+from renio_megatron.losses.chunked_loss import ChunkedLoss, check_main_grad
+from renio_megatron.losses.distillation import DistillationOutput, mean_denominator
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
-from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
 from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.parallel.vocab import VocabShard, sum_gradient_over_shards
@@ -101,87 +97,45 @@ def linear_distillation_loss(
     check_tokens(
         len(student_hidden), token_ids, owner, num_sequences, shard, weights, sequence_lengths, read_values=check_values
     )
-    if len(teacher_hidden) != len(student_hidden):
-        raise LayoutError(
-            f"student_hidden has {len(student_hidden)} tokens, teacher_hidden {len(teacher_hidden)}; both must be "
-            "hidden states at the same completion tokens."
-        )
-    _check_main_grad(main_grad, student_head)
+    check_main_grad(main_grad, student_head)
     if sum_hidden_gradient:
         student_hidden = sum_gradient_over_shards(student_hidden, shard.group)
-    trains_hidden = torch.is_grad_enabled() and student_hidden.requires_grad
-    trains_head = torch.is_grad_enabled() and student_head.requires_grad
-    trains = trains_hidden or trains_head
+    chunked = ChunkedLoss(
+        student_hidden, student_head, teacher_hidden, teacher_head, token_ids, loss, shard, chunk_size, logits_dtype
+    )
     with torch.no_grad():
-        dtype = chosen_dtype(student_hidden, logits_dtype)
-        num_tokens, is_narrow = len(student_hidden), student_hidden.dtype != dtype
-        size = chunk_size_for(num_tokens, bytes_per_token(shard.width, student_hidden.dtype, dtype), chunk_size)
-        student = Logits(student_hidden, student_head, size, dtype)
-        teacher = Logits(teacher_hidden, teacher_head, size, dtype)
-        passes = Passes(loss, shard)
         if sequence_lengths is None:
             sequence_lengths = sum_pieces(tokens_per_sequence(owner, num_sequences), sequence_group)
-
-        def weigh(student_logp: torch.Tensor, teacher_logp: torch.Tensor) -> SampleWeights:
-            return sample_weights(
-                student_logp,
-                teacher_logp,
-                owner,
-                num_sequences,
-                weighting,
-                batch_group=batch_group,
-                sequence_group=sequence_group,
-                weights=weights,
-                sequence_lengths=sequence_lengths,
-                state=state,
-            )
-
-        working = torch.promote_types(dtype, torch.float32)
-        student_logp, teacher_logp, value_N, clipped_N = student_hidden.new_empty(4, num_tokens, dtype=working)
-        if weights is None:
-            for rows in slices(num_tokens, size):
-                found = passes.normalisers(student.project(rows), teacher.project(rows), token_ids[rows])
-                student_logp[rows], teacher_logp[rows] = found.student_logp, found.teacher_logp
-            sample = weigh(student_logp, teacher_logp)
+        groups = {"batch_group": batch_group, "sequence_group": sequence_group}
+        given = {"weights": weights, "sequence_lengths": sequence_lengths, "state": state}
+        finished = weights
+        if finished is None:
+            chunked.find_log_probabilities()
+            sample = _weigh(chunked, owner, num_sequences, weighting, **groups, **given)
+            finished = sample.weights
         # The step's number of sequences may need a collective; it divides the finished sums instead.
-        finished = (sample.weights if weights is None else weights).detach()
-        scale_N = token_scale(finished.to(working), sequence_lengths, owner, denominator=1.0)
-        hidden_gradient = torch.empty_like(student_hidden) if trains_hidden else None
-        head_gradient = torch.zeros_like(student_head, dtype=working) if trains_head else None
-        narrow = torch.empty_like(student.buffer, dtype=student_hidden.dtype) if is_narrow and trains else None
-        for rows in slices(num_tokens, size):
-            student_logits, teacher_logits = student.project(rows), teacher.project(rows)
-            normalisers = passes.normalisers(student_logits, teacher_logits, token_ids[rows])
-            gradient = None
-            if trains:
-                gradient = student_logits if narrow is None else narrow[: len(student_logits)]
-            totals = passes.totals_and_gradient(student_logits, teacher_logits, normalisers, scale_N[rows], gradient)
-            student_logp[rows], teacher_logp[rows] = normalisers.student_logp, normalisers.teacher_logp
-            value_N[rows], clipped_N[rows] = totals.value, totals.clipped
-            if gradient is None:
-                continue
-            if hidden_gradient is not None:
-                torch.mm(gradient, student_head, out=hidden_gradient[rows])
-            if head_gradient is not None:
-                kernels.add_outer_(head_gradient, gradient, student_hidden[rows])
+        scale_N = token_scale(finished.detach().to(chunked.working_dtype), sequence_lengths, owner, denominator=1.0)
+        chunked.differentiate(scale_N)
         if weights is not None:
-            sample = weigh(student_logp, teacher_logp)
+            sample = _weigh(chunked, owner, num_sequences, weighting, **groups, **given)
         factor = 1.0 / mean_denominator(sample.batch_size, batch_group)
-        value = (scale_N * value_N).sum() * factor
-    if trains:
-        value = FinishedGradients.apply(
-            student_hidden, student_head, value, hidden_gradient, head_gradient, factor, main_grad
-        )
+        value = (scale_N * chunked.value_N).sum() * factor
     return DistillationOutput(
-        loss=value,
+        loss=chunked.tied(value, factor, main_grad),
         weights=sample.weights,
         raw_weights=sample.raw_weights,
         log_ratio=sample.log_ratio,
         is_pivotal=sample.is_pivotal,
-        token_divergence=value_N,
-        clipped_entries=clipped_N,
+        token_divergence=chunked.value_N,
+        clipped_entries=chunked.clipped_N,
         state=sample.state,
     )
+
+
+def _weigh(
+    chunked: ChunkedLoss, owner: torch.Tensor, num_sequences: int, weighting: WeightingConfig, **given: Any
+) -> SampleWeights:
+    return sample_weights(chunked.student_logp, chunked.teacher_logp, owner, num_sequences, weighting, **given)
 
 
 def buffer_bytes(
@@ -199,50 +153,3 @@ def buffer_bytes(
     """
     dtype = logits_dtype or torch.promote_types(hidden_dtype, torch.float32)
     return loss_buffer_bytes(num_tokens, width, hidden_dtype.itemsize, dtype.itemsize, chunk_size)
-
-
-class FinishedGradients(torch.autograd.Function):
-    """Ties a scalar to gradients that are already computed: backward multiplies them by the upstream scalar."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        head: torch.Tensor,
-        value: torch.Tensor,
-        hidden_gradient: torch.Tensor | None,
-        head_gradient: torch.Tensor | None,
-        factor: torch.Tensor,
-        main_grad: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`value`, as a function of `hidden` and `head` whose gradients are `factor` times those given."""
-        ctx.gradients = (hidden_gradient, head_gradient, factor, main_grad, head.dtype)
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients; they are handed over, so there is no second time."""
-        if ctx.gradients is None:
-            raise RuntimeError(RAN_TWICE)
-        (hidden_gradient, head_gradient, factor, main_grad, head_dtype), ctx.gradients = ctx.gradients, None
-        scale = upstream * factor.to(upstream)
-        if hidden_gradient is not None:
-            hidden_gradient = kernels.scale_rows_(hidden_gradient, scale)
-        if head_gradient is not None and main_grad is not None:
-            main_grad.addcmul_(head_gradient, scale.to(main_grad))
-            # Autograd must see a gradient, or Megatron's hook does not run and its bucket is never sent.
-            head_gradient = torch.zeros_like(head_gradient, dtype=head_dtype)
-        elif head_gradient is not None:
-            head_gradient = head_gradient.mul_(scale.to(head_gradient)).to(head_dtype)
-        return hidden_gradient, head_gradient, None, None, None, None, None
-
-
-def _check_main_grad(main_grad: torch.Tensor | None, head: torch.Tensor) -> None:
-    if main_grad is not None and main_grad.dtype not in (torch.float32, torch.float64):
-        raise LayoutError(f"main_grad must be fp32, so that long sums keep their digits; got {main_grad.dtype}.")
-    if main_grad is not None and (main_grad.shape != head.shape or main_grad.device != head.device):
-        raise LayoutError(
-            f"main_grad must be like student_head, {tuple(head.shape)} on {head.device}; got "
-            f"{tuple(main_grad.shape)} on {main_grad.device}."
-        )

@@ -12,7 +12,7 @@ from renio_megatron.files import user_path
 from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.runner.inputs import Inputs, TeacherInputs, most_completion_tokens
-from renio_megatron.training.algorithms.multi_teacher import RoutedTeachers
+from renio_megatron.training.algorithms.multi_teacher import MultiTeacher
 
 
 def build_teacher(
@@ -22,14 +22,14 @@ def build_teacher(
     student: Any = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """The teacher: `MegatronTeacher`, `DetachedTeacher` where it has a layout of its own, `RoutedTeachers` of several.
+    """The teacher: `MegatronTeacher`, `DetachedTeacher` where it has a layout of its own, `MultiTeacher` of several.
 
     Some kinds are `student`, the `ModelPart`, and have no weights of their own.
     """
     built = {one.name: _build_one(config, one, inputs, layout, student, say) for one in _with_weights(config)}
     if not config.teacher.routes:
         return built[ONLY]
-    return RoutedTeachers(built, {one.name: one.weights_of for one in config.teachers})
+    return MultiTeacher(built, {one.name: one.weights_of for one in config.teachers})
 
 
 def _with_weights(config: DistillationConfig) -> list[TeacherSpec]:

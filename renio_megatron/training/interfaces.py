@@ -14,7 +14,8 @@ import torch
 from renio_megatron.config import LossConfig
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.training.metrics.accumulator import Tally
-from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.training.targets import TeacherTargets
+from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout
 
 
 class Sampler(Protocol):
@@ -36,23 +37,18 @@ class Sampler(Protocol):
 
 
 class Teacher(Protocol):
-    """Scores completions, and rebuilds its distribution for the loss."""
+    """Scores completions."""
 
     def hear(self, rollouts: Sequence[Rollout]) -> None:
         """Told of a part of a step's rollouts, which may be read at once; `score` is asked about all of them later."""
         ...
 
-    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
-        """Log-probabilities of the sampled tokens and the payload of each of the student's micro-batches."""
+    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherTargets:
+        """Log-probabilities of the sampled tokens, and the loss of each of the student's micro-batches."""
         ...
 
     def close(self) -> None:
         """Lets go ranks that only score: nothing more will be asked."""
-        ...
-
-    @property
-    def head(self) -> LmHead:
-        """What makes logits of the payload, cut at the student's columns; where the loss is computed."""
         ...
 
     @property

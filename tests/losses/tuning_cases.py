@@ -19,7 +19,7 @@ from renio_megatron.config import HeadConfig, LossConfig, TeacherConfig
 from renio_megatron.config.schema import JobConfig, SftConfig
 from renio_megatron.losses import kernels
 from renio_megatron.losses.kernels import torch_ops
-from renio_megatron.training.algorithms import distillation
+from renio_megatron.training import targets
 from tests.helpers.training_cases import VOCAB_SIZE, layout_of, recipe
 from tests.megatron.route_cases import routed
 from tests.megatron.teacher_layout_cases import own
@@ -93,7 +93,7 @@ def played_gpu(least: int) -> Iterator[Asked]:
             (triton_ops, "jit", Launches()),
             (kernels, "_implementation", lambda arguments: Played()),
             (kernels, "tunes", lambda device: True),
-            (distillation, "MOST_PIVOTS", 1),
+            (targets, "MAX_PIVOTAL_TOKENS", 1),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         yield asked

@@ -108,7 +108,8 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
     from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
     from renio_megatron.megatron.teacher.weights import TeacherWeights
     from renio_megatron.runner.build import build_student
-    from renio_megatron.training.algorithms.distillation import WeightedDivergence
+    from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
+    from renio_megatron.training.targets import HiddenStateTargets
 
     config = config_of(folder, "by hand", "ema", trained, **changes)
     trainer, inputs, layout = built(config, folder)
@@ -152,9 +153,9 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
     def update_both(batches: Any, loss: Any, **kwargs: Any) -> Any:
         mine, theirs = found.pop("scores")
         losses = [loss]
-        for teacher, scores in ((copy, theirs), (_Headed(learner), mine)):
-            other = WeightedDivergence(teacher, scores, loss._sample, config.loss, config.weighting, config.head)
-            losses.append(other)
+        of_the_student = HiddenStateTargets(mine.logp, mine.payload, learner.part.head)
+        for targets in (theirs, of_the_student):
+            losses.append(WeightedLoss(targets, loss._sample, config.loss, config.head))
         values = [
             sum(
                 float(x)
@@ -207,17 +208,6 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
     found["skipped changes"] = not all(torch.equal(a, b) for a, (_, b) in zip(before, weights.averages, strict=True))
     found["after an exception"] = _restored_after_an_exception(weights, student)
     return found
-
-
-class _Headed:
-    """A teacher with the student's LM head: what a loss would see that read it in the place of the average's."""
-
-    def __init__(self, learner: Any) -> None:
-        self._learner = learner
-
-    @property
-    def head(self) -> Any:
-        return self._learner.part.head()
 
 
 def _restored_after_an_exception(weights: Any, student: Any) -> bool:

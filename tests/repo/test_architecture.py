@@ -37,10 +37,11 @@ INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("argument_checks", "chunk_size", "kernels", "sample_weights"),
         ("chunked_logits", "vocab_passes"),
         ("distillation", "token_logp"),
-        ("linear_distillation", "tune_kernels"),
+        ("chunked_loss", "tune_kernels"),
+        ("linear_distillation",),
     ),
     "training": (
-        ("metrics", "lr_schedule", "rollout_log"),
+        ("metrics", "lr_schedule", "rollout_log", "targets"),
         ("interfaces", "setting_warnings"),
         ("algorithms",),
         ("trainer",),

@@ -19,8 +19,9 @@ from renio_megatron.training.algorithms.distillation import Distillation
 from renio_megatron.training.algorithms.sft import Sft
 from renio_megatron.training.lr_schedule import learning_rate
 from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.targets import HiddenStateTargets
 from renio_megatron.training.trainer import Trainer
-from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout
 
 
 class Algorithm:
@@ -215,9 +216,7 @@ class Roles:
     def distillation(self, *, recompute: bool = False, grader: Any = None, loss: Any = None, **weighting: Any) -> Any:
         return Distillation(
             SimpleNamespace(sample=self.sample),
-            SimpleNamespace(
-                hear=None, score=self.score_teacher, head=IDENTITY, after_update=lambda **told: self.asked.append(told)
-            ),
+            SimpleNamespace(hear=None, score=self.score_teacher, after_update=lambda **told: self.asked.append(told)),
             SimpleNamespace(arrange=self.arrange, score=self.score_student, update=self.update),
             layout=Layout(),
             decoding=DECODING,
@@ -239,9 +238,10 @@ class Roles:
     def arrange(self, rollouts: list[Rollout]) -> list[MicroBatch]:
         return collate(rollouts, view="student", arrangement=Arrangement(0, self.micro_batch_size))
 
-    def score_teacher(self, rollouts: list[Rollout], batches: list[MicroBatch]) -> TeacherScores:
+    def score_teacher(self, rollouts: list[Rollout], batches: list[MicroBatch]) -> HiddenStateTargets:
         self.asked.append(("teacher", [rollout.completion_ids for rollout in rollouts]))
-        return TeacherScores(self.teacher_logp, [self.teacher_rows[batch.token_index] for batch in batches])
+        payload = [self.teacher_rows[batch.token_index] for batch in batches]
+        return HiddenStateTargets(self.teacher_logp, payload, lambda: IDENTITY)
 
     def score_student(self, batches: list[MicroBatch]) -> torch.Tensor:
         self.asked.append(("student",))

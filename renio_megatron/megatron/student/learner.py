@@ -195,25 +195,34 @@ class MegatronLearner:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._denominator.zero_()
-        skip = self._train.skip_nonfinite_steps
 
         def loss_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[torch.Tensor, Tally]:
             total, denominator, tally = loss(index, micro_batch, rows, part.head())
-            if not skip and not math.isfinite(float(total.detach())):
-                raise NumericsError(
-                    f"step {step}, rank {part.layout.rank}: the loss of micro-batch {index} is "
-                    f"{float(total.detach())}. Check the learning rate, the models' precision, and train.clip_grad."
-                )
+            losses.append(total.detach())
             self._denominator += denominator
             return total, tally
 
+        losses: list[torch.Tensor] = []
         if part.routing is None:
-            return run_forward_backward(part, self.models, micro_batches, loss_of)
-        part.routing.begin_step()
-        try:
-            return run_forward_backward(part, self.models, micro_batches, loss_of)
-        finally:
-            part.routing.end_step()
+            tallies = run_forward_backward(part, self.models, micro_batches, loss_of)
+        else:
+            part.routing.begin_step()
+            try:
+                tallies = run_forward_backward(part, self.models, micro_batches, loss_of)
+            finally:
+                part.routing.end_step()
+        if losses and not self._train.skip_nonfinite_steps:
+            self._require_finite_losses(torch.stack(losses).tolist(), step)
+        return tallies
+
+    def _require_finite_losses(self, losses: Sequence[float], step: int) -> None:
+        """Stops this rank where a micro-batch's loss is not finite; looked at once, when the passes are under way."""
+        bad = next((index for index, value in enumerate(losses) if not math.isfinite(value)), None)
+        if bad is not None:
+            raise NumericsError(
+                f"step {step}, rank {self.part.layout.rank}: the loss of micro-batch {bad} is {losses[bad]}. Check the "
+                "learning rate, the models' precision, and train.clip_grad."
+            )
 
     def _look_at_attention(self) -> None:
         """Warns once, after a pass has chosen it, where Transformer Engine's attention is its slow one."""

@@ -28,7 +28,8 @@ from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.row_exchange import RowExchange, RowsOf, gather_rows, sum_over
 from renio_megatron.parallel.vocab import LmHead, VocabShard
 from renio_megatron.parallel.worlds import Bridge
-from renio_megatron.types import MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.training.targets import HiddenStateTargets
+from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 _GROUP, _ALL, _END = 0, 1, 2
 """What the student's ranks want: some sequences read; what was read of a step's; nothing more."""
@@ -138,7 +139,7 @@ class DetachedTeacher:
         if self._bridge is not None:
             self._read(self._ask(_GROUP, rollouts), rollouts)
 
-    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
+    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> HiddenStateTargets:
         """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
 
         Args:
@@ -154,7 +155,7 @@ class DetachedTeacher:
             self._read(self._ask(_GROUP, rollouts), rollouts)
         register, logp_of, states_of = self._found(self._ask(_ALL, rollouts))
         if not register.num_sequences:  # one of several teachers, of whose sequences there are none in this step
-            return TeacherScores(torch.zeros(0, device=self._device), [], sent_bytes=0)
+            return HiddenStateTargets(torch.zeros(0, device=self._device), [], self._head_of, sent_bytes=0)
         batches = list(student_batches) if student.pipeline.is_last else []
         first = register.first_completion_token(student.data.rank)
         pieces = [_piece(first + batch.token_index.cpu(), student) for batch in batches]
@@ -174,12 +175,16 @@ class DetachedTeacher:
         states = [self._fetch_states(exchange, number, states_of) for number in range(exchange.num_rounds)]
         sent = sum_over(exchange.bytes_sent - before, self._seats.axis, self._device)
         if not batches:
-            return TeacherScores(flat, [], sent_bytes=sent)
+            return HiddenStateTargets(flat, [], self._head_of, sent_bytes=sent)
         payload = Scattered(
             states[: len(batches)], [len(batch.token_index) for batch in batches], student.tensor, self._device
         )
         at_once = payload.piece_bytes if self._payload_device == "device" else [max(payload.piece_bytes)]
-        return TeacherScores(flat, payload, sum(at_once) + max(payload.whole_bytes), sent)
+        waiting = sum(at_once) + max(payload.whole_bytes)
+        return HiddenStateTargets(flat, payload, self._head_of, payload_bytes=waiting, sent_bytes=sent)
+
+    def _head_of(self) -> LmHead:
+        return self.head
 
     def tune(self, num_tokens: int) -> None:
         """Tunes the kernels that read the teacher's logits, where a rank has some; see `MegatronTeacher.tune`."""

@@ -14,7 +14,8 @@ from renio_megatron.megatron.model.schedules import run_forward, share_tokens
 from renio_megatron.megatron.teacher.payload import Kept, Recomputed, align
 from renio_megatron.megatron.teacher.weights import Averages, TeacherWeights
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.types import MicroBatch, Rollout, TeacherScores
+from renio_megatron.training.targets import HiddenStateTargets
+from renio_megatron.types import MicroBatch, Rollout
 
 
 class MegatronTeacher:
@@ -64,7 +65,7 @@ class MegatronTeacher:
     def hear(self, rollouts: Sequence[Rollout]) -> None:
         """Nothing to do: the ranks that would read them are drawing."""
 
-    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherScores:
+    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> HiddenStateTargets:
         """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
 
         Args:
@@ -75,7 +76,7 @@ class MegatronTeacher:
         """
         part, layout = self._part, self._part.layout
         if not rollouts:  # one of several teachers, of whose sequences this rank has none
-            return TeacherScores(torch.zeros(0, device=layout.device), [])
+            return HiddenStateTargets(torch.zeros(0, device=layout.device), [], self._head_of)
         micro_batches = self._arrange(rollouts)
 
         def keep(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -94,12 +95,17 @@ class MegatronTeacher:
         if self._payload_device == "recompute":
             width, dtype = part.config.hidden_size, part.config.params_dtype
             bytes_of = [len(batch.token_index) * width * dtype.itemsize for batch in student_batches]
-            return TeacherScores(logp, Recomputed(rollouts, student_batches, self._hidden_states), max(bytes_of))
+            payload_of = Recomputed(rollouts, student_batches, self._hidden_states)
+            return HiddenStateTargets(logp, payload_of, self._head_of, payload_bytes=max(bytes_of))
         if not rows:
-            return TeacherScores(logp, [])
+            return HiddenStateTargets(logp, [], self._head_of)
         payload = Kept(align(rows, micro_batches, student_batches, layout.context.group), layout.device)
         sizes = payload.part_bytes
-        return TeacherScores(logp, payload, max(sizes) if self._payload_device == "host" else sum(sizes))
+        waiting = max(sizes) if self._payload_device == "host" else sum(sizes)
+        return HiddenStateTargets(logp, payload, self._head_of, payload_bytes=waiting)
+
+    def _head_of(self) -> LmHead:
+        return self.head
 
     def tune(self, num_tokens: int) -> None:
         """Tunes the kernels of `score`, for micro-batches of at most `num_tokens` completion tokens."""

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from renio_megatron.parallel.vocab import LmHead
     from renio_megatron.runner.inputs import Inputs
     from renio_megatron.tools.precision.errors import Scores
-    from renio_megatron.types import MicroBatch, Rollout, TeacherScores
+    from renio_megatron.training.targets import TeacherTargets
+    from renio_megatron.types import MicroBatch, Rollout
 
 NOISE = "bf16 against fp32"
 """The column that is not FP8's: what the step from fp32 to bf16 costs on the same rollouts."""
@@ -179,12 +180,8 @@ def _make(output: str | None) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """What is left of a teacher: its scores, and its LM head where the loss is computed."""
-
-    head: LmHead | None
-    scores: TeacherScores
+def _no_head() -> LmHead:
+    raise AssertionError("the loss is computed where the last stage is")
 
 
 class _Comparison:
@@ -236,15 +233,20 @@ class _Comparison:
         gc.collect()  # the last one's modules and Megatron's hooks hold each other
         return build_student(config, self._inputs, self._layout)[0]
 
-    def _teacher(self, config: DistillationConfig) -> _Scored:
+    def _teacher(self, config: DistillationConfig) -> TeacherTargets:
+        """What a teacher answers; of the teacher only its LM head is kept, where the loss is computed."""
         from renio_megatron.runner.build_teachers import build_teacher
+        from renio_megatron.training.targets import HiddenStateTargets
 
         teacher = build_teacher(config, self._inputs, self._layout)
-        scores = teacher.score(self._rollouts, self._batches)
-        return _Scored(teacher.head if self._layout.pipeline.is_last else None, scores)
+        targets = teacher.score(self._rollouts, self._batches)
+        if not self._layout.pipeline.is_last:
+            return HiddenStateTargets(targets.logp, [], _no_head)
+        head = teacher.head
+        return HiddenStateTargets(targets.logp, targets.payload, lambda: head)
 
     def _step(
-        self, learner: Any, config: DistillationConfig, teacher: _Scored, name: str
+        self, learner: Any, config: DistillationConfig, teacher: TeacherTargets, name: str
     ) -> tuple[Scores, dict[str, torch.Tensor]]:
         """A step as the trainer computes it, up to the optimiser: the whole batch's scores, this rank's gradients."""
         from renio_megatron.data.batching.collate import flat_completions
@@ -252,35 +254,25 @@ class _Comparison:
         from renio_megatron.megatron.model.schedules import share_tokens
         from renio_megatron.models.param_map import local_name
         from renio_megatron.tools.precision.errors import Scores
-        from renio_megatron.training.algorithms.distillation import WeightedDivergence
+        from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 
         device = self._layout.device
         _, owner, _ = flat_completions(self._rollouts)
         student_logp = learner.score(self._batches)
         sample = sample_weights(
             student_logp,
-            teacher.scores.logp,
+            teacher.logp,
             owner.to(device),
             len(self._rollouts),
             config.weighting,
             batch_group=self._layout.data.group,
         )
         seen: dict[int, torch.Tensor] = {}
-        loss = WeightedDivergence(
-            teacher,  # type: ignore[arg-type]
-            teacher.scores,
-            sample,
-            config.loss,
-            config.weighting,
-            config.head,
-            on_divergence=seen.__setitem__,
-        )
+        loss = WeightedLoss(teacher, sample, config.loss, config.head, on_divergence=seen.__setitem__)
         # In another dtype the layers may be another backend's, which names some parameters otherwise.
         gradients = {local_name(name): one for name, one in learner.gradients(self._batches, loss).items()}
         divergence = share_tokens([seen[index] for index in sorted(seen)], self._batches, self._layout)
-        mine = Scores(
-            student_logp, teacher.scores.logp, divergence, sample.is_pivotal, sample.raw_weights, sample.weights
-        )
+        mine = Scores(student_logp, teacher.logp, divergence, sample.is_pivotal, sample.raw_weights, sample.weights)
         whole = self._whole_batch(mine)
         whole.check(name)
         return whole, gradients
@@ -289,7 +281,7 @@ class _Comparison:
         self,
         learner: Any,
         config: DistillationConfig,
-        teacher: _Scored,
+        teacher: TeacherTargets,
         name: str,
         truth: Scores,
         gradients: dict[str, torch.Tensor],

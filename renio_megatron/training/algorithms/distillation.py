@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,24 +11,16 @@ import torch
 from renio_megatron.config import HeadConfig, LossConfig, WeightingConfig
 from renio_megatron.data.batching.balance import balance
 from renio_megatron.data.batching.collate import flat_completions, flat_logp
-from renio_megatron.losses.chunked_logits import Logits, logits_dtype_of
-from renio_megatron.losses.distillation import distillation_loss
-from renio_megatron.losses.linear_distillation import linear_distillation_loss
 from renio_megatron.losses.sample_weights import SampleWeights, applied_cap, sample_weights
 from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.objective.statistics import auc
 from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.reductions import gather_batch, sum_pieces
-from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.training.algorithms.multi_teacher import (
-    RoutedDivergence,
-    RoutedScores,
-    RoutedTeachers,
-    names_metrics,
-)
-from renio_megatron.training.interfaces import Learner, Sampler, StepLoss, Teacher
-from renio_megatron.training.metrics.accumulator import Tally
-from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout, TeacherScores
+from renio_megatron.parallel.reductions import gather_batch
+from renio_megatron.training.algorithms.multi_teacher import names_metrics
+from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
+from renio_megatron.training.interfaces import Learner, Sampler, Teacher
+from renio_megatron.training.targets import TeacherTargets
+from renio_megatron.types import Decoding, Prompt, Rollout
 
 
 class Distillation:
@@ -42,7 +33,7 @@ class Distillation:
     def __init__(
         self,
         sampler: Sampler,
-        teacher: Teacher | RoutedTeachers,
+        teacher: Teacher,
         learner: Learner,
         *,
         layout: Layout,
@@ -97,15 +88,16 @@ class Distillation:
         rollouts = self._balance(drawn)
         clock.append(time.perf_counter())
         batches = self.learner.arrange(rollouts)
-        teacher = self.teacher.score(rollouts, batches)
+        targets = self.teacher.score(rollouts, batches)
         clock.append(time.perf_counter())
-        student_logp = self.learner.score(batches) if self._recompute else flat_logp(rollouts)
-        sample = self.weigh(rollouts, student_logp, teacher)
-        loss = self._divergence(teacher, sample)
+        sampler_logp = flat_logp(rollouts).to(self._layout.device)
+        student_logp = self.learner.score(batches) if self._recompute else sampler_logp
+        sample = self.weigh(rollouts, student_logp, targets)
+        loss = WeightedLoss(targets, sample, self._loss, self._head, sampler_logp=sampler_logp)
         metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))
         is_skipped = metrics.get("train/skipped_frac", 0.0) > 0
-        if isinstance(loss, RoutedDivergence) and not is_skipped:
-            metrics |= loss.metrics(self._layout)
+        if not is_skipped:
+            metrics |= targets.metrics(self._layout)
         self.teacher.after_update(skipped=is_skipped)
         if "renio/pivot_gradient_frac" in metrics:  # counted in squares, which add up
             metrics["renio/pivot_gradient_frac"] **= 0.5
@@ -113,7 +105,7 @@ class Distillation:
         self._weighting_state = sample.state
         if self._on_rollouts is not None:
             self._on_rollouts(step, rollouts, sample)
-        return metrics | self._sample_metrics(rollouts, sample) | _time_metrics(clock)
+        return metrics | self._sample_metrics(rollouts, sample, targets) | _time_metrics(clock)
 
     def _balance(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Rollouts exchanged between data-parallel ranks where cost follows tokens, that is where they are packed."""
@@ -127,25 +119,16 @@ class Distillation:
         ]
         return balance(rollouts, costs, self._layout.data, unit=(weighting.group_size or 1) if is_grouped else 1)
 
-    def _divergence(self, scores: TeacherScores | RoutedScores, sample: SampleWeights) -> StepLoss:
-        settings = (sample, self._loss, self._weighting, self._head)
-        if isinstance(self.teacher, RoutedTeachers):
-            assert isinstance(scores, RoutedScores)
-            return RoutedDivergence(
-                scores, self.teacher.names, lambda one, its, look: WeightedDivergence(one, its, *settings, look)
-            )
-        assert isinstance(scores, TeacherScores)
-        return WeightedDivergence(self.teacher, scores, *settings)
-
-    def weigh(
-        self, rollouts: Sequence[Rollout], student_logp: torch.Tensor, teacher: TeacherScores | RoutedScores
-    ) -> SampleWeights:
+    def weigh(self, rollouts: Sequence[Rollout], student_logp: torch.Tensor, targets: TeacherTargets) -> SampleWeights:
         """Weights of this rank's sequences, normalised over the optimiser step's."""
         _, owner, _ = flat_completions(rollouts)
         device = self._layout.device
+        student_logp, teacher_logp = student_logp.to(device), targets.logp.to(device)
+        if targets.has_logp is not None:
+            teacher_logp = torch.where(targets.has_logp.to(device), teacher_logp, student_logp)
         return sample_weights(
-            student_logp.to(device),
-            teacher.logp.to(device),
+            student_logp,
+            teacher_logp,
             owner.to(device),
             len(rollouts),
             self._weighting,
@@ -165,7 +148,9 @@ class Distillation:
         """Lets go of the teacher."""
         self.teacher.close()
 
-    def _sample_metrics(self, rollouts: Sequence[Rollout], sample: SampleWeights) -> dict[str, float]:
+    def _sample_metrics(
+        self, rollouts: Sequence[Rollout], sample: SampleWeights, targets: TeacherTargets
+    ) -> dict[str, float]:
         """Metrics of the whole batch's sequences, from each rank's share."""
         dtype, device = torch.float64, sample.weights.device
         unfinished = torch.tensor([not rollout.finished for rollout in rollouts], dtype=dtype, device=device)
@@ -177,12 +162,11 @@ class Distillation:
             verdicts = [self._grader(rollout) for rollout in rollouts]  # None where the grader failed
             columns.append(torch.tensor([bool(verdict) for verdict in verdicts], dtype=dtype, device=device))
             columns.append(torch.tensor([verdict is None for verdict in verdicts], dtype=dtype, device=device))
-        if isinstance(self.teacher, RoutedTeachers):
-            names = self.teacher.names
-            columns.insert(0, torch.tensor([names.index(r.prompt.teacher) for r in rollouts], device=device))
+        if targets.name_of is not None:
+            columns.insert(0, targets.name_of.to(device))
         table = gather_batch(torch.stack([column.to(dtype) for column in columns], dim=1), self._layout.data.group)
         found = list(table.cpu().unbind(1))
-        name_of = found.pop(0) if isinstance(self.teacher, RoutedTeachers) else None
+        name_of = found.pop(0) if targets.name_of is not None else None
         weights, raw, lengths, cut, pivotal, *graded = found
         metrics = weight_metrics(
             weights,
@@ -201,108 +185,9 @@ class Distillation:
             area = auc(raw, graded[0] == 0)
             if area == area:  # undefined where all are right, or all wrong
                 metrics["renio/auc_wrong"] = area
-        if isinstance(self.teacher, RoutedTeachers) and name_of is not None:
-            metrics |= names_metrics(self.teacher.names, name_of, raw, graded[0] if graded else None)
+        if name_of is not None:
+            metrics |= names_metrics(targets.names, name_of, raw, graded[0] if graded else None)
         return metrics
-
-
-class WeightedDivergence:
-    """The loss of a micro-batch under weights that are already finished."""
-
-    def __init__(
-        self,
-        teacher: Teacher,
-        scores: TeacherScores,
-        sample: SampleWeights,
-        loss: LossConfig,
-        weighting: WeightingConfig,
-        head: HeadConfig,
-        on_divergence: Callable[[int, torch.Tensor], None] | None = None,
-    ) -> None:
-        """`scores` and `sample` are those of all the rank's sequences, in order.
-
-        `on_divergence` is shown each micro-batch's index and the divergence at each of its rows [N], nats.
-        """
-        self._teacher, self._scores, self._sample = teacher, scores, sample
-        self._loss, self._weighting, self._head = loss, weighting, head
-        self._on_divergence = on_divergence
-
-    def __call__(
-        self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
-    ) -> tuple[torch.Tensor, float, Tally]:
-        """(sum over sequences, number of sequences, metrics); of a rank's pieces where it holds only those."""
-        count = micro_batch.num_sequences
-        share = count / micro_batch.pieces  # all pieces together are the sequences
-        teacher_hidden = self._scores.payload[index]
-        tally = Tally()
-        if index == 0 and self._loss.entry_clip is not None:
-            self._tally_pivots(tally, micro_batch, hidden.detach(), teacher_hidden, head)
-        out = linear_distillation_loss(
-            hidden,
-            head.weight,
-            teacher_hidden,
-            self._teacher.head.weight,
-            micro_batch.target_ids,
-            micro_batch.owner,
-            count,
-            self._loss,
-            self._weighting,
-            head.shard,
-            weights=self._sample.weights[micro_batch.sequence_index],
-            sequence_lengths=self._sample.lengths[micro_batch.sequence_index],
-            chunk_size=self._head.chunk_size,
-            logits_dtype=logits_dtype_of(self._head, hidden.dtype),
-            sum_hidden_gradient=False,
-            main_grad=head.main_grad,
-            check_values=False,
-        )
-        if self._on_divergence is not None:
-            self._on_divergence(index, out.token_divergence.detach())
-        tally.add("loss", float(out.loss.detach()) * count, share)
-        tally.add("loss/kl", float(out.token_divergence.sum()), len(out.token_divergence))
-        tally.add("loss/entry_clip_frac", int((out.clipped_entries > 0).sum()), len(out.clipped_entries))
-        tally.add_max("memory/teacher_payload_mb", self._scores.payload_bytes / 2**20)
-        if self._scores.sent_bytes is not None:
-            tally.add_max("teacher/payload_sent_mb", self._scores.sent_bytes / 2**20)
-        return out.loss * count, share, tally
-
-    @torch.no_grad()
-    def _tally_pivots(
-        self, tally: Tally, micro_batch: MicroBatch, hidden: torch.Tensor, teacher_hidden: torch.Tensor, head: LmHead
-    ) -> None:
-        """Squared gradient at some pivotal tokens with the entry clip over that without: what the clip leaves of it."""
-        rows = self._sample.is_pivotal[micro_batch.token_index].nonzero()[:, 0]
-        rows = rows[:: -(-len(rows) // MOST_PIVOTS) or 1]
-        dtype = logits_dtype_of(self._head, hidden.dtype)
-        logits, teacher_logits = (
-            Logits(states[rows], weight, len(rows), dtype).project(slice(None))
-            for states, weight in ((hidden, head.weight), (teacher_hidden, self._teacher.head.weight))
-        )
-        energies = []
-        for loss in (self._loss, replace(self._loss, entry_clip=None)):
-            leaf = logits.clone().requires_grad_()
-            with torch.enable_grad():
-                out = distillation_loss(
-                    leaf,
-                    teacher_logits,
-                    micro_batch.target_ids[rows],
-                    torch.zeros_like(rows),
-                    1,
-                    loss,
-                    self._weighting,
-                    head.shard,
-                    weights=torch.ones(1, device=logits.device),
-                )
-                out.loss.backward()
-            assert leaf.grad is not None
-            energies.append(leaf.grad.double().square().sum())
-        kept, whole = sum_pieces(torch.stack(energies), head.shard.group).tolist()
-        if whole > 0:
-            tally.add("renio/pivot_gradient_frac", kept, whole)
-
-
-MOST_PIVOTS = 64
-"""Tokens at which `renio/pivot_gradient_frac` is measured, so that their whole logits take little memory."""
 
 
 def weight_metrics(

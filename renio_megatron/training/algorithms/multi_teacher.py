@@ -6,7 +6,7 @@ teachers' losses over their rows, whatever their hidden sizes. Weights know noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,45 +14,12 @@ import torch
 
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.reductions import sum_over_ranks
-from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.training.interfaces import StepLoss, Teacher
-from renio_megatron.training.metrics.accumulator import Tally
-from renio_megatron.types import MicroBatch, Rollout, TeacherScores
+from renio_megatron.training.interfaces import Teacher
+from renio_megatron.training.targets import LossInputs, MicroBatchLoss, TeacherTargets
+from renio_megatron.types import MicroBatch, Rollout
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one teacher says about its sequences of a rank.
-
-    Attributes:
-        teacher: who.
-        scores: of its sequences alone, in their order.
-        numbers: for each of the student's micro-batches that has sequences of this teacher, its number among those.
-    """
-
-    teacher: Teacher
-    scores: TeacherScores
-    numbers: Mapping[int, int]
-
-
-@dataclass(frozen=True)
-class RoutedScores:
-    """What all teachers say about a rank's rollouts.
-
-    Attributes:
-        logp: log-probability of each sampled token under its sequence's teacher, nats fp32 [N].
-        parts: of each teacher.
-        part_of: number of each sequence's part, int64 [B].
-        name_of: number of each sequence's teacher among the names, int64 [B]; names may share a part.
-    """
-
-    logp: torch.Tensor
-    parts: tuple[Part, ...]
-    part_of: torch.Tensor
-    name_of: torch.Tensor
-
-
-class RoutedTeachers:
+class MultiTeacher:
     """Teachers by name.
 
     Attributes:
@@ -69,8 +36,8 @@ class RoutedTeachers:
     def hear(self, rollouts: Sequence[Rollout]) -> None:
         """Nothing: ranks that only score answer one teacher's questions after the other's."""
 
-    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> RoutedScores:
-        """Every teacher's scores of its own sequences; each is called, also where this rank has none for it."""
+    def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> MultiTeacherTargets:
+        """Every teacher's answer about its own sequences; each is called, also where this rank has none for it."""
         part_of = torch.tensor([self._part_of_name[rollout.prompt.teacher] for rollout in rollouts])
         name_of = torch.tensor([self.names.index(rollout.prompt.teacher) for rollout in rollouts])
         lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
@@ -78,21 +45,15 @@ class RoutedTeachers:
         logp = torch.zeros(len(part_of_token))
         parts = []
         for number, name in enumerate(self._parts):
-            here = part_of == number
+            here, tokens = part_of == number, part_of_token == number
             mine = [rollout for rollout, is_mine in zip(rollouts, here.tolist(), strict=True) if is_mine]
-            tokens = part_of_token == number
-            numbers: dict[int, int] = {}
-            batches: list[MicroBatch] = []
-            for index, batch in enumerate(student_batches):
-                chosen = here.to(batch.sequence_index.device)[batch.sequence_index]
-                if bool(chosen.any()):
-                    numbers[index] = len(batches)
-                    batches.append(_renumbered(batch.of_sequences(chosen)[0], here, tokens))
-            scores = self._teachers[name].score(mine, batches)
-            logp = logp.to(scores.logp.device)
-            logp[tokens.to(logp.device)] = scores.logp
-            parts.append(Part(self._teachers[name], scores, numbers))
-        return RoutedScores(logp, tuple(parts), part_of, name_of)
+            chosen = _select(student_batches, here)
+            batches = [_renumbered(one.micro_batch, here, tokens) for one in chosen.values()]
+            targets = self._teachers[name].score(mine, batches)
+            logp = logp.to(targets.logp.device)
+            logp[tokens.to(logp.device)] = targets.logp
+            parts.append(_Part(targets, chosen))
+        return MultiTeacherTargets(logp, parts, self.names, name_of)
 
     @property
     def averages(self) -> tuple[tuple[Any, torch.Tensor], ...]:
@@ -115,54 +76,96 @@ class RoutedTeachers:
             teacher.close()
 
 
-class RoutedDivergence:
-    """The loss of a micro-batch whose sequences have several teachers."""
+@dataclass(frozen=True)
+class _Selection:
+    """One teacher's sequences of a micro-batch: them alone, their rows in it, and its number among that teacher's."""
+
+    micro_batch: MicroBatch
+    rows: torch.Tensor
+    number: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one teacher says about its sequences of a rank, and where these are in the student's micro-batches."""
+
+    targets: TeacherTargets
+    chosen: Mapping[int, _Selection]
+
+
+class MultiTeacherTargets(TeacherTargets):
+    """Several teachers' answers: the loss of a micro-batch is the sum of theirs over their rows."""
 
     def __init__(
-        self,
-        scores: RoutedScores,
-        names: Sequence[str],
-        make: Callable[[Teacher, TeacherScores, Callable[[int, torch.Tensor], None]], StepLoss],
+        self, logp: torch.Tensor, parts: Sequence[_Part], names: tuple[str, ...], name_of: torch.Tensor
     ) -> None:
-        """`make` gives the loss of one teacher: (teacher, scores, what is shown the divergence at each row)."""
-        self._scores, self._names = scores, names
-        self._losses = [make(part.teacher, part.scores, self._look) for part in scores.parts]
-        self._divergence = torch.empty(0)
-        self._sums = torch.zeros(len(names), 2, dtype=torch.float64)  # of the divergence, and of tokens
+        """`logp` is each token's under its sequence's teacher; names may share a part, that is its weights."""
+        self.logp, self.names, self.name_of = logp, names, name_of
+        self._parts = parts
+        self.payload_bytes = sum(part.targets.payload_bytes for part in parts)
+        sent = [part.targets.sent_bytes for part in parts if part.targets.sent_bytes is not None]
+        self.sent_bytes = sum(sent) if sent else None
+        self._sums: torch.Tensor | None = None  # by name: of the divergence, and of tokens
 
-    def __call__(
-        self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
-    ) -> tuple[torch.Tensor, float, Tally]:
-        """(sum over sequences, number of sequences, metrics), of all teachers together."""
-        total, share, tally = hidden.new_zeros((), dtype=torch.float32), 0.0, Tally()
-        part_of = self._scores.part_of.to(hidden.device)[micro_batch.sequence_index]
-        name_of = self._scores.name_of.to(hidden.device)[micro_batch.sequence_index]
-        for number, (part, loss) in enumerate(zip(self._scores.parts, self._losses, strict=True)):
-            if index not in part.numbers:
+    def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
+        """Each teacher's loss of its own rows."""
+        assert self.name_of is not None
+        device = inputs.hidden.device
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+        name_of = self.name_of.to(device)
+        total = inputs.hidden.new_zeros((), dtype=torch.float32)
+        divergence = inputs.token_scale.new_zeros(len(micro_batch.target_ids))
+        found = []
+        for part in self._parts:
+            if (chosen := part.chosen.get(index)) is None:
                 continue
-            chosen = part_of == number
-            own, rows = micro_batch.of_sequences(chosen)
-            value, count, counted = loss(part.numbers[index], own, hidden[rows], head)
-            total, share = total + value, share + count
-            tally.merge(counted)
-            names = name_of[chosen][own.owner].cpu()
-            self._sums[:, 0].index_add_(0, names, self._divergence.cpu().double())
-            self._sums[:, 1] += torch.bincount(names, minlength=len(self._names))
-        tally.add_max("memory/teacher_payload_mb", sum(p.scores.payload_bytes for p in self._scores.parts) / 2**20)
-        sent = [part.scores.sent_bytes for part in self._scores.parts if part.scores.sent_bytes is not None]
-        if sent:
-            tally.add_max("teacher/payload_sent_mb", sum(sent) / 2**20)
-        return total, share, tally
+            one = part.targets.micro_batch_loss(chosen.number, chosen.micro_batch, _rows_of(inputs, chosen.rows))
+            found.append(one)
+            total = total + one.total
+            divergence[chosen.rows] = one.token_divergence.to(divergence)
+            names = name_of[chosen.micro_batch.sequence_index][chosen.micro_batch.owner]
+            tokens = one.token_divergence.double()
+            self._sums.index_add_(0, names, torch.stack((tokens, torch.ones_like(tokens)), dim=1))
+        clipped = [one.clipped_tokens for one in found if one.clipped_tokens is not None]
+        probes = [one.probe for one in found if one.probe is not None]
+        return MicroBatchLoss(
+            total,
+            divergence,
+            loss_sum=sum((one.loss_sum for one in found), total.new_zeros((), dtype=torch.float64)),
+            divergence_sum=sum((one.divergence_sum for one in found), total.new_zeros((), dtype=torch.float64)),
+            clipped_tokens=torch.stack(clipped).sum() if clipped else None,
+            probe=torch.stack(probes).sum(0) if probes else None,
+        )
 
     def metrics(self, layout: Layout) -> dict[str, float]:
         """The mean divergence for each teacher's name, over all ranks; those without a token are left out."""
-        sums = sum_over_ranks(self._sums.to(layout.device), layout).tolist()
+        mine = torch.zeros(len(self.names), 2, dtype=torch.float64) if self._sums is None else self._sums
+        sums = sum_over_ranks(mine.to(layout.device), layout).tolist()
         return {
-            f"teacher/{name}/kl": total / count for name, (total, count) in zip(self._names, sums, strict=True) if count
+            f"teacher/{name}/kl": total / count for name, (total, count) in zip(self.names, sums, strict=True) if count
         }
 
-    def _look(self, index: int, divergence: torch.Tensor) -> None:
-        self._divergence = divergence
+
+def _select(student_batches: Sequence[MicroBatch], here: torch.Tensor) -> dict[int, _Selection]:
+    """Of each micro-batch that has some of the sequences `here` [B], what they are in it."""
+    found: dict[int, _Selection] = {}
+    for index, batch in enumerate(student_batches):
+        chosen = here.to(batch.sequence_index.device)[batch.sequence_index]
+        if bool(chosen.any()):
+            found[index] = _Selection(*batch.of_sequences(chosen), len(found))
+    return found
+
+
+def _rows_of(inputs: LossInputs, rows: torch.Tensor) -> LossInputs:
+    """The inputs of some rows."""
+    return replace(
+        inputs,
+        hidden=inputs.hidden[rows],
+        token_scale=inputs.token_scale[rows],
+        sampler_logp=None if inputs.sampler_logp is None else inputs.sampler_logp[rows],
+        probe=None if inputs.probe is None else inputs.probe[rows],
+    )
 
 
 def _renumbered(batch: MicroBatch, sequences: torch.Tensor, tokens: torch.Tensor) -> MicroBatch:

@@ -61,5 +61,5 @@ def token_cross_entropy(
     total = cross_entropy(logits, micro_batch.target_ids, head.shard, overwrite_logits=True)
     tokens = len(micro_batch.target_ids)
     tally = Tally()
-    tally.add("loss", float(total.detach()), tokens)
+    tally.add("loss", total, tokens)
     return total, float(tokens), tally

@@ -1,9 +1,13 @@
-"""A step's numbers as sums and maxima, so that micro-batches and ranks can be joined before anything is divided."""
+"""A step's numbers as sums and maxima, so that micro-batches and ranks are joined before anything is divided.
+
+A number may be a tensor on a device: it is read once, when the step is over.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -11,6 +15,20 @@ import torch.distributed as dist
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.reductions import sum_over_ranks
 from renio_megatron.training.metrics.registry import MAXIMA, MEANS, METRICS, metric_of
+
+_Number: TypeAlias = "float | torch.Tensor"
+
+
+def _fp64(value: _Number) -> _Number:
+    """A Python float, or a scalar tensor in fp64 without gradient."""
+    return value.detach().double() if isinstance(value, torch.Tensor) else float(value)
+
+
+def _on_host(values: Sequence[_Number]) -> list[float]:
+    """The numbers, tensors read by one copy."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    read = iter(torch.stack(tensors).tolist()) if tensors else iter(())
+    return [next(read) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 class Tally:
@@ -24,11 +42,13 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
-        self._maxima: dict[str, float] = {}
+        self._sums: dict[str, tuple[_Number, _Number]] = {}
+        self._maxima: dict[str, _Number] = {}
 
-    def add(self, name: str, numerator: float, denominator: float = 1.0) -> None:
+    def add(self, name: str, numerator: _Number, denominator: _Number = 1.0) -> None:
         """Adds a contribution to a mean; a number that every rank knows is added with denominator 1.
+
+        Tensors are added up where they are, in fp64; nobody waits for their device.
 
         Raises:
             KeyError: no such metric; the nearest one is named.
@@ -36,9 +56,9 @@ class Tally:
         """
         self._require(name, "mean", "add_max")
         old = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (old[0] + float(numerator), old[1] + float(denominator))
+        self._sums[name] = (old[0] + _fp64(numerator), old[1] + _fp64(denominator))
 
-    def add_max(self, name: str, value: float) -> None:
+    def add_max(self, name: str, value: _Number) -> None:
         """Keeps `value` if it is the largest so far; NaN is kept for good.
 
         Raises:
@@ -46,9 +66,13 @@ class Tally:
             ValueError: the metric is a mean.
         """
         self._require(name, "max", "add")
-        old = self._maxima.get(name, -math.inf)
-        value = float(value)
-        self._maxima[name] = old if math.isnan(old) or old > value else value
+        old, value = self._maxima.get(name, -math.inf), _fp64(value)
+        if isinstance(old, torch.Tensor) or isinstance(value, torch.Tensor):
+            device = old.device if isinstance(old, torch.Tensor) else value.device  # type: ignore[union-attr]
+            old, value = (torch.as_tensor(one, dtype=torch.float64, device=device) for one in (old, value))
+            self._maxima[name] = torch.maximum(old, value)  # which keeps NaN
+        else:
+            self._maxima[name] = old if math.isnan(old) or old > value else value
 
     @staticmethod
     def _require(name: str, reduction: str, other_method: str) -> None:
@@ -56,18 +80,19 @@ class Tally:
             raise ValueError(f"metric {name!r} is reduced by {is_now}: use Tally.{other_method}.")
 
     def sums(self) -> dict[str, tuple[float, float]]:
-        """Numerator and denominator of every mean added so far."""
-        return dict(self._sums)
+        """Numerator and denominator of every mean added so far; waits for tensors."""
+        flat = iter(_on_host([part for parts in self._sums.values() for part in parts]))
+        return {name: (next(flat), next(flat)) for name in self._sums}
 
     def maxima(self) -> dict[str, float]:
-        """Every maximum added so far."""
-        return dict(self._maxima)
+        """Every maximum added so far; waits for tensors."""
+        return dict(zip(self._maxima, _on_host(list(self._maxima.values())), strict=True))
 
     def merge(self, other: Tally) -> None:
         """Adds what another micro-batch or rank counted."""
-        for name, (numerator, denominator) in other.sums().items():
+        for name, (numerator, denominator) in other._sums.items():
             self.add(name, numerator, denominator)
-        for name, value in other.maxima().items():
+        for name, value in other._maxima.items():
             self.add_max(name, value)
 
     def pack(self) -> tuple[list[float], list[float]]:
@@ -76,8 +101,9 @@ class Tally:
         The first holds numerator and denominator of each of `MEANS` (0, 0 where nothing was added), the second each of
         `MAXIMA` (minus infinity where nothing was added).
         """
-        sums = [part for name in MEANS for part in self._sums.get(name, (0.0, 0.0))]
-        return sums, [self._maxima.get(name, -math.inf) for name in MAXIMA]
+        means, largest = self.sums(), self.maxima()
+        sums = [part for name in MEANS for part in means.get(name, (0.0, 0.0))]
+        return sums, [largest.get(name, -math.inf) for name in MAXIMA]
 
     @classmethod
     def unpack(cls, sums: Sequence[float], maxima: Sequence[float]) -> Tally:
@@ -99,8 +125,8 @@ class Tally:
 
     def result(self) -> dict[str, float]:
         """Each metric's value, in the order of `METRICS`; a mean over nothing (denominator 0) is left out."""
-        means = {name: parts[0] / parts[1] for name, parts in self._sums.items() if parts[1] != 0.0}
-        values = {**means, **self._maxima}
+        means = {name: parts[0] / parts[1] for name, parts in self.sums().items() if parts[1] != 0.0}
+        values = {**means, **self.maxima()}
         return {name: values[name] for name in METRICS if name in values}
 
 

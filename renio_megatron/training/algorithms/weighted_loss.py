@@ -1,0 +1,75 @@
+"""The loss of a micro-batch under sample weights that are already finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from renio_megatron.config import HeadConfig, LossConfig
+from renio_megatron.losses.sample_weights import SampleWeights
+from renio_megatron.objective.reduce import token_scale
+from renio_megatron.parallel.vocab import LmHead
+from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.targets import LossInputs, TeacherTargets
+from renio_megatron.types import MicroBatch
+
+
+class WeightedLoss:
+    """Weight x mean divergence of each sequence, summed; whatever the teacher's targets are. Waits for no device."""
+
+    def __init__(
+        self,
+        targets: TeacherTargets,
+        sample: SampleWeights,
+        loss: LossConfig,
+        head: HeadConfig,
+        *,
+        sampler_logp: torch.Tensor | None = None,
+        on_divergence: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
+        """Keeps what the rank's whole share of the step has.
+
+        Args:
+            targets, sample: of all the rank's sequences, in order.
+            loss, head: the divergence, and how logits are made.
+            sampler_logp: log-probability of each token when it was drawn, nats [N]; None where it is not known.
+            on_divergence: is shown each micro-batch's index and the divergence at each of its rows [N], nats.
+        """
+        self._targets, self._sample, self._loss, self._head = targets, sample, loss, head
+        self._sampler_logp, self._on_divergence = sampler_logp, on_divergence
+
+    def __call__(
+        self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
+    ) -> tuple[torch.Tensor, float, Tally]:
+        """(sum over sequences, number of sequences, metrics); of a rank's pieces where it holds only those."""
+        sequences, tokens = micro_batch.sequence_index, micro_batch.token_index
+        working = torch.promote_types(hidden.dtype, torch.float32)
+        weights = self._sample.weights[sequences].to(working)
+        found = self._targets.micro_batch_loss(
+            index,
+            micro_batch,
+            LossInputs(
+                hidden=hidden,
+                head=head,
+                token_scale=token_scale(weights, self._sample.lengths[sequences], micro_batch.owner, denominator=1.0),
+                sampler_logp=None if self._sampler_logp is None else self._sampler_logp[tokens],
+                loss=self._loss,
+                head_config=self._head,
+                probe=self._sample.is_pivotal[tokens] if index == 0 and self._loss.entry_clip is not None else None,
+            ),
+        )
+        if self._on_divergence is not None:
+            self._on_divergence(index, found.token_divergence)
+        share = micro_batch.num_sequences / micro_batch.pieces  # all pieces together are the sequences
+        tally, count = Tally(), len(found.token_divergence)
+        tally.add("loss", found.loss_sum, share)
+        tally.add("loss/kl", found.divergence_sum, count)
+        if found.clipped_tokens is not None:
+            tally.add("loss/entry_clip_frac", found.clipped_tokens, count)
+        if found.probe is not None:
+            tally.add("renio/pivot_gradient_frac", *found.probe)
+        tally.add_max("memory/teacher_payload_mb", self._targets.payload_bytes / 2**20)
+        if self._targets.sent_bytes is not None:
+            tally.add_max("teacher/payload_sent_mb", self._targets.sent_bytes / 2**20)
+        return found.total, share, tally

@@ -1,0 +1,204 @@
+"""What a teacher answers: log-probabilities of the sampled tokens, and its part of the loss, which it makes itself.
+
+The algorithm knows no kind of answer: hidden states, several teachers' hidden states, the most likely tokens of a
+server, or the sampled tokens alone are all `TeacherTargets`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from renio_megatron.config import HeadConfig, LossConfig
+from renio_megatron.losses.chunked_logits import Logits, logits_dtype_of
+from renio_megatron.losses.chunked_loss import linear_divergence
+from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.reductions import sum_pieces
+from renio_megatron.parallel.vocab import LmHead
+from renio_megatron.types import MicroBatch
+
+MAX_PIVOTAL_TOKENS = 64
+"""Tokens at which the gradient under the entry clip is measured, so that their whole logits take little memory."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The student's side of a micro-batch's loss.
+
+    Attributes:
+        hidden: final hidden states at its completion rows [N, H]; their gradient is summed over the tensor group by
+            whoever made them.
+        head: the student's LM head.
+        token_scale: what each token's divergence is multiplied by: weight over tokens of its sequence [N].
+        sampler_logp: log-probability of each token when it was drawn, nats [N]; None where it is not known.
+        loss, head_config: the divergence, and how logits are made.
+        probe: tokens at which `MicroBatchLoss.probe` is wanted, bool [N]; None: nowhere.
+    """
+
+    hidden: torch.Tensor
+    head: LmHead
+    token_scale: torch.Tensor
+    sampler_logp: torch.Tensor | None
+    loss: LossConfig
+    head_config: HeadConfig
+    probe: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatchLoss:
+    """What targets make of it; nothing of it is read by the host.
+
+    Attributes:
+        total: sum over tokens of token_scale x divergence, scalar, differentiable by the hidden states and the head.
+        token_divergence: nats [N], without gradient.
+        loss_sum, divergence_sum: `total` and the sum of `token_divergence` as numbers to be counted, fp64.
+        clipped_tokens: tokens at which a bound cut a vocabulary entry; None where there are no bounds.
+        probe: squared gradient by the logits at some of the probed tokens, under the loss as it is and without its
+            entry clip, two numbers of the whole tensor group; None where targets cannot say.
+    """
+
+    total: torch.Tensor
+    token_divergence: torch.Tensor
+    loss_sum: torch.Tensor
+    divergence_sum: torch.Tensor
+    clipped_tokens: torch.Tensor | None = None
+    probe: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        total: torch.Tensor,
+        token_divergence: torch.Tensor,
+        clipped_entries: torch.Tensor | None = None,
+        probe: torch.Tensor | None = None,
+    ) -> MicroBatchLoss:
+        """The loss of targets that are one piece; `clipped_entries` are vocabulary entries that were cut [N]."""
+        return cls(
+            total,
+            token_divergence,
+            loss_sum=total.detach().double(),
+            divergence_sum=token_divergence.sum().double(),
+            clipped_tokens=None if clipped_entries is None else (clipped_entries > 0).sum(),
+            probe=probe,
+        )
+
+
+class TeacherTargets(ABC):
+    """A teacher's answer about a rank's rollouts.
+
+    Attributes:
+        logp: log-probability of each sampled token under the teacher at the loss temperature, nats fp32 [N], equal on
+            all ranks that share the sequences.
+        has_logp: where it is known, bool [N]; None: everywhere. Elsewhere `logp` is the student's own: a ratio of 0.
+        payload_bytes: what waits for the loss on the device at a time.
+        sent_bytes: hidden states that went from a rank to another, over all ranks; None where none had to.
+        names, name_of: of several teachers their names, and the place of each sequence's among them, int64 [B]; none
+            where there is one.
+    """
+
+    logp: torch.Tensor
+    has_logp: torch.Tensor | None = None
+    payload_bytes: int = 0
+    sent_bytes: int | None = None
+    names: tuple[str, ...] = ()
+    name_of: torch.Tensor | None = None
+
+    @abstractmethod
+    def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
+        """The loss of the student's micro-batch `index`; called where the student's LM head is, once, in order."""
+
+    def metrics(self, layout: Layout) -> dict[str, float]:
+        """After the step's last micro-batch: metrics of its own, equal on every rank. Collective."""
+        return {}
+
+
+class HiddenStateTargets(TeacherTargets):
+    """The teacher's final hidden states, from which its LM head makes the full distribution, a chunk at a time."""
+
+    def __init__(
+        self,
+        logp: torch.Tensor,
+        payload: Sequence[torch.Tensor],
+        head: Callable[[], LmHead],
+        *,
+        payload_bytes: int = 0,
+        sent_bytes: int | None = None,
+    ) -> None:
+        """Keeps them until the loss.
+
+        Args:
+            logp, payload_bytes, sent_bytes: see `TeacherTargets`.
+            payload: for each of the student's micro-batches the hidden states at its completion rows, [N of the
+                micro-batch, H of the teacher]; it may be fetched or computed where it is asked for. Empty on ranks that
+                compute no loss.
+            head: gives the teacher's LM head, cut at the student's columns; asked where the loss is computed.
+        """
+        self.logp, self.payload, self.head = logp, payload, head
+        self.payload_bytes, self.sent_bytes = payload_bytes, sent_bytes
+
+    def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
+        """The divergence over the full vocabulary."""
+        teacher_hidden, teacher_head = self.payload[index], self.head().weight
+        probe = None
+        if inputs.probe is not None:
+            probe = _clipped_gradient(micro_batch.target_ids, inputs, inputs.probe, teacher_hidden, teacher_head)
+        found = linear_divergence(
+            inputs.hidden,
+            inputs.head.weight,
+            teacher_hidden,
+            teacher_head,
+            micro_batch.target_ids,
+            inputs.token_scale,
+            inputs.loss,
+            inputs.head.shard,
+            chunk_size=inputs.head_config.chunk_size,
+            logits_dtype=logits_dtype_of(inputs.head_config, inputs.hidden.dtype),
+            main_grad=inputs.head.main_grad,
+        )
+        return MicroBatchLoss.of(found.total, found.token_divergence, found.clipped_entries, probe)
+
+
+@torch.no_grad()
+def _clipped_gradient(
+    token_ids: torch.Tensor,
+    inputs: LossInputs,
+    probe: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor,
+) -> torch.Tensor:
+    """Squared gradient by the logits at evenly chosen tokens of `probe`, with the entry clip and without, fp64 [2]."""
+    rows, is_one = evenly_chosen(probe, MAX_PIVOTAL_TOKENS)
+    dtype = logits_dtype_of(inputs.head_config, inputs.hidden.dtype)
+    student, teacher = (
+        Logits(states.detach()[rows], weight, len(rows), dtype).project(slice(None))
+        for states, weight in ((inputs.hidden, inputs.head.weight), (teacher_hidden, teacher_head))
+    )
+    scale = is_one / is_one.sum().clamp(min=1)
+    energies = []
+    for loss in (inputs.loss, replace(inputs.loss, entry_clip=None)):
+        passes, gradient = Passes(loss, inputs.head.shard), torch.empty_like(student)
+        normalizers = passes.normalisers(student, teacher, token_ids[rows])
+        passes.totals_and_gradient(student, teacher, normalizers, scale, gradient)
+        energies.append(gradient.double().square().sum())
+    return sum_pieces(torch.stack(energies), inputs.head.shard.group)
+
+
+def evenly_chosen(mask: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most `most` places where a mask holds, evenly among them, without waiting for the device.
+
+    Returns:
+        (places, which of them are chosen): int64 and bool, [min(most, N)]; the places that are not fill the rest.
+
+    >>> places, is_one = evenly_chosen(torch.tensor([True, False, True, True, True, True]), 3)
+    >>> places[is_one].tolist()    # every second of five
+    [0, 3, 5]
+    """
+    number = mask.long().cumsum(0) - 1
+    stride = (mask.sum() + most - 1).div(most, rounding_mode="floor").clamp(min=1)
+    chosen = mask & (number % stride == 0)
+    places = torch.argsort(~chosen, stable=True)[:most]
+    return places, chosen[places]
