@@ -78,8 +78,9 @@ def cross_entropy(
         valid = logits[:, : shard.num_valid].to(maximum.dtype)
         probability = valid.sub(maximum[:, None]).sub_(log_sum[:, None]).exp_()
         columns = shard.local_columns(token_ids)
-        here = (columns >= 0).nonzero()[:, 0]
-        probability[here, columns[here]] -= 1.0
+        if shard.num_valid:  # not by the rows of this shard's tokens: finding them would wait for a GPU
+            place = columns.clamp(min=0)[:, None]
+            probability.scatter_(1, place, probability.gather(1, place) - (columns >= 0)[:, None].to(probability))
         gradient = logits.detach() if overwrite_logits else torch.empty_like(logits)
         gradient[:, : shard.num_valid] = probability.to(gradient.dtype)
         gradient[:, shard.num_valid :] = 0
