@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from renio_megatron.config import ParallelConfig
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.rules.combinations import check_combinations, check_weighting
 from renio_megatron.config.rules.experts import check_expert_ranks, check_experts
@@ -27,10 +25,9 @@ from renio_megatron.config.teachers import (
 )
 from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
-from renio_megatron.models.family_defaults import FAMILY_DEFAULTS
+from renio_megatron.models.architecture import ModelShape
 from renio_megatron.models.shipped import model_directory
 
-MODEL_TYPES = tuple(FAMILY_DEFAULTS)
 _PLAIN_KEYS = ("model", "pretrained_checkpoint", "algorithm", "init", "output_dir")
 
 
@@ -143,8 +140,9 @@ def check_world(config: JobConfig, world_size: int) -> None:
 
 def check_models(config: JobConfig) -> None:
     """Raises `ConfigError` where a model cannot be run, or cut as `parallel` asks; reads only the config.json files."""
-    models = {"model": _check_model("model", config.model, config.parallel, trained=True)}
-    check_recomputation(models["model"]["num_hidden_layers"], config.parallel, config.train)
+    models = {"model": ModelShape.from_directory(model_directory(config.model, "model"), "model")}
+    check_cut("model", models["model"], config.parallel, trained=True)
+    check_recomputation(models["model"].num_layers, config.parallel, config.train)
     if config.lora.r is not None:
         check_adapters_cut(models["model"], config.parallel)
     layouts = {"model": config.parallel}
@@ -154,50 +152,8 @@ def check_models(config: JobConfig) -> None:
         if one.kind == "separate":
             assert one.settings.model is not None
             section = "teacher.parallel" if one.has_own_layout else "parallel"
-            models[setting] = _check_model(
-                setting, one.settings.model, layouts[setting], trained=False, section=section
-            )
+            models[setting] = ModelShape.from_directory(model_directory(one.settings.model, setting), setting)
+            check_cut(setting, models[setting], layouts[setting], trained=False, section=section)
         elif not one.shares_student:
             models[setting] = models["model"]
     check_experts(config, models, layouts)
-
-
-def _check_model(
-    setting: str, name: str, parallel: ParallelConfig, *, trained: bool, section: str = "parallel"
-) -> dict[str, Any]:
-    """What config.json of the model holds, with what its family has where it says nothing."""
-    file = model_directory(name, setting) / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{setting}: {file} cannot be read as JSON: {error}.") from error
-    model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(
-            f"{setting}: {file} has model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}. "
-            "Choose a model of one of these types."
-        )
-    content = _with_defaults(content)
-    counts = {key: _count(content, key, setting, file) for key in ("num_attention_heads", "num_hidden_layers")}
-    counts["num_key_value_heads"] = (
-        counts["num_attention_heads"]
-        if content.get("num_key_value_heads") is None
-        else _count(content, "num_key_value_heads", setting, file)
-    )
-    check_cut(setting, str(file), counts, parallel, trained=trained, section=section)
-    return content
-
-
-def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of config.json and those that it leaves out; experts are counted under either of two names."""
-    defaults = FAMILY_DEFAULTS[content["model_type"]]
-    names = {"num_experts", "num_local_experts"}
-    is_counted = bool(names & content.keys())
-    return {key: value for key, value in defaults.items() if not (is_counted and key in names)} | dict(content)
-
-
-def _count(content: Mapping[str, Any], key: str, setting: str, file: Path) -> int:
-    value = content.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{setting}: {file} needs {key}, a whole number above 0; got {value!r}.")
-    return value

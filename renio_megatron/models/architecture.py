@@ -5,19 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.models.hf_index import TensorIndex, has_weights
+from renio_megatron.models.families import FAMILIES, MOE_FAMILIES
 from renio_megatron.models.rope import KINDS, Rope
-
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
-_MIXTURES = ("qwen3_moe", "mixtral")
-_WITH_BIAS = ("llama", "qwen3", "qwen3_moe")
-"""Whose attention has a bias on the output projection as well, where `attention_bias` asks for it."""
 
 _ROPE_KEYS = {
     "default": (),
@@ -53,6 +48,82 @@ class Experts:
     chosen: int
     ffn_hidden_size: int
     normalised: bool = True
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What layouts depend on of a model, read without torch and transformers.
+
+    Attributes:
+        file: the description, for messages.
+        family: one of `FAMILIES`.
+        num_layers, num_attention_heads, num_query_groups: as in Megatron's TransformerConfig.
+        num_experts, expert_width: experts of a layer and columns of each; None for a dense model, and where config.json
+            holds no whole number, which `Architecture` says.
+    """
+
+    file: Path
+    family: str
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    num_experts: int | None = None
+    expert_width: int | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its layers have experts."""
+        return self.family in MOE_FAMILIES
+
+    @classmethod
+    def from_directory(cls, directory: Path, setting: str) -> ModelShape:
+        """Reads config.json of a Hugging Face model directory; `setting` names the model in messages.
+
+        Raises:
+            ConfigError: it cannot be read, is of another family, or lacks a number.
+        """
+        file = directory / "config.json"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{setting}: {file} cannot be read as JSON: {error}.") from error
+        name: Any = content.get("model_type") if isinstance(content, dict) else None
+        if not isinstance(name, str) or name not in FAMILIES:
+            raise ConfigError(
+                f"{setting}: {file} has model_type {name!r}; supported are {', '.join(FAMILIES)}. "
+                "Choose a model of one of these types."
+            )
+        values = _with_defaults(content)
+
+        def number(key: str) -> int:
+            value = values.get(key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{setting}: {file} needs {key}, a whole number above 0; got {value!r}.")
+            return value
+
+        heads, layers = number("num_attention_heads"), number("num_hidden_layers")
+        groups = heads if values.get("num_key_value_heads") is None else number("num_key_value_heads")
+        count = width = None
+        if (experts := FAMILIES[name].experts) is not None:
+            count = values.get("num_experts", values.get("num_local_experts"))
+            width = values.get(experts.width)
+        return cls(
+            file,
+            name,
+            layers,
+            heads,
+            groups,
+            num_experts=count if isinstance(count, int) else None,
+            expert_width=width if isinstance(width, int) else None,
+        )
+
+
+def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of config.json and those that it leaves out; experts are counted under either of two names."""
+    defaults = FAMILIES[content["model_type"]].defaults
+    names = {"num_experts", "num_local_experts"}
+    is_counted = bool(names & content.keys())
+    return {key: value for key, value in defaults.items() if not (is_counted and key in names)} | dict(content)
 
 
 @dataclass(frozen=True)
@@ -94,6 +165,8 @@ class Architecture:
         Raises:
             ConfigError: a family or a feature that is not supported, named.
         """
+        from renio_megatron.models.hf_index import TensorIndex, has_weights  # which bring torch
+
         architecture = cls.from_description(directory)
         if architecture.tied and has_weights(directory) and not TensorIndex(directory).is_tied():
             return replace(architecture, tied=False)
@@ -107,12 +180,12 @@ class Architecture:
     @classmethod
     def from_values(cls, path: Path, values: dict[str, Any]) -> Architecture:
         """The same, of what config.json holds, as transformers reads it; `path` is for the messages."""
-        family = values.get("model_type")
-        if family not in FAMILIES:
+        family: Any = values.get("model_type")
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
         config = _read_by_transformers(path, values)
         _refuse_unsupported(path, config)
-        experts = _experts(path, config) if family in _MIXTURES else None
+        experts = _experts(path, config) if family in MOE_FAMILIES else None
         heads = config.num_attention_heads
         return cls(
             family=family,
@@ -123,8 +196,8 @@ class Architecture:
             num_query_groups=config.num_key_value_heads or heads,
             kv_channels=getattr(config, "head_dim", None) or config.hidden_size // heads,
             layernorm_epsilon=config.rms_norm_eps,
-            qk_layernorm=family in ("qwen3", "qwen3_moe"),
-            add_qkv_bias=family == "qwen2",
+            qk_layernorm=FAMILIES[family].qk_layernorm,
+            add_qkv_bias=FAMILIES[family].add_qkv_bias,
             init_method_std=config.initializer_range,
             vocab_size=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
@@ -199,8 +272,8 @@ def _refuse_unsupported(path: Path, config: Any) -> None:
     refused: dict[str, bool] = {
         "hidden_act": config.hidden_act not in ("silu", "swish"),
         # No counterpart here to a bias on the output projection.
-        "attention_bias": family in _WITH_BIAS and bool(config.attention_bias),
-        "mlp_bias": family == "llama" and bool(config.mlp_bias),
+        "attention_bias": FAMILIES[family].reads_attention_bias and bool(config.attention_bias),
+        "mlp_bias": FAMILIES[family].reads_mlp_bias and bool(config.mlp_bias),
         # Layers with experts beside layers without.
         "decoder_sparse_step": family == "qwen3_moe" and config.decoder_sparse_step != 1,
         "mlp_only_layers": family == "qwen3_moe" and bool(config.mlp_only_layers),
@@ -223,7 +296,7 @@ def _has_window(config: Any) -> bool:
     if window is None or window >= config.max_position_embeddings:
         return False
     # Qwen3-MoE and Mixtral have no such list: all their layers have the window.
-    return config.model_type in _MIXTURES or "sliding_attention" in config.layer_types
+    return config.model_type in MOE_FAMILIES or "sliding_attention" in config.layer_types
 
 
 def _experts(path: Path, config: Any) -> Experts:

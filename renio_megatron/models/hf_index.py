@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from renio_megatron.errors import ConfigError
+from renio_megatron.models.families import experts_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,21 +24,6 @@ _FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_pro
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
 _FUSED_AS = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}
 """The fused tensors by Megatron's name of what they hold of each expert, in the same order of rows."""
-
-OF_EXPERTS: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
-    # family: (router, experts, parts of an expert by Megatron's name)
-    "qwen3_moe": (
-        "mlp.gate.weight",
-        "mlp.experts",
-        {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)},
-    ),
-    "mixtral": (
-        "block_sparse_moe.gate.weight",
-        "block_sparse_moe.experts",
-        {"linear_fc1": ("w1", "w3"), "linear_fc2": ("w2",)},
-    ),
-}
-"""What a layer with experts is called in a Hugging Face directory."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +129,8 @@ class TensorIndex:
         """
         found = {name: View(name) for name in self.files}
         if num_experts:
-            router, experts, parts_of = OF_EXPERTS[family]
+            names = experts_of(family)
+            router, experts, parts_of = names.router, names.experts, names.parts
             for name in self.files:
                 if fused := _FUSED.fullmatch(name):
                     del found[name]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import Architecture
-from renio_megatron.models.hf_index import OF_EXPERTS
+from renio_megatron.models.families import experts_of
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -105,7 +105,8 @@ def hf_names(name: str, architecture: Architecture) -> tuple[str, ...]:
     """
     match = _LAYER.fullmatch(name)
     if match and architecture.experts is not None:
-        router, experts, parts = OF_EXPERTS[architecture.family]
+        names = experts_of(architecture.family)
+        router, experts, parts = names.router, names.experts, names.parts
         if match[2] == "mlp.router.weight":
             return (f"model.layers.{match[1]}.{router}",)
         if expert := _EXPERT.fullmatch(match[2]):

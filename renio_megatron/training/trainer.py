@@ -104,8 +104,8 @@ class Trainer:
         self.cursor += self.global_batch_size
         seconds = time.perf_counter() - start
         metrics["time/step_s"] = seconds
-        if "tokens_per_s" in metrics:
-            metrics["tokens_per_s"] /= seconds
+        if "rollout/tokens" in metrics:
+            metrics["tokens_per_s"] = metrics["rollout/tokens"] / seconds
         return metrics
 
     def _check_progress(self, metrics: dict[str, float]) -> None:

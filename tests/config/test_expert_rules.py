@@ -11,11 +11,10 @@ import torch
 
 from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.resume import is_changeable
-from renio_megatron.config.rules.experts import MIXTURE_TYPES
 from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import Architecture, Experts
-from renio_megatron.models.hf_index import OF_EXPERTS
+from renio_megatron.models.families import FAMILIES
 from renio_megatron.models.hf_weights import hf_shapes
 from renio_megatron.objective.load_balance import load_balancing_loss
 from renio_megatron.training.metrics.registry import METRICS
@@ -163,7 +162,7 @@ def test_the_files_names_are_the_published_models(tmp_path):
     assert shapes["model.layers.3.block_sparse_moe.experts.3.w2.weight"] == (32, 48)
     assert shapes["model.layers.3.block_sparse_moe.experts.3.w1.weight"] == (48, 32)
     assert shapes["model.layers.0.block_sparse_moe.gate.weight"] == (4, 32)
-    assert tuple(OF_EXPERTS) == MIXTURE_TYPES
+    assert [name for name, family in FAMILIES.items() if family.experts is not None] == ["qwen3_moe", "mixtral"]
 
 
 def test_the_loss_of_an_even_and_of_a_certain_router():

@@ -38,6 +38,8 @@ RENAMED_KEYS: dict[str, str] = {}
 """Key of a recipe ("section.key") -> the name that it had before; a tree gets the one that its settings hold."""
 RENAMED_METRICS: dict[str, str] = {}
 """Name of a metric -> the name that it had before."""
+NEW_METRICS = ("rollout/tokens",)
+"""Metrics that an older commit does not have; where only the newer one has them they are no difference."""
 OF_THE_CLOCK = ("time/", "tokens_per_s", "memory/")
 
 
@@ -206,6 +208,8 @@ def differences(before: Sequence[Row], after: Sequence[Row], relative: float = 0
     found = []
     for number, (old, new) in enumerate(zip(before, after, strict=True)):
         for key in dict.fromkeys([*old, *new]):
+            if key in NEW_METRICS and key not in old:
+                continue
             values = [row.get(key, "(nothing)") for row in (old, new)]
             if not _alike(*values, relative):
                 found.append(f"row {number} (step {new.get('step')}): {key} {values[0]} -> {values[1]}")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from renio_megatron.models.architecture import FAMILIES as SUPPORTED
 from renio_megatron.models.architecture import notices
-from renio_megatron.models.family_defaults import FAMILY_DEFAULTS
+from renio_megatron.models.families import FAMILIES as SUPPORTED
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.paths import ROOT
 from tests.models.hf_config_cases import FAMILIES, RELEASED, ROPES, change, changes_of, compare_family, save_family
@@ -86,9 +85,9 @@ def test_every_reason_is_in_the_documentation() -> None:
 def test_the_defaults_that_are_written_down_are_those_of_the_classes() -> None:
     from transformers import CONFIG_MAPPING
 
-    assert tuple(FAMILY_DEFAULTS) == SUPPORTED
-    for family, defaults in FAMILY_DEFAULTS.items():
-        config = CONFIG_MAPPING[family]()
+    assert tuple(SUPPORTED) == tuple(FAMILIES)
+    for family, one in SUPPORTED.items():
+        config, defaults = CONFIG_MAPPING[family](), one.defaults
         assert {key: getattr(config, key) for key in defaults} == dict(defaults)
         assert config.num_key_value_heads == defaults.get("num_key_value_heads", config.num_attention_heads)
 

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import zipfile
 from email import message_from_string
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distributions, version
 
 import pytest
 from packaging.version import Version
@@ -31,8 +30,10 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason=
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel of a copy of the tree, tests included, built from what is installed."""
-    missing = [name for name in ("pip", "setuptools") if find_spec(name) is None]
-    if not missing and Version(version("setuptools")) < Version("70.1") and find_spec("wheel") is None:
+    # Not by find_spec: asked for pip, setuptools takes its own distutils out of this process for good.
+    installed = {str(one.metadata["Name"]).lower() for one in distributions()}
+    missing = [name for name in ("pip", "setuptools") if name not in installed]
+    if not missing and Version(version("setuptools")) < Version("70.1") and "wheel" not in installed:
         missing = ["wheel"]  # setuptools makes wheels itself since 70.1
     if missing:
         pytest.skip(f"a wheel cannot be built here: no {', '.join(missing)}")
@@ -109,6 +110,16 @@ def test_the_public_names_do_without_megatron():
     )
     code += "assert all(callable(getattr(renio_megatron, name)) for name in renio_megatron.__all__)"
     assert _imported(code, ("torch", *HEAVY)) == ["torch"]
+
+
+def test_settings_descriptions_and_plans_do_without_torch():
+    folder = ROOT / "renio_megatron"
+    files = [*(folder / "config").rglob("*.py"), *(folder / "tools" / "plan").glob("*.py"), folder / "cli" / "main.py"]
+    names = [file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in files]
+    names = [name.removesuffix(".__init__") for name in [*names, "renio_megatron.models.architecture"]]
+    code = "import sys\nsys.modules['torch'] = None\n" + "\n".join(f"import {name}" for name in sorted(names))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_loop_and_the_algorithms_do_without_megatron():

@@ -58,7 +58,7 @@ class Echo:
 
     def step(self, prompts, step):
         tokens = sum(len(prompt.completion_ids) for prompt in prompts)
-        return {"loss": self.scale * tokens, "lr": self.lr_at(step), "tokens_per_s": float(tokens)}
+        return {"loss": self.scale * tokens, "lr": self.lr_at(step), "rollout/tokens": float(tokens)}
 
     def state(self):
         return {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from renio_megatron.config.load import MODEL_TYPES
 from renio_megatron.config.rules.ignored import CHOICES
 from renio_megatron.config.sections.teacher import TEACHER_KINDS
 from renio_megatron.data.sources import SOURCES
 from renio_megatron.evaluation.graders import GRADERS
 from renio_megatron.megatron.teacher.weights import KINDS
-from renio_megatron.models.architecture import FAMILIES
+from renio_megatron.models.families import FAMILIES, MOE_FAMILIES
 from renio_megatron.objective.divergences import DIVERGENCES
 from renio_megatron.objective.weightings import WEIGHTINGS
 
@@ -18,7 +17,7 @@ def test_recipe_choices_are_the_tables():
     assert set(CHOICES["weighting.name"]) == set(WEIGHTINGS)
     assert set(CHOICES["data.source"]) == set(SOURCES)
     assert set(CHOICES["data.grader"]) == {*GRADERS, "none"}
-    assert MODEL_TYPES == FAMILIES
+    assert {name for name, family in FAMILIES.items() if family.experts is not None} == set(MOE_FAMILIES)
 
 
 def test_kinds_of_teachers_are_the_table():

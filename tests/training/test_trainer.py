@@ -158,7 +158,7 @@ def test_the_token_rate_is_tokens_over_the_seconds_of_the_step(monkeypatch):
     clock = iter([10.0, 14.0, 20.0, 20.5])
     monkeypatch.setattr("renio_megatron.training.trainer.time", SimpleNamespace(perf_counter=clock.__next__))
     told: list[dict[str, float]] = []
-    algorithm = SimpleNamespace(step=lambda prompts, step: {"tokens_per_s": 600.0}, state=dict)
+    algorithm = SimpleNamespace(step=lambda prompts, step: {"rollout/tokens": 600.0}, state=dict)
     trainer(algorithm=algorithm, train_iters=2, observers=[lambda _, row: told.append(row)]).run()
     assert [(row["time/step_s"], row["tokens_per_s"]) for row in told] == [(4.0, 150.0), (0.5, 1200.0)]
 
@@ -329,7 +329,7 @@ def test_metrics_of_a_batch_by_hand():
         "rollout/length": 2.0,
         "rollout/truncated_frac": 0.25,
         "memory/teacher_payload_mb": 0.0,
-        "tokens_per_s": 8.0,
+        "rollout/tokens": 8.0,
     }
     times = {"time/rollout_s", "time/teacher_s", "time/train_s"}
     assert set(metrics) == set(expected) | times
@@ -397,4 +397,4 @@ def test_fine_tuning_is_cross_entropy_over_the_batchs_tokens(size):
     assert tokens == 8
     assert [total / tokens, metrics["loss"]] == pytest.approx([float(expected.detach())] * 2, rel=1e-12)
     torch.testing.assert_close(roles.student.grad, student.grad, rtol=1e-12, atol=1e-15)
-    assert metrics["tokens_per_s"] == 8
+    assert metrics["rollout/tokens"] == 8

@@ -8,8 +8,8 @@ from typing import Any
 from renio_megatron.config import ParallelConfig, TrainConfig
 from renio_megatron.config.sections.lora import OF_ATTENTION
 from renio_megatron.errors import ConfigError
-
-MIXTURE_TYPES = ("qwen3_moe", "mixtral")
+from renio_megatron.models.architecture import ModelShape
+from renio_megatron.models.families import MOE_FAMILIES
 
 
 def check_expert_ranks(parallel: ParallelConfig, train: TrainConfig, world_size: int) -> None:
@@ -33,43 +33,41 @@ def check_expert_ranks(parallel: ParallelConfig, train: TrainConfig, world_size:
         )
 
 
-def check_experts(config: Any, models: Mapping[str, Mapping[str, Any]], layouts: Mapping[str, ParallelConfig]) -> None:
+def check_experts(config: Any, models: Mapping[str, ModelShape], layouts: Mapping[str, ParallelConfig]) -> None:
     """Raises `ConfigError` for settings that do not fit the models' experts, or have no effect without any.
 
     Args:
         config: a DistillationConfig or SftConfig.
-        models: what config.json holds, by the setting that names the model: `model` is the student.
+        models: by the setting that names the model: `model` is the student.
         layouts: of each model.
     """
     parallel, train = config.parallel, config.train
-    mixtures = {setting: values for setting, values in models.items() if values["model_type"] in MIXTURE_TYPES}
+    mixtures = {setting: model for setting, model in models.items() if model.has_experts}
     if not mixtures and (parallel.expert_model_parallel_size > 1 or parallel.expert_tensor_parallel_size is not None):
         key = "expert_model" if parallel.expert_model_parallel_size > 1 else "expert_tensor"
         raise ConfigError(
             f"parallel.{key}_parallel_size={getattr(parallel, f'{key}_parallel_size')} would be ignored: no model of "
-            "this run has experts. Remove it, or choose a model of type " + " or ".join(MIXTURE_TYPES) + "."
+            "this run has experts. Remove it, or choose a model of type " + " or ".join(MOE_FAMILIES) + "."
         )
     if "model" not in mixtures and train.moe_aux_loss_coeff:
         raise ConfigError(
             f"train.moe_aux_loss_coeff={train.moe_aux_loss_coeff} would be ignored: the student has no experts. "
             "Set it to 0."
         )
-    for setting, values in mixtures.items():
-        _check_cut(setting, values, layouts[setting])
+    for setting, model in mixtures.items():
+        _check_cut(setting, model, layouts[setting])
     for setting in mixtures:
         _check_layers(setting, config.precision if setting == "model" else config.teacher_precision)
     if "model" in mixtures:
         _check_student(config)
 
 
-def _check_cut(setting: str, values: Mapping[str, Any], parallel: ParallelConfig) -> None:
-    count = values.get("num_experts", values.get("num_local_experts"))
-    width = values.get("moe_intermediate_size" if values["model_type"] == "qwen3_moe" else "intermediate_size")
+def _check_cut(setting: str, model: ModelShape, parallel: ParallelConfig) -> None:
     for name, number, key, ranks in (
-        ("experts", count, "expert_model_parallel_size", parallel.expert_model_parallel_size),
-        ("columns of an expert", width, "expert_tensor_parallel_size", parallel.expert_tensor_ranks),
+        ("experts", model.num_experts, "expert_model_parallel_size", parallel.expert_model_parallel_size),
+        ("columns of an expert", model.expert_width, "expert_tensor_parallel_size", parallel.expert_tensor_ranks),
     ):
-        if isinstance(number, int) and number % ranks:
+        if number is not None and number % ranks:
             raise ConfigError(
                 f"{setting}: parallel.{key}={ranks} does not divide the {number} {name}. Choose a divisor."
             )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from renio_megatron.config import ParallelConfig, TeacherConfig, TrainConfig
 from renio_megatron.config.teachers import fewest_ranks, has_own_layout, num_teacher_ranks, teacher_parallel
 from renio_megatron.errors import ConfigError
+from renio_megatron.models.architecture import ModelShape
 
 
 def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world_size: int) -> None:
@@ -63,8 +61,7 @@ def check_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int) 
 
 def check_cut(
     setting: str,
-    file: str,
-    counts: dict[str, int],
+    model: ModelShape,
     parallel: ParallelConfig,
     *,
     trained: bool,
@@ -73,14 +70,14 @@ def check_cut(
     """Raises `ConfigError` where a model cannot be cut as `parallel` asks.
 
     Args:
-        setting, file: where the model is named, and its description; for the message.
-        counts: `num_attention_heads`, `num_key_value_heads` and `num_hidden_layers` of it.
+        setting: where the model is named; for the message.
+        model: what of it is cut.
         parallel: the layout.
         trained: False for a model without interleaved stages.
         section: where the layout is set; for the message.
     """
-    tensor = parallel.tensor_model_parallel_size
-    heads, groups = counts["num_attention_heads"], counts["num_key_value_heads"]
+    tensor, file = parallel.tensor_model_parallel_size, model.file
+    heads, groups = model.num_attention_heads, model.num_query_groups
     if heads % tensor:
         raise ConfigError(
             f"{setting}: {section}.tensor_model_parallel_size={tensor} does not divide num_attention_heads={heads} of "
@@ -92,20 +89,18 @@ def check_cut(
             f"num_key_value_heads={groups} of {file}. Choose one that is."
         )
     stages = parallel.num_stages if trained else parallel.pipeline_model_parallel_size
-    if counts["num_hidden_layers"] % stages:
+    if model.num_layers % stages:
         what = f"{section}.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
         if stages != parallel.pipeline_model_parallel_size:
             what += f" times virtual_pipeline_model_parallel_size={parallel.virtual_pipeline_model_parallel_size}"
         raise ConfigError(
-            f"{setting}: {what} does not divide num_hidden_layers={counts['num_hidden_layers']} of {file}. "
-            "Choose a divisor."
+            f"{setting}: {what} does not divide num_hidden_layers={model.num_layers} of {file}. Choose a divisor."
         )
 
 
-def check_adapters_cut(values: Mapping[str, Any], parallel: ParallelConfig) -> None:
-    """Raises `ConfigError` where adapters cannot be cut as the student is; `values` are those of its config.json."""
-    tensor = parallel.tensor_model_parallel_size
-    groups = values.get("num_key_value_heads") or values["num_attention_heads"]
+def check_adapters_cut(student: ModelShape, parallel: ParallelConfig) -> None:
+    """Raises `ConfigError` where adapters cannot be cut as the student is."""
+    tensor, groups = parallel.tensor_model_parallel_size, student.num_query_groups
     if tensor > groups:
         raise ConfigError(
             f"lora.r beside parallel.tensor_model_parallel_size={tensor}: the student has num_key_value_heads={groups}"

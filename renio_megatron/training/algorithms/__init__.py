@@ -16,11 +16,7 @@ class Algorithm(Protocol):
         ...
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
-        """One optimiser step on this rank's prompts; metrics, equal on every rank.
-
-        `tokens_per_s` holds the step's completion tokens of all ranks: the trainer, who knows the whole step's time,
-        divides by it.
-        """
+        """One optimiser step on this rank's prompts; metrics, equal on every rank."""
         ...
 
     def state(self) -> dict[str, Any]:

@@ -99,8 +99,6 @@ class Distillation:
         if not is_skipped:
             metrics |= targets.metrics(self._layout)
         self.teacher.after_update(skipped=is_skipped)
-        if "renio/pivot_gradient_frac" in metrics:  # counted in squares, which add up
-            metrics["renio/pivot_gradient_frac"] **= 0.5
         clock.append(time.perf_counter())
         self._weighting_state = sample.state
         if self._on_rollouts is not None:
@@ -178,7 +176,7 @@ class Distillation:
         metrics["renio/pivotal_frac"] = float(pivotal.sum() / lengths.sum())
         metrics["rollout/length"] = float(lengths.mean())
         metrics["rollout/truncated_frac"] = float(cut.mean())
-        metrics["tokens_per_s"] = float(lengths.sum())  # the trainer divides by the step's time
+        metrics["rollout/tokens"] = float(lengths.sum())
         if graded:
             metrics["rollout/accuracy"] = float(graded[0].mean())
             metrics["rollout/grader_error_frac"] = float(graded[1].mean())

@@ -40,7 +40,7 @@ class Sft:
         seconds = time.perf_counter() - start
         lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts], device=self._layout.device)
         tokens = gather_batch(lengths, self._layout.data.group).sum()
-        return metrics | {"time/train_s": seconds, "tokens_per_s": float(tokens)}
+        return metrics | {"time/train_s": seconds, "rollout/tokens": float(tokens)}
 
     def state(self) -> dict[str, Any]:
         """Nothing beyond the learner's."""

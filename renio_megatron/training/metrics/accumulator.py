@@ -54,7 +54,7 @@ class Tally:
             KeyError: no such metric; the nearest one is named.
             ValueError: the metric is a maximum.
         """
-        self._require(name, "mean", "add_max")
+        self._require(name, ("mean", "root_mean"), "add_max")
         old = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old[0] + _fp64(numerator), old[1] + _fp64(denominator))
 
@@ -65,7 +65,7 @@ class Tally:
             KeyError: no such metric; the nearest one is named.
             ValueError: the metric is a mean.
         """
-        self._require(name, "max", "add")
+        self._require(name, ("max",), "add")
         old, value = self._maxima.get(name, -math.inf), _fp64(value)
         if isinstance(old, torch.Tensor) or isinstance(value, torch.Tensor):
             device = old.device if isinstance(old, torch.Tensor) else value.device  # type: ignore[union-attr]
@@ -75,8 +75,8 @@ class Tally:
             self._maxima[name] = old if math.isnan(old) or old > value else value
 
     @staticmethod
-    def _require(name: str, reduction: str, other_method: str) -> None:
-        if (is_now := metric_of(name).reduction) != reduction:
+    def _require(name: str, reductions: tuple[str, ...], other_method: str) -> None:
+        if (is_now := metric_of(name).reduction) not in reductions:
             raise ValueError(f"metric {name!r} is reduced by {is_now}: use Tally.{other_method}.")
 
     def sums(self) -> dict[str, tuple[float, float]]:
@@ -125,8 +125,11 @@ class Tally:
 
     def result(self) -> dict[str, float]:
         """Each metric's value, in the order of `METRICS`; a mean over nothing (denominator 0) is left out."""
-        means = {name: parts[0] / parts[1] for name, parts in self.sums().items() if parts[1] != 0.0}
-        values = {**means, **self.maxima()}
+        values = self.maxima()
+        for name, (numerator, denominator) in self.sums().items():
+            if denominator != 0.0:
+                mean = numerator / denominator
+                values[name] = mean**0.5 if metric_of(name).reduction == "root_mean" else mean
         return {name: values[name] for name in METRICS if name in values}
 
 

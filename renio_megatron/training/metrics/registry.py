@@ -13,7 +13,7 @@ class Metric:
     Attributes:
         unit: unit, without brackets; `1` for a pure number or a share.
         reduction: over micro-batches and ranks, `mean` (sum of numerators over sum of denominators; a number that is
-            equal on every rank is its own mean) or `max`.
+            equal on every rank is its own mean), `root_mean` (its square root, of sums of squares) or `max`.
         description: one line for people.
     """
 
@@ -36,7 +36,9 @@ METRICS: dict[str, Metric] = {
     "renio/cap_frac": Metric("1", "mean", "share of sequences whose weight was cut at the cap"),
     "renio/ceiling_frac": Metric("1", "mean", "share of sequences whose raw weight is exp(ceiling / temperature)"),
     "renio/pivot_gradient_frac": Metric(
-        "1", "mean", "norm of the gradient at pivotal tokens under entry_clip, over that without it; first micro-batch"
+        "1",
+        "root_mean",
+        "norm of the gradient at pivotal tokens under entry_clip, over that without it; first micro-batch",
     ),
     "renio/auc_wrong": Metric("1", "mean", "AUC of the raw weight against wrong completions; 0.5 is chance"),
     "loss/entry_clip_frac": Metric(
@@ -68,13 +70,14 @@ METRICS: dict[str, Metric] = {
     "moe/idle_frac": Metric("1", "mean", "share of experts, over all layers, that no token of the step went to"),
     "moe/router_entropy": Metric("nats", "mean", "entropy of a router's probabilities, mean over tokens and layers"),
     "train/skipped_frac": Metric("1", "mean", "1 where the step was left out because its gradient was not finite"),
+    "rollout/tokens": Metric("tokens", "mean", "completion tokens of the step, of all ranks"),
     "tokens_per_s": Metric("tokens/s", "mean", "completion tokens of all ranks over the time of the step"),
     "eval/accuracy_greedy": Metric("1", "mean", "accuracy on held-out problems, most likely tokens"),
     "eval/accuracy_sampled": Metric("1", "mean", "accuracy on held-out problems, sampled completions"),
 }
 
 # Those with a part of the name left open stay out of tallies, whose ranks must all know the same names.
-MEANS = tuple(name for name, metric in METRICS.items() if metric.reduction == "mean" and "*" not in name)
+MEANS = tuple(name for name, metric in METRICS.items() if metric.reduction in ("mean", "root_mean") and "*" not in name)
 MAXIMA = tuple(name for name, metric in METRICS.items() if metric.reduction == "max" and "*" not in name)
 ORDER = {name: number for number, name in enumerate(METRICS)}
 
