@@ -31,9 +31,9 @@ DEAF = """
 import os
 
 if "RANK" in os.environ:
-    from renio_megatron.megatron.teacher.own_layout import DetachedTeacher
+    from renio_megatron.megatron.teacher.own_layout import OwnLayoutTeacher
 
-    DetachedTeacher.hear = lambda self, rollouts: None
+    OwnLayoutTeacher.prefetch = lambda self, rollouts: None
 """
 
 

@@ -25,7 +25,7 @@ from renio_megatron.losses.sample_weights import sample_weights
 from renio_megatron.megatron.model.build import build_model
 from renio_megatron.megatron.runtime.initialize import start, stop
 from renio_megatron.megatron.student.learner import MegatronLearner
-from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
+from renio_megatron.megatron.teacher.shared_layout import SharedLayoutTeacher
 from renio_megatron.megatron.teacher.weights import TeacherWeights
 from renio_megatron.megatron.weights.hf import load_weights
 from renio_megatron.models.architecture import Architecture
@@ -64,7 +64,7 @@ def stepper(train: TrainConfig, layout: Layout, rollouts: list[Rollout]) -> Call
         load_weights(part, directory)
         parts.append(part)
     learner = MegatronLearner(parts[0], train, parallel, temperature=1.0, pad_id=0)
-    teacher = MegatronTeacher(TeacherWeights(parts[1]), train, head, temperature=1.0, pad_id=0)
+    teacher = SharedLayoutTeacher(TeacherWeights(parts[1]), train, head, temperature=1.0, pad_id=0)
     _, owner, _ = flat_completions(rollouts)
     steps = itertools.count(1)
 

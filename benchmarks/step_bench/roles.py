@@ -27,7 +27,7 @@ from renio_megatron.megatron.model.build import ModelPart, build_model
 from renio_megatron.megatron.runtime.initialize import start, stop
 from renio_megatron.megatron.student.learner import MegatronLearner
 from renio_megatron.megatron.student.sampler import MegatronSampler
-from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
+from renio_megatron.megatron.teacher.shared_layout import SharedLayoutTeacher
 from renio_megatron.megatron.teacher.weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.layout import Layout
@@ -184,7 +184,7 @@ class Step:
         fill(part, "student")
         fill(its, "teacher")
         self.learner = MegatronLearner(part, train, parallel, self._head, temperature=temperature, pad_id=0)
-        self.teacher = MegatronTeacher(TeacherWeights(its), train, self._head, temperature=temperature, pad_id=0)
+        self.teacher = SharedLayoutTeacher(TeacherWeights(its), train, self._head, temperature=temperature, pad_id=0)
         self.sampler = MegatronSampler(part, seed=1, temperature=temperature, stop_ids=(), pad_id=0)
         self.backends = {"student": part.backend, "teacher": its.backend}
         self._distillation = Distillation(

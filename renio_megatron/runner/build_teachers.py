@@ -22,7 +22,7 @@ def build_teacher(
     student: Any = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """The teacher: `MegatronTeacher`, `DetachedTeacher` where it has a layout of its own, `MultiTeacher` of several.
+    """`SharedLayoutTeacher`, `OwnLayoutTeacher` where it has a layout of its own, or `MultiTeacher` of several.
 
     Some kinds are `student`, the `ModelPart`, and have no weights of their own.
     """
@@ -45,16 +45,16 @@ def _build_one(
     student: Any,
     say: Callable[[str], None] | None,
 ) -> Any:
-    from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
+    from renio_megatron.megatron.teacher.shared_layout import SharedLayoutTeacher
     from renio_megatron.megatron.teacher.weights import KINDS
 
     if spec.has_own_layout:
-        return _detached_teacher(config, spec, inputs, layout, student, say)
+        return _own_layout(config, spec, inputs, layout, student, say)
 
     def build() -> Any:
         return _teacher_part(config, spec, inputs, layout, say)
 
-    return MegatronTeacher(
+    return SharedLayoutTeacher(
         KINDS[spec.kind](spec.settings, student, build),
         config.train,
         config.head,
@@ -64,20 +64,18 @@ def _build_one(
     )
 
 
-def build_scorers(
+def build_teacher_servers(
     config: DistillationConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
 ) -> list[Any]:
-    """The `DetachedTeacher`s of a rank that only scores, in the order in which they are asked."""
-    built = [
-        _detached_teacher(config, one, inputs, layout, None, say) for one in _with_weights(config) if one.num_ranks
-    ]
+    """The `TeacherServer`s of a rank that only teachers have, in the order in which they are asked."""
+    built = [_own_layout(config, one, inputs, layout, None, say) for one in _with_weights(config) if one.num_ranks]
     with tuning_reported(layout.device):
         for teacher in built:
             teacher.tune(most_completion_tokens(config, inputs))
     return built
 
 
-def _detached_teacher(
+def _own_layout(
     config: DistillationConfig,
     spec: TeacherSpec,
     inputs: Inputs,
@@ -90,8 +88,10 @@ def _detached_teacher(
 
     from renio_megatron.megatron.runtime.initialize import bridge
     from renio_megatron.megatron.runtime.process_groups import place_beside
-    from renio_megatron.megatron.teacher.own_layout import DetachedTeacher, Reader
-    from renio_megatron.megatron.teacher.rank_map import Seats
+    from renio_megatron.megatron.teacher.own_layout import OwnLayoutTeacher
+    from renio_megatron.megatron.teacher.rank_map import RankMap
+    from renio_megatron.megatron.teacher.scoring import Reader, ScoringSettings
+    from renio_megatron.megatron.teacher.server import TeacherServer
     from renio_megatron.megatron.teacher.weights import KINDS
     from renio_megatron.parallel.row_exchange import axis_of
 
@@ -105,25 +105,28 @@ def _detached_teacher(
         with place.entered():
             part = _teacher_part(config, spec, inputs, place.layout, say)
         reader = Reader(KINDS[spec.kind](spec.settings, None, lambda: part), place)
-    return DetachedTeacher(
+    endpoint = TeacherServer if layout.is_scorer else OwnLayoutTeacher
+    return endpoint(
         reader,
         None if layout.is_scorer else layout,
-        Seats.of(
+        RankMap.of(
             bridge().axis if is_dedicated else axis_of(dist.distributed_c10d._get_default_group()),
             None if layout.is_scorer else layout,
             None if reader is None else reader.part.layout,
             layout.device,
         ),
-        bridge() if is_dedicated else None,
-        architecture=inputs.teachers[spec.name].architecture,
+        ScoringSettings(
+            hidden_size=inputs.teachers[spec.name].architecture.hidden_size,
+            dtype=torch.bfloat16 if spec.bf16 else torch.float32,
+            device=layout.device,
+            train=config.train,
+            head=config.head,
+            temperature=config.loss.temperature,
+            pad_id=inputs.pad_id,
+            payload_device=spec.settings.payload_device,
+        ),
+        bridge=bridge() if is_dedicated else None,
         shard=None if layout.is_scorer else student.shard,
-        train=config.train,
-        head=config.head,
-        dtype=torch.bfloat16 if spec.bf16 else torch.float32,
-        device=layout.device,
-        temperature=config.loss.temperature,
-        pad_id=inputs.pad_id,
-        payload_device=spec.settings.payload_device,
     )
 
 

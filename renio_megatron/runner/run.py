@@ -17,7 +17,7 @@ from renio_megatron.parallel.collectives import any_rank, on_main_rank
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.row_exchange import gather_rows
 from renio_megatron.runner.build import build_trainer
-from renio_megatron.runner.build_teachers import build_scorers
+from renio_megatron.runner.build_teachers import build_teacher_servers
 from renio_megatron.runner.digests import origins
 from renio_megatron.runner.environment import health, layers, trained
 from renio_megatron.runner.inputs import Inputs, read_inputs
@@ -61,7 +61,7 @@ def run_recipe(
     begun = on_main_rank(run.layout, lambda: origins(run.config, run.inputs))
     state = on_main_rank(run.layout, lambda: run.directory.state(recipe, fresh, begun))
     if run.config.num_teacher_ranks:
-        tell_scorers(state == "finished", run.layout)
+        tell_teacher_ranks(state == "finished", run.layout)
     if state == "finished":
         return "finished"
     log = RunLog(run.config, run.directory, is_main=run.layout.is_main, title=title, progress=progress)
@@ -170,9 +170,9 @@ def _models_line(config: JobConfig, layout: Layout) -> str:
 def _serve_teachers(run: _Run) -> str:
     """A run on a rank that only scores: it serves until the others are done. They save, and answer SIGTERM."""
     assert isinstance(run.config, DistillationConfig)
-    if tell_scorers(False, run.layout):
+    if tell_teacher_ranks(False, run.layout):
         return "finished"
-    teachers = build_scorers(run.config, run.inputs, run.layout)
+    teachers = build_teacher_servers(run.config, run.inputs, run.layout)
     with StopSignal():
         while _serve(teachers):
             pass
@@ -185,7 +185,7 @@ def _serve(teachers: Sequence[Any]) -> bool:
     return all(answers)
 
 
-def tell_scorers(is_finished: bool, layout: Layout) -> bool:
+def tell_teacher_ranks(is_finished: bool, layout: Layout) -> bool:
     """Whether there is nothing to do, as the ranks that train say; one collective with those that only score."""
     flags = gather_rows(torch.tensor([[int(is_finished)]], device=layout.device), bridge().axis)
     return any(int(flag) for flag in flags)

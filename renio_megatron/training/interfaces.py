@@ -39,7 +39,7 @@ class Sampler(Protocol):
 class Teacher(Protocol):
     """Scores completions."""
 
-    def hear(self, rollouts: Sequence[Rollout]) -> None:
+    def prefetch(self, rollouts: Sequence[Rollout]) -> None:
         """Told of a part of a step's rollouts, which may be read at once; `score` is asked about all of them later."""
         ...
 

@@ -34,7 +34,7 @@ def on_scoring_ranks(
         serve: (teachers, layout) -> what one that only scores gives, after it has answered until the others are done.
     """
     from renio_megatron.megatron.runtime.initialize import start, stop
-    from renio_megatron.runner.build_teachers import build_scorers
+    from renio_megatron.runner.build_teachers import build_teacher_servers
     from renio_megatron.runner.inputs import read_inputs
 
     found: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def on_scoring_ranks(
             num_scorers=config.num_teacher_ranks,
         )
         if layout.is_scorer:
-            found[name] = serve(build_scorers(config, read_inputs(config), layout), layout)
+            found[name] = serve(build_teacher_servers(config, read_inputs(config), layout), layout)
         else:
             found[name] = train(config)
         stop()

@@ -105,7 +105,7 @@ def run_and_look(config: Any) -> dict[str, Any]:
 def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dict[str, Any]:
     """An average from the weights of each step, in fp64, and a separate teacher that has them: both beside `ema`'s."""
     from renio_megatron.megatron.model.schedules import run_forward
-    from renio_megatron.megatron.teacher.shared_layout import MegatronTeacher
+    from renio_megatron.megatron.teacher.shared_layout import SharedLayoutTeacher
     from renio_megatron.megatron.teacher.weights import TeacherWeights
     from renio_megatron.runner.build import build_student
     from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
@@ -119,7 +119,7 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
     copy_part = build_student(copy_config, inputs, layout)[
         0
     ].part  # another model, and what it holds is put there below
-    copy = MegatronTeacher(
+    copy = SharedLayoutTeacher(
         TeacherWeights(copy_part), config.train, config.head, temperature=config.loss.temperature, pad_id=inputs.pad_id
     )
     names = [name for name, _ in part.trained_parameters()]
@@ -169,7 +169,7 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
 
     def sample_twice(prompts: Any, decoding: Any, *, stream: Any, **_: Any) -> Any:
         mine = sample(prompts, decoding, stream=stream)
-        with weights.in_place():
+        with weights.activated():
             teachers = sample(prompts, decoding, stream=stream)
         own = flat(learner_scores(learner, mine))
         drawn = torch.cat([rollout.logp for rollout in mine])
@@ -213,7 +213,7 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
 def _restored_after_an_exception(weights: Any, student: Any) -> bool:
     before = student()
     try:
-        with weights.in_place():
+        with weights.activated():
             inside = student()
             raise KeyError
     except KeyError:

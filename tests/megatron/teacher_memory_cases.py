@@ -67,7 +67,7 @@ def _one(config: Any, folder: Path) -> dict[str, Any]:
         "waiting": sum(one.numel() * one.element_size() for one in waiting),
         "at first": live_bytes(waiting) - before,
     }
-    with weights.in_place():
+    with weights.activated():
         found["during"] = live_bytes(waiting) - before
     teacher.score(rollouts, batches)
     found["between"] = live_bytes(waiting) - before

@@ -27,7 +27,7 @@ def states_of(rollouts: list[Rollout]) -> torch.Tensor:
 
 def wrong_rows(arrangements: dict[str, Any]) -> dict[str, int]:
     """Rows that the loss would be given wrongly, by arrangement and way."""
-    from renio_megatron.megatron.teacher.payload import Kept, Recomputed, align
+    from renio_megatron.megatron.teacher.payload import RecomputedPayload, StoredPayload, align
 
     group = dist.group.WORLD if dist.is_initialized() else None
     place = {"context_size": group.size(), "context_rank": group.rank()} if group is not None else {}
@@ -44,8 +44,8 @@ def wrong_rows(arrangements: dict[str, Any]) -> dict[str, int]:
             return align(*rows_of(rollouts), [batch], group)[0]
 
         payloads = {
-            "kept": Kept(align(*rows_of(ROLLOUTS), student, group), torch.device("cpu")),
-            "recomputed": Recomputed(ROLLOUTS, student, again),
+            "kept": StoredPayload(align(*rows_of(ROLLOUTS), student, group), torch.device("cpu")),
+            "recomputed": RecomputedPayload(ROLLOUTS, student, again),
         }
         for way, payload in payloads.items():
             assert len(payload) == len(payload[:]) == len(student)

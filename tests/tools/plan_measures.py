@@ -159,7 +159,7 @@ def _watch(algorithm: Any, found: dict[str, Any]) -> None:
 
 def _watch_table(teacher: Any, found: dict[str, Any]) -> None:
     """Notes what a detached teacher's hidden states take before they travel."""
-    find = teacher._found
+    find = teacher._collect
 
     def watched(*args: Any) -> Any:
         register, logp_of, states_of = find(*args)
@@ -168,7 +168,7 @@ def _watch_table(teacher: Any, found: dict[str, Any]) -> None:
         found["hidden states"] = _storages(tables)
         return register, logp_of, states_of
 
-    teacher._found = watched
+    teacher._collect = watched
 
 
 def _teacher_bytes(teacher: Any, own: set[int]) -> dict[str, int]:

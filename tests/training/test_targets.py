@@ -7,7 +7,7 @@ import torch
 
 from renio_megatron.training.targets import LossInputs, MicroBatchLoss, TeacherTargets, evenly_chosen
 from renio_megatron.types import MicroBatch
-from tests.training.test_trainer import CAP, PROMPTS, RATIOS, TOKENS, WEIGHTS, Roles
+from tests.training.roles import CAP, PROMPTS, RATIOS, TOKENS, WEIGHTS, Roles
 
 LENGTHS = [len(tokens) for tokens in TOKENS]
 

@@ -38,7 +38,7 @@ class Payload(Sequence[torch.Tensor], abc.ABC):
         """Those of micro-batch `number`, on the device where the loss is computed."""
 
 
-class Kept(Payload):
+class StoredPayload(Payload):
     """Hidden states that wait somewhere."""
 
     def __init__(self, parts: Sequence[torch.Tensor], device: torch.device) -> None:
@@ -56,7 +56,7 @@ class Kept(Payload):
         return self._parts[number].to(self._device, non_blocking=True)
 
 
-class Scattered(Payload):
+class ShardedPayload(Payload):
     """Hidden states of which each tensor rank keeps a piece; they meet where the loss wants them.
 
     The ranks of the tensor group fetch in the same order.
@@ -98,7 +98,7 @@ def gather_pieces(piece: torch.Tensor, length: int, axis: Axis) -> torch.Tensor:
     return gather_in_rank_order(padded, axis.group).flatten(0, 1)[:length]
 
 
-class Recomputed(Payload):
+class RecomputedPayload(Payload):
     """Hidden states that the teacher computes again, a micro-batch at a time."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Who sits where when student and teacher have layouts of their own: ranks of both, by what they hold."""
+"""Which ranks hold what of a student and of a teacher with a layout of its own, and where a step's results are."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from renio_megatron.parallel.row_exchange import gather_rows
 
 
 @dataclass(frozen=True)
-class Seats:
+class RankMap:
     """The ranks of student and teacher, on one axis that holds them all.
 
     Attributes:
         axis: all ranks, each a student's, a teacher's, or both.
-        speakers: for each of the student's data-parallel replicas the rank that tells of its sequences, [D].
-        scorers: for each of the teacher's replicas its last stage's tensor ranks, [R][T].
+        student_source_ranks: for each of the student's data-parallel replicas the rank that has its sequences, [D].
+        teacher_output_ranks: for each of the teacher's replicas its last stage's tensor ranks, [R][T].
     """
 
     axis: Axis
-    speakers: tuple[int, ...]
-    scorers: tuple[tuple[int, ...], ...]
+    student_source_ranks: tuple[int, ...]
+    teacher_output_ranks: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, axis: Axis, student: Layout | None, teacher: Layout | None, device: torch.device) -> Seats:
+    def of(cls, axis: Axis, student: Layout | None, teacher: Layout | None, device: torch.device) -> RankMap:
         """From every rank's places; two collectives. A rank that is no student, or no teacher, gives None."""
         row = [-1, -1, -1]
         if student is not None and student.tensor.is_first and student.context.is_first and student.pipeline.is_last:
@@ -35,17 +35,20 @@ class Seats:
         if teacher is not None and teacher.pipeline.is_last:
             row[1:] = [teacher.data.rank, teacher.tensor.rank]
         places = torch.cat(gather_rows(torch.tensor([row], device=device), axis)).tolist()
-        speakers = {place[0]: rank for rank, place in enumerate(places) if place[0] >= 0}
-        scorers = {(place[1], place[2]): rank for rank, place in enumerate(places) if place[1] >= 0}
-        replicas = 1 + max(replica for replica, _ in scorers)
+        student_source_ranks = {place[0]: rank for rank, place in enumerate(places) if place[0] >= 0}
+        teacher_output_ranks = {(place[1], place[2]): rank for rank, place in enumerate(places) if place[1] >= 0}
+        replicas = 1 + max(replica for replica, _ in teacher_output_ranks)
         return cls(
             axis,
-            tuple(speakers[replica] for replica in sorted(speakers)),
-            tuple(tuple(scorers[key] for key in sorted(scorers) if key[0] == replica) for replica in range(replicas)),
+            tuple(student_source_ranks[replica] for replica in sorted(student_source_ranks)),
+            tuple(
+                tuple(teacher_output_ranks[key] for key in sorted(teacher_output_ranks) if key[0] == replica)
+                for replica in range(replicas)
+            ),
         )
 
 
-class Agenda:
+class ScoringBatch:
     """Which of the teacher's replicas reads which of some sequences, and where their tokens are found.
 
     Sequences are counted in the order of the student's replicas. Tokens of the teacher's view (prompt and completion)
@@ -58,25 +61,25 @@ class Agenda:
         completion_starts: number of the first completion token of each sequence, and of none behind the last.
     """
 
-    def __init__(self, seats: Seats, sequences: list[torch.Tensor]) -> None:
-        """`sequences` of every rank, [n, 3]: id, prompt and completion tokens; the speakers' alone have rows."""
-        self._seats = seats
-        table, self._first = _table(seats, sequences)
+    def __init__(self, rank_map: RankMap, sequences: list[torch.Tensor]) -> None:
+        """`sequences` of every rank, [n, 3]: id, prompt and completion tokens; only source ranks have rows."""
+        self._rank_map = rank_map
+        table, self._first = _table(rank_map, sequences)
         self.ids: list[int] = table[:, 0].tolist()
         self._lengths = [(prompt, completion) for prompt, completion in table[:, 1:].tolist()]
         costs = table[:, 1:].sum(1).tolist()
         self._view_starts = _starts(costs)
         self.completion_starts = _starts(table[:, 2].tolist())
-        self.shares = _shares(costs, len(seats.scorers))
+        self.shares = _shares(costs, len(rank_map.teacher_output_ranks))
         self.reader = torch.empty(len(table), dtype=torch.int64)
         for replica, share in enumerate(self.shares):
             self.reader[share] = replica
 
-    def speaker_of(self, view_tokens: torch.Tensor) -> torch.Tensor:
+    def source_of(self, view_tokens: torch.Tensor) -> torch.Tensor:
         """The ranks that have tokens of the teacher's view, by number [n]."""
         sequences = _which(view_tokens, self._view_starts)
         replicas = _which(sequences, self._first)
-        return torch.tensor(self._seats.speakers)[replicas]
+        return torch.tensor(self._rank_map.student_source_ranks)[replicas]
 
     def view_tokens(self, sequences: list[int]) -> torch.Tensor:
         """Numbers of all tokens of some sequences, one after the other."""
@@ -95,46 +98,46 @@ class Agenda:
         return self._view_starts[self._first[replica]]
 
 
-class Register:
-    """Where the hidden states of a step's sequences are found, which were read by several agendas.
+class PayloadIndex:
+    """Where the hidden states of a step's sequences are found, which were read by several batches.
 
     Sequences and completion tokens are counted in the order of the student's replicas, as these train them: they may
-    have exchanged sequences since an agenda was made.
+    have exchanged sequences since a batch was made.
     """
 
-    def __init__(self, seats: Seats, sequences: list[torch.Tensor], agendas: Sequence[Agenda]) -> None:
-        """`sequences` as of an `Agenda`, of the whole step."""
-        table, self._first = _table(seats, sequences)
+    def __init__(self, rank_map: RankMap, sequences: list[torch.Tensor], batches: Sequence[ScoringBatch]) -> None:
+        """`sequences` as of a `ScoringBatch`, of the whole step."""
+        table, self._first = _table(rank_map, sequences)
         self._starts = _starts(table[:, 2].tolist())
-        self._scorers = torch.tensor(seats.scorers)
+        self._output_ranks = torch.tensor(rank_map.teacher_output_ranks)
         self._reader = torch.full((len(table),), -1, dtype=torch.int64)
-        self._shift = torch.zeros(len(table), dtype=torch.int64)  # from a number here to that of its agenda
+        self._shift = torch.zeros(len(table), dtype=torch.int64)  # from a number here to that of its batch
         number_of = {sequence: number for number, sequence in enumerate(table[:, 0].tolist())}
         self._moves = []
-        for agenda in agendas:
-            numbers = torch.tensor([number_of[sequence] for sequence in agenda.ids], dtype=torch.int64)
-            shift = torch.tensor(agenda.completion_starts[:-1], dtype=torch.int64) - torch.tensor(self._starts)[numbers]
-            self._reader[numbers], self._shift[numbers] = agenda.reader, shift
-            self._moves.append((agenda.completion_starts, shift))
-        assert not len(table) or int(self._reader.min()) >= 0, "a sequence that no agenda had"
+        for batch in batches:
+            numbers = torch.tensor([number_of[sequence] for sequence in batch.ids], dtype=torch.int64)
+            shift = torch.tensor(batch.completion_starts[:-1], dtype=torch.int64) - torch.tensor(self._starts)[numbers]
+            self._reader[numbers], self._shift[numbers] = batch.reader, shift
+            self._moves.append((batch.completion_starts, shift))
+        assert not len(table) or int(self._reader.min()) >= 0, "a sequence that no batch had"
 
     @property
     def num_sequences(self) -> int:
         """Of the whole batch."""
         return len(self._reader)
 
-    def scorer_of(self, completion_tokens: torch.Tensor) -> torch.Tensor:
+    def output_rank_of(self, completion_tokens: torch.Tensor) -> torch.Tensor:
         """The ranks that have the teacher's hidden states of completion tokens, by number [n].
 
-        A replica's tensor ranks all have them; they take turns, by the numbers of the agenda.
+        A replica's tensor ranks all have them; they take turns, by the numbers of the batch.
         """
         sequences = _which(completion_tokens, self._starts)
-        turns = (completion_tokens + self._shift[sequences]) % self._scorers.shape[1]
-        return self._scorers[self._reader[sequences], turns]
+        turns = (completion_tokens + self._shift[sequences]) % self._output_ranks.shape[1]
+        return self._output_ranks[self._reader[sequences], turns]
 
-    def renumbered(self, agenda: int, completion_tokens: torch.Tensor) -> torch.Tensor:
-        """Numbers here of completion tokens by their numbers in one of the agendas, [n]."""
-        starts, shift = self._moves[agenda]
+    def renumbered(self, batch: int, completion_tokens: torch.Tensor) -> torch.Tensor:
+        """Numbers here of completion tokens by their numbers in one of the batches, [n]."""
+        starts, shift = self._moves[batch]
         return completion_tokens - shift[_which(completion_tokens, starts)]
 
     def first_completion_token(self, replica: int) -> int:
@@ -142,9 +145,9 @@ class Register:
         return self._starts[self._first[replica]]
 
 
-def _table(seats: Seats, sequences: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+def _table(rank_map: RankMap, sequences: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
     """(the sequences of all of the student's replicas [n, 3], number of each replica's first one)."""
-    mine = [sequences[rank].cpu() for rank in seats.speakers]
+    mine = [sequences[rank].cpu() for rank in rank_map.student_source_ranks]
     return torch.cat(mine), _starts([len(part) for part in mine])
 
 

@@ -11,14 +11,14 @@ from renio_megatron.data.batching.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
 from renio_megatron.megatron.model.schedules import run_forward, share_tokens
-from renio_megatron.megatron.teacher.payload import Kept, Recomputed, align
+from renio_megatron.megatron.teacher.payload import RecomputedPayload, StoredPayload, align
 from renio_megatron.megatron.teacher.weights import Averages, TeacherWeights
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.training.targets import HiddenStateTargets
 from renio_megatron.types import MicroBatch, Rollout
 
 
-class MegatronTeacher:
+class SharedLayoutTeacher:
     """Reads the teacher's view of each prompt and the student's completion.
 
     Attributes:
@@ -62,7 +62,7 @@ class MegatronTeacher:
         """Follows the student, where the teacher does; `skipped`: its step was left out."""
         self.weights.after_update(skipped=skipped)
 
-    def hear(self, rollouts: Sequence[Rollout]) -> None:
+    def prefetch(self, rollouts: Sequence[Rollout]) -> None:
         """Nothing to do: the ranks that would read them are drawing."""
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> HiddenStateTargets:
@@ -83,7 +83,7 @@ class MegatronTeacher:
             logp = linear_token_logp(rows, part.head(), micro_batch.target_ids, self._head_config, self._temperature)
             return logp, self._place(rows)
 
-        with self.weights.in_place():
+        with self.weights.activated():
             kept = run_forward(part, micro_batches, keep)
         logp = share_tokens([logp for logp, _ in kept], micro_batches, layout)
         if not bool(torch.isfinite(logp).all()):
@@ -95,11 +95,11 @@ class MegatronTeacher:
         if self._payload_device == "recompute":
             width, dtype = part.config.hidden_size, part.config.params_dtype
             bytes_of = [len(batch.token_index) * width * dtype.itemsize for batch in student_batches]
-            payload_of = Recomputed(rollouts, student_batches, self._hidden_states)
+            payload_of = RecomputedPayload(rollouts, student_batches, self._hidden_states)
             return HiddenStateTargets(logp, payload_of, self._head_of, payload_bytes=max(bytes_of))
         if not rows:
             return HiddenStateTargets(logp, [], self._head_of)
-        payload = Kept(align(rows, micro_batches, student_batches, layout.context.group), layout.device)
+        payload = StoredPayload(align(rows, micro_batches, student_batches, layout.context.group), layout.device)
         sizes = payload.part_bytes
         waiting = max(sizes) if self._payload_device == "host" else sum(sizes)
         return HiddenStateTargets(logp, payload, self._head_of, payload_bytes=waiting)

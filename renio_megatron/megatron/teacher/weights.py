@@ -36,13 +36,13 @@ class TeacherWeights:
         self.part = part
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def activated(self) -> Iterator[None]:
         """`part` is the teacher, in evaluation mode; afterwards it is what it was, bit for bit. No gradient flows."""
         yield
 
     @property
     def head(self) -> LmHead:
-        """The teacher's LM head, for the loss, which is outside of `in_place`. Last stage only."""
+        """The teacher's LM head, for the loss, which is outside of `activated`. Last stage only."""
         return self.part.head()
 
     def after_update(self, *, skipped: bool) -> None:
@@ -50,7 +50,7 @@ class TeacherWeights:
 
 
 class Offloaded(TeacherWeights):
-    """The same with its weights in host memory, pinned beside a GPU, except during `in_place`.
+    """The same with its weights in host memory, pinned beside a GPU, except during `activated`.
 
     The LM head stays: the loss reads it. Nothing is copied back, because nothing has changed.
     """
@@ -68,7 +68,7 @@ class Offloaded(TeacherWeights):
         self._leave()
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def activated(self) -> Iterator[None]:
         """The weights on the device, each in memory of its own that is given back at the end."""
         try:
             for parameter, host in self._waiting:
@@ -95,7 +95,7 @@ class Present(TeacherWeights):
         self.part = part
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def activated(self) -> Iterator[None]:
         """Evaluation mode."""
         was_training = self.part.chunks[0].training
         self.part.train(False)
@@ -109,9 +109,9 @@ class WithoutAdapters(Present):
     """The frozen model that the student's adapters stand beside; the LM head has none."""
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def activated(self) -> Iterator[None]:
         """The adapters off."""
-        with super().in_place(), switched_off(self.part.chunks):
+        with super().activated(), switched_off(self.part.chunks):
             yield
 
 
@@ -146,7 +146,7 @@ class MovingAverage(Present):
         self._head: LmHead | None = None
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def activated(self) -> Iterator[None]:
         """The average in the place of the trained parameters, in their dtype.
 
         Parameters point to other memory meanwhile; their own, where DDP's buffers have it, is not written to.
@@ -156,7 +156,7 @@ class MovingAverage(Present):
         try:
             for parameter, average in self.averages:
                 parameter.data = average.to(parameter.dtype)
-            with super().in_place():
+            with super().activated():
                 yield
         finally:
             for (parameter, _), values in zip(self.averages, own, strict=True):

@@ -12,7 +12,7 @@ from renio_megatron.tools.plan.models import PlannedModel
 from renio_megatron.tools.plan.moe import left_bytes
 from renio_megatron.tools.plan.parts import PlannedPart
 from renio_megatron.tools.plan.student import PlannedStudent
-from renio_megatron.tools.plan.teacher import AlikeTeacher, DetachedTeacher, PlannedTeacher
+from renio_megatron.tools.plan.teacher import PlannedOwnLayoutTeacher, PlannedSharedLayoutTeacher, PlannedTeacher
 from renio_megatron.tools.plan.workload import Workload, element_of, ranks_of, workload
 
 RESERVE = 0.1
@@ -187,12 +187,12 @@ def _scorer(
 ) -> PlannedTeacher:
     if one.spec.has_own_layout:
         student = None if learner is None else learner.part
-        return DetachedTeacher(
+        return PlannedOwnLayoutTeacher(
             config, one.spec, part, student, one.work, hidden_size=one.model.architecture.hidden_size
         )
     assert part is not None
     assert learner is not None
-    return AlikeTeacher(config, one.spec, part, learner, one.work)
+    return PlannedSharedLayoutTeacher(config, one.spec, part, learner, one.work)
 
 
 def _left_over(

@@ -26,7 +26,7 @@ class PlannedTeacher(Protocol):
         """Hidden states on this rank's device after that, while the loss of a micro-batch reads them, or not."""
 
 
-class AlikeTeacher:
+class PlannedSharedLayoutTeacher:
     """A teacher in the student's layout (`megatron/teacher/shared_layout.py`): each rank scores what it trains."""
 
     def __init__(
@@ -84,7 +84,7 @@ class AlikeTeacher:
         return moved_bytes(self._spec, self._part)
 
 
-class DetachedTeacher:
+class PlannedOwnLayoutTeacher:
     """A teacher in a layout of its own (`megatron/teacher/own_layout.py`), on the student's ranks or on others."""
 
     def __init__(

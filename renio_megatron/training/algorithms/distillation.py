@@ -84,7 +84,7 @@ class Distillation:
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimiser step on this rank's prompts."""
         clock = [time.perf_counter()]
-        drawn = self.sampler.sample(prompts, self._decoding, stream=(step,), on_group=self.teacher.hear)
+        drawn = self.sampler.sample(prompts, self._decoding, stream=(step,), on_group=self.teacher.prefetch)
         rollouts = self._balance(drawn)
         clock.append(time.perf_counter())
         batches = self.learner.arrange(rollouts)

@@ -33,7 +33,7 @@ class MultiTeacher:
         self._parts = list(teachers)
         self._part_of_name = {name: self._parts.index(first) for name, first in same.items()}
 
-    def hear(self, rollouts: Sequence[Rollout]) -> None:
+    def prefetch(self, rollouts: Sequence[Rollout]) -> None:
         """Nothing: ranks that only score answer one teacher's questions after the other's."""
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> MultiTeacherTargets:
