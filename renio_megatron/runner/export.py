@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,41 +72,66 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
             f"of Megatron (pretrained_checkpoint={given!r}). Export the whole model with --merge."
         )
     architecture = Architecture.from_directory(source)
+    removed = start_of(saved_base(checkpoint))
+    state = _state_of(checkpoint, architecture, weights, lora, removed, bf16=config.train.bf16, merge=merge)
+
+    def write(partial: Path) -> None:
+        if lora.r is not None and not merge:
+            write_adapter(state, lora, source.resolve(), partial, removed)
+            return
+        for path in description_files(source):
+            shutil.copyfile(path, partial / path.name)
+        _untie(architecture, partial / "config.json")
+        _write_weights(_lossless(state, partial / "config.json"), partial)
+
+    _publish(destination, write)
+    return int(checkpoint.name.removeprefix("iter_"))
+
+
+def _state_of(
+    checkpoint: Path,
+    architecture: Architecture,
+    weights: Path,
+    lora: LoraConfig,
+    removed: Any,
+    *,
+    bf16: bool,
+    merge: bool,
+) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors by Hugging Face's names, or by PEFT's where adapters are not merged. One rank.
+
+    `weights` is where those beside adapters are, less what `removed` says.
+    """
     layout = start(ParallelConfig(), seed=0)
-    precision = TrainConfig(bf16=config.train.bf16)
     part = build_model(
         architecture,
         layout,
         ParallelConfig(),
-        precision,
+        TrainConfig(bf16=bf16),
         PrecisionConfig(),
         lora,
         vocab_size=architecture.vocab_size,
         trained=False,
     )
-    removed = start_of(saved_base(checkpoint))
     base = fingerprint(weights, architecture, removed) if lora.r is not None else None
     if merge:
         change = residual_of(PeftAdapter(lora, removed), weights, architecture, layout.device)
         load_pretrained(part, weights, change=change)
     load_model_weights(checkpoint, part, base)
-    is_whole = lora.r is None or merge
-    state = dict(hf_state(part)) if is_whole else adapter_state(part)
+    state = dict(hf_state(part)) if lora.r is None or merge else adapter_state(part)
     if merge:
         state = merged(state, part)
     stop()  # from here on nothing can be asked of the model
+    return state
 
+
+def _publish(destination: Path, write: Callable[[Path], None]) -> None:
+    """What `write` puts into a directory stands at the destination when it is whole."""
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if is_whole:
-            for path in description_files(source):
-                shutil.copyfile(path, partial / path.name)
-            _untie(architecture, partial / "config.json")
-            _write_weights(_lossless(state, partial / "config.json"), partial)
-        else:
-            write_adapter(state, lora, source.resolve(), partial, removed)
+        write(partial)
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)
@@ -113,7 +139,6 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
         raise CheckpointError(
             f"{destination} cannot be written: {error.strerror or error}. Check disk and rights."
         ) from error
-    return int(checkpoint.name.removeprefix("iter_"))
 
 
 def _settings(path: Path) -> Any:

@@ -225,11 +225,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
         if one.kind != "separate":
             check_views_differ([prompt for prompt in first if prompt.teacher == one.name], one.kind)
     if config.longest_completion is None and config.train.max_tokens_per_micro_batch is not None:
-        arrangement = Arrangement(
-            0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
-        )
-        given = [Rollout(prompt, prompt.completion_ids or ()) for prompt in first]
-        collate(given, view="student", arrangement=arrangement)  # refuses what no row can hold
+        _check_rows(config, first)
     eval_grader, evaluation = None, []
     if config.evaluate.every:
         evaluation = stream.evaluation(config.evaluate.samples)
@@ -261,6 +257,15 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
         notices=tuple(found),
         date=now.isoformat() if stream.chat_template is not None and stream.chat_template.has_date else None,
     )
+
+
+def _check_rows(config: JobConfig, prompts: Sequence[Prompt]) -> None:
+    """Raises `DataError` where given completions are longer than a packed row."""
+    arrangement = Arrangement(
+        0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
+    )
+    given = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
+    collate(given, view="student", arrangement=arrangement)
 
 
 def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None:

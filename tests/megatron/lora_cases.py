@@ -282,7 +282,7 @@ def run_case(case: Case, folder: Path, mutate: Callable[[Any], Any] | None = Non
     algorithm.sampler.sample, learner.optimizer.step = sample_and_score, look_and_step
     with mutate(part) if mutate else contextlib.nullcontext():
         metrics = trainer.run()
-    part.settle()
+    part.sync_params()
     return {**_errors(config, seen, metrics, student, whole, learner), "frozen": _largest_change(frozen, part)}
 
 

@@ -88,5 +88,5 @@ def _three_steps(parallel: dict[str, Any], folder: Path) -> dict[str, torch.Tens
     trainer.save_interval = 0
     trainer.run()
     part = trainer.algorithm.learner.part
-    part.settle()
+    part.sync_params()
     return {name: parameter.detach().clone() for name, parameter in part.trained_parameters()}

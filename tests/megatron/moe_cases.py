@@ -132,11 +132,13 @@ def config_of(case: Case, folder: Path) -> Any:
 @contextlib.contextmanager
 def replaced(name: str, value: Callable[[Any], Any]) -> Iterator[None]:
     """Something of `megatron/model/moe.py`, `Class.attribute` or a function, is what `value` makes of it."""
-    from renio_megatron.megatron.model import build, moe
+    from renio_megatron.megatron.model import build, moe, transformer_config
 
     owner, _, last = name.rpartition(".")
     holders: list[Any] = (
-        [getattr(moe, owner)] if owner else [module for module in (moe, build) if hasattr(module, last)]
+        [getattr(moe, owner)]
+        if owner
+        else [module for module in (moe, build, transformer_config) if hasattr(module, last)]
     )
     before = getattr(holders[0], last)
     for holder in holders:

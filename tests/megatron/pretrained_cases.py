@@ -50,7 +50,7 @@ def write(folder: Path, name: str) -> None:
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     from renio_megatron.config import PrecisionConfig
-    from renio_megatron.megatron.model.build import transformer_config
+    from renio_megatron.megatron.model.transformer_config import transformer_config
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.megatron.runtime.mcore_compat import own_writer
     from renio_megatron.models.architecture import Architecture

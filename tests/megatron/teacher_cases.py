@@ -128,7 +128,7 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
     found["trained"] = len(names)
 
     def student() -> dict[str, torch.Tensor]:
-        part.settle()
+        part.sync_params()
         return {name: parameter.detach().clone() for name, parameter in part.trained_parameters()}
 
     score, update, sample = algorithm.teacher.score, learner.update, algorithm.sampler.sample

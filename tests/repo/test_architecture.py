@@ -57,6 +57,14 @@ FORBIDDEN = (  # (files, imported modules, why); files are dotted names below th
 OBJECT_COLLECTIVES = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
 COLLECTIVES = "parallel.collectives"
 MAX_LINES = 400
+MAX_FUNCTION_LINES = 60  # without the docstring
+MAX_PARAMETERS = 12
+LONG_FUNCTIONS = {
+    "objective.reference.reference_objective": "the whole objective on one page",
+    "losses.distillation.distillation_loss": "the public loss: what a loop of one's own may say",
+    "losses.linear_distillation.linear_distillation_loss": "the same",
+}
+"""Functions that may be longer, or take more, each with the reason; Triton's kernels take what a launch gives them."""
 MAX_FLOORS = 10
 
 
@@ -133,6 +141,26 @@ def unwanted(path: Path, module: str) -> list[str]:
     return found
 
 
+def long_functions(path: Path, module: str) -> list[str]:
+    """Functions that are too long, or take too much."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or module == "losses.kernels.triton_kernels":
+            continue
+        name, first = f"{module}.{node.name}", node.body[0]
+        assert node.end_lineno is not None and first.end_lineno is not None
+        doc = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+        lines = node.end_lineno - node.lineno + 1 - doc
+        taken = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])
+        if name in LONG_FUNCTIONS:
+            continue
+        if lines > MAX_FUNCTION_LINES:
+            found.append(f"{name} has {lines} lines, more than {MAX_FUNCTION_LINES}")
+        if taken > MAX_PARAMETERS and not node.name.startswith("_"):  # nor those that build something
+            found.append(f"{name} takes {taken} parameters, more than {MAX_PARAMETERS}")
+    return found
+
+
 def violations(root: Path) -> list[str]:
     """Everything in the package under `root` that breaks the rules of the house."""
     found: list[str] = []
@@ -148,6 +176,7 @@ def violations(root: Path) -> list[str]:
     for module, path in modules.items():
         inner, names = module.removeprefix(f"{PACKAGE}."), imports_of(path, module, modules.keys())
         found += unwanted(path, inner)
+        found += long_functions(path, inner)
         room, where = inner.split(".")[0], f"{inner}." if path.stem == "__init__" else inner
         for files, imported, why in FORBIDDEN:
             if re.match(files, where):
@@ -247,6 +276,12 @@ SOUND = {
             "build sets error.shared",
         ),
         ("runner/build.py", "def f():\n    e = DataError()\n    e.step = 1\n    raise e", "build sets e.step"),
+        ("runner/build.py", "def f():\n" + "    x = 1\n" * 61, "build.f has 62 lines"),
+        (
+            "runner/build.py",
+            f"def f({', '.join(f'a{n}' for n in range(13))}):\n    ...",
+            "build.f takes 13 parameters",
+        ),
         ("losses/distillation.py", "x = 1\n" * 401, "distillation has 401 lines"),
     ],
 )

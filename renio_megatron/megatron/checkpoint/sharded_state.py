@@ -50,7 +50,7 @@ def sharded_model(part: ModelPart, form: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sharded(part: ModelPart, metadata: dict[str, Any], is_kept: Callable[[str], bool]) -> dict[str, Any]:
-    part.settle()
+    part.sync_params()
     states = [chunk.sharded_state_dict(metadata=dict(metadata)) for chunk in part.chunks]
     return {
         str(number): {key: value for key, value in state.items() if is_kept(key)} for number, state in enumerate(states)

@@ -28,7 +28,6 @@ from renio_megatron.megatron.model.backend import (
     can_fuse_weight_gradients,
     check_model,
     fp8_multiple,
-    megatron_settings,
     resolve_backend,
 )
 from renio_megatron.megatron.model.fp8_emulation import emulate_fp8
@@ -38,11 +37,11 @@ from renio_megatron.megatron.model.moe import (
     Routing,
     check_mixture,
     mark_experts,
-    mixture_settings,
     watch_routers,
     whole_model_name,
 )
 from renio_megatron.megatron.model.te_modules import padded_rows, whole_sequences
+from renio_megatron.megatron.model.transformer_config import transformer_config
 from renio_megatron.models.architecture import Architecture, padded_vocab_size
 from renio_megatron.models.rope import set_rope
 from renio_megatron.parallel.layout import Layout
@@ -76,7 +75,6 @@ class ModelPart:
         lora: what its adapters are; there are none where `r` is None.
         fp8_multiple: what the tokens of a pass over this rank's layers must be a multiple of; 1 without FP8.
         routing: of the routers of a trained model with experts; else None.
-        settle: makes the weights current, where they lag behind the optimiser; called before every use but training's.
     """
 
     chunks: tuple[GPTModel, ...]
@@ -88,7 +86,16 @@ class ModelPart:
     lora: LoraConfig = field(default_factory=LoraConfig)
     fp8_multiple: int = 1
     routing: Routing | None = None
-    settle: Callable[[], None] = lambda: None
+    _before_use: list[Callable[[], None]] = field(default_factory=list)
+
+    def on_use(self, action: Callable[[], None]) -> None:
+        """Has `action` called before every use of the weights but training's: they may lag behind the optimizer."""
+        self._before_use.append(action)
+
+    def sync_params(self) -> None:
+        """Makes the weights current, for whoever is about to use them."""
+        for action in self._before_use:
+            action()
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters of this rank; layers and experts have the numbers that they have in the whole model."""
@@ -166,7 +173,7 @@ class ModelPart:
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
         """Everything off that cuts a sequence into pieces, and evaluation mode: for passes over single tokens."""
-        self.settle()
+        self.sync_params()
         config, was_training = self.config, self.chunks[0].training
         before = {
             "context_parallel_size": config.context_parallel_size,
@@ -199,84 +206,6 @@ class ModelPart:
                 if was_parallel:
                     set_model_to_sequence_parallel(chunk, True)
             self.train(was_training)
-
-
-def transformer_config(
-    architecture: Architecture,
-    parallel: ParallelConfig,
-    train: TrainConfig,
-    precision: PrecisionConfig,
-    *,
-    trained: bool,
-    initialise: bool = True,
-    backend: str = "local",
-) -> TransformerConfig:
-    """Megatron's configuration of a model in a layout; a frozen one is not interleaved and recomputes nothing.
-
-    `initialise` is explained at `build_model`.
-    """
-    dtype = torch.bfloat16 if train.bf16 else torch.float32
-    interleaved = parallel.virtual_pipeline_model_parallel_size if trained else None
-    recompute: dict[str, Any] = {}
-    if trained and train.recompute_granularity is not None:
-        recompute = {
-            "recompute_granularity": train.recompute_granularity,
-            "recompute_method": train.recompute_method,
-            "recompute_num_layers": train.recompute_num_layers,
-        }
-    # Not perform_initialization=False, which also leaves out the marks by which gradient norms count shards.
-    drawers = ("init_method", "output_layer_init_method", "embedding_init_method")
-    quantised = megatron_settings(precision, backend, trained=trained)
-    weights: dict[str, Any] = {} if initialise else dict.fromkeys(drawers, _leave)
-    return TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        layernorm_epsilon=architecture.layernorm_epsilon,
-        qk_layernorm=architecture.qk_layernorm,
-        add_qkv_bias=architecture.add_qkv_bias,
-        init_method_std=architecture.init_method_std,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=train.bf16,
-        deterministic_mode=train.deterministic_mode,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        attention_softmax_in_fp32=True,
-        # On the host: the same random weights for every tensor-parallel size. FP8 weights cannot be made there.
-        use_cpu_initialization=initialise and not quantised.get("fp8_param", False),
-        **weights,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=interleaved,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        # Interleaved stages with batched sends run, and their gradients are silently wrong.
-        overlap_p2p_comm=interleaved is not None,
-        batch_p2p_comm=interleaved is None,
-        **mixture_settings(architecture, parallel),
-        # Packed rows differ in length. Megatron allows that to this dispatcher only, also where there are no experts.
-        variable_seq_lengths=train.max_tokens_per_micro_batch is not None,
-        moe_token_dispatcher_type="alltoall",
-        # Losses are sums; the denominator is applied once, in finalize_model_grads_func.
-        calculate_per_token_loss=True,
-        # Kernels of apex and Transformer Engine, which both specs do without; `build_model` switches the first on.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        **recompute,
-        **quantised,
-    )
 
 
 def build_model(
@@ -328,37 +257,18 @@ def build_model(
         divisible_by=parallel.make_vocab_size_divisible_by,
         tensor_size=parallel.tensor_model_parallel_size,
     )
-    num_chunks = config.virtual_pipeline_model_parallel_size or 1
     rng_state = torch.get_rng_state()
-    chunks = []
-    for stage in range(num_chunks):
-        vp_stage = stage if num_chunks > 1 else None
-        torch.manual_seed(train.seed + get_transformer_layer_offset(config, vp_stage=vp_stage))
-        with torch.set_grad_enabled(trained):  # a frozen model's FP8 weights need no transposed copy
-            chunk = GPTModel(
-                config,
-                block_spec(config, vp_stage, backend),
-                vocab_size=padded,
-                max_sequence_length=architecture.max_sequence_length,
-                pre_process=layout.pipeline.is_first and stage == 0,
-                post_process=layout.pipeline.is_last and stage == num_chunks - 1,
-                share_embeddings_and_output_weights=architecture.tied,
-                position_embedding_type="rope",
-                vp_stage=vp_stage,
-            )
-        set_rope(chunk, architecture.rope, architecture.kv_channels, architecture.max_sequence_length)
-        emulate_fp8(chunk.decoder, precision)
-        add_lora(chunk, lora, seed=train.seed)
-        mark_experts(chunk)
-        if routing is not None:
-            watch_routers(chunk, routing)
-        if config.use_cpu_initialization or architecture.experts is not None:  # else they were made where they belong
-            chunk.to(layout.device)
-        if chunk.post_process:
-            layer_class = type(chunk.output_layer)
-            chunk.output_layer.__class__ = type(f"PassThrough{layer_class.__name__}", (_PassThrough, layer_class), {})
-        chunks.append(chunk)
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
+    chunks = [
+        _build_chunk(
+            architecture, layout, config, stage, num_chunks, padded, backend, precision, lora, train.seed, trained
+        )
+        for stage in range(num_chunks)
+    ]
     torch.set_rng_state(rng_state)
+    if routing is not None:
+        for chunk in chunks:
+            watch_routers(chunk, routing)
     width = padded // layout.tensor.size
     start = layout.tensor.rank * width
     shard = VocabShard(start, start + width, vocab_size, layout.tensor.group)
@@ -376,6 +286,41 @@ def build_model(
     )
 
 
-def _leave(weight: torch.Tensor) -> torch.Tensor:
-    """An initialiser that draws nothing."""
-    return weight
+def _build_chunk(
+    architecture: Architecture,
+    layout: Layout,
+    config: TransformerConfig,
+    stage: int,
+    num_chunks: int,
+    padded: int,
+    backend: str,
+    precision: PrecisionConfig,
+    lora: LoraConfig,
+    seed: int,
+    trained: bool,
+) -> GPTModel:
+    """One of this rank's stages: Megatron's GPTModel with what is ours in it. Draws from torch's generator."""
+    vp_stage = stage if num_chunks > 1 else None
+    torch.manual_seed(seed + get_transformer_layer_offset(config, vp_stage=vp_stage))
+    with torch.set_grad_enabled(trained):  # a frozen model's FP8 weights need no transposed copy
+        chunk = GPTModel(
+            config,
+            block_spec(config, vp_stage, backend),
+            vocab_size=padded,
+            max_sequence_length=architecture.max_sequence_length,
+            pre_process=layout.pipeline.is_first and stage == 0,
+            post_process=layout.pipeline.is_last and stage == num_chunks - 1,
+            share_embeddings_and_output_weights=architecture.tied,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+    set_rope(chunk, architecture.rope, architecture.kv_channels, architecture.max_sequence_length)
+    emulate_fp8(chunk.decoder, precision)
+    add_lora(chunk, lora, seed=seed)
+    mark_experts(chunk)
+    if config.use_cpu_initialization or architecture.experts is not None:  # else they were made where they belong
+        chunk.to(layout.device)
+    if chunk.post_process:
+        layer_class = type(chunk.output_layer)
+        chunk.output_layer.__class__ = type(f"PassThrough{layer_class.__name__}", (_PassThrough, layer_class), {})
+    return chunk

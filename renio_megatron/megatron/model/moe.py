@@ -105,9 +105,6 @@ class Routing:
     denominator, which is the sum of the w_b: 1 in distillation, and in fine-tuning, whose denominator counts tokens,
     the sequence's completion tokens. The layers' losses are added, as Megatron does it. All tokens that the model reads
     count, prompts included, and no padding. Only the step's own passes count; scoring and sampling do nothing here.
-
-    Attributes:
-        per_token: whether the step's denominator counts completion tokens; else it counts sequences.
     """
 
     def __init__(
@@ -115,7 +112,7 @@ class Routing:
     ) -> None:
         """`coefficient` is c; the tensor ranks have different tokens where `sequence_parallel`."""
         assert architecture.experts is not None
-        self.per_token = False
+        self._counts_tokens = False
         self._experts, self._layout, self._coefficient = architecture.experts, layout, coefficient
         self._pieces = layout.tensor if sequence_parallel else None
         self._read: _Read | None = None
@@ -125,6 +122,10 @@ class Routing:
         # Of each layer: tokens of each expert; sums of entropy, of weight x loss, and of weights.
         size = (architecture.num_layers, self._experts.count + 3)
         self._sums = torch.zeros(size, dtype=torch.float64, device=layout.device)
+
+    def count_tokens(self) -> None:
+        """From now on the step's denominator counts completion tokens, and not sequences."""
+        self._counts_tokens = True
 
     def begin_step(self) -> None:
         """Forgets what an earlier step left."""
@@ -141,7 +142,7 @@ class Routing:
         if self._pieces is not None:
             sequence_of = sequence_of.chunk(self._pieces.size)[self._pieces.rank]
         lengths = micro_batch.lengths.float()
-        self._read = _Read(sequence_of.flatten(), lengths if self.per_token else torch.ones_like(lengths))
+        self._read = _Read(sequence_of.flatten(), lengths if self._counts_tokens else torch.ones_like(lengths))
 
     def observe(self, layer: int, logits: torch.Tensor, probs: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
         """`probs`, whose backward pass adds the gradient of the load-balancing loss to that of the logits.

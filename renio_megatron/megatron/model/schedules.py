@@ -26,7 +26,7 @@ def run_forward(part: ModelPart, micro_batches: Sequence[MicroBatch], on_rows: O
     def collect(index: int, micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool = True) -> Any:
         return on_rows(index, micro_batch, part.completion_rows(output, micro_batch.row_index))
 
-    part.settle()
+    part.sync_params()
     with torch.no_grad():
         found = _run(part, part.chunks, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
     for chunk in part.chunks:  # which would keep what the stage before it sent last

@@ -69,8 +69,8 @@ class MegatronLearner:
         `per_token` says whether the loss's denominators count completion tokens or sequences, for the routers.
         """
         self.part = part
-        if part.routing is not None:
-            part.routing.per_token = per_token
+        if part.routing is not None and per_token:
+            part.routing.count_tokens()
         self._head = head
         self._train = train
         self._temperature = temperature
@@ -96,7 +96,7 @@ class MegatronLearner:
         self._is_stale = False
         self._overlaps_gather = parallel.overlap_param_gather
         self.spare_rows = SpareRows(part, self.optimizer)
-        part.settle = self._settle
+        part.on_use(self._sync_params)
         self._has_looked = part.backend != "te" or not part.layout.is_main
 
     def optimizer_form(self) -> dict[str, bool]:
@@ -231,7 +231,7 @@ class MegatronLearner:
             if (warning := slow_attention()) is not None:
                 logger.warning(warning)
 
-    def _settle(self) -> None:
+    def _sync_params(self) -> None:
         """The weights as they are after the last step, everywhere, and the rows beyond V as before it.
 
         With overlap_param_gather Megatron gathers every rank's share under way in the next forward pass of training;

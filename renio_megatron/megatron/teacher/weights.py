@@ -133,7 +133,7 @@ class MovingAverage(Present):
         """
         super().__init__(part)
         self._decay = decay
-        part.settle()
+        part.sync_params()
         trained = [parameter for _, parameter in part.trained_parameters()]
         count = torch.tensor(float(len(trained)), device=part.layout.device)
         dist.all_reduce(count)
@@ -151,7 +151,7 @@ class MovingAverage(Present):
 
         Parameters point to other memory meanwhile; their own, where DDP's buffers have it, is not written to.
         """
-        self.part.settle()  # afterwards there is nothing to gather into the parameters' own memory
+        self.part.sync_params()  # afterwards there is nothing to gather into the parameters' own memory
         own = [parameter.data for parameter, _ in self.averages]
         try:
             for parameter, average in self.averages:
@@ -178,7 +178,7 @@ class MovingAverage(Present):
         self._head = None
         if skipped:
             return
-        self.part.settle()
+        self.part.sync_params()
         for parameter, average in self.averages:
             average.mul_(self._decay).add_(parameter, alpha=1.0 - self._decay)
 

@@ -96,26 +96,7 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
     """
     recipe = checked_recipe("train", path, overrides)
     assert isinstance(recipe.config, DistillationConfig)
-    if recipe.config.teacher.routes:
-        raise ConfigError(
-            "renio compare-precision compares one teacher, and the recipe has teacher.routes. Give one of them as "
-            "teacher.kind and teacher.model."
-        )
-    if any(one.has_own_layout for one in recipe.config.teachers):
-        raise ConfigError(
-            "renio compare-precision holds the teacher in the student's layout; the recipe gives it one of its own. "
-            "Compare with teacher.ranks=colocated and the keys of teacher.parallel null."
-        )
-    if recipe.config.lora.r is not None:
-        raise ConfigError(
-            f"renio compare-precision: FP8 products beside adapters are not built (lora.r={recipe.config.lora.r}). "
-            "Compare with lora.r=null, or with the merged model."
-        )
-    if recipe.config.teacher.kind in ("ema", "current"):
-        raise ConfigError(
-            f"renio compare-precision: teacher.kind={recipe.config.teacher.kind} is the student in its own precision. "
-            "Compare with teacher.kind=initial, which it is at the first step."
-        )
+    _refuse(recipe.config)
     set_hardware_variables_of(recipe.config)
 
     from rich.console import Console
@@ -167,6 +148,30 @@ def describe(precision: PrecisionConfig) -> str:
         start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
         words.append(f"but the first {start} and the last {end} layers")
     return ", ".join([*words, "emulated" if precision.emulate_fp8 else "Transformer Engine"])
+
+
+def _refuse(config: DistillationConfig) -> None:
+    """Raises `ConfigError` for a recipe that cannot be compared."""
+    if config.teacher.routes:
+        raise ConfigError(
+            "renio compare-precision compares one teacher, and the recipe has teacher.routes. Give one of them as "
+            "teacher.kind and teacher.model."
+        )
+    if any(one.has_own_layout for one in config.teachers):
+        raise ConfigError(
+            "renio compare-precision holds the teacher in the student's layout; the recipe gives it one of its own. "
+            "Compare with teacher.ranks=colocated and the keys of teacher.parallel null."
+        )
+    if config.lora.r is not None:
+        raise ConfigError(
+            f"renio compare-precision: FP8 products beside adapters are not built (lora.r={config.lora.r}). "
+            "Compare with lora.r=null, or with the merged model."
+        )
+    if config.teacher.kind in ("ema", "current"):
+        raise ConfigError(
+            f"renio compare-precision: teacher.kind={config.teacher.kind} is the student in its own precision. "
+            "Compare with teacher.kind=initial, which it is at the first step."
+        )
 
 
 def _make(output: str | None) -> None:
