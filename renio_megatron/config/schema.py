@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from renio_megatron.config import (
     CheckpointConfig,
@@ -23,6 +22,7 @@ from renio_megatron.config import (
     TrainConfig,
     WeightingConfig,
 )
+from renio_megatron.config.lazy import imported
 from renio_megatron.config.teachers import TeacherSpec, fewest_ranks, num_teacher_ranks, resolve_teachers
 from renio_megatron.config.validators import require_choice
 
@@ -203,16 +203,6 @@ def schema_of(algorithm: str) -> type[JobConfig]:
     """The class of an algorithm's settings; raises `ConfigError` for a name that is not in the table."""
     require_choice("algorithm", algorithm, ALGORITHMS)
     return imported(ALGORITHMS[algorithm])
-
-
-def imported(place: str) -> Any:
-    """What `module:name` names.
-
-    >>> imported("math:floor")(2.5)
-    2
-    """
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)

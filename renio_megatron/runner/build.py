@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from renio_megatron.config.lazy import imported
 from renio_megatron.config.resume import to_yaml
-from renio_megatron.config.schema import DistillationConfig, JobConfig, imported
+from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.evaluation.evaluator import Evaluator
 from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights

@@ -220,7 +220,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
         room=_room(config, architecture, teachers),
         now=now,
     )
-    first = stream.batch(0, _num_checked(source, config.train))
+    first = stream.batch(0, _num_checked(source, config.train, config.data.source_info.has_records))
     for one in config.teachers:
         if one.kind != "separate":
             check_views_differ([prompt for prompt in first if prompt.teacher == one.name], one.kind)
@@ -290,12 +290,12 @@ def _room(config: JobConfig, student: Architecture, teachers: Mapping[str, Teach
     return Room(student.max_sequence_length, positions, completion, config.evaluate.max_completion_length or completion)
 
 
-def _num_checked(source: Source, train: TrainConfig) -> int:
+def _num_checked(source: Source, train: TrainConfig, has_records: bool) -> int:
     """Prompts that are built once at setup, so that a bad one is found before step 1.
 
     Of a file's records all that the run will use; of generated problems, which are all alike, a few.
     """
     used = train.train_iters * train.global_batch_size
-    if source.size is None or source.name not in ("jsonl", "datasets"):
+    if source.size is None or not has_records:
         return min(8, used)
     return min(source.size, used)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.schema import JobConfig, Recipe
-from renio_megatron.data.sources.files import check_file
+from renio_megatron.data.sources import check_files
 from renio_megatron.errors import on_every_rank
 
 
 def check_data(config: JobConfig) -> None:
     """Raises `ConfigError` or `DataError` where a file of records is not there, or not what it should be."""
-    check_file(config.data, "train")
+    check_files(config.data, "train")
     if config.evaluate.every:
-        check_file(config.data, "eval")
+        check_files(config.data, "eval")
 
 
 def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from renio_megatron.config import DataConfig
-from renio_megatron.data.sources import build_source
-from renio_megatron.data.sources.files import check_file
+from renio_megatron.data.sources import build_source, check_files
 from renio_megatron.data.sources.row_files import rows_of
 from renio_megatron.errors import DataError
 
@@ -52,7 +51,7 @@ def test_every_form_holds_the_same_records(form: str, suffix: str, tmp_path: Pat
     WRITERS[form](path)
     assert [row for _, row in rows_of(path, "data.path")] == ROWS
     config = DataConfig(source="jsonl", path=str(path), eval_path=str(path))
-    check_file(config, "train")
+    check_files(config, "train")
     source = build_source(config, "eval")
     assert (source.size, source.has_answers) == (3, True)
     assert [source.record(place).problem for place in range(3)] == [row["problem"] for row in ROWS]
@@ -105,12 +104,12 @@ def test_of_a_large_file_the_first_records_are_looked_at(tmp_path: Path, monkeyp
     path = tmp_path / "a.jsonl"
     config = DataConfig(source="jsonl", path=str(path))
     path.write_text(LINES + "{\n")
-    check_file(config, "train")
+    check_files(config, "train")
     with pytest.raises(DataError, match=r"a\.jsonl:4"):
         build_source(config, "train")
     path.write_text("{\n" + LINES)
     with pytest.raises(DataError, match=r"a\.jsonl:1"):
-        check_file(config, "train")
+        check_files(config, "train")
 
 
 @pytest.mark.parametrize(

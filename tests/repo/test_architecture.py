@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "config": (
-        ("validators", "templates", "parser"),
+        ("lazy", "validators", "templates", "parser"),
         ("sections",),
         ("teachers",),
         ("schema",),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,15 @@ output_dir: run
 
 @dataclass(frozen=True)
 class Change:
-    """What is added: files, and lines after given ones; the settings that use it; what shows that it was used."""
+    """What is added: files, and lines after given ones; the settings that use it; what shows that it was used; settings
+    that are refused beside it, with words of the message."""
 
     files: dict[str, str]
     lines: dict[str, tuple[str, str]]
     settings: tuple[str, ...]
     sign: Callable[[Path, str], bool]
     recipe: str = RECIPE
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 ECHO = '''"""An algorithm that counts the tokens of given completions, and learns nothing."""
@@ -72,6 +75,32 @@ def build(parts):
     return Echo(parts), ()
 '''
 
+HELLINGER = '''"""Squared Hellinger distance: sum_v (sqrt p_S - sqrt p_T)^2 / 2, between 0 and 1."""
+
+
+def terms(student_logp, teacher_logp, beta=0.0):
+    student, teacher = student_logp.div(2).exp_(), teacher_logp.div(2).exp_()
+    return (student - teacher).square_().div_(2), student.mul(student - teacher).div_(2)
+'''
+
+COUNTING = '''"""Problems of one digit, whose answer is the digit."""
+
+from renio_megatron.data.sources.source import Record, Source
+
+
+def counting_source(config, split):
+    def read(index):
+        digit = str(index % 10)
+        return Record(f"^{digit}+0=", f"+0{digit}", digit, where=f"counting {index}")
+
+    return Source("counting", read, grader="modchain", size=10, has_all_solutions=True)
+'''
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 CHANGES = {
     "algorithm": Change(
         files={"training/algorithms/echo.py": ECHO},
@@ -85,6 +114,30 @@ CHANGES = {
         # A solution of the modular chain has 24 symbols and an end.
         sign=lambda run, _: '"loss": 50.0' in (run / "metrics.jsonl").read_text(),
         recipe="\n".join(line for line in RECIPE.splitlines() if not line.startswith(("rollout", "teacher"))),
+    ),
+    "divergence": Change(
+        files={"objective/divergences/hellinger.py": HELLINGER},
+        lines={
+            "objective/divergences/__init__.py": (
+                '    "jsd": DivergenceInfo(takes_beta=True),\n',
+                '    "hellinger": DivergenceInfo(),\n',
+            )
+        },
+        settings=("loss.divergence=hellinger",),
+        sign=lambda run, _: all(0 < loss < 1 for loss in _losses(run)),
+        refused={"loss.beta=0.3": "loss.beta is set but would be ignored: loss.divergence names a divergence without"},
+    ),
+    "source": Change(
+        files={"data/sources/counting.py": COUNTING},
+        lines={
+            "config/sections/data.py": (
+                "SOURCES: dict[str, SourceInfo] = {\n",
+                '    "counting": SourceInfo(f"{_SOURCES}.counting:counting_source", has_records=True),\n',
+            )
+        },
+        settings=("data.source=counting",),
+        sign=lambda run, out: "^7+0=" in out or "+0=" in out,
+        refused={"data.task=any": "data.task is set but would be ignored"},
     ),
 }
 
@@ -105,17 +158,24 @@ def test_a_change_is_a_file_and_a_line(name, tmp_path):
     ).stdout.splitlines()
     rows = [row.split("\t") for row in found if "__pycache__" not in row]
     assert len(rows) == len(change.files) + len(change.lines), found
-    changed = [row for row in rows if not row[2].split("/")[-1].startswith(tuple(Path(f).name for f in change.files))]
-    assert [row[:2] for row in changed] == [["1", "0"]] * len(change.lines), found
+    changed = [row[:2] for row in rows if "dev/null" not in row[2]]
+    assert changed == [["1", "0"]] * len(change.lines), found
 
     (tmp_path / "recipe.yaml").write_text(change.recipe)
-    done = subprocess.run(
-        [sys.executable, "-m", "renio_megatron.cli.main", "train", "recipe.yaml", *change.settings],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "tree"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+
+    def train(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "renio_megatron.cli.main", "train", "recipe.yaml", *change.settings, *more],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "tree"), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    done = train()
     assert done.returncode == 0, done.stdout + done.stderr
     assert change.sign(tmp_path / "run", done.stdout), done.stdout
+    for setting, words in change.refused.items():
+        refused = train(setting, "output_dir=other")
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from renio_megatron.config.rules.ignored import CHOICES
+from renio_megatron.config.sections.data import SOURCES
 from renio_megatron.config.sections.teacher import TEACHER_KINDS
-from renio_megatron.data.sources import SOURCES
 from renio_megatron.evaluation.graders import GRADERS
 from renio_megatron.megatron.teacher.weights import KINDS
 from renio_megatron.models.families import FAMILIES, MOE_FAMILIES

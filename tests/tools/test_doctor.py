@@ -121,7 +121,7 @@ def test_one_process_alone_is_examined(monkeypatch):
         f"{loss}, {divergence}" for divergence in divergences for loss in ("loss", "linear loss")
     ]
     monkeypatch.setattr(doctor, "device_identity", lambda device: "GPU-1")
-    monkeypatch.setattr(doctor, "_gathered", lambda layout, mine: [mine, mine])
+    monkeypatch.setattr(doctor, "gather_objects", lambda mine: [mine, mine])
     shared = list(check_world(Layout()))[1]
     assert not shared.is_good
     assert "ranks 0 and 1 share a GPU" in shared.found

@@ -39,7 +39,7 @@ def _check_routes(config: Any) -> None:
     routes, parallel = config.teacher.routes, config.parallel
     if not routes:
         return
-    if config.data.source not in ("jsonl", "datasets"):
+    if not config.data.source_info.has_records:
         raise ConfigError(
             f"teacher.routes with data.source={config.data.source}: a column of each record names its teacher, and the "
             "problems of this source have no columns. Choose data.source=jsonl or datasets, or give one teacher."

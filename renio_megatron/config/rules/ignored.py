@@ -6,21 +6,23 @@ A setting that would be ignored is an error, because whoever wrote it believes t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from renio_megatron.config import TeacherParallelConfig, TeacherPrecisionConfig
+from renio_megatron.config.sections.data import SOURCES
 from renio_megatron.config.teachers import TeacherSpec
 from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
+from renio_megatron.objective.divergences import DIVERGENCE_INFO
 
-# Names that are looked up in tables of modules which import torch; repeated here so that a typo is found without it.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "loss.divergence": ("forward_kl", "reverse_kl", "jsd"),
+# Names that tables know. Of modules which import torch they are repeated here, so that a typo is found without it.
+CHOICES: dict[str, Collection[str]] = {
+    "loss.divergence": DIVERGENCE_INFO,
     "weighting.name": ("renio", "uniform"),
-    "data.source": ("modchain", "jsonl", "datasets", "reasoning_gym"),
+    "data.source": SOURCES,
     "data.grader": ("modchain", "number", "reasoning_gym", "none"),
 }
 
@@ -49,25 +51,23 @@ def _all_routes_have(config: Any, key: str) -> bool:
 
 
 def _reads_files(config: Any) -> bool:
-    return config.data.source in ("jsonl", "datasets")
+    return "path" in config.data.source_info.settings
 
 
 _IGNORED_BY_ALL = (
     _Ignored(
-        (
-            "data.path",
-            "data.eval_path",
-            "data.problem_key",
-            "data.solution_key",
-            "data.answer_key",
-            "data.teacher_key",
-        ),
+        ("data.path", "data.eval_path"),
         lambda config: not _reads_files(config),
         "only the sources jsonl and datasets read records",
     ),
     _Ignored(
+        ("data.problem_key", "data.solution_key", "data.answer_key", "data.teacher_key"),
+        lambda config: not config.data.source_info.has_records,
+        "only the sources jsonl and datasets read records",
+    ),
+    _Ignored(
         ("data.task", "data.size"),
-        lambda config: config.data.source != "reasoning_gym",
+        lambda config: "task" not in config.data.source_info.settings,
         "only data.source=reasoning_gym generates problems of a task",
     ),
     _Ignored(
@@ -192,7 +192,7 @@ _IGNORED_BY_DISTILLATION = (
     ),
     _Ignored(
         ("loss.beta",),
-        lambda config: config.loss.divergence in ("forward_kl", "reverse_kl"),
+        lambda config: config.loss.divergence is not None and not DIVERGENCE_INFO[config.loss.divergence].takes_beta,
         "loss.divergence names a divergence without that parameter",
     ),
     _Ignored(
@@ -257,7 +257,7 @@ _NEEDED_BY_ALL = (
     ),
     _Needed(
         "data.task",
-        lambda config: config.data.source == "reasoning_gym",
+        lambda config: "task" in config.data.source_info.settings,
         "it names the generator of reasoning_gym, for example gsm_symbolic",
     ),
 )

@@ -8,6 +8,41 @@ from renio_megatron.config.templates import check_template
 from renio_megatron.config.validators import require_choice, require_positive
 
 
+@dataclass(frozen=True)
+class SourceInfo:
+    """What is known of a source before its data is touched.
+
+    Attributes:
+        opener: `module:function`, (DataConfig, split) -> Source.
+        settings: keys of this section that it reads and others do not.
+        has_records: whether people bring its records, with columns: then all that a run will use are looked at before
+            it starts, and a column may name a record's teacher.
+        check: `module:function`, (DataConfig, split) -> None, which looks at the files before a rank starts; or None.
+    """
+
+    opener: str
+    settings: tuple[str, ...] = ()
+    has_records: bool = False
+    check: str | None = None
+
+
+_SOURCES = "renio_megatron.data.sources"
+SOURCES: dict[str, SourceInfo] = {
+    "modchain": SourceInfo(f"{_SOURCES}.generated:modchain_source"),
+    "jsonl": SourceInfo(
+        f"{_SOURCES}.files:jsonl_source", ("path", "eval_path"), has_records=True, check=f"{_SOURCES}.files:check_jsonl"
+    ),
+    "datasets": SourceInfo(
+        f"{_SOURCES}.files:datasets_source",
+        ("path", "eval_path"),
+        has_records=True,
+        check=f"{_SOURCES}.files:check_datasets",
+    ),
+    "reasoning_gym": SourceInfo(f"{_SOURCES}.generated:reasoning_gym_source", ("task", "size")),
+}
+"""By the name in `data.source`: a line for each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where problems come from and how the two models see them.
@@ -51,6 +86,12 @@ class DataConfig:
     grader: str | None = None
     grader_errors: str = "raise"
     max_prompt_length: int = 4096
+
+    @property
+    def source_info(self) -> SourceInfo:
+        """What is known of the source; raises `ConfigError` for a name that is not in `SOURCES`."""
+        require_choice("data.source", self.source, SOURCES)
+        return SOURCES[self.source]
 
     def __post_init__(self) -> None:
         require_positive("data", size=self.size, max_prompt_length=self.max_prompt_length)

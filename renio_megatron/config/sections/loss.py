@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
+from renio_megatron.objective.divergences import DIVERGENCE_INFO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,11 @@ class LossConfig:
     entry_floor: float | None = 0.0
 
     def __post_init__(self) -> None:
-        if self.divergence == "jsd" and self.beta in (0.0, 1.0):
-            raise ConfigError(f"loss.divergence=jsd needs loss.beta strictly between 0 and 1; got {self.beta}.")
+        info = DIVERGENCE_INFO.get(self.divergence or "")  # an unknown name is refused with the others
+        if info is not None and info.takes_beta and self.beta in (0.0, 1.0):
+            raise ConfigError(
+                f"loss.divergence={self.divergence} needs loss.beta strictly between 0 and 1; got {self.beta}."
+            )
         if not 0.0 <= self.beta <= 1.0:
             raise ConfigError(f"loss.beta must lie in [0, 1] (0: forward KL, 1: reverse KL); got {self.beta}.")
         if not 0.0 < self.temperature < float("inf"):

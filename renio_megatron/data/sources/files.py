@@ -50,17 +50,16 @@ def _read_file(config: DataConfig, split: str, most: int | None = None) -> tuple
     return records, _all_or_none_have_answers(records, config), notices
 
 
-def check_file(config: DataConfig, split: str) -> None:
-    """Raises `DataError` where a split's file is missing, none of the formats, or lacks a column.
+def check_jsonl(config: DataConfig, split: str) -> None:
+    """Raises `DataError` where a split's file is missing, none of the formats, or lacks a column."""
+    path = _path_of(config, split)
+    is_small = path.is_file() and path.stat().st_size <= _READ_WHOLE
+    _read_file(config, split, None if is_small else _FIRST_RECORDS)
 
-    A large file's first records alone are read: the ranks read the others.
-    """
-    if config.source == "datasets":
-        _directory_of(config, split)
-    elif config.source == "jsonl":
-        path = _path_of(config, split)
-        is_small = path.is_file() and path.stat().st_size <= _READ_WHOLE
-        _read_file(config, split, None if is_small else _FIRST_RECORDS)
+
+def check_datasets(config: DataConfig, split: str) -> None:
+    """Raises `DataError` where a split's directory is missing."""
+    _directory_of(config, split)
 
 
 def _directory_of(config: DataConfig, split: str) -> Path:

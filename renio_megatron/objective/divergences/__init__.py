@@ -12,15 +12,17 @@ changes nothing else: a clamped entry still carries -p_S(j) G through the normal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-
-import torch
+from importlib import import_module
+from typing import TYPE_CHECKING, TypeAlias
 
 from renio_megatron.errors import ConfigError
-from renio_megatron.objective.divergences import forward_kl, jsd, reverse_kl
 
-Terms = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+
+Terms: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,48 @@ class Divergence:
     total_slope: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": Divergence(forward_kl.terms, "teacher", forward_kl.total_slope),
-    "reverse_kl": Divergence(reverse_kl.terms, "student", reverse_kl.total_slope),
-    "jsd": Divergence(jsd.terms),
+@dataclass(frozen=True)
+class DivergenceInfo:
+    """What is known of a divergence before torch is imported.
+
+    Attributes:
+        takes_beta: whether it has the parameter beta, strictly between 0 and 1.
+        module: of `terms`, and where it has them of `mean_under` and `total_slope`; None: the file of its name here.
+    """
+
+    takes_beta: bool = False
+    module: str | None = None
+
+
+DIVERGENCE_INFO: dict[str, DivergenceInfo] = {
+    "forward_kl": DivergenceInfo(),
+    "reverse_kl": DivergenceInfo(),
+    "jsd": DivergenceInfo(takes_beta=True),
 }
+"""By name: a line for each file."""
+
+
+class _Divergences(Mapping[str, Divergence]):
+    """Name -> divergence, whose file is imported when it is asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Divergence] = {}
+
+    def __getitem__(self, name: str) -> Divergence:
+        if name not in self._made:
+            module = import_module(DIVERGENCE_INFO[name].module or f"{__name__}.{name}")
+            more = {key: getattr(module, key, None) for key in ("mean_under", "total_slope")}
+            self._made[name] = Divergence(module.terms, **more)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(DIVERGENCE_INFO)
+
+    def __len__(self) -> int:
+        return len(DIVERGENCE_INFO)
+
+
+DIVERGENCES: Mapping[str, Divergence] = _Divergences()
 
 
 def divergence_of(beta: float, name: str | None = None) -> Divergence:

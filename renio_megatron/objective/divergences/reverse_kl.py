@@ -6,6 +6,8 @@ import torch
 
 from renio_megatron.objective.divergences.zero_probability import drop_impossible_
 
+mean_under = "student"
+
 
 def terms(
     student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float = 1.0

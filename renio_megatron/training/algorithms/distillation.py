@@ -90,8 +90,10 @@ class Distillation:
         batches = self.learner.arrange(rollouts)
         targets = self.teacher.score(rollouts, batches)
         clock.append(time.perf_counter())
-        sampler_logp = flat_logp(rollouts).to(self._layout.device)
-        student_logp = self.learner.score(batches) if self._recompute else sampler_logp
+        sampler_logp = None
+        if not self._recompute or all(rollout.logp is not None for rollout in rollouts):
+            sampler_logp = flat_logp(rollouts).to(self._layout.device)
+        student_logp = sampler_logp if sampler_logp is not None and not self._recompute else self.learner.score(batches)
         sample = self.weigh(rollouts, student_logp, targets)
         loss = WeightedLoss(targets, sample, self._loss, self._head, sampler_logp=sampler_logp)
         metrics = self.learner.update(batches, loss, step=step, lr=self._lr_at(step))

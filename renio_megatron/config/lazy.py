@@ -1,0 +1,16 @@
+"""What is named by a table and imported when it is chosen: so a table's names are known without torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+def imported(place: str) -> Any:
+    """What `module:name` names.
+
+    >>> imported("math:floor")(2.5)
+    2
+    """
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
