@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
-from renio_megatron.config.load import load_recipe
+from renio_megatron.config.load import check_world, load_recipe
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.resume import differences, to_yaml
 from renio_megatron.config.schema import DistillationConfig, SftConfig
@@ -373,3 +375,14 @@ def test_an_algorithm_selects_the_keys_of_a_recipe(write):
         load_recipe("sft", write(SFT), ["algorithm=distillation"])
     with pytest.raises(ConfigError, match="unknown key 'init'"):
         load_recipe("train", write(f"{TRAIN}init: random\n"))
+
+
+def test_a_weighting_that_is_divided_by_a_mean_needs_a_batch(train):
+    config = train("train: {global_batch_size: 2}\n").config
+    alone = replace(config, train=replace(config.train, global_batch_size=1))
+    other = replace(alone, weighting=replace(config.weighting, name="another"))
+    for one, name in ((alone, "renio"), (other, "another")):
+        with pytest.raises(ConfigError, match=f"weighting '{name}' needs at least 2 sequences"):
+            check_world(one, 1)
+    check_world(replace(alone, weighting=replace(config.weighting, name="uniform")), 1)
+    check_world(config, 1)
