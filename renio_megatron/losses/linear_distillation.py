@@ -59,8 +59,8 @@ def linear_distillation_loss(
         student_head: this rank's rows of the LM head, or of a tied embedding, [L, H], dtype of the hidden states.
             Frozen where it does not require a gradient.
         teacher_hidden: the teacher's at the same tokens, [N, H of the teacher]; no gradient flows.
-        teacher_head: the teacher's rows of the same columns, [L, H of the teacher]: `parallel.vocab.recut` cuts a head
-            anew whose edges differ.
+        teacher_head: the teacher's rows of the same columns, [L, H of the teacher]; `parallel.vocab.reshard_rows` cuts
+            a head again whose edges differ.
         token_ids, owner, num_sequences, loss, weighting, shard, batch_group, sequence_group, weights, sequence_lengths,
             state: as in `distillation_loss`.
         chunk_size: tokens whose logits exist at a time; None: `chunk_size.chunk_size_for` chooses.

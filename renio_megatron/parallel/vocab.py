@@ -54,6 +54,24 @@ class VocabShard:
                 "group with other ranks that could. Pass group=, or logits of the whole vocabulary."
             )
 
+    @classmethod
+    def for_vocab(
+        cls, vocab_size: int, group: dist.ProcessGroup | None = None, *, width: int | None = None
+    ) -> VocabShard:
+        """This rank's shard where all ranks of a group hold equally many columns, in the order of ranks.
+
+        Args:
+            vocab_size: V, without padding.
+            group: ranks that together hold the vocabulary, Megatron's tensor-parallel group; None: it is all here.
+            width: columns of each rank, padding included: the last dimension of its logits. None: as few as hold V.
+
+        >>> VocabShard.for_vocab(30, width=32)
+        VocabShard(start=0, stop=32, vocab_size=30, group=None)
+        """
+        size, rank = (1, 0) if group is None else (group.size(), group.rank())
+        columns = -(-vocab_size // size) if width is None else width
+        return cls(rank * columns, (rank + 1) * columns, vocab_size, group)
+
     @property
     def width(self) -> int:
         """Local columns L, padding included."""
@@ -243,7 +261,7 @@ def gather_sequence(piece: torch.Tensor, group: dist.ProcessGroup | None) -> tor
     return _GatherSequence.apply(piece, group)
 
 
-def recut(rows: torch.Tensor, have: VocabShard, want: VocabShard) -> torch.Tensor:
+def reshard_rows(rows: torch.Tensor, have: VocabShard, want: VocabShard) -> torch.Tensor:
     """A head whose rows are cut at `have`'s edges, cut at `want`'s: a teacher's, at its student's. [L, H] -> [L', H].
 
     Rows that `have` lacks, such as padding, are 0; rows that `want` has no place for are dropped. A collective of as

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from renio_megatron import LossConfig, VocabShard, linear_distillation_loss
 from renio_megatron.errors import LayoutError
-from renio_megatron.parallel.vocab import gather_sequence, recut
+from renio_megatron.parallel.vocab import gather_sequence, reshard_rows
 from tests.helpers.sharding import VOCABULARY_CUTS, CountingDispatch, columns, counting, vocabulary_edges
 from tests.helpers.vectors import DTYPES, exempt_entries, limit, load_cases, worst
 from tests.losses.test_loss_sharded import axes_of, first_third, one_rank_has_none, uneven_counts
@@ -182,7 +182,7 @@ def heads_cut_anew():
             (a, b), (c, d) = (vocabulary_edges(cut, group.size(), vocab)[group.rank()] for cut in (have_cut, want_cut))
             rows = columns(table.T, a, b).T
             want = VocabShard(c, d, vocab, group)
-            found = recut(rows, VocabShard(a, b, vocab, group), want)
+            found = reshard_rows(rows, VocabShard(a, b, vocab, group), want)
             expected = columns(table.T, c, d).nan_to_num(0.0).T
             yield f"{have_cut} to {want_cut}", worst(found, expected), 0.0
     # A teacher of a larger vocabulary: what the student lacks is dropped.
@@ -190,7 +190,7 @@ def heads_cut_anew():
     (a, b), (c, d) = (
         vocabulary_edges(cut, group.size(), v)[group.rank()] for cut, v in (("uneven", 31), ("uneven", 23))
     )
-    found = recut(more[a:b], VocabShard(a, b, 31, group), VocabShard(c, d, 23, group))
+    found = reshard_rows(more[a:b], VocabShard(a, b, 31, group), VocabShard(c, d, 23, group))
     yield "a larger vocabulary", worst(found, more[c:d]), 0.0
 
 
