@@ -19,6 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from renio_megatron.config.renamed import RENAMED
 from renio_megatron.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -365,6 +366,8 @@ def _refuse_unknown(key: str, keys: Keys, source: str) -> NoReturn:
     """Raises the error of a key that the schema lacks."""
     types, nested = keys.values, keys.sections
     section = key.rpartition(".")[0]
+    if (new := RENAMED.get(key)) is not None and (new in types or new in nested):
+        raise ConfigError(f"{source}: {key} is called {new} now. Change the name; its values are the same.")
     if key in types:
         name, _, last = key.rpartition(".")
         raise ConfigError(

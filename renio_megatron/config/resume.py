@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from renio_megatron.config.parser import literal
+from renio_megatron.config.renamed import RENAMED
 from renio_megatron.config.schema import SECTIONS, JobConfig
 from renio_megatron.errors import ConfigError
 
@@ -71,6 +72,7 @@ def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
         old, new = _flatten(yaml.safe_load(old_yaml)), _flatten(yaml.safe_load(to_yaml(config)))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError("the settings are not a mapping in YAML.") from error
+    old = {RENAMED.get(key, key): value for key, value in old.items()}
     for key in new.keys() - old.keys():  # a setting that is newer than what was written
         old[key] = _default_of(config, key)
     return {

@@ -129,7 +129,7 @@ class ChunkedLoss:
     def find_log_probabilities(self) -> None:
         """Only `student_logp` and `teacher_logp`, for weights that need every token's before the first gradient."""
         for rows in slices(len(self._hidden), self._size):
-            found = self._passes.normalisers(
+            found = self._passes.normalizers(
                 self._student.project(rows), self._teacher.project(rows), self._token_ids[rows]
             )
             self.student_logp[rows], self.teacher_logp[rows] = found.student_logp, found.teacher_logp
@@ -147,12 +147,12 @@ class ChunkedLoss:
             narrow = torch.empty_like(self._student.buffer, dtype=hidden.dtype)
         for rows in slices(len(hidden), self._size):
             student, teacher = self._student.project(rows), self._teacher.project(rows)
-            normalisers = self._passes.normalisers(student, teacher, self._token_ids[rows])
+            normalizers = self._passes.normalizers(student, teacher, self._token_ids[rows])
             gradient = None
             if self.trains:
                 gradient = student if narrow is None else narrow[: len(student)]
-            totals = self._passes.totals_and_gradient(student, teacher, normalisers, scale_N[rows], gradient)
-            self.student_logp[rows], self.teacher_logp[rows] = normalisers.student_logp, normalisers.teacher_logp
+            totals = self._passes.totals_and_gradient(student, teacher, normalizers, scale_N[rows], gradient)
+            self.student_logp[rows], self.teacher_logp[rows] = normalizers.student_logp, normalizers.teacher_logp
             self.value_N[rows], self.clipped_N[rows] = totals.value, totals.clipped
             if gradient is not None and self._hidden_gradient is not None:
                 torch.mm(gradient, head, out=self._hidden_gradient[rows])

@@ -41,7 +41,7 @@ class DistillationOutput:
         is_pivotal: whether each token is pivotal, bool [N].
         token_divergence: divergence of each token after the entry bounds, unweighted, nats [N].
         clipped_entries: vocabulary entries of each token that `entry_clip` cut, [N]; zeros where nothing is clipped.
-        state: pass it to the next optimiser step's call (`normalise="ema"`).
+        state: pass it to the next optimiser step's call (`normalize="ema"`).
     """
 
     loss: torch.Tensor
@@ -89,7 +89,7 @@ def distillation_loss(
             over the group is the loss, and weights are whole on every rank.
         weights: finished weights [B], in place of the weighting's.
         sequence_lengths: tokens of each whole sequence [B]; None: counted (over `sequence_group`).
-        state: the previous step's `out.state` (`normalise="ema"`).
+        state: the previous step's `out.state` (`normalize="ema"`).
         overwrite_logits: let the gradient be written where `student_logits` was; saves [N, L], and nobody may read the
             logits afterwards. Without it no input is changed.
 
@@ -116,10 +116,10 @@ def distillation_loss(
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     with torch.no_grad():
         passes = Passes(loss, shard)
-        normalisers = passes.normalisers(student_logits, teacher_logits, token_ids)
+        normalizers = passes.normalizers(student_logits, teacher_logits, token_ids)
         sample = sample_weights(
-            normalisers.student_logp,
-            normalisers.teacher_logp,
+            normalizers.student_logp,
+            normalizers.teacher_logp,
             owner,
             num_sequences,
             weighting,
@@ -135,7 +135,7 @@ def distillation_loss(
         gradient = None
         if needs_gradient:
             gradient = student_logits.detach() if overwrite_logits else torch.empty_like(student_logits)
-        totals = passes.totals_and_gradient(student_logits, teacher_logits, normalisers, scale_N, gradient)
+        totals = passes.totals_and_gradient(student_logits, teacher_logits, normalizers, scale_N, gradient)
         value = (scale_N * totals.value).sum()
     if needs_gradient:
         value = FinishedGradient.apply(student_logits, value, gradient)

@@ -22,8 +22,8 @@ from renio_megatron.parallel.reductions import batch_mean, group_means, sum_piec
 
 def applied_cap(config: WeightingConfig) -> float | None:
     """The bound that is in force: a cap applies after `batch` and `group` only, and not to uniform weights."""
-    normalised = config.name in WEIGHTINGS and WEIGHTINGS[config.name].is_normalised
-    return config.cap if normalised and config.normalise in ("batch", "group") else None
+    normalized = config.name in WEIGHTINGS and WEIGHTINGS[config.name].is_normalized
+    return config.cap if normalized and config.normalize in ("batch", "group") else None
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,23 @@ def sample_weights(
     if sequence_lengths is None:
         sequence_lengths = table[:, 0]
     raw = raw_weight(table[:, 1:3], temperature=config.temperature)
-    unnormalised = strategy.raw_weight(table[:, 3:], temperature=config.temperature)
+    unnormalized = strategy.raw_weight(table[:, 3:], temperature=config.temperature)
 
-    normalise = config.normalise if strategy.is_normalised and weights is None else "none"
+    normalize = config.normalize if strategy.is_normalized and weights is None else "none"
     cap = applied_cap(config)
-    if normalise == "group":
+    if normalize == "group":
         assert config.group_size is not None  # the settings see to it
-        means, batch_size = group_means(unnormalised, config.group_size, batch_group)
-        finished = divide_and_cap(unnormalised, means, cap)
+        means, batch_size = group_means(unnormalized, config.group_size, batch_group)
+        finished = divide_and_cap(unnormalized, means, cap)
     else:
-        mean, batch_size = batch_mean(unnormalised, batch_group)
-        if normalise == "ema":
+        mean, batch_size = batch_mean(unnormalized, batch_group)
+        if normalize == "ema":
             state = moving_average(mean, state, config.ema_decay)
-            finished = divide_and_cap(unnormalised, state, None)
-        elif normalise == "batch":
-            finished = divide_and_cap(unnormalised, mean, cap)
+            finished = divide_and_cap(unnormalized, state, None)
+        elif normalize == "batch":
+            finished = divide_and_cap(unnormalized, mean, cap)
         else:
-            finished = unnormalised
+            finished = unnormalized
     return SampleWeights(
         weights=finished if weights is None else weights.detach().to(raw),
         raw_weights=raw,

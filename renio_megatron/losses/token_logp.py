@@ -48,7 +48,7 @@ def token_logp(
         temperature: divides the logits.
     Gradient: none flows; `cross_entropy` is the differentiable form.
     """
-    maximum, log_sum, target = _normalisers(logits, token_ids, shard, temperature)
+    maximum, log_sum, target = _normalizers(logits, token_ids, shard, temperature)
     return (target - maximum) - log_sum
 
 
@@ -70,7 +70,7 @@ def cross_entropy(
     [[0.5, -0.5]]
     """
     with torch.no_grad():
-        maximum, log_sum, target = _normalisers(logits, token_ids, shard, 1.0)
+        maximum, log_sum, target = _normalizers(logits, token_ids, shard, 1.0)
         value = -((target - maximum) - log_sum).sum()
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return value
@@ -87,7 +87,7 @@ def cross_entropy(
     return FinishedGradient.apply(logits, value, gradient)
 
 
-def _normalisers(
+def _normalizers(
     logits: torch.Tensor, token_ids: torch.Tensor, shard: VocabShard, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Global maximum, log of the sum of exponentials and the token's own scaled logit, [N] each."""

@@ -75,9 +75,9 @@ def tune_loss(
         student, teacher = (_random(rows, shard.width, logits_dtype, device, seed=seed) for seed in (0, 1))
         # As in the loss: the gradient takes the logits' place, or has a narrower one of its own.
         out = student if logits_dtype == hidden_dtype else torch.empty_like(student, dtype=hidden_dtype)
-        normalisers = passes.normalisers(student, teacher, token_ids)
+        normalizers = passes.normalizers(student, teacher, token_ids)
         # No scale may be 0: the kernel passes over such rows.
-        passes.totals_and_gradient(student, teacher, normalisers, torch.ones_like(normalisers.cross), out)
+        passes.totals_and_gradient(student, teacher, normalizers, torch.ones_like(normalizers.cross), out)
         del student, teacher, out
     rows = _trial_rows(hidden_size, hidden_size, num_tokens)
     if rows:  # not by 1, which costs no pass

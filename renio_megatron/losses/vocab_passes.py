@@ -16,7 +16,7 @@ from renio_megatron.config import LossConfig
 from renio_megatron.losses import kernels
 from renio_megatron.objective.divergences import Divergence, divergence_of
 from renio_megatron.parallel.vocab import (
-    Normalisers,
+    Normalizers,
     VocabShard,
     gather_statistics,
     merge_statistics,
@@ -57,9 +57,9 @@ class Passes:
             "entry_floor": loss.entry_floor,
         }
 
-    def normalisers(
+    def normalizers(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, token_ids: torch.Tensor
-    ) -> Normalisers:
+    ) -> Normalizers:
         """Pass 1 over logits [N, L], and the first exchange.
 
         Raises:
@@ -75,7 +75,7 @@ class Passes:
         self,
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor,
-        normalisers: Normalisers,
+        normalizers: Normalizers,
         scale_N: torch.Tensor,
         out: torch.Tensor | None,
     ) -> Totals:
@@ -88,11 +88,11 @@ class Passes:
                 itself; None: no gradient is wanted.
         """
         divergence, group = self._divergence, self._shard.group
-        models = student_logits, teacher_logits, normalisers
+        models = student_logits, teacher_logits, normalizers
         is_whole = group is None or group.size() == 1
         if self._in_one_round:
             assert divergence.total_slope is not None
-            value = normalisers.cross
+            value = normalizers.cross
             totals = Totals(value, divergence.total_slope(value), torch.zeros_like(value))
         elif is_whole and out is not None:
             sums = kernels.sums_and_gradient(*models, divergence, scale_N, out, **self._settings)

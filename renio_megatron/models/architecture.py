@@ -41,13 +41,13 @@ class Experts:
         count: experts of a layer.
         chosen: of them, the ones that a token goes through: those with the largest router probabilities.
         ffn_hidden_size: of each.
-        normalised: whether the probabilities of a token's chosen experts are divided by their sum.
+        normalized: whether the probabilities of a token's chosen experts are divided by their sum.
     """
 
     count: int
     chosen: int
     ffn_hidden_size: int
-    normalised: bool = True
+    normalized: bool = True
 
 
 @dataclass(frozen=True)
@@ -307,13 +307,13 @@ def _experts(path: Path, config: Any) -> Experts:
         raise ConfigError(f"{path} needs num_experts (or num_local_experts), a whole number above 0; got {count!r}.")
     if not 1 <= chosen <= count:
         raise ConfigError(f"{path}: num_experts_per_tok={chosen} of {count} experts. Choose another model.")
-    normalised = bool(config.norm_topk_prob) if is_qwen else True
-    if chosen == 1 and normalised:
+    normalized = bool(config.norm_topk_prob) if is_qwen else True
+    if chosen == 1 and normalized:
         raise ConfigError(
             f"{path}: num_experts_per_tok=1 with normalised router probabilities: each is 1, and no gradient reaches "
             "the router. Choose another model."
         )
-    return Experts(count, chosen, config.moe_intermediate_size if is_qwen else config.intermediate_size, normalised)
+    return Experts(count, chosen, config.moe_intermediate_size if is_qwen else config.intermediate_size, normalized)
 
 
 def _rope(path: Path, config: Any) -> Rope:

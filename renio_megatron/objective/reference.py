@@ -24,7 +24,7 @@ def reference_objective(
     threshold: float = 0.8,
     ceiling: float = 2.5,
     weight_temperature: float = 1.0,
-    normalise: bool = True,
+    normalize: bool = True,
     cap: float | None = 10.0,
     uniform: bool = False,
 ) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def reference_objective(
         temperature: divides both models' logits.
         entry_clip, entry_floor: bounds of a vocabulary entry; entry_clip None: no bounds.
         threshold, ceiling, weight_temperature: tau, c and T_w of the paper.
-        normalise, cap: divide by the batch mean, then bound from above.
+        normalize, cap: divide by the batch mean, then bound from above.
         uniform: plain distillation, every weight 1.
 
     Returns:
@@ -58,8 +58,8 @@ def reference_objective(
             mine = pivotal & (owner == i)
             if mine.any():
                 raw[i] = (clipped[mine].mean() / weight_temperature).exp()
-        weights = raw / raw.mean() if normalise else raw
-        if normalise and cap is not None:
+        weights = raw / raw.mean() if normalize else raw
+        if normalize and cap is not None:
             weights = weights.clamp(max=cap)
         if uniform:
             weights = torch.ones_like(raw)

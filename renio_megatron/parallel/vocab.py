@@ -89,7 +89,7 @@ class VocabShard:
 
 
 @dataclass(frozen=True)
-class Normalisers:
+class Normalizers:
     """Log-normalisers of both models and what follows from one pass over the logits, for the whole vocabulary.
 
     The maximum and the logarithm of the sum stay apart: (z - maximum) - log_sum keeps the digits that
@@ -286,7 +286,7 @@ def reshard_rows(rows: torch.Tensor, have: VocabShard, want: VocabShard) -> torc
     return result
 
 
-def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normalisers:
+def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normalizers:
     """Statistics of all shards, merged into those of the whole vocabulary.
 
     Args:
@@ -295,7 +295,7 @@ def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normali
             where it is the student's mean of (student - teacher) logits.
 
     Returns:
-        `Normalisers`, [N] each.
+        `Normalizers`, [N] each.
     """
     maximum_s, sum_s, maximum_t, sum_t, target_s, target_t, cross = statistics_RN7.unbind(-1)
     student_max, student_sum, lift_s = merge_sums(maximum_s, sum_s)
@@ -303,12 +303,12 @@ def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normali
     student_log_sum, teacher_log_sum = student_sum.log(), teacher_sum.log()
     total = torch.zeros_like(student_max)
     if cross_sign:
-        # Each rank's cross term is relative to its own maxima; move both to the global ones, then normalise.
+        # Each rank's cross term is relative to its own maxima; move both to the global ones, then normalize.
         offset = (maximum_t - teacher_max) - (maximum_s - student_max)
         lift, weight_sum, norm = (lift_t, sum_t, teacher_sum) if cross_sign > 0 else (lift_s, sum_s, student_sum)
         parts = torch.where(lift > 0, lift * (cross + cross_sign * offset * weight_sum), 0.0)
         total = parts.sum(0) / norm + cross_sign * (student_log_sum - teacher_log_sum)
-    return Normalisers(
+    return Normalizers(
         student_max=student_max,
         student_log_sum=student_log_sum,
         teacher_max=teacher_max,

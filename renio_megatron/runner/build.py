@@ -154,7 +154,7 @@ def build_student(
         config.lora,
         vocab_size=inputs.vocab_size,
         num_rows=inputs.architecture.vocab_size,
-        initialise=not is_loaded,
+        initialize=not is_loaded,
     )
     if is_loaded:
         change = residual_of(inputs.adapter, inputs.weights, inputs.architecture, layout.device)

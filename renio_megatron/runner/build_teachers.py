@@ -152,7 +152,7 @@ def _teacher_part(
         vocab_size=inputs.vocab_size,
         num_rows=inputs.architecture.vocab_size,
         trained=False,
-        initialise=False,
+        initialize=False,
     )
     adapter = spec.settings.adapter
     change = None if adapter is None else Merger(user_path(adapter), part.architecture, teacher.weights, layout.device)

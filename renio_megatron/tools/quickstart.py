@@ -57,13 +57,13 @@ def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> N
     from rich.console import Console
 
     from renio_megatron.tools.report.curves import plot_curves
-    from renio_megatron.tools.report.table import comparison_table, summarise
+    from renio_megatron.tools.report.table import comparison_table, summarize
     from renio_megatron.training.metrics.sinks import read_metrics
 
     config = recipe.config
     rows = {_TITLES[name]: read_metrics(path / "metrics.jsonl") for name, path in directories.items()}
     plot_curves(rows, output_dir / "curves.png")
-    Console().print(comparison_table([summarise(metrics, name) for name, metrics in rows.items()]))
+    Console().print(comparison_table([summarize(metrics, name) for name, metrics in rows.items()]))
     say(
         f"start: {config.model}; teacher: {config.teacher.model}; seeds: data {config.data.seed}, "  # type: ignore
         f"sampling {config.train.seed}; recipe: {QUICKSTART_RECIPE}\n"

@@ -37,7 +37,7 @@ _Row = tuple[int, Mapping[str, float]]
 def weights_line(config: WeightingConfig, num_sequences: int, data_ranks: int) -> str:
     """One line: what a raw weight is divided by, how many sequences that mean holds, and the bound afterwards.
 
-    >>> weights_line(WeightingConfig(normalise="group", group_size=8, cap=None), num_sequences=32, data_ranks=1)
+    >>> weights_line(WeightingConfig(normalize="group", group_size=8, cap=None), num_sequences=32, data_ranks=1)
     'weights: renio, divided by the mean of each group of 8 consecutive sequences (4 groups a step), not capped'
 
     Args:
@@ -47,12 +47,12 @@ def weights_line(config: WeightingConfig, num_sequences: int, data_ranks: int) -
     """
     if config.name == "uniform":
         return "weights: all 1 (uniform): plain distillation"
-    if not WEIGHTINGS[config.name].is_normalised:
+    if not WEIGHTINGS[config.name].is_normalized:
         return f"weights: {config.name}, not normalised, not capped"
-    if config.normalise == "none":
+    if config.normalize == "none":
         return f"weights: {config.name}, raw: not divided by any mean, not capped, at most {_largest(config):.4g}"
     sequences = f"{num_sequences} sequences"
-    if config.normalise == "group":
+    if config.normalize == "group":
         assert config.group_size is not None  # the settings see to it
         groups = -(-num_sequences // config.group_size)
         mean = (
@@ -61,7 +61,7 @@ def weights_line(config: WeightingConfig, num_sequences: int, data_ranks: int) -
         )
         if config.group_size == 1:
             mean += ", so every weight is 1: plain distillation"
-    elif config.normalise == "ema":
+    elif config.normalize == "ema":
         mean = f"the moving average, decay {config.ema_decay:g}, of batch means of {sequences}"
     else:
         mean = f"the mean of all {sequences} of the step"
@@ -121,7 +121,7 @@ def _all_at_ceiling(recent: Sequence[_Row], weighting: WeightingConfig, loss: Lo
     largest = _largest(weighting)
     effect = (
         f"every sequence weighs {largest:.4g}, which is a larger learning rate and nothing else"
-        if weighting.normalise == "none"
+        if weighting.normalize == "none"
         else "equal weights become 1 when they are divided by their mean, as in plain distillation"
     )
     return (

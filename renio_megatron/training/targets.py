@@ -181,7 +181,7 @@ def _clipped_gradient(
     energies = []
     for loss in (inputs.loss, replace(inputs.loss, entry_clip=None)):
         passes, gradient = Passes(loss, inputs.head.shard), torch.empty_like(student)
-        normalizers = passes.normalisers(student, teacher, token_ids[rows])
+        normalizers = passes.normalizers(student, teacher, token_ids[rows])
         passes.totals_and_gradient(student, teacher, normalizers, scale, gradient)
         energies.append(gradient.double().square().sum())
     return sum_pieces(torch.stack(energies), inputs.head.shard.group)

@@ -71,7 +71,7 @@ def test_null_for_a_key_that_cannot_be_null_is_its_default_and_not_explicit(trai
 
 
 def test_a_plain_word_starts_a_section_afresh(train):
-    recipe = train("weighting: {normalise: group, group_size: 4}\n", "weighting=uniform", "weighting.threshold=1.0")
+    recipe = train("weighting: {normalize: group, group_size: 4}\n", "weighting=uniform", "weighting.threshold=1.0")
     assert recipe.config.weighting.name == "uniform"
     assert recipe.config.weighting.group_size is None
     assert recipe.config.weighting.threshold == 1.0
@@ -203,12 +203,12 @@ FILES = "data: {source: jsonl, path: a, eval_path: b}\n"
 @pytest.mark.parametrize(
     ("more", "key", "reason"),
     [
-        ("weighting: {name: uniform, normalise: batch}", "weighting.normalise", "uniform"),
+        ("weighting: {name: uniform, normalize: batch}", "weighting.normalize", "uniform"),
         ("weighting: {name: uniform, cap: 10.0}", "weighting.cap", "uniform"),
         ("weighting: {group_size: 2}", "weighting.group_size", "not group"),
         ("weighting: {ema_decay: 0.5}", "weighting.ema_decay", "not ema"),
-        ("weighting: {normalise: ema, cap: 3}", "weighting.cap", "batch or group"),
-        ("weighting: {normalise: none, cap: 3}", "weighting.cap", "batch or group"),
+        ("weighting: {normalize: ema, cap: 3}", "weighting.cap", "batch or group"),
+        ("weighting: {normalize: none, cap: 3}", "weighting.cap", "batch or group"),
         ("loss: {entry_floor: 0.0}", "loss.entry_floor", "entry_clip"),
         ("evaluate: {samples: 5}", "evaluate.samples", "every is 0"),
         ("evaluate: {temperature: 0.5}", "evaluate.temperature", "every is 0"),
@@ -266,8 +266,8 @@ def test_every_setting_without_effect_is_named_once(train):
     [
         "weighting: {name: uniform, threshold: 1.0, ceiling: 3.0, temperature: 2.0}",
         "weighting: {name: uniform, cap: null, group_size: null}",
-        "weighting: {normalise: ema, ema_decay: 0.5}",
-        "weighting: {normalise: group, group_size: 4, cap: 5}",
+        "weighting: {normalize: ema, ema_decay: 0.5}",
+        "weighting: {normalize: group, group_size: 4, cap: 5}",
         "loss: {entry_clip: 0.05, entry_floor: 0.0}",
         "evaluate: {every: 5, samples: 5, max_completion_length: 4}",
         FILES + "evaluate: {every: 5}",
@@ -386,3 +386,15 @@ def test_a_weighting_that_is_divided_by_a_mean_needs_a_batch(train):
             check_world(one, 1)
     check_world(replace(alone, weighting=replace(config.weighting, name="uniform")), 1)
     check_world(config, 1)
+
+
+def test_a_renamed_key_is_refused_with_its_new_name_and_read_in_a_run_of_before(train, write):
+    with pytest.raises(ConfigError, match=r"weighting\.normalise is called weighting\.normalize now"):
+        train("weighting: {normalise: ema}\n")
+    with pytest.raises(ConfigError, match=r"command line: weighting\.normalise is called weighting\.normalize now"):
+        train("", "weighting.normalise=ema")
+    config = train("weighting: {normalize: ema}\n").config
+    before = to_yaml(config).replace("normalize: ema", "normalise: ema")
+    assert "normalise: ema" in before and differences(before, config) == []
+    (line,) = differences(before.replace("normalise: ema", "normalise: none"), config)
+    assert line == "weighting.normalize: was 'none', is now 'ema'"

@@ -126,11 +126,11 @@ def test_a_description_is_read_by_either_of_its_names(tmp_path):
     def experts(values: dict[str, Any]) -> Experts | None:
         return Architecture.from_values(tmp_path, values).experts
 
-    assert experts(QWEN) == Experts(8, 2, 24, normalised=True)
+    assert experts(QWEN) == Experts(8, 2, 24, normalized=True)
     renamed = {("num_local_experts" if key == "num_experts" else key): value for key, value in QWEN.items()}
     assert experts(renamed) == experts(QWEN)
-    assert experts(QWEN | {"norm_topk_prob": False}) == Experts(8, 2, 24, normalised=False)
-    assert experts(MIXTRAL) == Experts(4, 2, 48, normalised=True)
+    assert experts(QWEN | {"norm_topk_prob": False}) == Experts(8, 2, 24, normalized=False)
+    assert experts(MIXTRAL) == Experts(4, 2, 48, normalized=True)
     assert experts(DENSE) is None
     assert Architecture.from_values(tmp_path, QWEN).ffn_hidden_size == 24
 

@@ -40,8 +40,8 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         ),
         (["parallel.overlap_param_gather=true"], 2, ["needs parallel.use_distributed_optimizer=true"]),
         (["parallel.sequence_parallel=true"], 1, ["would be ignored", "tensor_model_parallel_size is 1"]),
-        (["train.global_batch_size=1"], 1, ["at least 2 sequences per optimiser step", "got 1.", "normalise=none"]),
-        (["weighting.normalise=group", "weighting.group_size=3"], 1, ["group_size=3", "global_batch_size=32"]),
+        (["train.global_batch_size=1"], 1, ["at least 2 sequences per optimiser step", "got 1.", "normalize=none"]),
+        (["weighting.normalize=group", "weighting.group_size=3"], 1, ["group_size=3", "global_batch_size=32"]),
     ],
 )
 def test_worlds_that_do_not_fit_are_refused(train, overrides, world, words):
@@ -58,8 +58,8 @@ def test_worlds_that_do_not_fit_are_refused(train, overrides, world, words):
         ([], 4),
         (["parallel.tensor_model_parallel_size=2", "train.global_batch_size=6", "train.micro_batch_size=3"], 4),
         (["train.global_batch_size=1", "weighting=uniform"], 1),
-        (["train.global_batch_size=1", "weighting.normalise=none"], 1),
-        (["weighting.normalise=group", "weighting.group_size=8"], 1),
+        (["train.global_batch_size=1", "weighting.normalize=none"], 1),
+        (["weighting.normalize=group", "weighting.group_size=8"], 1),
     ],
 )
 def test_worlds_that_fit_are_accepted(train, overrides, world):

@@ -136,9 +136,9 @@ def test_adapters_save_the_memory_of_the_optimiser(whole: Run, adapted: Run, mod
         assert isinstance(config, DistillationConfig)
         read = read_model(config.model, "model")
         planned.append(plan_memory(config, replace(read, lora=config.lora), {ONLY: read}, 2, fused_norm=False))
-    optimiser = max(all_of.held["optimiser"] - few.held["optimiser"] for all_of, few in zip(*planned, strict=True))
-    assert optimiser > 600e6
-    assert whole.peak - adapted.peak > optimiser
+    optimizer = max(all_of.held["optimiser"] - few.held["optimiser"] for all_of, few in zip(*planned, strict=True))
+    assert optimizer > 600e6
+    assert whole.peak - adapted.peak > optimizer
 
 
 def test_the_exported_adapter_generates(adapted: Run, model: Path, tmp_path: Path) -> None:

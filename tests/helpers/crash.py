@@ -115,7 +115,7 @@ def write_recipe(folder: Path, name: str, num_steps: int, async_save: bool) -> P
         "teacher": {"model": str(folder / "teacher")},
         "rollout": {"max_completion_length": 4, "temperature": 1.1, "log": True},
         "loss": {"temperature": 1.1},
-        "weighting": {"name": "renio", "normalise": "ema", "threshold": 0.3, "ceiling": 1.5},
+        "weighting": {"name": "renio", "normalize": "ema", "threshold": 0.3, "ceiling": 1.5},
         "parallel": {"tensor_model_parallel_size": 2},
         "train": {"train_iters": num_steps, "global_batch_size": 4, "micro_batch_size": 4, "lr": 3.0e-3},
         "checkpoint": {"save_interval": SAVE_INTERVAL, "keep_last": 2, "async_save": async_save},

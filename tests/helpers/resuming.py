@@ -32,7 +32,7 @@ def run_config(folder: Path, name: str, **changes: Any) -> DistillationConfig:
     sections = {
         "parallel": layout_of(2),
         # A stateful weighting: its moving average must come back, too.
-        "weighting": WeightingConfig(threshold=0.3, ceiling=1.5, normalise="ema"),
+        "weighting": WeightingConfig(threshold=0.3, ceiling=1.5, normalize="ema"),
         "train": train_config(),
         "checkpoint": CheckpointConfig(save_interval=2),
         "evaluate": EvaluateConfig(every=2, samples=4),

@@ -34,7 +34,7 @@ Start = Callable[..., "subprocess.CompletedProcess[str]"]
 FRESH: Start = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
 """Starts a command in a process of its own; `tests.helpers.warm.run` saves the imports where the tree is this one."""
 
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS: dict[str, str] = {"weighting.normalize": "weighting.normalise"}
 """Key of a recipe ("section.key") -> the name that it had before; a tree gets the one that its settings hold."""
 RENAMED_METRICS: dict[str, str] = {}
 """Name of a metric -> the name that it had before."""

@@ -54,7 +54,7 @@ class Case:
             threshold=self.settings["threshold"],
             ceiling=self.settings["ratio_clip"],
             temperature=self.settings["weight_temperature"],
-            normalise={"batch_mean": "batch", "none": "none"}[self.settings["normalize"]],
+            normalize={"batch_mean": "batch", "none": "none"}[self.settings["normalize"]],
         )
 
 

@@ -114,7 +114,7 @@ def test_every_weighting_has_mean_one_over_the_batch(name):
 
 
 def test_uniform_weights_are_one_whatever_the_normalisation():
-    for settings in ({}, {"normalise": "none"}, {"normalise": "ema"}, {"normalise": "group", "group_size": 2}):
+    for settings in ({}, {"normalize": "none"}, {"normalize": "ema"}, {"normalize": "group", "group_size": 2}):
         out = distillation_loss(*problem(1), weighting=WeightingConfig(name="uniform", **settings))
         assert out.weights.tolist() == [1.0] * 4
         assert float(out.raw_weights.max()) > 1.0
@@ -125,8 +125,8 @@ def test_a_cap_below_one_leaves_uniform_weights():
     assert out.weights.tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize("normalise", ["batch", "group"])
-def test_one_sequence_weighs_one(normalise):
+@pytest.mark.parametrize("normalize", ["batch", "group"])
+def test_one_sequence_weighs_one(normalize):
     student, teacher, token_ids, owner, _ = problem(1)
     out = distillation_loss(
         student,
@@ -134,7 +134,7 @@ def test_one_sequence_weighs_one(normalise):
         token_ids,
         owner * 0,
         1,
-        weighting=WeightingConfig(normalise=normalise, group_size=3 if normalise == "group" else None),
+        weighting=WeightingConfig(normalize=normalize, group_size=3 if normalize == "group" else None),
     )
     assert out.raw_weights.item() > 2.0 and out.weights.tolist() == [1.0]
 
@@ -148,13 +148,13 @@ def test_cap_bounds_batch_and_group_only():
 
     torch.testing.assert_close(weights(), (raw / raw.mean()).clamp(max=1.2))
     pairs = torch.cat([pair / pair.mean() for pair in raw.split(2)])
-    torch.testing.assert_close(weights(normalise="group", group_size=2), pairs.clamp(max=1.2))
-    torch.testing.assert_close(weights(normalise="none"), raw)
-    torch.testing.assert_close(weights(normalise="ema"), raw / raw.mean())
+    torch.testing.assert_close(weights(normalize="group", group_size=2), pairs.clamp(max=1.2))
+    torch.testing.assert_close(weights(normalize="none"), raw)
+    torch.testing.assert_close(weights(normalize="ema"), raw / raw.mean())
 
 
 def test_moving_average_over_three_steps():
-    weighting, state, average = WeightingConfig(normalise="ema"), None, None
+    weighting, state, average = WeightingConfig(normalize="ema"), None, None
     for seed in (1, 2, 3):
         out = distillation_loss(*problem(seed), weighting=weighting, state=state)
         mean = out.raw_weights.mean()
@@ -189,10 +189,10 @@ def test_sequences_without_tokens_count_in_the_denominator():
 
 
 @pytest.mark.parametrize("sequences", [0, 3])
-@pytest.mark.parametrize("normalise", ["batch", "group", "ema", "none"])
+@pytest.mark.parametrize("normalize", ["batch", "group", "ema", "none"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_no_tokens_at_all(beta, normalise, sequences):
-    weighting = WeightingConfig(normalise=normalise, group_size=2 if normalise == "group" else None)
+def test_no_tokens_at_all(beta, normalize, sequences):
+    weighting = WeightingConfig(normalize=normalize, group_size=2 if normalize == "group" else None)
     nothing = torch.empty(0, dtype=torch.int64)
     out, gradient = value_and_gradient(
         torch.empty(0, 5), torch.empty(0, 5), nothing, nothing, sequences, LossConfig(beta=beta), weighting
@@ -250,7 +250,7 @@ def test_forward_kl_where_a_column_is_impossible(both, entry_clip):
 def test_a_token_that_the_teacher_excludes_is_pivotal_at_the_ceiling():
     student, teacher = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, -INF]], dtype=torch.float64)
     index = torch.tensor([0])
-    out = distillation_loss(student, teacher, index + 1, index, 1, weighting=WeightingConfig(normalise="none"))
+    out = distillation_loss(student, teacher, index + 1, index, 1, weighting=WeightingConfig(normalize="none"))
     assert out.log_ratio.item() == INF and out.weights.item() == pytest.approx(math.exp(2.5))
     assert out.loss.item() == pytest.approx(math.exp(2.5) * math.log(2.0))
 

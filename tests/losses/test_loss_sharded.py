@@ -164,14 +164,14 @@ def part_of(case, counts):
     return (*(x[rows] for x in whole), mine.stop - mine.start), mine
 
 
-def group_normalisation():
+def group_normalization():
     """Groups of consecutive sequences of the global order, wherever the ranks' borders are."""
     case, ranks = load_cases()[24], dist.get_world_size()  # 64 sequences
     borders = [uneven_counts(ranks, case), one_rank_has_none(ranks, case), [1] * (ranks - 1) + [65 - ranks]]
     for counts in borders:
         for size in (1, 2, 3, 5, 7, 40, 64, 100):
             for cap in (None, 1.5):
-                weighting = WeightingConfig(threshold=3.5, ceiling=4.0, normalise="group", group_size=size, cap=cap)
+                weighting = WeightingConfig(threshold=3.5, ceiling=4.0, normalize="group", group_size=size, cap=cap)
                 arguments, mine = part_of(case, counts)
                 out = distillation_loss(*arguments, weighting=weighting, batch_group=dist.group.WORLD)
                 raw = case.raw_weights.tolist()
@@ -185,7 +185,7 @@ def group_normalisation():
 
 
 def moving_average_over_ranks():
-    weighting, state, average = WeightingConfig(threshold=0.8, ceiling=2.0, normalise="ema"), None, None
+    weighting, state, average = WeightingConfig(threshold=0.8, ceiling=2.0, normalize="ema"), None, None
     for number in (6, 7, 20):
         case = load_cases()[number]
         arguments, mine = part_of(case, one_rank_has_none(dist.get_world_size(), case))
@@ -230,12 +230,12 @@ def ranks_without_tokens():
     """N = 0 everywhere and on rank 0 only, with sequences that have no tokens and without any, on every axis."""
     case, group, rank = load_cases()[4], dist.group.WORLD, dist.get_rank()
     empty = (case.student_logits[:0], case.teacher_logits[:0], case.token_ids[:0], case.owner[:0])
-    for normalise in ("batch", "group", "ema", "none"):
+    for normalize in ("batch", "group", "ema", "none"):
         for beta in (0.0, 0.5):
             for sequences in (0, 2):
                 settings = {
                     "loss": LossConfig(beta=beta),
-                    "weighting": WeightingConfig(normalise=normalise, group_size=2 if normalise == "group" else None),
+                    "weighting": WeightingConfig(normalize=normalize, group_size=2 if normalize == "group" else None),
                 }
                 for axis in ({"batch_group": group}, {"sequence_group": group}):
                     student = empty[0].clone().requires_grad_()
@@ -276,8 +276,8 @@ def what_travels(shape):
         arguments = (*shards, case.token_ids, case.owner, case.batch)
         for beta in (0.0, 0.1, 1.0):
             for entry_clip in (None, 0.05):
-                for normalise in ("batch", "group", "ema", "none"):
-                    weighting = WeightingConfig(normalise=normalise, group_size=2 if normalise == "group" else None)
+                for normalize in ("batch", "group", "ema", "none"):
+                    weighting = WeightingConfig(normalize=normalize, group_size=2 if normalize == "group" else None)
                     for axis in ("batch_group", "sequence_group"):
                         shards[0].requires_grad_().grad = None
                         with counting() as calls, CountingDispatch() as dispatch:
@@ -290,7 +290,7 @@ def what_travels(shape):
                             )
                             forward = len(calls)
                             out.loss.backward()
-                        label = f"{dtype} beta {beta} clip {entry_clip} {normalise} {axis}"
+                        label = f"{dtype} beta {beta} clip {entry_clip} {normalize} {axis}"
                         rounds = 1 if beta in (0.0, 1.0) and entry_clip is None else 2
                         on_tensor = [size for _, group, size in calls if group is tensor]
                         on_outer = sum(group is outer for _, group, _ in calls)
@@ -329,7 +329,7 @@ def impossible_columns():
 
 DATA_COUNTS = {"uneven": uneven_counts, "one rank without": one_rank_has_none}
 ON_ANY = {
-    "groups of sequences": group_normalisation,
+    "groups of sequences": group_normalization,
     "moving average": moving_average_over_ranks,
     "uniform and given weights": uniform_and_given_weights,
     "ranks without tokens": ranks_without_tokens,

@@ -91,8 +91,8 @@ def call(dtype=torch.float32, divergence=None):
     logits = torch.zeros(2, 3, dtype=dtype)
     if divergence is None:
         return kernels.token_statistics(logits, torch.zeros(2, dtype=torch.int64), num_valid=3, temperature=1.0)
-    normalisers = [torch.zeros(2)] * 4
-    return kernels.clamped_sums(logits, logits, normalisers, divergence, num_valid=3, temperature=1.0)
+    normalizers = [torch.zeros(2)] * 4
+    return kernels.clamped_sums(logits, logits, normalizers, divergence, num_valid=3, temperature=1.0)
 
 
 def test_the_choice_by_environment(monkeypatch):

@@ -119,15 +119,15 @@ def sharded(label, cut, ranks, beta, clip, impossible=None):
         kernels.statistics(*logits, mine, num_valid=shard.num_valid, temperature=1.1, cross_sign=sign)
         for shard, logits, mine in parts
     ]
-    normalisers = merge_statistics(torch.stack(local), sign)
+    normalizers = merge_statistics(torch.stack(local), sign)
     logp = [(x.double() / 1.1).log_softmax(-1).gather(1, ids[:, None])[:, 0] for x in finite]
-    yield f"{label}: student logp", worst(normalisers.student_logp.cpu(), logp[0]), 1e-5
-    yield f"{label}: teacher logp", worst(normalisers.teacher_logp.cpu(), logp[1]), 1e-5
+    yield f"{label}: student logp", worst(normalizers.student_logp.cpu(), logp[0]), 1e-5
+    yield f"{label}: teacher logp", worst(normalizers.teacher_logp.cpu(), logp[1]), 1e-5
     if sign:
-        value, slope = normalisers.cross, divergence.total_slope(normalisers.cross)
+        value, slope = normalizers.cross, divergence.total_slope(normalizers.cross)
     else:
         sums = [
-            kernels.clamped_sums(*logits, normalisers, divergence, num_valid=shard.num_valid, **bounds)
+            kernels.clamped_sums(*logits, normalizers, divergence, num_valid=shard.num_valid, **bounds)
             for shard, logits, _ in parts
         ]
         value, slope, count = torch.stack(sums).sum(0).unbind(1)
@@ -138,7 +138,7 @@ def sharded(label, cut, ranks, beta, clip, impossible=None):
     scale = (1.0 / torch.bincount(owner, minlength=sequences)[owner] / sequences).float().to(DEVICE)
     for shard, logits, _ in parts:
         found = kernels.weighted_gradient(
-            *logits, normalisers, divergence, slope, scale, logits[0], num_valid=shard.num_valid, **bounds
+            *logits, normalizers, divergence, slope, scale, logits[0], num_valid=shard.num_valid, **bounds
         ).cpu()
         wanted = columns(expected["gradient"], shard.start, shard.stop).nan_to_num(0.0)
         leave = columns(exempt.double(), shard.start, shard.stop).nan_to_num(0.0) > 0
@@ -179,11 +179,11 @@ def rows_without_weight():
         for in_place in (False, True):
             student, teacher, *_ = problem(80, rows=6)
             scale = torch.tensor([0.5, 0.0, 0.25, 0.0, 1.0, 0.0])
-            normalisers, divergence, slope, bounds = prepared(student, teacher, beta)
+            normalizers, divergence, slope, bounds = prepared(student, teacher, beta)
             poisoned = [torch.where(scale[:, None] == 0, float("nan"), x).to(DEVICE) for x in (student, teacher)]
             out = poisoned[0] if in_place else torch.full_like(poisoned[0], 7.0)
             found = kernels.weighted_gradient(
-                *poisoned, normalisers, divergence, slope, scale.to(DEVICE), out, num_valid=70, **bounds
+                *poisoned, normalizers, divergence, slope, scale.to(DEVICE), out, num_valid=70, **bounds
             ).cpu()
             yield f"beta {beta}: zeros", float((found[scale == 0] != 0).sum() + (found[:, 70:] != 0).sum()), 0.0
             oracle_logits = student[:, :70].double().requires_grad_()
@@ -201,12 +201,12 @@ def views():
         for view, logits in zip(inside, plain[:2], strict=False):
             view.copy_(logits)
         for beta in BETAS:
-            normalisers, divergence, slope, bounds = prepared(*plain[:2], beta)
+            normalizers, divergence, slope, bounds = prepared(*plain[:2], beta)
             again, _, sums, _ = prepared(*inside[:2], beta)
-            yield f"beta {beta} statistics", worst(again.student_log_sum, normalisers.student_log_sum), 1e-6
+            yield f"beta {beta} statistics", worst(again.student_log_sum, normalizers.student_log_sum), 1e-6
             yield f"beta {beta} sums", worst(sums, slope), 1e-6
             scale = torch.rand(4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-            given = (normalisers, divergence, slope, scale)
+            given = (normalizers, divergence, slope, scale)
             copies = [x.to(DEVICE) for x in plain[:2]]
             expected = kernels.weighted_gradient(*copies, *given, torch.empty_like(copies[0]), num_valid=70, **bounds)
             found = kernels.weighted_gradient(*inside[:2], *given, inside[2], num_valid=70, **bounds)
@@ -248,12 +248,12 @@ def nothing_to_do():
         found = kernels.token_statistics(logits, mine, **shared)
         yield f"{label}: one model", float(not torch.equal(found, expected[:, [0, 1, 4]])), 0.0
         zeros = torch.zeros(rows, device=DEVICE)
-        normalisers = merge_statistics(torch.zeros(1, rows, 7, device=DEVICE), 0)
+        normalizers = merge_statistics(torch.zeros(1, rows, 7, device=DEVICE), 0)
         bounds = {"beta": 0.0, "entry_clip": 0.05, "entry_floor": 0.0, **shared}
-        found = kernels.clamped_sums(logits, logits, normalisers, divergence_of(0.0), **bounds)
+        found = kernels.clamped_sums(logits, logits, normalizers, divergence_of(0.0), **bounds)
         yield f"{label}: sums", float(found.shape != (rows, 3) or bool(found.any())), 0.0
         found = kernels.weighted_gradient(
-            logits, logits, normalisers, divergence_of(0.0), zeros, zeros + 1, logits, **bounds
+            logits, logits, normalizers, divergence_of(0.0), zeros, zeros + 1, logits, **bounds
         )
         yield f"{label}: gradient", float(found.shape != (rows, width) or bool(found.any())), 0.0
         yield f"{label}: scaled", float(kernels.scale_rows_(found, torch.tensor(2.0, device=DEVICE)).any()), 0.0

@@ -66,8 +66,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 WEIGHTINGS = {
     "batch": WeightingConfig(threshold=0.3, ceiling=1.5),
-    "group": WeightingConfig(threshold=0.3, ceiling=1.5, normalise="group", group_size=GROUP),
-    "ema": WeightingConfig(threshold=0.3, ceiling=1.5, normalise="ema", ema_decay=EMA_DECAY),
+    "group": WeightingConfig(threshold=0.3, ceiling=1.5, normalize="group", group_size=GROUP),
+    "ema": WeightingConfig(threshold=0.3, ceiling=1.5, normalize="ema", ema_decay=EMA_DECAY),
 }
 
 
@@ -276,9 +276,9 @@ def weights_by_hand(log_ratio: list[torch.Tensor], weighting: WeightingConfig) -
         pivotal = [value for value in clipped if value >= weighting.threshold]
         raw.append(math.exp(sum(pivotal) / len(pivotal)) if pivotal else 1.0)
     mean = sum(raw) / len(raw)
-    if weighting.normalise == "ema":
+    if weighting.normalize == "ema":
         return [weight / (EMA_DECAY * EMA_BEFORE + (1 - EMA_DECAY) * mean) for weight in raw]
-    if weighting.normalise == "group":
+    if weighting.normalize == "group":
         groups = [raw[i : i + GROUP] for i in range(0, len(raw), GROUP)]
         return [min(weight / (sum(group) / GROUP), 10.0) for group in groups for weight in group]
     return [min(weight / mean, 10.0) for weight in raw]

@@ -48,7 +48,7 @@ def logits_in(layout_name: str, name: str, folder: Path) -> tuple[Any, int, int]
     architecture, parallel = Architecture.from_directory(folder / name), ParallelConfig(**LAYOUTS[layout_name])
     layout = start(parallel, seed=0)
     part = build_model(
-        architecture, layout, parallel, train_config(), vocab_size=VOCAB_SIZE, trained=False, initialise=False
+        architecture, layout, parallel, train_config(), vocab_size=VOCAB_SIZE, trained=False, initialize=False
     )
     with torch.no_grad():
         for _, parameter in part.named_parameters():

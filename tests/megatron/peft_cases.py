@@ -166,7 +166,7 @@ def by_us(model: Path, adapter: Path, tensor: int = 1) -> dict[str, torch.Tensor
             lora=lora,
             vocab_size=architecture.vocab_size,
             trained=False,
-            initialise=False,
+            initialize=False,
         )
         part.train(False)
         return part

@@ -131,7 +131,7 @@ def load(directory, layout, parallel, vocab_size):
 
     architecture = Architecture.from_directory(directory)
     build = functools.partial(build_model, architecture, layout, parallel, TrainConfig(seed=99), vocab_size=vocab_size)
-    part = build(initialise=False)
+    part = build(initialize=False)
     assert marks(part) == marks(build())
     with torch.no_grad():
         for _, parameter in part.named_parameters():

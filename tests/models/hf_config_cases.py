@@ -294,7 +294,7 @@ def by_us(directory: Path, tensor: int = 1) -> torch.Tensor | str:
             TrainConfig(),
             vocab_size=architecture.vocab_size,
             trained=False,
-            initialise=False,
+            initialize=False,
         )
         load_weights(part, directory)
     except ConfigError as error:

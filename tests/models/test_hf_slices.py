@@ -238,11 +238,11 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("is_quantised", [False, True])
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_nothing_is_made_beside_the_parameters(directories, monkeypatch, tensor, is_quantised):
+def test_nothing_is_made_beside_the_parameters(directories, monkeypatch, tensor, is_quantized):
     directory, architecture, state = directories["qwen3, tied"]
     monkeypatch.setattr(hf, "ThreadPoolExecutor", InLine)
     filled, waiting = [], 0
-    if is_quantised:
+    if is_quantized:
         monkeypatch.setattr(hf, "is_quantised", lambda parameter: parameter.dim() == 2)
         monkeypatch.setattr(hf, "fill", lambda parameter, values: filled.append(parameter.copy_(values)))
     write_slice = hf._Target.write
@@ -260,7 +260,7 @@ def test_nothing_is_made_beside_the_parameters(directories, monkeypatch, tensor,
         hf.load_weights(part, directory)
     check_parameters(part, state)
     local = max(parameter.nbytes for parameter in part.parameters.values())
-    if not is_quantised:
+    if not is_quantized:
         assert made.largest <= 8  # a least and a greatest number
         return
     matrices = [parameter for parameter in part.parameters.values() if parameter.dim() == 2]

@@ -29,7 +29,7 @@ def test_reference_agrees_with_the_vectors(case):
         threshold=weighting.threshold,
         ceiling=weighting.ceiling,
         weight_temperature=weighting.temperature,
-        normalise=weighting.normalise == "batch",
+        normalize=weighting.normalize == "batch",
         uniform=weighting.name == "uniform",
     )
     out["loss"].backward()
@@ -98,7 +98,7 @@ def test_settings_of_the_weight_by_hand():
     assert raw(threshold=1.2) == 1.0
     assert raw(temperature=2.0) == 1.0  # ratio ln 3 / 2 = 0.55
     assert swapped_pair(cap=1.2)["weights"].tolist() == pytest.approx([1.2, 0.5])
-    assert swapped_pair(normalise=False, cap=1.2)["weights"].tolist() == pytest.approx([3.0, 1.0])
+    assert swapped_pair(normalize=False, cap=1.2)["weights"].tolist() == pytest.approx([3.0, 1.0])
     assert swapped_pair(uniform=True)["weights"].tolist() == [1.0, 1.0]
 
 

@@ -26,7 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "config": (
-        ("lazy", "validators", "templates", "parser"),
+        ("lazy", "renamed", "validators", "templates"),
+        ("parser",),
         ("sections",),
         ("teachers",),
         ("schema",),

@@ -108,7 +108,7 @@ def _measured(config: DistillationConfig, folder: Path) -> dict[str, Any]:
         ),
         "parameters": sum(_bytes(p) for _, p in learner.part.named_parameters()),
         "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
-        "optimiser": _optimiser_bytes(learner),
+        "optimiser": _optimizer_bytes(learner),
     }
 
 
@@ -225,7 +225,7 @@ def _completion(rollout: Rollout) -> tuple[tuple[int, ...], torch.Tensor]:
     return (rollout.completion_ids * COMPLETION)[:COMPLETION], rollout.logp.repeat(COMPLETION)[:COMPLETION]
 
 
-def _optimiser_bytes(learner: Any) -> int:
+def _optimizer_bytes(learner: Any) -> int:
     """Moments, and main parameters that are not the model's own."""
     own = {p.untyped_storage().data_ptr() for _, p in learner.part.named_parameters()}
     storages: dict[int, int] = {}

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from renio_megatron.errors import CheckpointError
 from renio_megatron.tools.report.curves import centred_mean, plot_curves
-from renio_megatron.tools.report.table import NOTE, RunSummary, comparison_table, summarise
+from renio_megatron.tools.report.table import NOTE, RunSummary, comparison_table, summarize
 from renio_megatron.training.metrics.progress import Progress, format_duration
 
 ROW = {
@@ -123,7 +123,7 @@ def rows_of_twelve_steps():
 
 
 def test_summary_of_a_run():
-    assert summarise(rows_of_twelve_steps(), "ReNIO") == RunSummary(
+    assert summarize(rows_of_twelve_steps(), "ReNIO") == RunSummary(
         name="ReNIO",
         greedy_before=0.1,
         greedy_after=0.6,
@@ -139,12 +139,12 @@ def test_summary_of_a_run():
 
 
 def test_summary_of_an_empty_run_has_no_values():
-    assert summarise([], "OPD") == RunSummary(name="OPD")
+    assert summarize([], "OPD") == RunSummary(name="OPD")
 
 
 def test_table_has_a_column_a_run_and_dashes_for_missing_values():
     console = Console(file=io.StringIO(), width=120, color_system=None)
-    console.print(comparison_table([RunSummary(name="OPD"), summarise(rows_of_twelve_steps(), "ReNIO")]))
+    console.print(comparison_table([RunSummary(name="OPD"), summarize(rows_of_twelve_steps(), "ReNIO")]))
     text = console.file.getvalue()
     cells = {}
     for line in text.splitlines():

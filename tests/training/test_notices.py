@@ -29,32 +29,32 @@ from renio_megatron.training.setting_warnings import Notices, weights_line
         ),
         ({"cap": None}, 1, "weights: renio, divided by the mean of all 64 sequences of the step, not capped"),
         (
-            {"normalise": "group", "group_size": 8},
+            {"normalize": "group", "group_size": 8},
             2,
             "weights: renio, divided by the mean of each group of 8 consecutive sequences (8 groups a step), "
             "capped at 10",
         ),
         (
-            {"normalise": "group", "group_size": 64, "cap": 2.5},
+            {"normalize": "group", "group_size": 64, "cap": 2.5},
             1,
             "weights: renio, divided by the mean of each group of 64 consecutive sequences (1 group a step), "
             "capped at 2.5",
         ),
         (
-            {"normalise": "group", "group_size": 1},
+            {"normalize": "group", "group_size": 1},
             1,
             "weights: renio, divided by the mean of each group of 1 consecutive sequences (64 groups a step), so every "
             "weight is 1: plain distillation, capped at 10",
         ),
         (
-            {"normalise": "ema", "ema_decay": 0.9},
+            {"normalize": "ema", "ema_decay": 0.9},
             4,
             "weights: renio, divided by the moving average, decay 0.9, of batch means of 64 sequences, not capped",
         ),
         # exp(2.5) = 12.18
-        ({"normalise": "none"}, 4, "weights: renio, raw: not divided by any mean, not capped, at most 12.18"),
+        ({"normalize": "none"}, 4, "weights: renio, raw: not divided by any mean, not capped, at most 12.18"),
         (
-            {"normalise": "none", "ceiling": float("inf")},
+            {"normalize": "none", "ceiling": float("inf")},
             4,
             "weights: renio, raw: not divided by any mean, not capped, at most inf",
         ),
@@ -129,7 +129,7 @@ def test_weights_that_are_all_at_the_ceiling():
         "weighting.ceiling, and check that teacher and student belong together: one tokenizer, one chat template, "
         "loss.temperature."
     )
-    ((_, text),) = told(rows, ceiling=3.0, temperature=1.5, normalise="none")
+    ((_, text),) = told(rows, ceiling=3.0, temperature=1.5, normalize="none")
     assert "every sequence weighs 7.389, which is a larger learning rate and nothing else" in text
 
 
@@ -138,7 +138,7 @@ def test_a_cap_that_cuts_often():
     assert told([{"renio/cap_frac": 0.02}] * 60, cap=10.0) == []
     assert told([{"renio/cap_frac": 0.1}] * 19, cap=10.0) == []
     assert told([{"renio/cap_frac": 0.1}] * 40, cap=None) == []
-    assert told([{"renio/cap_frac": 0.1}] * 40, cap=10.0, normalise="ema") == []
+    assert told([{"renio/cap_frac": 0.1}] * 40, cap=10.0, normalize="ema") == []
     # A mean of (0.01 + 0.05) / 2 = 3 %.
     rows = [{"renio/cap_frac": share, "renio/weight_mean": 0.9} for share in (0.01, 0.05)] * 20
     assert told(rows, cap=10.0) == [

@@ -258,19 +258,19 @@ def test_no_auc_where_all_are_right_and_no_accuracy_where_nothing_is_graded():
     assert "rollout/accuracy" not in Roles().distillation().step(PROMPTS, 1)
 
 
-@pytest.mark.parametrize("normalise", ["none", "ema"])
-def test_no_weight_is_reported_as_capped_where_no_cap_applies(normalise):
-    metrics = Roles().distillation(normalise=normalise, cap=1.5).step(PROMPTS, 1)
-    assert metrics["renio/weight_max"] == pytest.approx(math.e**2 / (MEAN if normalise == "ema" else 1)), "not cut"
+@pytest.mark.parametrize("normalize", ["none", "ema"])
+def test_no_weight_is_reported_as_capped_where_no_cap_applies(normalize):
+    metrics = Roles().distillation(normalize=normalize, cap=1.5).step(PROMPTS, 1)
+    assert metrics["renio/weight_max"] == pytest.approx(math.e**2 / (MEAN if normalize == "ema" else 1)), "not cut"
     assert metrics["renio/cap_frac"] == 0.0
 
 
 def test_the_moving_average_goes_on_from_a_restored_state():
     first, second = Roles(4), Roles(4, ratios=[[1.0] * 8])  # the second's raw weights are all e
-    algorithm = first.distillation(normalise="ema", ema_decay=0.75)
+    algorithm = first.distillation(normalize="ema", ema_decay=0.75)
     assert algorithm.state() == {"weighting": None}
     algorithm.step(PROMPTS, 1)
-    resumed = second.distillation(normalise="ema", ema_decay=0.75)
+    resumed = second.distillation(normalize="ema", ema_decay=0.75)
     resumed.restore(algorithm.state())
     metrics = resumed.step(PROMPTS, 2)
     average = 0.75 * MEAN + 0.25 * math.e

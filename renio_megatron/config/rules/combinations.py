@@ -189,12 +189,12 @@ def _check_head(config: Any, one: TeacherSpec) -> None:
 
 def check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
     """Raises `ConfigError` where `num_sequences` of an optimiser step are not what the normalisation needs."""
-    if weighting.normalise == "batch" and num_sequences < 2:
+    if weighting.normalize == "batch" and num_sequences < 2:
         raise ConfigError(
             f"weighting '{weighting.name}' needs at least 2 sequences per optimiser step to have a batch mean; got "
-            f"{num_sequences}. Raise train.global_batch_size, or choose weighting.normalise=none."
+            f"{num_sequences}. Raise train.global_batch_size, or choose weighting.normalize=none."
         )
-    if weighting.normalise == "group" and num_sequences % (weighting.group_size or 1):
+    if weighting.normalize == "group" and num_sequences % (weighting.group_size or 1):
         raise ConfigError(
             f"weighting.group_size={weighting.group_size} does not divide train.global_batch_size={num_sequences}. "
             "Choose a divisor of the batch."

@@ -171,24 +171,24 @@ _IGNORED_BY_DISTILLATION = (
         "a teacher's parameters are never gathered; they are kept in FP8 in any case",
     ),
     _Ignored(
-        ("weighting.normalise", "weighting.group_size", "weighting.ema_decay", "weighting.cap"),
+        ("weighting.normalize", "weighting.group_size", "weighting.ema_decay", "weighting.cap"),
         lambda config: config.weighting.name == "uniform",
         "weighting.name is uniform and every weight is 1 (weighting=uniform starts the section afresh)",
     ),
     _Ignored(
         ("weighting.group_size",),
-        lambda config: config.weighting.normalise != "group",
-        "weighting.normalise is not group",
+        lambda config: config.weighting.normalize != "group",
+        "weighting.normalize is not group",
     ),
     _Ignored(
         ("weighting.ema_decay",),
-        lambda config: config.weighting.normalise != "ema",
-        "weighting.normalise is not ema",
+        lambda config: config.weighting.normalize != "ema",
+        "weighting.normalize is not ema",
     ),
     _Ignored(
         ("weighting.cap",),
-        lambda config: config.weighting.normalise in ("ema", "none"),
-        "weights are capped only after weighting.normalise=batch or group",
+        lambda config: config.weighting.normalize in ("ema", "none"),
+        "weights are capped only after weighting.normalize=batch or group",
     ),
     _Ignored(
         ("loss.beta",),

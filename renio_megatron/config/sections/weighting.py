@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from renio_megatron.errors import ConfigError
 
-NORMALISATIONS = ("batch", "group", "ema", "none")
+NORMALIZATIONS = ("batch", "group", "ema", "none")
 MOST_EXPONENT = 80.0
 """Largest logarithm of a raw weight: e^80 is 5.5e34, and a batch's sum of such is still a number in fp32."""
 
@@ -21,7 +21,7 @@ class WeightingConfig:
         threshold: tau of the paper, nats: a token is pivotal where its clipped log ratio is at least this.
         ceiling: c of the paper, nats: log ratios are clipped from above at this value.
         temperature: raw weight = exp(mean pivotal log ratio / temperature).
-        normalise: `batch` divides by the mean raw weight of all sequences of the optimiser step; `group` by the mean of
+        normalize: `batch` divides by the mean raw weight of all sequences of the optimiser step; `group` by the mean of
             `group_size` consecutive sequences of the global order (what the authors' release does for the sequences of
             one device); `ema` by a moving average of batch means; `none` keeps the raw weight.
         group_size: sequences that share a mean under `group`.
@@ -36,7 +36,7 @@ class WeightingConfig:
     threshold: float = 0.8
     ceiling: float = 2.5
     temperature: float = 1.0
-    normalise: str = "batch"
+    normalize: str = "batch"
     group_size: int | None = None
     ema_decay: float = 0.9
     cap: float | None = 10.0
@@ -62,13 +62,13 @@ class WeightingConfig:
                 f"weight is its exponential, which above {MOST_EXPONENT:g} fp32 cannot hold. Lower the ceiling, "
                 "or raise the temperature."
             )
-        if self.normalise not in NORMALISATIONS:
+        if self.normalize not in NORMALIZATIONS:
             raise ConfigError(
-                f"weighting.normalise must be one of {', '.join(NORMALISATIONS)}; got {self.normalise!r}."
+                f"weighting.normalize must be one of {', '.join(NORMALIZATIONS)}; got {self.normalize!r}."
             )
-        if self.normalise == "group" and (self.group_size is None or self.group_size < 1):
+        if self.normalize == "group" and (self.group_size is None or self.group_size < 1):
             raise ConfigError(
-                f"weighting.normalise=group needs weighting.group_size of at least 1; got {self.group_size}. "
+                f"weighting.normalize=group needs weighting.group_size of at least 1; got {self.group_size}. "
                 "The authors' release uses 8, 4 and 2 for its three model sizes."
             )
         if not 0.0 <= self.ema_decay < 1.0:

@@ -13,7 +13,7 @@ import torch
 
 from renio_megatron.objective.divergences import Divergence
 from renio_megatron.objective.divergences.zero_probability import drop_impossible_
-from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalisers
+from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalizers
 
 CHUNK_ENTRIES = 1 << 18
 """Vocabulary entries that are worked on at once: 8 rows of 32,768 columns, 1 MB in fp32, near a CPU core's cache."""
@@ -65,7 +65,7 @@ def statistics(
 def clamped_sums(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalisers: Normalisers,
+    normalizers: Normalizers,
     divergence: Divergence,
     *,
     num_valid: int,
@@ -85,7 +85,7 @@ def clamped_sums(
     buffers = _buffers(student_logits, num_valid, dtype)
     for rows in _row_chunks(student_logits):
         student_logp, teacher_logp = _log_probabilities(
-            student_logits, teacher_logits, normalisers, rows, temperature, buffers
+            student_logits, teacher_logits, normalizers, rows, temperature, buffers
         )
         entry, slope = divergence.terms(student_logp, teacher_logp, beta)
         _sum_terms(sums[rows], entry, slope, entry_clip, entry_floor)
@@ -95,7 +95,7 @@ def clamped_sums(
 def weighted_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalisers: Normalisers,
+    normalizers: Normalizers,
     divergence: Divergence,
     total_slope_N: torch.Tensor,
     scale_N: torch.Tensor,
@@ -121,7 +121,7 @@ def weighted_gradient(
     for rows in _row_chunks(student_logits):
         if num_valid:
             student_logp, teacher_logp = _log_probabilities(
-                student_logits, teacher_logits, normalisers, rows, temperature, buffers
+                student_logits, teacher_logits, normalizers, rows, temperature, buffers
             )
             entry, slope = divergence.terms(student_logp, teacher_logp, beta)
             if entry_clip is not None:
@@ -134,7 +134,7 @@ def weighted_gradient(
 def sums_and_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalisers: Normalisers,
+    normalizers: Normalizers,
     divergence: Divergence,
     scale_N: torch.Tensor,
     out: torch.Tensor,
@@ -155,7 +155,7 @@ def sums_and_gradient(
     buffers = _buffers(student_logits, num_valid, dtype)
     for rows in _row_chunks(student_logits):
         student_logp, teacher_logp = _log_probabilities(
-            student_logits, teacher_logits, normalisers, rows, temperature, buffers
+            student_logits, teacher_logits, normalizers, rows, temperature, buffers
         )
         entry, slope = divergence.terms(student_logp, teacher_logp, beta)
         _sum_terms(sums[rows], entry, slope, entry_clip, entry_floor)
@@ -230,7 +230,7 @@ def _buffers(logits: torch.Tensor, num_valid: int, dtype: torch.dtype) -> torch.
 def _log_probabilities(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalisers: Normalisers,
+    normalizers: Normalizers,
     rows: slice,
     temperature: float,
     buffers: torch.Tensor,
@@ -239,8 +239,8 @@ def _log_probabilities(
     num_valid = buffers.shape[2]
     student = _scaled(student_logits[rows, :num_valid], temperature, buffers[0])
     teacher = _scaled(teacher_logits[rows, :num_valid], temperature, buffers[1])
-    student.sub_(normalisers.student_max[rows, None]).sub_(normalisers.student_log_sum[rows, None])
-    teacher.sub_(normalisers.teacher_max[rows, None]).sub_(normalisers.teacher_log_sum[rows, None])
+    student.sub_(normalizers.student_max[rows, None]).sub_(normalizers.student_log_sum[rows, None])
+    teacher.sub_(normalizers.teacher_max[rows, None]).sub_(normalizers.teacher_log_sum[rows, None])
     return student, teacher
 
 

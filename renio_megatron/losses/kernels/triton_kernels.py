@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from renio_megatron.losses.kernels.triton_terms import LN2, add_terms, bounded_terms, normaliser
+from renio_megatron.losses.kernels.triton_terms import LN2, add_terms, bounded_terms, normalizer
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a running maximum starts: finite, so that -inf minus it is -inf
 
@@ -148,8 +148,8 @@ def sums_kernel(
     row = tl.num_programs(0) - 1 - row
     student += row * student_stride
     teacher += row * teacher_stride
-    student_base, student_rest = normaliser(student_max + row, student_log_sum + row, inverse, student_part)
-    teacher_base, teacher_rest = normaliser(teacher_max + row, teacher_log_sum + row, inverse, teacher_part)
+    student_base, student_rest = normalizer(student_max + row, student_log_sum + row, inverse, student_part)
+    teacher_base, teacher_rest = normalizer(teacher_max + row, teacher_log_sum + row, inverse, teacher_part)
     lanes = tl.arange(0, BLOCK)
     entries = tl.zeros([BLOCK], tl.float32)
     slopes = tl.zeros([BLOCK], tl.float32)
@@ -195,8 +195,8 @@ def gradient_kernel(
     times = tl.load(factor + row)
     after = first
     if times != 0.0:
-        student_base, student_rest = normaliser(student_max + row, student_log_sum + row, inverse, student_part)
-        teacher_base, teacher_rest = normaliser(teacher_max + row, teacher_log_sum + row, inverse, teacher_part)
+        student_base, student_rest = normalizer(student_max + row, student_log_sum + row, inverse, student_part)
+        teacher_base, teacher_rest = normalizer(teacher_max + row, teacher_log_sum + row, inverse, teacher_part)
         total = tl.load(slope_total + row)
         for start in tl.range(first, full, BLOCK, num_stages=STAGES):
             z = tl.load(student + start + lanes).to(tl.float32)

@@ -19,7 +19,7 @@ from renio_megatron.losses.kernels import triton_kernels as jit
 from renio_megatron.losses.kernels import triton_terms
 from renio_megatron.losses.kernels.tuning import Cut, choose_cut, cut_rows
 from renio_megatron.objective.divergences import Divergence, Terms, forward_kl, jsd, reverse_kl
-from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalisers
+from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalizers
 
 FORMS: dict[Terms, int] = {
     forward_kl.terms: triton_terms.FORWARD_KL.value,
@@ -104,7 +104,7 @@ def token_statistics(
 def clamped_sums(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalisers: Normalisers,
+    normalizers: Normalizers,
     divergence: Divergence,
     *,
     num_valid: int,
@@ -117,7 +117,7 @@ def clamped_sums(
     rows = student_logits.shape[0]
     if rows == 0 or num_valid == 0:
         return student_logits.new_zeros(rows, 3, dtype=torch.float32)
-    vectors = _vectors(normalisers)
+    vectors = _vectors(normalizers)
     form, shares = _form(divergence, beta)
     numbers = (*_factors(temperature), *_bounds(entry_clip, entry_floor), *shares)
 
@@ -139,7 +139,7 @@ def clamped_sums(
 def weighted_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalisers: Normalisers,
+    normalizers: Normalizers,
     divergence: Divergence,
     total_slope_N: torch.Tensor,
     scale_N: torch.Tensor,
@@ -158,7 +158,7 @@ def weighted_gradient(
     rows, width = out.shape
     if rows == 0 or num_valid == 0:
         return out.zero_()
-    vectors = _vectors(normalisers)
+    vectors = _vectors(normalizers)
     form, shares = _form(divergence, beta)
     # The kernel's probability of a JSD is (1 - beta) p_S, as its mixture needs it.
     total = (total_slope_N.float() * 2.0 ** -shares[0]).contiguous()
@@ -186,15 +186,15 @@ def weighted_gradient(
 def sums_and_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalisers: Normalisers,
+    normalizers: Normalizers,
     divergence: Divergence,
     scale_N: torch.Tensor,
     out: torch.Tensor,
     **settings: Any,
 ) -> torch.Tensor:
     """Pass 2, then pass 3; arguments as in `torch_ops.sums_and_gradient`."""
-    sums = clamped_sums(student_logits, teacher_logits, normalisers, divergence, **settings)
-    weighted_gradient(student_logits, teacher_logits, normalisers, divergence, sums[:, 1], scale_N, out, **settings)
+    sums = clamped_sums(student_logits, teacher_logits, normalizers, divergence, **settings)
+    weighted_gradient(student_logits, teacher_logits, normalizers, divergence, sums[:, 1], scale_N, out, **settings)
     return sums
 
 
@@ -257,10 +257,10 @@ def _form(divergence: Divergence, beta: float) -> tuple[int, tuple[float, float]
     return form, (math.log1p(-beta) / math.log(2.0), math.log2(beta))
 
 
-def _vectors(normalisers: Normalisers) -> list[torch.Tensor]:
+def _vectors(normalizers: Normalizers) -> list[torch.Tensor]:
     """The normalisers as the kernels read them, fp32 [N] without gaps."""
     names = ("student_max", "student_log_sum", "teacher_max", "teacher_log_sum")
-    return [getattr(normalisers, name).float().contiguous() for name in names]
+    return [getattr(normalizers, name).float().contiguous() for name in names]
 
 
 def _options(cut: Cut) -> dict[str, int]:

@@ -26,7 +26,7 @@ JSD = tl.constexpr(2)
 
 
 @triton.jit
-def normaliser(maximum, log_sum, inverse, part):
+def normalizer(maximum, log_sum, inverse, part):
     """What is subtracted from a logit before the multiplication by `scale`, and after it: log2 of the sum, from nats,
     less `part`.
 

@@ -219,7 +219,7 @@ def build_model(
     vocab_size: int,
     num_rows: int | None = None,
     trained: bool = True,
-    initialise: bool = True,
+    initialize: bool = True,
 ) -> ModelPart:
     """This rank's part of a model.
 
@@ -235,7 +235,7 @@ def build_model(
             tokens, of which there may be more than V; a teacher gets as many, so that both heads are cut at the same
             edges.
         trained: False for a model that only runs forward.
-        initialise: draw random weights, the same for every tensor-parallel size; False where all weights are loaded
+        initialize: draw random weights, the same for every tensor-parallel size; False where all weights are loaded
             next: they are whatever the device's memory held, and nothing is made or drawn on the host.
     """
     precision, lora = precision or PrecisionConfig(), lora or LoraConfig()
@@ -244,7 +244,7 @@ def build_model(
     check_backend(lora, backend)
     check_mixture(architecture, precision, backend)
     config = transformer_config(
-        architecture, parallel, train, precision, trained=trained, initialise=initialise, backend=backend
+        architecture, parallel, train, precision, trained=trained, initialize=initialize, backend=backend
     )
     # An expert may have no token at all, of which the fused product is not known to make anything.
     can_fuse = architecture.experts is None and can_fuse_weight_gradients(layout.device, bf16=train.bf16)

@@ -40,7 +40,7 @@ def mixture_settings(architecture: Architecture, parallel: ParallelConfig) -> di
         "moe_router_topk": experts.chosen,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         # The softmax over the chosen experts alone is the normalised one over all of them.
-        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_pre_softmax": not experts.normalized,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

@@ -79,7 +79,7 @@ def slow_attention() -> str | None:
 _ATTENTION = "transformer_engine.pytorch.attention"
 
 
-def is_quantised(parameter: torch.nn.Parameter) -> bool:
+def is_quantized(parameter: torch.nn.Parameter) -> bool:
     """Whether a parameter is kept in FP8: its values must be given at once, with `fill`."""
     return is_float8tensor(parameter)
 

@@ -41,17 +41,17 @@ def transformer_config(
     precision: PrecisionConfig,
     *,
     trained: bool,
-    initialise: bool = True,
+    initialize: bool = True,
     backend: str = "local",
 ) -> TransformerConfig:
     """Megatron's configuration of a model in a layout; a frozen one is not interleaved and recomputes nothing.
 
-    `initialise` is explained at `build.build_model`.
+    `initialize` is explained at `build.build_model`.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     # Not perform_initialization=False, which also leaves out the marks by which gradient norms count shards.
     drawers = ("init_method", "output_layer_init_method", "embedding_init_method")
-    quantised = megatron_settings(precision, backend, trained=trained)
+    quantized = megatron_settings(precision, backend, trained=trained)
     return TransformerConfig(
         **_of_architecture(architecture),
         bf16=train.bf16,
@@ -59,8 +59,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         # On the host: the same random weights for every tensor-parallel size. FP8 weights cannot be made there.
-        use_cpu_initialization=initialise and not quantised.get("fp8_param", False),
-        **({} if initialise else dict.fromkeys(drawers, _leave)),
+        use_cpu_initialization=initialize and not quantized.get("fp8_param", False),
+        **({} if initialize else dict.fromkeys(drawers, _leave)),
         **_of_layout(parallel, trained),
         **mixture_settings(architecture, parallel),
         # Packed rows differ in length. Megatron allows that to this dispatcher only, also where there are no experts.
@@ -69,7 +69,7 @@ def transformer_config(
         **(_of_recomputation(train) if trained else {}),
         **ALWAYS,
         **WITHOUT_OTHER_PACKAGES,
-        **quantised,
+        **quantized,
     )
 
 

@@ -37,7 +37,7 @@ def make_groups(parallel: ParallelConfig) -> None:
         return
     else:
         parallel_state.destroy_model_parallel()
-    _initialise(parallel)
+    _initialize(parallel)
 
 
 def present_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> Layout:
@@ -97,7 +97,7 @@ def place_beside(parallel: ParallelConfig, device: torch.device) -> Place:
     key = (dist.group.WORLD, *_sizes(parallel).items())
     with Place(present_layout(device), _known.get(key, _pristine)).entered():
         if key not in _known:
-            _initialise(parallel)
+            _initialize(parallel)
             _known[key] = _globals(parallel_state)
         return Place(present_layout(device), _known[key])
 
@@ -107,7 +107,7 @@ def forget_groups() -> None:
     _known.clear()
 
 
-def _initialise(parallel: ParallelConfig) -> None:
+def _initialize(parallel: ParallelConfig) -> None:
     from megatron.core import parallel_state
 
     minutes = parallel.distributed_timeout_minutes

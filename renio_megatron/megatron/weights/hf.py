@@ -18,7 +18,7 @@ import torch
 
 from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.megatron.model.lora import is_adapter
-from renio_megatron.megatron.model.te_modules import fill, is_quantised, values_of
+from renio_megatron.megatron.model.te_modules import fill, is_quantized, values_of
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
 from renio_megatron.models.param_map import VOCABULARY, Slice, hf_names, is_expert, is_gate_and_up, is_qkv, slices_of
@@ -72,7 +72,7 @@ def load_weights(
     line = _Line(title, files, len(jobs), num_bytes, say)
     read = functools.partial(_read_file, files, line, change or _as_they_are)
     with torch.no_grad():
-        if any(target.is_quantised for target in targets):  # one at a time, and by the thread that chose the device
+        if any(target.is_quantized for target in targets):  # one at a time, and by the thread that chose the device
             for file in sorted(jobs):
                 read(file, jobs[file])
         else:
@@ -118,10 +118,10 @@ class _Target:
 
     def __init__(self, parameter: torch.nn.Parameter, slices: Sequence[Slice]) -> None:
         self.slices = slices
-        self.is_quantised = is_quantised(parameter)
+        self.is_quantized = is_quantized(parameter)
         self._parameter = parameter
         self._num_missing = len(slices)
-        self._values: torch.Tensor | None = None if self.is_quantised else parameter.detach()
+        self._values: torch.Tensor | None = None if self.is_quantized else parameter.detach()
 
     def write(self, one: Slice, values: torch.Tensor) -> None:
         """Copies a slice's values to its place."""
@@ -133,7 +133,7 @@ class _Target:
     def count(self, num_slices: int) -> None:
         """Takes note of slices that are complete."""
         self._num_missing -= num_slices
-        if self.is_quantised and self._num_missing == 0:
+        if self.is_quantized and self._num_missing == 0:
             assert self._values is not None
             fill(self._parameter, self._values)
             self._values = None

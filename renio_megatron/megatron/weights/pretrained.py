@@ -23,7 +23,7 @@ from renio_megatron.files import sampled
 from renio_megatron.megatron.checkpoint.sharded_state import restore_weights, sharded_model
 from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.megatron.model.lora import is_adapter
-from renio_megatron.megatron.model.te_modules import fill, is_quantised, values_of
+from renio_megatron.megatron.model.te_modules import fill, is_quantized, values_of
 from renio_megatron.megatron.weights.hf import Change, load_weights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.finite import require_finite
@@ -78,7 +78,7 @@ def load_pretrained(
     with torch.no_grad():
         for number, chunk in enumerate(part.chunks):
             for name, parameter in chunk.named_parameters():
-                if is_quantised(parameter):  # and remembers a value of before, which the optimiser would begin with
+                if is_quantized(parameter):  # and remembers a value of before, which the optimiser would begin with
                     fill(parameter, loaded["model"][str(number)][name].to(parameter.dtype))
     _clear_padding(part)
     for name, parameter in part.named_parameters():

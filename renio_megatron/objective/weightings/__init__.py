@@ -21,15 +21,15 @@ class Weighting:
     Attributes:
         evidence: (log_ratio_N, owner_N, num_sequences, *, threshold, ceiling) -> additive [B, K].
         raw_weight: (evidence [B, K], *, temperature) -> [B].
-        is_normalised: whether the configured normalisation and cap apply.
+        is_normalized: whether the configured normalisation and cap apply.
     """
 
     evidence: Callable[..., torch.Tensor]
     raw_weight: Callable[..., torch.Tensor]
-    is_normalised: bool = True
+    is_normalized: bool = True
 
 
 WEIGHTINGS: dict[str, Weighting] = {
     "renio": Weighting(renio.pivotal_evidence, renio.raw_weight),
-    "uniform": Weighting(uniform.no_evidence, uniform.raw_weight, is_normalised=False),
+    "uniform": Weighting(uniform.no_evidence, uniform.raw_weight, is_normalized=False),
 }

@@ -21,7 +21,7 @@ def kept_bytes(model: PlannedModel, pieces: Pieces, *, is_balanced: bool) -> int
     width = experts.ffn_hidden_size // pieces.expert_tensor
     # A softmax over the chosen experts, or over all; the numbers of the chosen. A transposed copy of all experts'
     # probabilities, and which are chosen. Where a token's rows are, once for there and back.
-    router = 4 * (experts.chosen if experts.normalised else experts.count) + experts.chosen * 8
+    router = 4 * (experts.chosen if experts.normalized else experts.count) + experts.chosen * 8
     router += experts.count * (4 + 1) + experts.chosen * 8
     if is_balanced:  # a softmax over all, and two numbers that tell the sequence
         router += experts.count * 4 + 16

@@ -44,7 +44,7 @@ class PlannedStudent:
             "parameters": (self.part.tensors().count + self.part.adapters().count) * self.part.element,
             **({"parameters in FP8": copies} if copies else {}),
             "gradients": sum(self._buffer(*group) for group in self._groups(trained)) * 4,
-            "optimiser": sum(self._optimised(*group) for group in self._groups(trained)) * states,
+            "optimiser": sum(self._optimized(*group) for group in self._groups(trained)) * states,
         }
 
     def sampling(self) -> dict[str, int]:
@@ -88,7 +88,7 @@ class PlannedStudent:
             phases["loss"] = self._loss(kept, payload(True))
         phases["backward"] = self._backward(kept, again, payload(False))
         # torch's AdamW makes the roots of all second moments at once; experts have an optimiser of their own.
-        roots = max(self._optimised(*group) for group in self._groups(self.trained)) * 4
+        roots = max(self._optimized(*group) for group in self._groups(self.trained)) * 4
         phases["step"] = {"payload": payload(False), "temporaries": roots}
         return phases
 
@@ -113,7 +113,7 @@ class PlannedStudent:
             return sum(tensors)
         return _ceil(sum(_ceil(entries, 64) for entries in tensors), math.lcm(copies, 128))
 
-    def _optimised(self, tensors: Sequence[int], copies: int) -> int:
+    def _optimized(self, tensors: Sequence[int], copies: int) -> int:
         """Entries whose moments this rank has; context ranks share them like data ranks."""
         if not self._config.parallel.use_distributed_optimizer:
             return sum(tensors)

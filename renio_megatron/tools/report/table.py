@@ -45,7 +45,7 @@ class RunSummary:
     seconds: float | None = None
 
 
-def summarise(metrics: Sequence[Mapping[str, Any]], name: str) -> RunSummary:
+def summarize(metrics: Sequence[Mapping[str, Any]], name: str) -> RunSummary:
     """The summary of a run's rows of metrics, which are in the order of their steps.
 
     >>> summarise([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0}], "OPD").loss_first
