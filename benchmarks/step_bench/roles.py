@@ -176,7 +176,7 @@ class Step:
             bf16=precision.bf16, global_batch_size=work.sequences, max_tokens_per_micro_batch=work.max_tokens
         )
         self.vocab = min(shape.vocab_size for shape in self.shapes.values())
-        shared = {"vocab_size": self.vocab, "initialise": False}
+        shared = {"vocab_size": self.vocab, "initialize": False}
         mine = PrecisionConfig(**precision.settings("student"))
         theirs = TeacherPrecisionConfig(**precision.settings("teacher"))
         part = build_model(student, self.layout, parallel, train, mine, **shared)

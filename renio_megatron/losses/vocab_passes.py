@@ -82,7 +82,7 @@ class Passes:
         """Passes 2 and 3, and the second exchange, where pass 1 does not say it all.
 
         Args:
-            student_logits, teacher_logits, normalisers: of pass 1.
+            student_logits, teacher_logits, normalizers: of pass 1.
             scale_N: what each token's divergence is multiplied by in the loss.
             out: [N, L] for the gradient of sum(scale x divergence) in the student's logits, may be `student_logits`
                 itself; None: no gradient is wanted.

@@ -236,14 +236,14 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("is_quantised", [False, True])
+@pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_nothing_is_made_beside_the_parameters(directories, monkeypatch, tensor, is_quantized):
     directory, architecture, state = directories["qwen3, tied"]
     monkeypatch.setattr(hf, "ThreadPoolExecutor", InLine)
     filled, waiting = [], 0
     if is_quantized:
-        monkeypatch.setattr(hf, "is_quantised", lambda parameter: parameter.dim() == 2)
+        monkeypatch.setattr(hf, "is_quantized", lambda parameter: parameter.dim() == 2)
         monkeypatch.setattr(hf, "fill", lambda parameter, values: filled.append(parameter.copy_(values)))
     write_slice = hf._Target.write
 

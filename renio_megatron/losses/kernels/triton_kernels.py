@@ -295,7 +295,7 @@ def _write_model(out, out_target, top, total, target, scale, inverse, WHOLE: tl.
 
 @triton.jit
 def _in_nats(top, total, scale, inverse):
-    """Maximum of logits / temperature, and the sum relative to what `normaliser` will make of the rounded maximum."""
+    """Maximum of logits / temperature, and the sum relative to what `normalizer` will make of the rounded maximum."""
     maximum = top * inverse
     lifted = total * tl.exp2((top - tl.div_rn(maximum, inverse)) * scale)
     return tl.where(total > 0, maximum, float("-inf")), tl.where(total > 0, lifted, 0.0)

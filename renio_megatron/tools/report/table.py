@@ -48,7 +48,7 @@ class RunSummary:
 def summarize(metrics: Sequence[Mapping[str, Any]], name: str) -> RunSummary:
     """The summary of a run's rows of metrics, which are in the order of their steps.
 
-    >>> summarise([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0}], "OPD").loss_first
+    >>> summarize([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0}], "OPD").loss_first
     2.0
     """
     last_step = max((row["step"] for row in metrics), default=0)
