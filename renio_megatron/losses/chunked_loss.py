@@ -62,6 +62,7 @@ def linear_divergence(
             main_grad: as in `linear_distillation_loss`; the hidden states' gradient is not summed over the shards.
         token_scale: what each token's divergence is multiplied by in the sum [N].
     """
+    check_heads(student_hidden, student_head, teacher_hidden, teacher_head, shard)
     chunked = ChunkedLoss(
         student_hidden, student_head, teacher_hidden, teacher_head, token_ids, loss, shard, chunk_size, logits_dtype
     )
@@ -98,8 +99,7 @@ class ChunkedLoss:
         chunk_size: int | None,
         logits_dtype: torch.dtype | None,
     ) -> None:
-        """Makes the buffers of a chunk. Raises `LayoutError` for shapes and dtypes that do not fit together."""
-        check_heads(student_hidden, student_head, teacher_hidden, teacher_head, shard)
+        """Makes the buffers of a chunk, of tensors that `check_heads` has looked at."""
         if len(teacher_hidden) != len(student_hidden):
             raise LayoutError(
                 f"student_hidden has {len(student_hidden)} tokens, teacher_hidden {len(teacher_hidden)}; both must be "

@@ -18,7 +18,7 @@ from renio_megatron.errors import CheckpointError
 Runs: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers; a run keeps its colour in all panels.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LOG_SPREAD = 10.0
 SMOOTHING = 20
 # Space above the curves for a legend that covers none of them.
@@ -75,12 +75,12 @@ def _values(runs: Runs, shown: Sequence[str], name: str) -> list[float]:
     return [value for run in shown for value in _points(runs[run], name)[1]]
 
 
-def _colours(runs: Runs) -> dict[str, str]:
-    return {run: COLOURS[index % len(COLOURS)] for index, run in enumerate(runs)}
+def _colors(runs: Runs) -> dict[str, str]:
+    return {run: COLORS[index % len(COLORS)] for index, run in enumerate(runs)}
 
 
 def _line(
-    axes: Axes, points: tuple[list[float], list[float]], *, colour: str, label: str, style: str, smooth: bool
+    axes: Axes, points: tuple[list[float], list[float]], *, color: str, label: str, style: str, smooth: bool
 ) -> None:
     """One curve; a noisy one is drawn faint, with its centred mean on top. A single point gets a marker."""
     steps, values = points
@@ -88,16 +88,16 @@ def _line(
         return
     window = _window(len(values)) if smooth else 1
     if window > 1:
-        axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+        axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
     marker = "o" if len(steps) == 1 or not smooth else None
     axes.plot(
         steps,
         centred_mean(values, window),
-        color=colour,
+        color=color,
         linestyle=style,
         marker=marker,
         markersize=5,
-        markerfacecolor=colour if style == "-" else "white",
+        markerfacecolor=color if style == "-" else "white",
         linewidth=1.8,
         label=label,
     )
@@ -132,17 +132,17 @@ def _finish(axes: Axes, title: str, ylabel: str, *, extra: Axes | None = None, w
 
 
 def _draw_accuracy(axes: Axes, runs: Runs) -> None:
-    for run, colour in _colours(runs).items():
+    for run, color in _colors(runs).items():
         for kind, style in (("greedy", "-"), ("sampled", "--")):
             points = _points(runs[run], f"eval/accuracy_{kind}")
-            _line(axes, points, colour=colour, label=f"{run}, {kind}", style=style, smooth=False)
+            _line(axes, points, color=color, label=f"{run}, {kind}", style=style, smooth=False)
     axes.set_ylim(bottom=0.0)
     _finish(axes, "Accuracy on held-out problems", "accuracy [1]")
 
 
 def _draw_loss(axes: Axes, runs: Runs) -> None:
-    for run, colour in _colours(runs).items():
-        _line(axes, _points(runs[run], "loss"), colour=colour, label=run, style="-", smooth=True)
+    for run, color in _colors(runs).items():
+        _line(axes, _points(runs[run], "loss"), color=color, label=run, style="-", smooth=True)
     values = _values(runs, list(runs), "loss")
     if values and min(values) > 0.0 and max(values) > LOG_SPREAD * min(values):
         axes.set_yscale("log")
@@ -154,16 +154,16 @@ def _draw_weights(axes: Axes, runs: Runs) -> None:
     """Weights on the left, effective share of the batch on the right; runs whose weights are all 1 are left out."""
     right = axes.twinx()
     right.spines["top"].set_visible(False)
-    colours = _colours(runs)
+    colors = _colors(runs)
     weighted = [run for run in runs if any(value != 1.0 for value in _points(runs[run], "renio/weight_max")[1])]
     shown = weighted or list(runs)
     for run in shown:
-        rows, colour = runs[run], colours[run]
-        right_colour = colour if len(shown) > 1 else "#444444"
-        _line(axes, _points(rows, "renio/weight_max"), colour=colour, label=f"{run}, largest", style="-", smooth=True)
-        _line(axes, _points(rows, "renio/weight_mean"), colour=colour, label=f"{run}, mean", style="--", smooth=True)
+        rows, color = runs[run], colors[run]
+        right_color = color if len(shown) > 1 else "#444444"
+        _line(axes, _points(rows, "renio/weight_max"), color=color, label=f"{run}, largest", style="-", smooth=True)
+        _line(axes, _points(rows, "renio/weight_mean"), color=color, label=f"{run}, mean", style="--", smooth=True)
         points = _points(rows, "renio/ess_frac")
-        _line(right, points, colour=right_colour, label=f"{run}, effective share (right)", style=":", smooth=True)
+        _line(right, points, color=right_color, label=f"{run}, effective share (right)", style=":", smooth=True)
     axes.set_ylim(0.0, HEADROOM * max([1.0, *_values(runs, shown, "renio/weight_max")]))
     right.set_ylim(0.0, HEADROOM)
     right.set_yticks(SHARE_TICKS)
@@ -172,11 +172,11 @@ def _draw_weights(axes: Axes, runs: Runs) -> None:
 
 
 def _draw_detection(axes: Axes, runs: Runs) -> None:
-    for run, colour in _colours(runs).items():
+    for run, color in _colors(runs).items():
         points = _points(runs[run], "renio/auc_wrong")
-        _line(axes, points, colour=colour, label=f"{run}, AUC", style="-", smooth=True)
+        _line(axes, points, color=color, label=f"{run}, AUC", style="-", smooth=True)
         points = _points(runs[run], "rollout/accuracy")
-        _line(axes, points, colour=colour, label=f"{run}, rollout accuracy", style="--", smooth=True)
+        _line(axes, points, color=color, label=f"{run}, rollout accuracy", style="--", smooth=True)
     axes.axhline(0.5, color="#444444", linewidth=1.0, linestyle=":")
     axes.annotate("chance", (0.005, 0.5), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
     axes.set_ylim(0.0, HEADROOM)

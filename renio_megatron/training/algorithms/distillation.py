@@ -112,7 +112,7 @@ class Distillation:
         if not self._is_balanced:
             return rollouts
         weighting = self._weighting
-        is_grouped = weighting.name != "uniform" and weighting.normalize == "group"
+        is_grouped = weighting.is_normalized and weighting.normalize == "group"
         costs = [
             len(rollout.prompt.student_ids) + len(rollout.prompt.teacher_ids) + 2 * len(rollout.completion_ids)
             for rollout in rollouts
