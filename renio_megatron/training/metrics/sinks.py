@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from renio_megatron.errors import CheckpointError, DataError, NumericsError
 from renio_megatron.files import JsonLines, output_error, parse_row
@@ -16,19 +16,6 @@ Observer: TypeAlias = Callable[[int, dict[str, float]], None]
 """(step, metrics): a sink's `write`, a progress line's `update`."""
 
 
-class Sink(Protocol):
-    """Somewhere to write a step's values to. Rank 0 has them, the other ranks have none."""
-
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Writes the values of one step; None means "not known" and is left out."""
-
-    def close(self) -> None:
-        """Writes what is pending and gives the file back. A second call does nothing."""
-
-
-Sinks: TypeAlias = tuple[Sink, ...]
-
-
 class JsonlSink(JsonLines):
     """`metrics.jsonl`: one JSON object a line, keys in the order of `METRICS`; only whole lines are ever written.
 
@@ -36,7 +23,7 @@ class JsonlSink(JsonLines):
     """
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Appends the row of `step`.
+        """Appends the row of `step`; a value that is None is not known, and left out.
 
         Raises:
             NumericsError: a value is NaN or infinite.
