@@ -71,7 +71,7 @@ def stepper(train: TrainConfig, layout: Layout, rollouts: list[Rollout]) -> Call
     def step() -> int:
         batches = learner.arrange(rollouts)
         scores = teacher.score(rollouts, batches)
-        sample = sample_weights(learner.score(batches), scores.logp, owner, len(rollouts), weighting)
+        sample = sample_weights(learner.score(batches)["student_logp"], scores.logp, owner, len(rollouts), weighting)
         learner.update(batches, WeightedLoss(scores, sample, loss, head), step=next(steps), lr=1e-5)
         return sum(batch.token_ids.numel() for batch in batches)
 

@@ -19,8 +19,8 @@ from renio_megatron.config import (
     PrecisionConfig,
     TeacherPrecisionConfig,
     TrainConfig,
-    WeightingConfig,
 )
+from renio_megatron.config.sections.weighting import RenioWeighting
 from renio_megatron.data.batching.collate import flat_completions
 from renio_megatron.losses.sample_weights import sample_weights
 from renio_megatron.megatron.model.build import ModelPart, build_model
@@ -33,6 +33,7 @@ from renio_megatron.models.architecture import Architecture
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.tools.precision.errors import Scores
 from renio_megatron.training.algorithms.distillation import Distillation
+from renio_megatron.training.algorithms.weighing import Weighing
 from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 from renio_megatron.types import Decoding, Prompt, Rollout
 from step_bench.models import random_model
@@ -166,7 +167,7 @@ class Step:
     ) -> None:
         """Builds both on this process's device; `fill` gives weights to a part of `student` or `teacher`."""
         self.work, precision = work, precision or Precision()
-        self._loss, self._weighting, self._head = loss or LossConfig(), WeightingConfig(), HeadConfig()
+        self._loss, self._weighting, self._head = loss or LossConfig(), RenioWeighting(), HeadConfig()
         self.shapes, temperature = {"student": student, "teacher": teacher}, self._loss.temperature
         become_single_rank()
         parallel = ParallelConfig()
@@ -191,10 +192,7 @@ class Step:
             *(Watched(role, self.watch) for role in (self.sampler, self.teacher, self.learner)),
             layout=self.layout,
             decoding=self.decoding(work.completion),
-            loss=self._loss,
-            weighting=self._weighting,
-            head=self._head,
-            recompute_student_scores=False,
+            weighing=Weighing(self._weighting, self._weighting, self._loss, self._head, recompute=False, seed=1),
             lr_at=lambda step: lr,
         )
         began = time.perf_counter()
@@ -236,7 +234,7 @@ class Step:
         device, watch = self.layout.device, self.watch
         batches = self.learner.arrange(rollouts)
         theirs = watch.call("teacher", lambda: self.teacher.score(rollouts, batches))
-        mine = watch.call("student scores", lambda: self.learner.score(batches))
+        mine = watch.call("student scores", lambda: self.learner.score(batches)["student_logp"])
         _, owner, _ = flat_completions(rollouts)
         sample = sample_weights(mine, theirs.logp, owner.to(device), len(rollouts), self._weighting)
         divergence, metrics = torch.zeros_like(mine), {}
@@ -247,7 +245,10 @@ class Step:
         loss = WeightedLoss(theirs, sample, self._loss, self._head, on_divergence=place)
         if update:
             metrics = watch.call("train", lambda: self.learner.update(batches, loss, step=1, lr=0.0))
-        scores = Scores(mine, theirs.logp, divergence, sample.is_pivotal, sample.raw_weights, sample.weights)
+        assert sample.renio is not None
+        scores = Scores(
+            mine, theirs.logp, divergence, sample.renio.is_pivotal, sample.renio.raw_weights, sample.weights
+        )
         on_host = Scores(**{name: value.detach().cpu() for name, value in vars(scores).items()})
         return on_host, Taken(metrics, watch.phases)
 

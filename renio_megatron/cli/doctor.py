@@ -33,7 +33,7 @@ def read_settings(recipe: str | None, overrides: Sequence[str]) -> DoctorConfig:
         ConfigError: as for `renio train`; without a recipe, a key other than `parallel.*` and `bf16`.
     """
     if recipe is None:
-        return read_recipe(DoctorConfig, None, overrides)[0]
+        return read_recipe(DoctorConfig, None, overrides).config
     config = load_recipe("train", recipe, overrides).config
     return DoctorConfig(parallel=config.parallel, bf16=config.train.bf16)
 

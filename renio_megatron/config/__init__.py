@@ -8,7 +8,7 @@ from renio_megatron.config.sections.loss import HeadConfig, LossConfig
 from renio_megatron.config.sections.parallel import ParallelConfig
 from renio_megatron.config.sections.precision import PrecisionConfig, TeacherPrecisionConfig
 from renio_megatron.config.sections.rollout import RolloutConfig
-from renio_megatron.config.sections.teacher import TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
+from renio_megatron.config.sections.teacher import TeacherConfig, TeacherParallelConfig
 from renio_megatron.config.sections.train import TrainConfig
 from renio_megatron.config.sections.weighting import WeightingConfig
 
@@ -25,7 +25,6 @@ __all__ = [
     "TeacherConfig",
     "TeacherParallelConfig",
     "TeacherPrecisionConfig",
-    "TeacherRouteConfig",
     "TrainConfig",
     "WeightingConfig",
 ]

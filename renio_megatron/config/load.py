@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from renio_megatron.config.parser import read_recipe
-from renio_megatron.config.rules.combinations import check_combinations, check_weighting
+from renio_megatron.config.rules.combinations import check_combinations
 from renio_megatron.config.rules.experts import check_expert_ranks, check_experts
 from renio_megatron.config.rules.ignored import check_settings, ignored_settings, refuse_ignored
 from renio_megatron.config.rules.layout import (
@@ -20,9 +20,7 @@ from renio_megatron.config.rules.layout import (
     check_teacher_layout,
 )
 from renio_megatron.config.schema import COMMANDS, DistillationConfig, JobConfig, Recipe, schema_of
-from renio_megatron.config.teachers import (
-    teacher_parallel,
-)
+from renio_megatron.config.teachers import teacher_parallel
 from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import ModelShape
@@ -81,13 +79,13 @@ def _read(kind: str, algorithm: str, path: str | Path, overrides: Sequence[str])
     """
     dropped: dict[str, str] = {}
     while True:
-        config, explicit, given = read_recipe(schema_of(algorithm), path, overrides, without=dropped)
-        check_settings(config)
-        ignored = ignored_settings(config, explicit)
+        read = read_recipe(schema_of(algorithm), path, overrides, without=dropped)
+        check_settings(read.config)
+        ignored = {**read.misplaced, **ignored_settings(read.config, read.explicit)}
         if not ignored:
-            return Recipe(config=config, explicit=explicit, kind=kind, dropped=dropped)
+            return Recipe(config=read.config, explicit=read.explicit, kind=kind, dropped=dropped)
         mistakes = _mistakes_of(algorithm, path, overrides)
-        refuse_ignored({key: because for key, because in ignored.items() if key in given or key in mistakes})
+        refuse_ignored({key: because for key, because in ignored.items() if key in read.given or key in mistakes})
         dropped |= ignored
 
 
@@ -95,8 +93,8 @@ def _mistakes_of(algorithm: str, path: str | Path, overrides: Sequence[str]) -> 
     """Keys of a recipe that have no effect without the command line; of that only keys outside of sections are used."""
     try:
         plain = [text for text in overrides if text.partition("=")[0].strip() in _PLAIN_KEYS]
-        config, explicit, _ = read_recipe(schema_of(algorithm), path, plain)
-        return frozenset(ignored_settings(config, explicit))
+        read = read_recipe(schema_of(algorithm), path, plain)
+        return frozenset((*read.misplaced, *ignored_settings(read.config, read.explicit)))
     except ConfigError:  # it needs the command line to be a recipe at all
         return frozenset()
 
@@ -134,8 +132,8 @@ def check_world(config: JobConfig, world_size: int) -> None:
     world_size -= config.num_teacher_ranks
     check_layout(config.parallel, config.train, world_size)
     check_expert_ranks(config.parallel, config.train, world_size)
-    if isinstance(config, DistillationConfig) and config.weighting.is_normalized:
-        check_weighting(config.weighting, config.train.global_batch_size)
+    if isinstance(config, DistillationConfig):
+        config.weighting.check_batch(config.train.global_batch_size)
 
 
 def check_models(config: JobConfig) -> None:
@@ -149,8 +147,7 @@ def check_models(config: JobConfig) -> None:
     for one in config.teachers:
         setting = one.setting("model")
         layouts[setting] = teacher_parallel(config.parallel, one.settings)
-        if one.kind == "separate":
-            assert one.settings.model is not None
+        if one.settings.model is not None:
             section = "teacher.parallel" if one.has_own_layout else "parallel"
             models[setting] = ModelShape.from_directory(model_directory(one.settings.model, setting), setting)
             check_cut(setting, models[setting], layouts[setting], trained=False, section=section)

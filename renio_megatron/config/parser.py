@@ -1,29 +1,28 @@
 """Reads a recipe (YAML) and the `key=value` settings of a command line into a dataclass; knows no key by name.
 
-A schema is a dataclass whose fields are plain values (str, int, float, bool, or one of them or None), sections
-(dataclasses of the same kind), or tables of sections under names that the recipe chooses (`dict[str, dataclass]`).
-Inside this file the settings are flat: dotted key -> (value, where it was given).
+Which keys there are, `keys` says. Inside this file the settings are flat: dotted key -> (value, where it was given).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from renio_megatron.config.renamed import RENAMED
+from renio_megatron.config.flat import FlatSettings
+from renio_megatron.config.keys import Keys, first_line, refuse_unknown
+from renio_megatron.config.places import place_of
 from renio_megatron.errors import ConfigError
 
 COMMAND_LINE = "command line"
-_SELECTORS = ("name", "kind")
 _WANTED = {
     str: "text",
     int: "a whole number",
@@ -39,17 +38,34 @@ _Schema = TypeVar("_Schema")
 _Flat = dict[str, tuple[Any, str]]
 
 
+@dataclass(frozen=True)
+class Read(Generic[_Schema]):
+    """What a recipe and its overrides say.
+
+    Attributes:
+        config: the settings.
+        explicit: dotted keys with a value other than null in the file or the overrides.
+        given: of them those that the overrides gave.
+        misplaced: keys with a value that there would be beside another tag, and why there is no place for them.
+    """
+
+    config: _Schema
+    explicit: frozenset[str]
+    given: frozenset[str]
+    misplaced: Mapping[str, str]
+
+
 def read_recipe(
     schema: type[_Schema],
     path: str | Path | None,
     overrides: Sequence[str] = (),
     *,
     without: Collection[str] = (),
-) -> tuple[_Schema, frozenset[str], frozenset[str]]:
+) -> Read[_Schema]:
     """The dataclass that a recipe and its overrides describe, and the keys they set.
 
     An override is `key=value` with a dotted key and a value in YAML; for a key that holds text it is the text, letter
-    for letter, but for null and for text in YAML's quotes. A plain word for a section that has a `name` or a `kind`
+    for letter, but for null and for text in YAML's quotes. A plain word for a section whose class a key picks
     (`weighting=uniform`) starts that section afresh with it. Null for a key that cannot be null is its default.
 
     Args:
@@ -58,111 +74,29 @@ def read_recipe(
         overrides: settings that replace those of the file, in the order of the command line.
         without: dotted keys that are left out, whoever gave them.
 
-    Returns:
-        (config, explicit, given): the dotted keys with a value other than null in the file or the overrides, and of
-        them those that the overrides gave.
-
     Raises:
         ConfigError: the file cannot be read, or a key or a value is not one of the schema's.
     """
-    content = {} if path is None else _load(Path(path))
-    keys = Keys(schema, _chosen_names(Keys(schema, {}), content, overrides))
-    types = keys.values
-    flat = _flatten(content, keys, str(path))
-    _apply_overrides(flat, keys, overrides)
-    flat = {key: entry for key, entry in flat.items() if key not in without}
+    settings = FlatSettings(schema)
+    if path is not None:
+        settings.put("", _load(Path(path)), str(path))
+    _apply_overrides(settings, overrides)
+    settings.without(without)
+    keys, flat = settings.keys(), settings.values
     explicit = frozenset(key for key, (value, _) in flat.items() if value is not None)
     given = frozenset(key for key in explicit if flat[key][1] == COMMAND_LINE)
-    flat = {key: entry for key, entry in flat.items() if entry[0] is not None or _may_be_null(types[key])}
+    misplaced = {}
+    for key in [key for key in flat if key not in keys.values]:
+        if (because := keys.misplaced(key)) is None:
+            refuse_unknown(key, keys, flat[key][1])
+        if key in explicit:
+            misplaced[key] = because
+        del flat[key]
+    flat = {key: entry for key, entry in flat.items() if entry[0] is not None or _may_be_null(keys.values[key])}
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
-        if field.name in types and field.default is dataclasses.MISSING and field.name not in flat:
+        if field.name in keys.values and field.default is dataclasses.MISSING and field.name not in flat:
             raise ConfigError(f"{path}: {field.name} is missing. Add it, or give {field.name}=... on the command line.")
-    return _build(schema, keys, flat), explicit, given
-
-
-class Keys:
-    """The dotted keys of a schema.
-
-    Attributes:
-        values: the type of every plain value, in the order of the fields.
-        sections: what stands in every section, one before those inside it; a table's names count as its keys.
-        tables: the sections whose keys are names that the recipe chooses.
-        top: the keys outside of all sections, and the sections there.
-    """
-
-    def __init__(self, schema: type, names: Mapping[str, Sequence[str]]) -> None:
-        """`names` are those chosen for each table, by its dotted key."""
-        self.values: dict[str, Any] = {}
-        self.sections: dict[str, list[str]] = {}
-        self.tables: set[str] = set()
-        self.top = [field.name for field in dataclasses.fields(schema)]
-        self._names = names
-        self._add("", schema)
-
-    def _add(self, section: str, schema: type) -> None:
-        hints = get_type_hints(schema)
-        for name in (field.name for field in dataclasses.fields(schema)):
-            key, hint = f"{section}{name}", hints[name]
-            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-                self._add_section(key, hint)
-            elif get_origin(hint) is dict:
-                self.tables.add(key)
-                self.sections[key] = list(self._names.get(key, ()))
-                for chosen in self.sections[key]:
-                    self._add_section(f"{key}.{chosen}", get_args(hint)[1])
-            else:
-                self.values[key] = hint
-
-    def _add_section(self, key: str, schema: Any) -> None:
-        self.sections[key] = [field.name for field in dataclasses.fields(schema)]
-        self._add(f"{key}.", schema)
-
-    def selector(self, section: str) -> str | None:
-        """The key that a plain word for the whole section stands for."""
-        names = () if section in self.tables else self.sections[section]
-        return next((name for name in _SELECTORS if name in names), None)
-
-
-def _chosen_names(keys: Keys, content: Mapping[Any, Any], overrides: Sequence[str]) -> dict[str, list[str]]:
-    """The names that a recipe's file and its overrides give to the sections of each table, in their order."""
-    found: dict[str, list[str]] = {}
-    for table in keys.tables:
-        inside: Any = content
-        for part in table.split("."):
-            inside = inside.get(part) if isinstance(inside, dict) else None
-        names = [str(name) for name in inside] if isinstance(inside, dict) else []
-        for text in overrides:
-            key, _, raw = (part.strip() for part in text.partition("="))
-            if key.startswith(f"{table}."):
-                names.append(key[len(table) + 1 :].partition(".")[0])
-            elif key == table and isinstance(value := _parse(key, raw, Any), dict):
-                names += [str(name) for name in value]
-        if with_dot := next((name for name in names if "." in name), None):
-            raise ConfigError(f"{table}: {with_dot!r} cannot be a name there: dots separate keys. Choose one without.")
-        found[table] = list(dict.fromkeys(names))
-    return found
-
-
-def nearest_key(key: str, keys: Iterable[str]) -> str | None:
-    """The valid key that a wrong one most likely stands for; None where no key is alike.
-
-    Keys are alike by their last part or, in different sections, as a whole; so a key in the wrong section is found,
-    and a common section alone makes no likeness.
-
-    >>> nearest_key("lr", ["train.lr", "train.seed"])
-    'train.lr'
-    """
-
-    section, _, last = key.rpartition(".")
-
-    def likeness(candidate: str) -> float:
-        its_section, _, its_last = candidate.rpartition(".")
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        part = difflib.SequenceMatcher(None, last, its_last).ratio()
-        return part + 0.01 if section == its_section else max(whole, part)
-
-    best = max(keys, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.65 else None
+    return Read(_build(keys, flat), explicit, given, misplaced)
 
 
 def _load(path: Path) -> Mapping[Any, Any]:
@@ -182,7 +116,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
     except RecursionError as error:
         raise ConfigError(f"{path}: cannot be read as a recipe: it is nested too deeply.") from error
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: cannot be read as a recipe: {_first_line(error)}.") from error
+        raise ConfigError(f"{path}: cannot be read as a recipe: {first_line(error)}.") from error
     if content == {} or content is None:
         raise ConfigError(f"{path}: the recipe is empty. It needs at least `model` and `output_dir`.")
     if not isinstance(content, dict):
@@ -190,61 +124,16 @@ def _load(path: Path) -> Mapping[Any, Any]:
     return content
 
 
-def _flatten(content: Mapping[Any, Any], keys: Keys, source: str) -> _Flat:
-    """The file's settings by dotted key; a section that is given as null has none."""
-    flat = {}
-    for key, value in content.items():
-        if key in keys.sections and "." not in key:
-            flat.update(_flatten_section(key, value, keys, source))
-        elif key in keys.values and "." not in key:
-            flat[key] = (value, source)
-        else:
-            _refuse_unknown(str(key), keys, source)
-    return flat
-
-
-def _flatten_section(name: str, value: Any, keys: Keys, source: str) -> _Flat:
-    """The settings of one section: a mapping, null, or a plain word that stands for its name or kind."""
-    selector = keys.selector(name)
-    if value is None:
-        return {}
-    if isinstance(value, str) and selector is not None:
-        return {f"{name}.{selector}": (value, source)}
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{source}: {name} is {_what_stands_in(name, keys)}; got {value!r}. "
-            f"Write its settings as `key: value` below it, or as {name}.KEY=VALUE on the command line."
-        )
-    flat: _Flat = {}
-    for key, item in value.items():
-        if str(key) not in keys.sections[name]:
-            _refuse_unknown(f"{name}.{key}", keys, source)
-        inside = f"{name}.{key}" in keys.sections
-        flat.update(
-            _flatten_section(f"{name}.{key}", item, keys, source) if inside else {f"{name}.{key}": (item, source)}
-        )
-    return flat
-
-
-def _what_stands_in(section: str, keys: Keys) -> str:
-    if section in keys.tables:
-        return "a section whose keys are names of your choice, each a section itself"
-    selector = keys.selector(section)
-    word = f", or a plain word for {section}.{selector}" if selector else ""
-    return f"a section with the keys {', '.join(keys.sections[section])}{word}"
-
-
-def _apply_overrides(flat: _Flat, keys: Keys, overrides: Sequence[str]) -> None:
+def _apply_overrides(settings: FlatSettings, overrides: Sequence[str]) -> None:
     """Puts the settings of the command line in the place of the file's."""
-    types, nested = keys.values, keys.sections
     given: list[str] = []
     for text in overrides:
         key, equals, raw = text.partition("=")
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"{COMMAND_LINE}: {text!r} is not a setting. Write key=value, for example train.lr=1e-5.")
-        if key not in types and key not in nested:
-            _refuse_unknown(key, keys, COMMAND_LINE)
+        if (place := place_of(settings.schema, key)) is None:
+            refuse_unknown(key, settings.keys(), COMMAND_LINE)
         if not raw.strip():
             raise ConfigError(
                 f"{COMMAND_LINE}: {key}= has no value. Write {key}=null for its default, "
@@ -257,14 +146,7 @@ def _apply_overrides(flat: _Flat, keys: Keys, overrides: Sequence[str]) -> None:
                 + ("Give each key once." if clash == key else f"Give {key} first, or give only one of them.")
             )
         given.append(key)
-        value = _parse(key, raw, types.get(key, Any))
-        if key in types:
-            flat[key] = (value, COMMAND_LINE)
-            continue
-        if not isinstance(value, dict):
-            for old in [old for old in flat if old.startswith(f"{key}.")]:
-                del flat[old]
-        flat.update(_flatten_section(key, value, keys, COMMAND_LINE))
+        settings.put(key, _parse(key, raw, place.hint if place.kind == "value" else Any), COMMAND_LINE)
 
 
 def _parse(key: str, raw: str, wanted: Any) -> Any:
@@ -274,7 +156,7 @@ def _parse(key: str, raw: str, wanted: Any) -> Any:
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw.strip()}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{COMMAND_LINE}: {key}={raw} is not valid YAML: {_first_line(error)}.") from error
+        raise ConfigError(f"{COMMAND_LINE}: {key}={raw} is not valid YAML: {first_line(error)}.") from error
     assert isinstance(content, dict)
     value = content["value"]
     return literal(value) if wanted == list[str] | None else value
@@ -308,51 +190,78 @@ def literal(value: Any) -> Any:
     return _INTERPOLATION.sub(lambda match: match[1] * 2 + "\\${", value) if isinstance(value, str) else value
 
 
-def _build(schema: type[_Schema], keys: Keys, flat: _Flat) -> _Schema:
+def _build(keys: Keys, flat: _Flat) -> Any:
     """The dataclass of the settings; its own checks run here."""
     types = keys.values
     for key, (value, source) in flat.items():
         if isinstance(value, bool) and bool not in (types[key], *get_args(types[key])):
             _refuse_type(key, value, types[key], source)
     try:
-        merged = _merge(schema, keys, flat)
+        merged = _merge(keys, flat)
     except OmegaConfBaseException as error:
         for key, (value, source) in flat.items():
-            if not _merges(schema, keys, {key: (value, source)}):
+            if not _merges(keys, {key: (value, source)}):
                 _refuse_type(key, value, types[key], source, error)
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(first_line(error)) from error
     try:
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        key = str(error.full_key)
+        key = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key))
         value, source = flat.get(key, (None, "recipe"))
-        raise ConfigError(f"{source}: {key}: {value!r} cannot be resolved: {_first_line(error)}.") from error
+        raise ConfigError(f"{source}: {key}: {value!r} cannot be resolved: {first_line(error)}.") from error
+    return _made(keys, values)
 
 
-def _merge(schema: type, keys: Keys, flat: _Flat) -> Any:
-    """The typed OmegaConf node of the schema with the settings in it."""
-    tree: dict[str, Any] = {}
-    for key in keys.sections:
-        _inside(tree, key)
-    for key, (value, _) in flat.items():
-        section, _, last = key.rpartition(".")
-        _inside(tree, section)[last] = value
-    node = OmegaConf.structured(schema)
+def _made(keys: Keys, values: Any, section: str = "") -> Any:
+    """A section as an object of its class, of its values; its own checks run here, and name the keys as they stand."""
+    schema, prefix = keys.schemas[section], f"{section}." if section else ""
+    given: dict[str, Any] = {}
+    for name in keys.sections[section] if section else keys.top:
+        key = f"{prefix}{name}"
+        if key in keys.lists:
+            given[name] = tuple(_made(keys, one, f"{key}.{number}") for number, one in enumerate(values[name]))
+        elif key in keys.tables:
+            given[name] = {chosen: _made(keys, one, f"{key}.{chosen}") for chosen, one in values[name].items()}
+        elif key in keys.sections:
+            given[name] = _made(keys, values[name], key)
+        elif values[name] != "???":  # OmegaConf's word for a field without default
+            given[name] = values[name]
+    try:
+        return schema(**given)
+    except ConfigError as error:
+        own = getattr(schema, "SECTION", section)
+        if own == section:
+            raise
+        raise ConfigError(re.sub(rf"\b{own}(?=[.:])", section, str(error))) from error
+
+
+def _merge(keys: Keys, flat: _Flat, section: str = "") -> Any:
+    """The typed OmegaConf node of a section, of the whole for none, with the settings in it."""
+    prefix = f"{section}." if section else ""
+    node = OmegaConf.structured(keys.schemas[section])
     OmegaConf.set_readonly(node, False)  # frozen dataclasses arrive read-only
-    return OmegaConf.merge(node, tree)
+    for name in keys.sections[section] if section else keys.top:
+        key = f"{prefix}{name}"
+        if key in keys.lists:
+            node[name] = tuple(_merge(keys, flat, f"{key}.{number}") for number in keys.sections[key])
+        elif key in keys.tables:
+            node[name] = {chosen: _merge(keys, flat, f"{key}.{chosen}") for chosen in keys.sections[key]}
+        elif key in keys.sections:
+            node[name] = _merge(keys, flat, key)
+        elif key in flat:
+            value, wanted = flat[key][0], keys.values[key]
+            node[name] = (
+                float(value)
+                if type(value) is int and value.bit_length() < 1000 and float in (wanted, *get_args(wanted))
+                else value
+            )
+    return node
 
 
-def _inside(tree: dict[str, Any], section: str) -> dict[str, Any]:
-    """The dictionary of a section, made where it is not there; the tree itself for no section."""
-    for name in section.split(".") if section else ():
-        tree = tree.setdefault(name, {})
-    return tree
-
-
-def _merges(schema: type, keys: Keys, flat: _Flat) -> bool:
+def _merges(keys: Keys, flat: _Flat) -> bool:
     """Whether these settings have the schema's types."""
     try:
-        _merge(schema, keys, flat)
+        _merge(keys, flat)
     except OmegaConfBaseException:
         return False
     return True
@@ -362,34 +271,9 @@ def _may_be_null(wanted: Any) -> bool:
     return NoneType in get_args(wanted)
 
 
-def _refuse_unknown(key: str, keys: Keys, source: str) -> NoReturn:
-    """Raises the error of a key that the schema lacks."""
-    types, nested = keys.values, keys.sections
-    section = key.rpartition(".")[0]
-    if (new := RENAMED.get(key)) is not None and (new in types or new in nested):
-        raise ConfigError(f"{source}: {key} is called {new} now. Change the name; its values are the same.")
-    if key in types:
-        name, _, last = key.rpartition(".")
-        raise ConfigError(
-            f"{source}: {key!r} is written in one piece. In a recipe write `{name}:`, and `{last}:` below it."
-        )
-    near = nearest_key(key, (*types, *nested))
-    if near is not None and near != section:
-        advice = f"Did you mean {near!r}?"
-    elif section in nested:
-        advice = f"The keys of {section} are {', '.join(nested[section])}."
-    else:
-        advice = f"The keys are {', '.join(keys.top)}."
-    raise ConfigError(f"{source}: unknown key {key!r}. {advice}")
-
-
 def _refuse_type(key: str, value: Any, wanted: Any, source: str, cause: Exception | None = None) -> NoReturn:
     """Raises the error of a value that is not of its key's type."""
     plain = next(kind for kind in (wanted, *get_args(wanted)) if kind in _WANTED)
     null = ", or null" if _may_be_null(wanted) else ""
     quotes = " Put it in quotes." if plain is str else ""
     raise ConfigError(f"{source}: {key} must be {_WANTED[plain]}{null}; got {value!r}.{quotes}") from cause
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from renio_megatron.config.keys import Keys, as_recipe, as_tree
 from renio_megatron.config.parser import literal
 from renio_megatron.config.renamed import RENAMED
 from renio_megatron.config.schema import SECTIONS, JobConfig
@@ -35,6 +36,7 @@ CHANGEABLE: dict[str, str] = {
     "teacher.offload": "the same weights, kept elsewhere",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
     "rollout.log": "what is written of the completions",
+    "also_report*": "what is reported beside the weights",
     "rollout.prefix": "whether a word is said about completions that are cut",
     "checkpoint.save_interval": "when the state is written",
     "checkpoint.ckpt_format": "how the state is written",
@@ -43,9 +45,13 @@ CHANGEABLE: dict[str, str] = {
 }
 
 
+_OF_REPORTS = ("weighting.threshold", "weighting.ceiling", "weighting.temperature")
+"""Settings that diagnostics had beside `weighting=uniform`, too."""
+
+
 def to_yaml(config: JobConfig) -> str:
     """Every setting as YAML, in `SECTIONS`' order; `load_recipe` need not accept it, `differences` reads it."""
-    values = dataclasses.asdict(config)
+    values = as_recipe(config)
     ordered = {key: values[key] for key in (*SECTIONS, *values) if key in values}
     return OmegaConf.to_yaml(OmegaConf.create(literal(ordered)))
 
@@ -67,14 +73,38 @@ def changes(old_yaml: str, config: JobConfig) -> list[str]:
     return [line for key, line in _differing(old_yaml, config).items() if is_changeable(key)]
 
 
-def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
+def of_before(old_yaml: str, config: JobConfig) -> str:
+    """What of the settings that an earlier version's `to_yaml` wrote is read otherwise now; empty where nothing is."""
+    written = _read(old_yaml)
+    keys = Keys(type(config), as_recipe(config))
+    left_out = [key for key in written if keys.misplaced(RENAMED.get(key, key)) is not None]
+    said = [f"{key} is called {RENAMED[key]}" for key in written if key in RENAMED and key not in left_out]
+    if reported := [key for key in left_out if key in _OF_REPORTS]:
+        said.append(
+            f"ReNIO's diagnostics, with {', '.join(reported)}, are there where also_report=[renio] asks for them"
+        )
+        left_out = [key for key in left_out if key not in _OF_REPORTS]
+    if left_out:
+        said.append(f"{', '.join(left_out)} had no effect, and {'are' if len(left_out) > 1 else 'is'} left out")
+    return "; ".join(said)
+
+
+def _read(text: str) -> dict[str, Any]:
     try:
-        old, new = _flatten(yaml.safe_load(old_yaml)), _flatten(yaml.safe_load(to_yaml(config)))
+        return _flatten(yaml.safe_load(text))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError("the settings are not a mapping in YAML.") from error
+
+
+def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
+    old, new = _read(old_yaml), _read(to_yaml(config))
+    keys = Keys(type(config), as_recipe(config))
     old = {RENAMED.get(key, key): value for key, value in old.items()}
+    old = {key: value for key, value in old.items() if keys.misplaced(key) is None}
+    sections = {key.rpartition(".")[0] for key in old}
     for key in new.keys() - old.keys():  # a setting that is newer than what was written
-        old[key] = _default_of(config, key)
+        if not _is_chosen(key.rpartition(".")[0], keys) or key.rpartition(".")[0] in sections:
+            old[key] = _default_of(config, key)
     return {
         key: f"{key}: was {old.get(key, '(not there)')!r}, is now {new.get(key, '(not there)')!r}"
         for key in dict.fromkeys([*new, *old])
@@ -82,14 +112,20 @@ def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
     }
 
 
+def _is_chosen(section: str, keys: Keys) -> bool:
+    """Whether a section is there because a recipe lists or names it, not in every recipe."""
+    return section.rpartition(".")[0] in keys.tables | keys.lists
+
+
 def _default_of(config: JobConfig, key: str) -> Any:
     """The default of a dotted key; None where it has none."""
     section: Any = config
     *path, last = key.split(".")
     for name in path:
-        section = getattr(section, name, None)
-    if not dataclasses.is_dataclass(section):  # one of a table's sections
-        return None
+        if isinstance(section, tuple):
+            section = section[int(name)]
+        else:
+            section = section[name] if isinstance(section, Mapping) else getattr(section, name)
     own = next(one for one in dataclasses.fields(section) if one.name == last)
     return None if own.default is dataclasses.MISSING else own.default
 
@@ -97,7 +133,8 @@ def _default_of(config: JobConfig, key: str) -> Any:
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        is_section = isinstance(value, dict) or (isinstance(value, list) and all(isinstance(x, dict) for x in value))
+        flat.update(_flatten(as_tree(value), f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value})
     return flat
 
 

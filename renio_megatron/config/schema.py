@@ -23,8 +23,11 @@ from renio_megatron.config import (
     WeightingConfig,
 )
 from renio_megatron.config.lazy import imported
+from renio_megatron.config.sections.report import RenioReportConfig, ReportConfig
+from renio_megatron.config.sections.weighting import RenioWeighting, renio_in
 from renio_megatron.config.teachers import TeacherSpec, fewest_ranks, num_teacher_ranks, resolve_teachers
 from renio_megatron.config.validators import require_choice
+from renio_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,11 @@ class JobConfig:
         """Whether the student's weights are read, and not drawn."""
         return True
 
+    @property
+    def sample_needs(self) -> frozenset[str]:
+        """What is to be known of each sample, by the names of `objective.weightings`."""
+        return frozenset()
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig(JobConfig):
@@ -102,6 +110,7 @@ class DistillationConfig(JobConfig):
 
     Attributes:
         teacher, rollout, loss, head, weighting, teacher_precision: sections, see `config.sections`.
+        also_report: diagnostics that are wanted beside those of `weighting`: `[renio]`.
     """
 
     builder: ClassVar[str] = "renio_megatron.runner.build:build_distillation"
@@ -112,7 +121,24 @@ class DistillationConfig(JobConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    also_report: tuple[ReportConfig, ...] = ()
     teacher_precision: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "also_report", tuple(self.also_report))
+        if len(self.also_report) > len({one.name for one in self.also_report}):
+            raise ConfigError("also_report names diagnostics twice. Give each once.")
+
+    @property
+    def renio_report(self) -> RenioWeighting | None:
+        """The bounds under which ReNIO tells of the sequences; None where nobody asks."""
+        asked = [one.weighting for one in self.also_report if isinstance(one, RenioReportConfig)]
+        return renio_in(self.weighting) or next(iter(asked), None)
+
+    @property
+    def sample_needs(self) -> frozenset[str]:
+        """What the weighting declares."""
+        return self.weighting.needs
 
     @property
     def longest_completion(self) -> int | None:
@@ -184,6 +210,7 @@ SECTIONS: tuple[str, ...] = (
         "loss",
         "head",
         "weighting",
+        "also_report",
         "parallel",
     ),
     *("precision", "teacher_precision", "lora", "train", "checkpoint", "evaluate", "output_dir"),

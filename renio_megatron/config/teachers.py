@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from renio_megatron.config import (
@@ -97,11 +97,11 @@ def _sections_of_each(config: Any) -> dict[str, tuple[TeacherConfig, TeacherPrec
         return {ONLY: (shared, config.teacher_precision, config.data)}
     found = {}
     for name, route in shared.routes.items():
-        own = {key: getattr(route, key) for key in ("kind", "model", "pretrained_checkpoint", "adapter", "ema_decay")}
         views = {f"teacher_{key}": getattr(route, key) for key in ("template", "enable_thinking")}
         given = {key: value for key, value in views.items() if value is not None}
         data = replace(config.data, teacher_key=None, **given)
-        teacher, precision = replace(shared, routes={}, **own), config.teacher_precision
+        of_all = {one.name: getattr(shared, one.name) for one in fields(TeacherConfig) if _is_of_all(one)}
+        teacher, precision = replace(route, template=None, enable_thinking=None, **of_all), config.teacher_precision
         if _shares_student(teacher, config):
             precision = TeacherPrecisionConfig()
             teacher = replace(
@@ -116,17 +116,21 @@ def _sections_of_each(config: Any) -> dict[str, tuple[TeacherConfig, TeacherPrec
     return found
 
 
+def _is_of_all(one: Field[Any]) -> bool:
+    """Whether a setting is said once for all teachers."""
+    return one.metadata.get("of") == "teacher" and one.name != "routes"
+
+
 def _shares_student(teacher: TeacherConfig, config: Any) -> bool:
-    return teacher.kind in ("ema", "current") or (teacher.kind == "initial" and config.lora.r is not None)
+    return teacher.shares_student(has_adapters=config.lora.r is not None)
 
 
 def _made_of(teacher: TeacherConfig) -> TeacherConfig:
     """What its weights follow from."""
-    if teacher.kind != "ema":
-        teacher = replace(teacher, ema_decay=TeacherConfig.ema_decay)
     if teacher.model is None:
         return teacher
-    return replace(teacher, model=str(user_path(teacher.model).resolve()))
+    resolved: Any = {"model": str(user_path(teacher.model).resolve())}  # a field of every class that has one
+    return replace(teacher, **resolved)
 
 
 def teacher_parallel(parallel: ParallelConfig, teacher: TeacherConfig) -> ParallelConfig:

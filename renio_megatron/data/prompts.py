@@ -163,6 +163,20 @@ def _check_room(who: str, positions: int, prompt: int, completion: int, record: 
         )
 
 
+_LARGEST = 1e300  # beyond it are infinity, and integers that no float holds
+
+
+def number_in(prompt: Prompt, column: str) -> float:
+    """What the record of a prompt holds in a column; raises `DataError` where that is no number."""
+    value = prompt.metadata.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
+        raise DataError(
+            f"prompt {prompt.index}: its record has {value!r} in the column {column!r}, where the weighting reads a "
+            "number. Mend the record, or leave it out."
+        )
+    return float(value)
+
+
 def check_views_differ(prompts: list[Prompt], kind: str) -> None:
     """Raises `ConfigError` where a model that teaches itself, `teacher.kind`, would see what the student sees.
 

@@ -7,6 +7,7 @@ the chunk, not the batch.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from renio_megatron.losses.chunk_size import chunk_size_for
 from renio_megatron.losses.chunked_logits import Logits, bytes_per_token, chosen_dtype, slices
 from renio_megatron.losses.distillation import RAN_TWICE
 from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.objective.weightings import LOGIT_INPUTS
 from renio_megatron.parallel.vocab import VocabShard
 
 
@@ -79,6 +81,27 @@ def linear_divergence(
     )
 
 
+@torch.no_grad()
+def linear_token_inputs(
+    wanted: Collection[str],
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor,
+    token_ids: torch.Tensor,
+    loss: LossConfig,
+    shard: VocabShard,
+    *,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """`student_logp` and those of `LOGIT_INPUTS` that are wanted, nats [N]; the others as in `linear_divergence`."""
+    check_heads(student_hidden, student_head, teacher_hidden, teacher_head, shard)
+    models = student_hidden, student_head, teacher_hidden, teacher_head
+    chunked = ChunkedLoss(*models, token_ids, loss, shard, chunk_size, logits_dtype)
+    return {"student_logp": chunked.student_logp, **chunked.find_inputs(wanted)}
+
+
 class ChunkedLoss:
     """The passes over one batch of tokens, and what they leave.
 
@@ -126,13 +149,17 @@ class ChunkedLoss:
         return self._trains_hidden or self._trains_head
 
     @torch.no_grad()
-    def find_log_probabilities(self) -> None:
-        """Only `student_logp` and `teacher_logp`, for weights that need every token's before the first gradient."""
+    def find_inputs(self, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+        """`student_logp` and `teacher_logp`, for weights that need every token's before the first gradient; and those
+        of `LOGIT_INPUTS` that are wanted, which are returned, nats [N]."""
+        found = {name: torch.empty_like(self.student_logp) for name in LOGIT_INPUTS if name in wanted}
         for rows in slices(len(self._hidden), self._size):
-            found = self._passes.normalizers(
-                self._student.project(rows), self._teacher.project(rows), self._token_ids[rows]
-            )
-            self.student_logp[rows], self.teacher_logp[rows] = found.student_logp, found.teacher_logp
+            student, teacher = self._student.project(rows), self._teacher.project(rows)
+            normalizers = self._passes.normalizers(student, teacher, self._token_ids[rows])
+            self.student_logp[rows], self.teacher_logp[rows] = normalizers.student_logp, normalizers.teacher_logp
+            for name, values in self._passes.inputs(found, student, teacher, normalizers).items():
+                found[name][rows] = values
+        return found
 
     @torch.no_grad()
     def differentiate(self, token_scale: torch.Tensor) -> None:

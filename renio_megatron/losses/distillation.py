@@ -7,6 +7,7 @@ is the same from hidden states and LM heads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import LossConfig, WeightingConfig
+from renio_megatron.config.sections.weighting import RenioWeighting, renio_in
 from renio_megatron.losses import kernels
 from renio_megatron.losses.argument_checks import check_logits, check_tokens
-from renio_megatron.losses.sample_weights import sample_weights
+from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
 from renio_megatron.losses.vocab_passes import Passes
 from renio_megatron.objective.reduce import token_scale
 from renio_megatron.parallel.vocab import VocabShard
@@ -27,6 +29,7 @@ RAN_TWICE = (
 )
 _DEFAULT_LOSS = LossConfig()
 _DEFAULT_WEIGHTING = WeightingConfig()
+_PAPERS = RenioWeighting()
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,11 @@ class DistillationOutput:
     Attributes:
         loss: scalar, nats.
         weights: sample weights that were applied [B].
-        raw_weights: ReNIO's weights before normalisation, whatever the weighting [B].
+        token_weights: what multiplies each token's divergence [N], 0 where one does not count; None: 1.
+        raw_weights: ReNIO's weights before normalization, whatever the weighting [B].
         log_ratio: log p_S - log p_T of each sampled token, unclipped, nats [N].
-        is_pivotal: whether each token is pivotal, bool [N].
+        is_pivotal: whether each token is pivotal, bool [N]. Of a weighting without ReNIO these two are under the
+            paper's bounds.
         token_divergence: divergence of each token after the entry bounds, unweighted, nats [N].
         clipped_entries: vocabulary entries of each token that `entry_clip` cut, [N]; zeros where nothing is clipped.
         state: pass it to the next optimiser step's call (`normalize="ema"`).
@@ -46,12 +51,36 @@ class DistillationOutput:
 
     loss: torch.Tensor
     weights: torch.Tensor
+    token_weights: torch.Tensor | None
     raw_weights: torch.Tensor
     log_ratio: torch.Tensor
     is_pivotal: torch.Tensor
     token_divergence: torch.Tensor
     clipped_entries: torch.Tensor
     state: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, loss: torch.Tensor, sample: SampleWeights, token_divergence: torch.Tensor, clipped_entries: torch.Tensor
+    ) -> DistillationOutput:
+        """From weights with ReNIO's report."""
+        assert sample.renio is not None
+        return cls(
+            loss=loss,
+            weights=sample.weights,
+            token_weights=sample.token_weights,
+            raw_weights=sample.renio.raw_weights,
+            log_ratio=sample.renio.log_ratio,
+            is_pivotal=sample.renio.is_pivotal,
+            token_divergence=token_divergence,
+            clipped_entries=clipped_entries,
+            state=sample.state,
+        )
+
+
+def renio_of(weighting: WeightingConfig) -> RenioWeighting:
+    """Bounds of the pivotal tokens that are reported: those of the weighting where ReNIO is in it, or the paper's."""
+    return renio_in(weighting) or _PAPERS
 
 
 def distillation_loss(
@@ -69,6 +98,7 @@ def distillation_loss(
     weights: torch.Tensor | None = None,
     sequence_lengths: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
+    inputs: Mapping[str, Any] | None = None,
     overwrite_logits: bool = False,
 ) -> DistillationOutput:
     """Weighted divergence of a batch: (1/B) sum_i weight_i x mean over sequence i's tokens of D(teacher, student).
@@ -90,12 +120,15 @@ def distillation_loss(
         weights: finished weights [B], in place of the weighting's.
         sequence_lengths: tokens of each whole sequence [B]; None: counted (over `sequence_group`).
         state: the previous step's `out.state` (`normalize="ema"`).
+        inputs: what the weighting needs that does not follow from logits, by name: for example `finished` or `verdict`,
+            see `objective.weightings.strategy.WeightingInputs`.
         overwrite_logits: let the gradient be written where `student_logits` was; saves [N, L], and nobody may read the
             logits afterwards. Without it no input is changed.
 
     Returns:
         `DistillationOutput`. Backward multiplies the finished gradient by a scalar; it runs once.
-    Collectives on the tensor group: one for KL without bounds, two otherwise; none in backward.
+    Collectives on the tensor group: one for KL without bounds, two otherwise, and one for each entropy or divergence
+        that the weighting needs; none in backward.
 
     Raises:
         LayoutError: shapes, shard or indices that do not fit together.
@@ -117,6 +150,7 @@ def distillation_loss(
     with torch.no_grad():
         passes = Passes(loss, shard)
         normalizers = passes.normalizers(student_logits, teacher_logits, token_ids)
+        wanted = frozenset() if weights is not None else weighting.needs
         sample = sample_weights(
             normalizers.student_logp,
             normalizers.teacher_logp,
@@ -128,10 +162,14 @@ def distillation_loss(
             weights=weights,
             sequence_lengths=sequence_lengths,
             state=state,
+            inputs={**(inputs or {}), **passes.inputs(wanted, student_logits, teacher_logits, normalizers)},
+            report=renio_of(weighting),
         )
         scale_N = token_scale(
-            sample.weights, sample.lengths, owner, denominator=mean_denominator(sample.batch_size, batch_group)
+            sample.weights, sample.denominators, owner, denominator=mean_denominator(sample.batch_size, batch_group)
         )
+        if sample.token_weights is not None:
+            scale_N = scale_N * sample.token_weights.to(scale_N)
         gradient = None
         if needs_gradient:
             gradient = student_logits.detach() if overwrite_logits else torch.empty_like(student_logits)
@@ -139,16 +177,7 @@ def distillation_loss(
         value = (scale_N * totals.value).sum()
     if needs_gradient:
         value = FinishedGradient.apply(student_logits, value, gradient)
-    return DistillationOutput(
-        loss=value,
-        weights=sample.weights,
-        raw_weights=sample.raw_weights,
-        log_ratio=sample.log_ratio,
-        is_pivotal=sample.is_pivotal,
-        token_divergence=totals.value,
-        clipped_entries=totals.clipped,
-        state=sample.state,
-    )
+    return DistillationOutput.of(value, sample, totals.value, totals.clipped)
 
 
 def mean_denominator(batch_size: torch.Tensor, batch_group: dist.ProcessGroup | None) -> torch.Tensor:

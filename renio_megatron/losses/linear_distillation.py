@@ -6,6 +6,8 @@ given.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from renio_megatron.config import LossConfig, WeightingConfig
 from renio_megatron.losses.argument_checks import check_heads, check_tokens
 from renio_megatron.losses.chunk_size import loss_buffer_bytes
 from renio_megatron.losses.chunked_loss import ChunkedLoss, check_main_grad
-from renio_megatron.losses.distillation import DistillationOutput, mean_denominator
+from renio_megatron.losses.distillation import DistillationOutput, mean_denominator, renio_of
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
 from renio_megatron.parallel.reductions import sum_pieces
@@ -42,6 +44,7 @@ def linear_distillation_loss(
     weights: torch.Tensor | None = None,
     sequence_lengths: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
+    inputs: Mapping[str, Any] | None = None,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
     sum_hidden_gradient: bool = True,
@@ -62,7 +65,7 @@ def linear_distillation_loss(
         teacher_head: the teacher's rows of the same columns, [L, H of the teacher]; `parallel.vocab.reshard_rows` cuts
             a head again whose edges differ.
         token_ids, owner, num_sequences, loss, weighting, shard, batch_group, sequence_group, weights, sequence_lengths,
-            state: as in `distillation_loss`.
+            state, inputs: as in `distillation_loss`.
         chunk_size: tokens whose logits exist at a time; None: `chunk_size.chunk_size_for` chooses.
         logits_dtype: of the buffers of logits, fp32 or the dtype of the hidden states; None: fp32, and fp64 for fp64.
             bf16 logits take half the memory, and a loss by entries that is clipped feels their rounding.
@@ -75,7 +78,8 @@ def linear_distillation_loss(
     Returns:
         `DistillationOutput`. Its gradients are finished in forward; backward multiplies by a scalar, and runs once.
     Collectives on the tensor group: of each chunk one for KL without bounds, two otherwise, and one more where the
-        weights are not given; in backward only the sum of the hidden states' gradient.
+        weights are not given, then also one for each entropy or divergence that the weighting needs; in backward only
+        the sum of the hidden states' gradient.
     Memory beyond the results (gradients [N, H] and [L, H], the head's in fp32, and vectors [N]): `buffer_bytes`.
 
     Raises:
@@ -106,36 +110,47 @@ def linear_distillation_loss(
     with torch.no_grad():
         if sequence_lengths is None:
             sequence_lengths = sum_pieces(tokens_per_sequence(owner, num_sequences), sequence_group)
-        groups = {"batch_group": batch_group, "sequence_group": sequence_group}
-        given = {"weights": weights, "sequence_lengths": sequence_lengths, "state": state}
-        finished = weights
-        if finished is None:
-            chunked.find_log_probabilities()
-            sample = _weigh(chunked, owner, num_sequences, weighting, **groups, **given)
-            finished = sample.weights
+        weigh = functools.partial(
+            sample_weights,
+            owner=owner,
+            num_sequences=num_sequences,
+            config=weighting,
+            batch_group=batch_group,
+            sequence_group=sequence_group,
+            weights=weights,
+            sequence_lengths=sequence_lengths,
+            state=state,
+            report=renio_of(weighting),
+        )
+        sample = None
+        if weights is None:
+            found = chunked.find_inputs(weighting.needs)
+            sample = weigh(chunked.student_logp, chunked.teacher_logp, inputs={**(inputs or {}), **found})
         # The step's number of sequences may need a collective; it divides the finished sums instead.
-        scale_N = token_scale(finished.detach().to(chunked.working_dtype), sequence_lengths, owner, denominator=1.0)
+        scale_N = _scale(chunked, owner, weights, sequence_lengths, sample)
         chunked.differentiate(scale_N)
-        if weights is not None:
-            sample = _weigh(chunked, owner, num_sequences, weighting, **groups, **given)
+        if sample is None:
+            sample = weigh(chunked.student_logp, chunked.teacher_logp)
         factor = 1.0 / mean_denominator(sample.batch_size, batch_group)
         value = (scale_N * chunked.value_N).sum() * factor
-    return DistillationOutput(
-        loss=chunked.tied(value, factor, main_grad),
-        weights=sample.weights,
-        raw_weights=sample.raw_weights,
-        log_ratio=sample.log_ratio,
-        is_pivotal=sample.is_pivotal,
-        token_divergence=chunked.value_N,
-        clipped_entries=chunked.clipped_N,
-        state=sample.state,
-    )
+    return DistillationOutput.of(chunked.tied(value, factor, main_grad), sample, chunked.value_N, chunked.clipped_N)
 
 
-def _weigh(
-    chunked: ChunkedLoss, owner: torch.Tensor, num_sequences: int, weighting: WeightingConfig, **given: Any
-) -> SampleWeights:
-    return sample_weights(chunked.student_logp, chunked.teacher_logp, owner, num_sequences, weighting, **given)
+def _scale(
+    chunked: ChunkedLoss,
+    owner: torch.Tensor,
+    weights: torch.Tensor | None,
+    lengths: torch.Tensor,
+    sample: SampleWeights | None,
+) -> torch.Tensor:
+    """What each token's divergence is multiplied by before the number of sequences divides, of weights that are given
+    or that were found."""
+    dtype = chunked.working_dtype
+    if sample is None:
+        assert weights is not None
+        return token_scale(weights.detach().to(dtype), lengths, owner, denominator=1.0)
+    scale_N = token_scale(sample.weights.to(dtype), sample.denominators, owner, denominator=1.0)
+    return scale_N if sample.token_weights is None else scale_N * sample.token_weights
 
 
 def buffer_bytes(

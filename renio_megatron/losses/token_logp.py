@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from renio_megatron.config import HeadConfig
@@ -9,10 +11,23 @@ from renio_megatron.losses import kernels
 from renio_megatron.losses.chunk_size import chunk_size_for
 from renio_megatron.losses.chunked_logits import Logits, bytes_per_token, logits_dtype_of, slices
 from renio_megatron.losses.distillation import FinishedGradient
+from renio_megatron.losses.entropy import entropy
 from renio_megatron.parallel.vocab import LmHead, VocabShard, gather_in_rank_order, merge_sums
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model says of given tokens.
+
+    Attributes:
+        logp: log-probability of each, nats fp32 (fp64 for fp64 logits) [N].
+        entropy: of the distribution that it was one of, nats [N]; None where it was not asked for.
+    """
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None
+
+
 def linear_token_logp(
     hidden: torch.Tensor,
     head: LmHead,
@@ -24,15 +39,35 @@ def linear_token_logp(
 
     Gradient: none flows.
     """
+    return linear_token_scores(hidden, head, token_ids, config, temperature).logp
+
+
+@torch.no_grad()
+def linear_token_scores(
+    hidden: torch.Tensor,
+    head: LmHead,
+    token_ids: torch.Tensor,
+    config: HeadConfig,
+    temperature: float = 1.0,
+    *,
+    with_entropy: bool = False,
+) -> TokenScores:
+    """The same with entropies where they are asked for, which take one more collective a chunk.
+
+    Gradient: none flows.
+    """
     dtype = logits_dtype_of(config, hidden.dtype)
     token_bytes = bytes_per_token(head.shard.width, hidden.dtype, dtype, num_models=1)
     size = chunk_size_for(len(hidden), token_bytes, config.chunk_size)
     logits = Logits(hidden, head.weight, size, dtype)
-    parts = [
-        token_logp(logits.project(rows), token_ids[rows], head.shard, temperature=temperature)
-        for rows in slices(len(hidden), size)
-    ]
-    return torch.cat(parts)
+    logp, entropies = [], []
+    for rows in slices(len(hidden), size):
+        chunk = logits.project(rows)
+        maximum, log_sum, target = _normalizers(chunk, token_ids[rows], head.shard, temperature)
+        logp.append((target - maximum) - log_sum)
+        if with_entropy:
+            entropies.append(entropy(chunk, maximum, log_sum, head.shard, temperature=temperature))
+    return TokenScores(torch.cat(logp), torch.cat(entropies) if with_entropy else None)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ neither pass 2 nor its exchange.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from renio_megatron.config import LossConfig
 from renio_megatron.losses import kernels
+from renio_megatron.losses.entropy import entropy
 from renio_megatron.objective.divergences import Divergence, divergence_of
 from renio_megatron.parallel.vocab import (
     Normalizers,
@@ -45,7 +47,7 @@ class Passes:
     def __init__(self, loss: LossConfig, shard: VocabShard) -> None:
         """`loss` names the divergence, `shard` the columns of every tensor of logits."""
         self._divergence: Divergence = divergence_of(loss.beta, loss.divergence)
-        self._shard = shard
+        self._shard, self._temperature = shard, loss.temperature
         self._in_one_round = self._divergence.mean_under is not None and loss.entry_clip is None
         mean_under = self._divergence.mean_under if self._in_one_round else None
         self._cross_sign = {"teacher": 1, "student": -1, None: 0}[mean_under]
@@ -70,6 +72,31 @@ class Passes:
             student_logits, teacher_logits, columns, cross_sign=self._cross_sign, **self._columns
         )
         return merge_statistics(gather_statistics(local, self._shard, token_ids), self._cross_sign)
+
+    def inputs(
+        self,
+        wanted: Collection[str],
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        normalizers: Normalizers,
+    ) -> dict[str, torch.Tensor]:
+        """What a weighting wants of logits [N, L]: those of `LOGIT_INPUTS` that are `wanted`, nats [N] each.
+
+        Each takes one more exchange.
+        """
+        normal, found = normalizers, {}
+        for name, logits, sums in (
+            ("student_entropy", student_logits, (normal.student_max, normal.student_log_sum)),
+            ("teacher_entropy", teacher_logits, (normal.teacher_max, normal.teacher_log_sum)),
+        ):
+            if name in wanted:
+                found[name] = entropy(logits, *sums, self._shard, temperature=self._temperature)
+        if "divergence" in wanted:
+            nothing = normalizers.student_logp
+            found["divergence"] = self.totals_and_gradient(
+                student_logits, teacher_logits, normalizers, nothing, None
+            ).value
+        return found
 
     def totals_and_gradient(
         self,

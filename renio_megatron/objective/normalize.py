@@ -8,7 +8,7 @@ from renio_megatron.errors import LayoutError
 
 
 def divide_and_cap(raw_B: torch.Tensor, mean: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """raw / mean, bounded from above by `cap` (None: not bounded).
+    """raw / mean, bounded from above by `cap` (None: not bounded); where the mean is 0 the weights stay 0.
 
     Args:
         raw_B: raw weights [B].
@@ -18,7 +18,7 @@ def divide_and_cap(raw_B: torch.Tensor, mean: torch.Tensor, cap: float | None) -
     >>> divide_and_cap(torch.tensor([1.0, 3.0]), torch.tensor(2.0), cap=1.2).tolist()
     [0.5, 1.2000000476837158]
     """
-    weights = raw_B / mean.to(raw_B.dtype)
+    weights = raw_B / torch.where(mean == 0, 1.0, mean).to(raw_B.dtype)
     return weights if cap is None else weights.clamp(max=cap)
 
 

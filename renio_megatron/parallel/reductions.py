@@ -91,6 +91,35 @@ def gather_batch(values_B: torch.Tensor, group: dist.ProcessGroup | None) -> tor
     return gather_in_rank_order(values_B, group).flatten(0, 1)
 
 
+def gather_shares(values: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, slice]:
+    """All ranks' values, rank after rank, from shares of any sizes, and where this rank's are; two collectives.
+
+    Args:
+        values: [n of this rank, ...].
+        group: who has the others; None: nobody.
+
+    Returns:
+        ([sum of n, ...], this rank's rows).
+    """
+    if group is None or group.size() == 1:
+        return values, slice(0, len(values))
+    counts = gather_in_rank_order(torch.tensor(len(values), device=values.device), group).tolist()
+    padded = values.new_zeros(max(counts), *values.shape[1:])
+    padded[: len(values)] = values
+    rows = gather_in_rank_order(padded, group)
+    start = sum(counts[: group.rank()])
+    return torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)]), slice(start, start + len(values))
+
+
+def of_first_model_rank(values_B: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Numbers as the first of the ranks that share these sequences has them; one small collective an axis."""
+    axes = (layout.tensor, layout.pipeline, layout.context)
+    mine = values_B if all(axis.is_first for axis in axes) else torch.zeros_like(values_B)
+    for axis in axes:
+        mine = sum_pieces(mine, axis.group)
+    return mine
+
+
 def sum_over_ranks(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Sum over all ranks of numbers that the tensor ranks have alike, the first of which speaks; one collective."""
     total = values.clone() if layout.tensor.is_first else torch.zeros_like(values)

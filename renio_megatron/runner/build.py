@@ -21,6 +21,7 @@ from renio_megatron.runner.run_log import RunLog
 from renio_megatron.training.algorithms import Algorithm
 from renio_megatron.training.algorithms.distillation import Distillation
 from renio_megatron.training.algorithms.sft import Sft
+from renio_megatron.training.algorithms.weighing import Weighing
 from renio_megatron.training.interfaces import Sampler
 from renio_megatron.training.lr_schedule import learning_rate
 from renio_megatron.training.trainer import Trainer
@@ -115,10 +116,14 @@ def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
         parts.learner,
         layout=parts.layout,
         decoding=decoding_of(config),
-        loss=config.loss,
-        head=config.head,
-        weighting=config.weighting,
-        recompute_student_scores=config.rollout.student_scores == "recompute",
+        weighing=Weighing(
+            config.weighting,
+            config.renio_report,
+            config.loss,
+            config.head,
+            recompute=config.rollout.student_scores == "recompute",
+            seed=config.train.seed,
+        ),
         lr_at=parts.lr_at,
         grader=parts.inputs.grader,
         on_rollouts=parts.on_rollouts,

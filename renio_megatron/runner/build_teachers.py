@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from renio_megatron.config.lazy import imported
 from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.config.teachers import ONLY, TeacherSpec
 from renio_megatron.files import user_path
@@ -46,7 +47,6 @@ def _build_one(
     say: Callable[[str], None] | None,
 ) -> Any:
     from renio_megatron.megatron.teacher.shared_layout import SharedLayoutTeacher
-    from renio_megatron.megatron.teacher.weights import KINDS
 
     if spec.has_own_layout:
         return _own_layout(config, spec, inputs, layout, student, say)
@@ -55,7 +55,7 @@ def _build_one(
         return _teacher_part(config, spec, inputs, layout, say)
 
     return SharedLayoutTeacher(
-        KINDS[spec.kind](spec.settings, student, build),
+        imported(spec.settings.weights)(spec.settings, student, build),
         config.train,
         config.head,
         temperature=config.loss.temperature,
@@ -92,19 +92,18 @@ def _own_layout(
     from renio_megatron.megatron.teacher.rank_map import RankMap
     from renio_megatron.megatron.teacher.scoring import Reader, ScoringSettings
     from renio_megatron.megatron.teacher.server import TeacherServer
-    from renio_megatron.megatron.teacher.weights import KINDS
     from renio_megatron.parallel.row_exchange import axis_of
 
-    is_dedicated = spec.num_ranks > 0
+    is_dedicated, weights = spec.num_ranks > 0, imported(spec.settings.weights)
     reader = None
     if layout.is_scorer:
         part = _teacher_part(config, spec, inputs, layout, say)
-        reader = Reader(KINDS[spec.kind](spec.settings, None, lambda: part), None)
+        reader = Reader(weights(spec.settings, None, lambda: part), None)
     elif not is_dedicated:
         place = place_beside(spec.parallel, layout.device)
         with place.entered():
             part = _teacher_part(config, spec, inputs, place.layout, say)
-        reader = Reader(KINDS[spec.kind](spec.settings, None, lambda: part), place)
+        reader = Reader(weights(spec.settings, None, lambda: part), place)
     endpoint = TeacherServer if layout.is_scorer else OwnLayoutTeacher
     return endpoint(
         reader,

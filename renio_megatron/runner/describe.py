@@ -32,7 +32,8 @@ def describe_run(config: JobConfig) -> str:
     layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
     what = f"{config.model} on its solutions"
     if isinstance(config, DistillationConfig):
-        what = f"{config.model} learns from {_teachers(config)}, weighting {config.weighting.name}"
+        weighting = " x ".join(part.name for part in config.weighting.parts)
+        what = f"{config.model} learns from {_teachers(config)}, weighting {weighting}"
         if any(one.has_own_layout for one in config.teachers):
             layout = f"{layout}; teacher {teacher_words(parallel, config.teacher, _trainers(config))}"
     return f"{what}; {train.train_iters} steps of {train.global_batch_size} sequences; {layout}"
@@ -58,11 +59,14 @@ def _trainers(config: JobConfig) -> int:
 
 def say_weights(config: JobConfig) -> None:
     """Prints which weights are in force, and over how many sequences their mean is taken; none in fine-tuning."""
-    from renio_megatron.training.setting_warnings import weights_line
+    from renio_megatron.training.setting_warnings import weights_line, weights_price
 
     if isinstance(config, DistillationConfig):
         data_ranks = _trainers(config) // config.parallel.model_ranks
         say(weights_line(config.weighting, config.train.global_batch_size, data_ranks))
+        reads_again = config.teacher.payload_device == "recompute"
+        if (price := weights_price(config.weighting, teacher_reads_again=reads_again)) is not None:
+            say(price)
 
 
 def say(text: str) -> None:

@@ -35,9 +35,9 @@ def origins(config: JobConfig, inputs: Inputs) -> dict[str, str]:
             places[setting] = _files(user_path(path))
     for one in config.teachers:
         teacher, found = one.settings, inputs.teachers[one.name]
-        is_copy = teacher.kind == "initial" and config.lora.r is None
-        if teacher.kind == "separate" or is_copy:
-            given = teacher.pretrained_checkpoint if teacher.kind == "separate" else config.pretrained_checkpoint
+        is_copy = teacher.model is None and not one.shares_student
+        if teacher.model is not None or is_copy:
+            given = config.pretrained_checkpoint if is_copy else teacher.pretrained_checkpoint
             key = "model" if given is None else "pretrained_checkpoint"
             places[key if is_copy else one.setting(key)] = _weights(found.weights)
         if teacher.adapter is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.data.prompt_views import View, chat_template_of, teacher_view
-from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
+from renio_megatron.data.prompts import PromptStream, Room, check_views_differ, number_in
 from renio_megatron.data.sources import build_source
 from renio_megatron.data.sources.source import Source
 from renio_megatron.errors import ConfigError
@@ -26,9 +26,12 @@ from renio_megatron.models.ends import Ends, differing_ends, ends_of
 from renio_megatron.models.hf_weights import WeightFiles
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.models.tokenizer import check_embedding, check_same_tokenizer, load_tokenizer, padding_id
+from renio_megatron.objective.weightings import COLUMN, INPUTS
 from renio_megatron.types import Prompt, Rollout
 
 _MAX_NAMED = 3
+Grader = Callable[[Rollout], bool | None]
+"""Whether a completion is right; None where that cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ class Inputs:
     vocab_size: int
     stream: PromptStream
     evaluation: Sequence[Prompt]
-    grader: Callable[[Rollout], bool | None] | None
-    eval_grader: Callable[[Rollout], bool | None] | None
+    grader: Grader | None
+    eval_grader: Grader | None
     ends: Ends
     tokenizer: Any
     pad_id: int
@@ -130,7 +133,7 @@ def read_teachers(config: JobConfig, student: Path, weights: Path, tokenizer: An
             check_same_tokenizer(tokenizer, its_tokenizer)
         check_embedding(tokenizer, directory, architecture)
         own = weights
-        if teacher.kind == "separate":
+        if teacher.model is not None:
             own = weights_of(directory, teacher.pretrained_checkpoint, one.setting("pretrained_checkpoint"))
         if own == directory:
             WeightFiles(directory).check(architecture)
@@ -222,19 +225,13 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
     )
     first = stream.batch(0, _num_checked(source, config.train, config.data.source_info.has_records))
     for one in config.teachers:
-        if one.kind != "separate":
+        if one.settings.model is None:
             check_views_differ([prompt for prompt in first if prompt.teacher == one.name], one.kind)
     if config.longest_completion is None and config.train.max_tokens_per_micro_batch is not None:
         _check_rows(config, first)
-    eval_grader, evaluation = None, []
-    if config.evaluate.every:
-        evaluation = stream.evaluation(config.evaluate.samples)
-        eval_grader = build_grader(config.data, stream.evaluation_source, tokenizer)
-        if eval_grader is None:
-            raise ConfigError(
-                "evaluate.every is set, but nothing can be graded: the evaluation records have no answers or "
-                "data.grader=none. Set data.answer_key and data.grader, or evaluate.every=0."
-            )
+    evaluation, eval_grader = _evaluation(config, stream, tokenizer)
+    grader = build_grader(config.data, source, tokenizer)
+    _check_samples(config.sample_needs, first, is_graded=grader is not None)
     ends = ends_of(model, tokenizer, *stops_of(config))
     directories = [model, *(teacher.directory for teacher in teachers.values())]
     found = [notice for one in dict.fromkeys(directories) for notice in notices(one)]
@@ -249,7 +246,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
         vocab_size=vocab_size,
         stream=stream,
         evaluation=evaluation,
-        grader=build_grader(config.data, source, tokenizer),
+        grader=grader,
         eval_grader=eval_grader,
         ends=ends,
         tokenizer=tokenizer,
@@ -257,6 +254,37 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
         notices=tuple(found),
         date=now.isoformat() if stream.chat_template is not None and stream.chat_template.has_date else None,
     )
+
+
+def _evaluation(config: JobConfig, stream: PromptStream, tokenizer: Any) -> tuple[list[Prompt], Grader | None]:
+    """The prompts of an evaluation, and their grader; none where nothing is evaluated."""
+    if not config.evaluate.every:
+        return [], None
+    prompts = stream.evaluation(config.evaluate.samples)
+    grader = build_grader(config.data, stream.evaluation_source, tokenizer)
+    if grader is None:
+        raise ConfigError(
+            "evaluate.every is set, but nothing can be graded: the evaluation records have no answers or "
+            "data.grader=none. Set data.answer_key and data.grader, or evaluate.every=0."
+        )
+    return prompts, grader
+
+
+def _check_samples(needs: Collection[str], prompts: Sequence[Prompt], *, is_graded: bool) -> None:
+    """Raises `ConfigError` or `DataError` where the weighting needs what nobody can tell it."""
+    if unknown := sorted(name for name in needs if name not in INPUTS and not name.startswith(COLUMN)):
+        raise ConfigError(
+            f"the weighting needs {', '.join(unknown)}, which nothing is called. There are {', '.join(INPUTS)}, and "
+            f"{COLUMN!r} with the name of a column of the records."
+        )
+    if "verdict" in needs and not is_graded:
+        raise ConfigError(
+            "the weighting needs verdicts, and nothing can be graded: the records have no answers, or "
+            "data.grader=none. Set data.answer_key and data.grader, or choose another weighting."
+        )
+    for column in (name.removeprefix(COLUMN) for name in needs if name.startswith(COLUMN)):
+        for prompt in prompts:
+            number_in(prompt, column)
 
 
 def _check_rows(config: JobConfig, prompts: Sequence[Prompt]) -> None:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.config.resume import changes, differences, to_yaml
+from renio_megatron.config.resume import changes, differences, of_before, to_yaml
 from renio_megatron.config.schema import Recipe
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import Lock, user_path, write_atomically
@@ -236,8 +236,14 @@ class RunDirectory:
         """Writes `config.yaml` anew where the run goes on with other settings of how it is computed, and names them."""
         new = to_yaml(recipe.config)
         old = self.config.read_text(encoding="utf-8")
-        if changed := changes(old, recipe.config):
+        changed, before = changes(old, recipe.config), of_before(old, recipe.config)
+        if changed:
             logger.warning("%s goes on with other settings: %s", self.path, "; ".join(changed))
+        if before:
+            logger.warning(
+                "%s was begun by an earlier version: %s. %s is written anew.", self.path, before, self.config.name
+            )
+        if changed or before:
             _write(self.config, new)
 
     def _move_aside(self) -> None:

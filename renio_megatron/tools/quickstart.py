@@ -12,7 +12,10 @@ from renio_megatron.runner.describe import describe_run, say, say_weights
 from renio_megatron.runner.device_env import set_hardware_variables_of
 from renio_megatron.runner.recipe import checked_recipe
 
-QUICKSTART_VARIANTS: dict[str, tuple[str, ...]] = {"opd": ("weighting=uniform",), "renio": ()}
+QUICKSTART_VARIANTS: dict[str, tuple[str, ...]] = {
+    "opd": ("weighting=uniform", "also_report=[renio]"),
+    "renio": (),
+}
 """The quickstart's runs: name, and what it changes in the recipe."""
 
 

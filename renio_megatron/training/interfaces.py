@@ -6,7 +6,8 @@ order and gets the same values, whichever stage computed them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +66,20 @@ class Teacher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ScoreMore:
+    """What is wanted of a scoring pass in the place of log-probabilities.
+
+    Attributes:
+        names: of the values.
+        values_of: (number of the micro-batch, itself, the final hidden states at its completion rows [N, H], the
+            student's LM head) -> the values of its completion tokens by name, [N] each; called where the head is.
+    """
+
+    names: tuple[str, ...]
+    values_of: Callable[[int, MicroBatch, torch.Tensor, LmHead], Mapping[str, torch.Tensor]]
+
+
 class StepLoss(Protocol):
     """The loss of one micro-batch; called where the student's LM head is."""
 
@@ -88,8 +103,9 @@ class Learner(Protocol):
         """The rollouts as micro-batches of this rank."""
         ...
 
-    def score(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        """log p_S of each sampled token at the loss temperature, forward-only, nats fp32 [N]."""
+    def score(self, micro_batches: Sequence[MicroBatch], more: ScoreMore | None = None) -> dict[str, torch.Tensor]:
+        """`student_logp` of each sampled token at the loss temperature, forward-only, nats fp32 [N]; and by name what
+        `more` finds beside it."""
         ...
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:

@@ -6,10 +6,11 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from renio_megatron.config import LossConfig, WeightingConfig
-from renio_megatron.losses.sample_weights import applied_cap
-from renio_megatron.objective.weightings import WEIGHTINGS
+from renio_megatron.config.sections.weighting import RenioWeighting, UniformWeighting, renio_in
+from renio_megatron.objective.weightings import LOGIT_INPUTS, OF_STUDENT
 
 logger = logging.getLogger(__name__)
 
@@ -45,30 +46,59 @@ def weights_line(config: WeightingConfig, num_sequences: int, data_ranks: int) -
         num_sequences: sequences of an optimiser step over all ranks.
         data_ranks: data-parallel size.
     """
-    if config.name == "uniform":
+    parts = [part for part in config.parts if not isinstance(part, UniformWeighting)]
+    if not parts:
         return "weights: all 1 (uniform): plain distillation"
-    if not WEIGHTINGS[config.name].is_normalized:
-        return f"weights: {config.name}, not normalised, not capped"
-    if config.normalize == "none":
-        return f"weights: {config.name}, raw: not divided by any mean, not capped, at most {_largest(config):.4g}"
+    line = "; times ".join(_weights_of(part, num_sequences, data_ranks) for part in parts)
+    several = sum(not part.weighs_tokens for part in parts) > 1
+    return f"weights: {line}{'; their product divided by its mean once more' if several else ''}"
+
+
+def _weights_of(config: WeightingConfig, num_sequences: int, data_ranks: int) -> str:
+    """What one strategy's weights are divided by, and their bound."""
+    settings: Any = config.normalized
+    name = config.name if config.inner is None else f"{config.name} {config.inner.name}"
+    what = " of each token" if config.weighs_tokens else ""
+    if settings.divisor == "none":
+        largest = f", at most {_largest(settings):.4g}" if isinstance(settings, RenioWeighting) else ""
+        return f"{name}{what}, raw: not divided by any mean, not capped{largest}"
     sequences = f"{num_sequences} sequences"
-    if config.normalize == "group":
-        assert config.group_size is not None  # the settings see to it
-        groups = -(-num_sequences // config.group_size)
+    if settings.divisor == "group":
+        groups = -(-num_sequences // settings.group)
         mean = (
-            f"the mean of each group of {config.group_size} consecutive sequences ({groups} "
+            f"the mean of each group of {settings.group} consecutive sequences ({groups} "
             f"{'group' if groups == 1 else 'groups'} a step)"
         )
-        if config.group_size == 1:
+        if settings.group == 1:
             mean += ", so every weight is 1: plain distillation"
-    elif config.normalize == "ema":
-        mean = f"the moving average, decay {config.ema_decay:g}, of batch means of {sequences}"
+    elif settings.divisor == "ema":
+        mean = f"the moving average, decay {settings.ema_decay:g}, of batch means of {sequences}"
+    elif settings.divisor == "unit_mean":
+        return f"{name}{what}, divided by the mean over its sequence"
     else:
-        mean = f"the mean of all {sequences} of the step"
+        mean = f"the mean of all {'tokens of ' if config.weighs_tokens else ''}{sequences} of the step"
         if data_ranks > 1:
             mean += f" ({data_ranks} data-parallel ranks x {num_sequences // data_ranks})"
-    cap = applied_cap(config)
-    return f"weights: {config.name}, divided by {mean}, {'not capped' if cap is None else f'capped at {cap:g}'}"
+    bound = (
+        "" if config.weighs_tokens else ", not capped" if settings.bound is None else f", capped at {settings.bound:g}"
+    )
+    return f"{name}{what}, divided by {mean}{bound}"
+
+
+def weights_price(weighting: WeightingConfig, *, teacher_reads_again: bool = False) -> str | None:
+    """A line about what the weighting needs beyond what a step has anyway; None where that is nothing.
+
+    `teacher_reads_again`: its hidden states wait nowhere, but are computed where they are wanted.
+    """
+    wanted = sorted(weighting.needs & LOGIT_INPUTS)
+    if not wanted:
+        return None
+    is_alone = set(wanted) <= OF_STUDENT
+    who = "the student reads" if is_alone or not teacher_reads_again else "student and teacher read"
+    return (
+        f"weights: {' and '.join(wanted)} of each token: {who} every step's completions once more before the update, "
+        f"with {'the LM head' if is_alone else 'both LM heads'} (time/score_s)"
+    )
 
 
 class Notices:
@@ -104,11 +134,12 @@ class Notices:
 
 def _nothing_pivotal(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
     rows = _last(recent, STEADY_STEPS, "renio/unit_weight_frac")
-    if weighting.name != "renio" or not rows or any(row["renio/unit_weight_frac"] != 1.0 for _, row in rows):
+    renio = renio_in(weighting)
+    if renio is None or not rows or any(row["renio/unit_weight_frac"] != 1.0 for _, row in rows):
         return None
     return (
         f"no token was pivotal in {_steps(rows)}: every raw weight was 1, and the weights change nothing against "
-        f"plain distillation. No log ratio reached weighting.threshold={weighting.threshold:g} nats{_divergence(rows)}"
+        f"plain distillation. No log ratio reached weighting.threshold={renio.threshold:g} nats{_divergence(rows)}"
         ". Lower weighting.threshold; where the divergence is close to 0, teacher and student agree: check "
         "teacher.model and data.teacher_template, or stop, if the student has learned what the teacher knows."
     )
@@ -116,33 +147,46 @@ def _nothing_pivotal(recent: Sequence[_Row], weighting: WeightingConfig, loss: L
 
 def _all_at_ceiling(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
     rows = _last(recent, STEADY_STEPS, "renio/ceiling_frac")
-    if weighting.name != "renio" or not rows or any(row["renio/ceiling_frac"] != 1.0 for _, row in rows):
+    renio = renio_in(weighting)
+    if renio is None or not rows or any(row["renio/ceiling_frac"] != 1.0 for _, row in rows):
         return None
-    largest = _largest(weighting)
+    largest = _largest(renio)
     effect = (
         f"every sequence weighs {largest:.4g}, which is a larger learning rate and nothing else"
-        if weighting.normalize == "none"
+        if renio.normalize == "none"
         else "equal weights become 1 when they are divided by their mean, as in plain distillation"
     )
     return (
-        f"every raw weight was at the ceiling in {_steps(rows)}: exp({weighting.ceiling:g} / "
-        f"{weighting.temperature:g}) = {largest:.4g}. So {effect}{_divergence(rows)}. Raise weighting.ceiling, and "
+        f"every raw weight was at the ceiling in {_steps(rows)}: exp({renio.ceiling:g} / "
+        f"{renio.temperature:g}) = {largest:.4g}. So {effect}{_divergence(rows)}. Raise weighting.ceiling, and "
         "check that teacher and student belong together: one tokenizer, one chat template, loss.temperature."
     )
 
 
-def _cap_binds(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
-    rows, cap = _last(recent, WINDOW_STEPS, "renio/cap_frac"), applied_cap(weighting)
-    if cap is None or not rows:
-        return None
-    share, possible = _mean(rows, "renio/cap_frac"), 1.0 / max(1.0, cap)
-    if share <= CAP_SHARE * possible:
+def _all_zero(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+    step, row = recent[-1]
+    if row.get("weight/max") != 0.0:
         return None
     return (
+        f"every sequence of step {step} weighs 0: weighting={weighting.name} found nothing in it that counts, and the "
+        "step taught nothing (weight/max shows it for every step). Choose another weighting, or a larger "
+        "train.global_batch_size."
+    )
+
+
+def _cap_binds(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+    rows, cap = _last(recent, WINDOW_STEPS, "weight/cap_frac"), weighting.bound
+    if cap is None or not rows:
+        return None
+    share, possible = _mean(rows, "weight/cap_frac"), 1.0 / max(1.0, cap)
+    if share <= CAP_SHARE * possible:
+        return None
+    others = ", lower weighting.ceiling, or raise weighting.temperature" if renio_in(weighting) is not None else ""
+    return (
         f"the cap cut {share:.1%} of the weights in {_steps(rows)} and left a mean weight of "
-        f"{_mean(rows, 'renio/weight_mean'):.3g}; at most {possible:.1%} of weights with mean 1 can reach a cap of "
+        f"{_mean(rows, 'weight/mean'):.3g}; at most {possible:.1%} of weights with mean 1 can reach a cap of "
         f"{cap:g}. The sequences that stand out most are held back, and the mean weight below 1 makes every step "
-        "smaller. Raise weighting.cap or set it to null, lower weighting.ceiling, or raise weighting.temperature."
+        f"smaller. Raise weighting.cap or set it to null{others}."
     )
 
 
@@ -184,10 +228,10 @@ def _nearly_all_cut(recent: Sequence[_Row], weighting: WeightingConfig, loss: Lo
     )
 
 
-_CHECKS = (_nearly_all_cut, _nothing_pivotal, _all_at_ceiling, _cap_binds, _pivots_clipped, _grader_fails)
+_CHECKS = (_nearly_all_cut, _nothing_pivotal, _all_at_ceiling, _all_zero, _cap_binds, _pivots_clipped, _grader_fails)
 
 
-def _largest(weighting: WeightingConfig) -> float:
+def _largest(weighting: RenioWeighting) -> float:
     """The raw weight at the ceiling."""
     exponent = weighting.ceiling / weighting.temperature
     return math.exp(exponent) if exponent < 700.0 else math.inf

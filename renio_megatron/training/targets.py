@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from renio_megatron.config import HeadConfig, LossConfig
+from renio_megatron.errors import ConfigError
 from renio_megatron.losses.chunked_logits import Logits, logits_dtype_of
-from renio_megatron.losses.chunked_loss import linear_divergence
+from renio_megatron.losses.chunked_loss import linear_divergence, linear_token_inputs
+from renio_megatron.losses.token_logp import linear_token_scores
 from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.objective.weightings import OF_STUDENT
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.parallel.vocab import LmHead
@@ -107,6 +110,23 @@ class TeacherTargets(ABC):
     names: tuple[str, ...] = ()
     name_of: torch.Tensor | None = None
 
+    def token_inputs(
+        self, wanted: frozenset[str], index: int, micro_batch: MicroBatch, inputs: LossInputs
+    ) -> dict[str, torch.Tensor]:
+        """What is wanted of logits before the loss, `student_logp` and those of `LOGIT_INPUTS`, nats [N] each.
+
+        Called where the student's LM head is, in order; `inputs.token_scale` is not looked at.
+
+        Raises:
+            ConfigError: these targets cannot say.
+        """
+        if rest := sorted(wanted - OF_STUDENT):
+            raise ConfigError(
+                f"the weighting needs {' and '.join(rest)}, which this teacher's answers do not tell. Choose another "
+                "weighting, or a teacher of which hidden states are known."
+            )
+        return _of_student(wanted, micro_batch, inputs)
+
     @abstractmethod
     def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
         """The loss of the student's micro-batch `index`; called where the student's LM head is, once, in order."""
@@ -140,6 +160,25 @@ class HiddenStateTargets(TeacherTargets):
         self.logp, self.payload, self.head = logp, payload, head
         self.payload_bytes, self.sent_bytes = payload_bytes, sent_bytes
 
+    def token_inputs(
+        self, wanted: frozenset[str], index: int, micro_batch: MicroBatch, inputs: LossInputs
+    ) -> dict[str, torch.Tensor]:
+        """All of them, from both models' logits."""
+        if wanted <= OF_STUDENT:
+            return super().token_inputs(wanted, index, micro_batch, inputs)
+        return linear_token_inputs(
+            wanted,
+            inputs.hidden,
+            inputs.head.weight,
+            self.payload[index],
+            self.head().weight,
+            micro_batch.target_ids,
+            inputs.loss,
+            inputs.head.shard,
+            chunk_size=inputs.head_config.chunk_size,
+            logits_dtype=logits_dtype_of(inputs.head_config, inputs.hidden.dtype),
+        )
+
     def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
         """The divergence over the full vocabulary."""
         teacher_hidden, teacher_head = self.payload[index], self.head().weight
@@ -160,6 +199,19 @@ class HiddenStateTargets(TeacherTargets):
             main_grad=inputs.head.main_grad,
         )
         return MicroBatchLoss.of(found.total, found.token_divergence, found.clipped_entries, probe)
+
+
+def _of_student(wanted: frozenset[str], micro_batch: MicroBatch, inputs: LossInputs) -> dict[str, torch.Tensor]:
+    scores = linear_token_scores(
+        inputs.hidden,
+        inputs.head,
+        micro_batch.target_ids,
+        inputs.head_config,
+        inputs.loss.temperature,
+        with_entropy="student_entropy" in wanted,
+    )
+    found = {"student_logp": scores.logp}
+    return found if scores.entropy is None else {**found, "student_entropy": scores.entropy}
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def test_text_on_the_command_line_is_literal(train, write, text):
     assert train("", f"rollout.stop_strings=[{json.dumps(text)}]").config.rollout.stop_strings == [text]
     # What a run directory holds reads as the same settings again.
     assert differences(to_yaml(config), config) == []
-    assert read_recipe(DistillationConfig, write(to_yaml(config)))[0] == config
+    assert read_recipe(DistillationConfig, write(to_yaml(config))).config == config
 
 
 def test_a_template_on_the_command_line_is_literal(train):

@@ -55,7 +55,7 @@ def test_a_key_without_a_value_is_refused(tmp_path):
     recipe.write_text("model: a\noutput_dir: b\nteacher: {model: c}\n")
     with pytest.raises(ConfigError, match=r"train\.lr= has no value. Write train\.lr=null"):
         read_recipe(DistillationConfig, recipe, ["train.lr="])
-    assert read_recipe(DistillationConfig, recipe, ["data.path=''"])[0].data.path == ""
+    assert read_recipe(DistillationConfig, recipe, ["data.path=''"]).config.data.path == ""
 
 
 def test_the_state_of_an_average_is_one_number():

@@ -21,7 +21,7 @@ RECIPES = {
 SHARED = "rollout.top_k=1 rollout.top_p=null train.train_iters=2 checkpoint.save_interval=2"
 # Of fp32 by the reference layouts' bound with room for another device's sums; of bf16 as docs/design/layouts.md has it.
 LIMITS = {"false": 1e-3, "true": 5e-2}
-COMPARED = ("loss", "loss/kl", "renio/raw_weight_mean", "renio/weight_max", "grad_norm")
+COMPARED = ("loss", "loss/kl", "renio/raw_weight_mean", "weight/max", "grad_norm")
 
 
 def first_step(output, recipe, bf16, **environment):

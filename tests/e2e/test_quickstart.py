@@ -47,10 +47,10 @@ def test_the_raw_weight_finds_wrong_rollouts(done: tuple[Path, subprocess.Comple
 
 
 def test_opd_is_unweighted_and_renio_is_not(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    assert all(row["renio/weight_max"] == 1.0 for row in _rows(done[0], "opd")[1:])
+    assert all(row["weight/max"] == 1.0 for row in _rows(done[0], "opd")[1:])
     weighted = _rows(done[0], "renio")[1:]
-    assert all(abs(row["renio/weight_mean"] - 1.0) < 1e-5 for row in weighted)
-    assert max(row["renio/weight_max"] for row in weighted) > 2.0
+    assert all(abs(row["weight/mean"] - 1.0) < 1e-5 for row in weighted)
+    assert max(row["weight/max"] for row in weighted) > 2.0
 
 
 def test_what_it_prints_and_leaves(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

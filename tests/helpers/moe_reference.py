@@ -68,7 +68,7 @@ def reference_step(
     if per_token:
         result["loss"], shares = -drawn.mean(), lengths / lengths.sum()
     else:
-        weighting = config.weighting
+        weighting, bounds = config.weighting, config.renio_report
         result = reference_objective(
             torch.cat(rows["student"]),
             torch.cat(rows["teacher"]),
@@ -78,8 +78,8 @@ def reference_step(
             beta=config.loss.beta,
             temperature=config.loss.temperature,
             entry_clip=config.loss.entry_clip,
-            threshold=weighting.threshold,
-            ceiling=weighting.ceiling,
+            threshold=bounds.threshold,
+            ceiling=bounds.ceiling,
             uniform=weighting.name == "uniform",
         )
         shares = torch.full((len(rollouts),), 1 / len(rollouts))

@@ -7,6 +7,7 @@ clock says, and those of rollouts.jsonl: every sequence with its tokens and its 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import functools
 import json
 import math
@@ -23,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from renio_megatron.training.metrics import registry
 from tests.helpers.commits import tree_of
 from tests.helpers.paths import ROOT
 
@@ -36,10 +38,10 @@ FRESH: Start = functools.partial(subprocess.run, capture_output=True, text=True,
 
 RENAMED_KEYS: dict[str, str] = {"weighting.normalize": "weighting.normalise"}
 """Key of a recipe ("section.key") -> the name that it had before; a tree gets the one that its settings hold."""
-RENAMED_METRICS: dict[str, str] = {}
+RENAMED_METRICS = {new: old for old, new in registry.RENAMED_METRICS.items()}
 """Name of a metric -> the name that it had before."""
-NEW_METRICS = ("rollout/tokens",)
-"""Metrics that an older commit does not have; where only the newer one has them they are no difference."""
+NEW_METRICS = ("rollout/tokens", "teacher/*/weight_mean")
+"""Metrics (fnmatch's patterns) that an older commit does not have: where only the newer one has them, no difference."""
 OF_THE_CLOCK = ("time/", "tokens_per_s", "memory/")
 
 
@@ -208,7 +210,7 @@ def differences(before: Sequence[Row], after: Sequence[Row], relative: float = 0
     found = []
     for number, (old, new) in enumerate(zip(before, after, strict=True)):
         for key in dict.fromkeys([*old, *new]):
-            if key in NEW_METRICS and key not in old:
+            if key not in old and any(fnmatch.fnmatchcase(key, pattern) for pattern in NEW_METRICS):
                 continue
             values = [row.get(key, "(nothing)") for row in (old, new)]
             if not _alike(*values, relative):

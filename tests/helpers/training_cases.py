@@ -28,6 +28,7 @@ from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.data.sources.modchain import build_tokenizer
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.types import Rollout
+from tests.helpers.weights_by_hand import weights_by_hand, without_order
 
 VOCAB_SIZE = 17
 
@@ -118,20 +119,23 @@ def one_step(config: DistillationConfig, folder: Path, draw: Any = None) -> dict
     arrange = algorithm.learner.arrange
     algorithm.sampler.sample = sample
     algorithm.learner.arrange = lambda rollouts: arrange(seen.setdefault("rollouts", rollouts))  # after their exchange
-    algorithm.weigh = lambda *args: seen.setdefault("sample", weigh(*args))
+    algorithm.weigh = lambda *args, **more: seen.setdefault("sample", weigh(*args, **more))
     optimizer.step = step_after_looking
     trainer.save_interval = 0
     metrics = trainer.run()
     algorithm.close()
 
     shares: list[Any] = [None] * layout.data.size
-    dist.all_gather_object(shares, (seen["rollouts"], seen["sample"].weights.tolist()), group=layout.data.group)
-    rollouts = list(itertools.chain.from_iterable(share[0] for share in shares))
-    weights = list(itertools.chain.from_iterable(share[1] for share in shares))
-    reference = reference_step(config, rollouts)
+    token_weights = seen["sample"].token_weights
+    own = (seen["rollouts"], seen["sample"].weights.tolist(), [] if token_weights is None else token_weights.tolist())
+    dist.all_gather_object(shares, own, group=layout.data.group)
+    rollouts, weights, token_weights = (list(itertools.chain.from_iterable(one)) for one in zip(*shares, strict=True))
+    is_permuted = any(part.inner is not None for part in config.weighting.parts)
+    reference = reference_step(config, rollouts, found=(weights, token_weights) if is_permuted else None)
     return {
         "tokens": [rollout.completion_ids for rollout in rollouts],
         "weights": weights,
+        "token_weights": token_weights,
         "loss": metrics["loss"],
         "sent_mb": metrics.get("teacher/payload_sent_mb"),
         "by_teacher": {name: value for name, value in metrics.items() if name.count("/") == 2},
@@ -140,14 +144,42 @@ def one_step(config: DistillationConfig, folder: Path, draw: Any = None) -> dict
         "gradient_error": worst_gradient_error(seen["gradients"], reference["gradients"], algorithm.learner.part),
         "grad_norm_error": abs(metrics["grad_norm"] - reference["grad_norm"]) / reference["grad_norm"],
         "loss_error": abs(metrics["loss"] - float(reference["loss"].detach())) / float(reference["loss"].detach()),
-        "weight_error": float((torch.tensor(weights) - reference["weights"]).abs().max()),
+        "weight_error": _weight_error(weights, token_weights, reference, rollouts, is_permuted=is_permuted),
     }
 
 
-def reference_step(config: DistillationConfig, rollouts: list[Rollout], student: Any = None) -> dict[str, Any]:
+def _weight_error(
+    weights: list[float],
+    token_weights: list[float],
+    reference: dict[str, Any],
+    rollouts: list[Rollout],
+    *,
+    is_permuted: bool,
+) -> float:
+    """Largest difference of a weight; of permuted ones whatever their order."""
+    expected, expected_N = reference["weights"], reference["token_weights"]
+    found, found_N = (
+        torch.tensor(weights),
+        torch.tensor(token_weights) if token_weights else torch.ones_like(expected_N),
+    )
+    if is_permuted:
+        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        return float(
+            (without_order(found, found_N, lengths) - without_order(expected, expected_N, lengths)).abs().max()
+        )
+    return max(float((found - expected).abs().max()), float((found_N - expected_N).abs().max()))
+
+
+def reference_step(
+    config: DistillationConfig,
+    rollouts: list[Rollout],
+    student: Any = None,
+    found: tuple[list[float], list[float]] | None = None,
+) -> dict[str, Any]:
     """Loss, weights and gradients of the whole batch in one process, by transformers and autograd.
 
-    `student` takes the place of the model of `config`.
+    `student` takes the place of the model of `config`, and `found`, weights of sequences and tokens that were permuted,
+    that of its weights in the loss.
     """
     from transformers import AutoModelForCausalLM
 
@@ -166,7 +198,8 @@ def reference_step(config: DistillationConfig, rollouts: list[Rollout], student:
             with torch.set_grad_enabled(who == "student"):
                 logits = model(ids).logits[0]
             rows[who].append(logits[len(prompt) - 1 : -1])
-    weighting = config.weighting
+    weighting, bounds = config.weighting, config.renio_report or recipe(Path()).renio_report
+    assert bounds is not None
     result = reference_objective(
         torch.cat(rows["student"]),
         torch.cat(rows["teacher"]),
@@ -176,10 +209,28 @@ def reference_step(config: DistillationConfig, rollouts: list[Rollout], student:
         beta=config.loss.beta,
         temperature=config.loss.temperature,
         entry_clip=config.loss.entry_clip,
-        threshold=weighting.threshold,
-        ceiling=weighting.ceiling,
+        threshold=bounds.threshold,
+        ceiling=bounds.ceiling,
         uniform=weighting.name == "uniform",
     )
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
+    result["token_weights"] = torch.ones(sum(lengths))
+    if weighting.name not in ("renio", "uniform"):
+        assert config.loss == replace(LossConfig(), temperature=config.loss.temperature), "of the forward KL alone"
+        logp, teacher_logp = (
+            (torch.cat(rows[who]) / config.loss.temperature).log_softmax(-1) for who in ("student", "teacher")
+        )
+        divergence = (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)
+        weights, token_weights, counts = weights_by_hand(
+            weighting, result["raw_weights"], logp.detach(), teacher_logp.detach(), lengths
+        )
+        result |= {"weights": weights, "token_weights": token_weights}
+        if found is not None:
+            weights = torch.tensor(found[0])
+            token_weights = torch.tensor(found[1]) if found[1] else token_weights
+        parts = (token_weights * divergence).split(lengths)
+        sums = torch.stack([one.sum() for one in parts])
+        result["loss"] = (weights * sums / counts.clamp(min=1)).mean()
     result["loss"].backward()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
     norm = torch.sqrt(sum(gradient.double().square().sum() for gradient in gradients.values()))

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from renio_megatron.config import LossConfig, WeightingConfig
+from renio_megatron.config.sections.weighting import RenioWeighting
 
 FILE = Path(__file__).parents[1] / "reference_data" / "objective.safetensors"
 DTYPES = (torch.float64, torch.float32)
@@ -49,8 +50,14 @@ class Case:
 
     @property
     def weighting_config(self) -> WeightingConfig:
-        return WeightingConfig(
-            name="renio" if self.settings["weighted"] else "uniform",
+        if not self.settings["weighted"]:
+            return WeightingConfig(name="uniform")
+        return self.renio_config
+
+    @property
+    def renio_config(self) -> RenioWeighting:
+        """Bounds of the pivotal tokens and the rest of ReNIO, also where sequences are not weighed."""
+        return RenioWeighting(
             threshold=self.settings["threshold"],
             ceiling=self.settings["ratio_clip"],
             temperature=self.settings["weight_temperature"],

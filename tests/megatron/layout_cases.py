@@ -12,7 +12,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,8 @@ def run_case(case: Case, folder: Path) -> dict[str, float]:
             drawn.append(sample(*args, **kwargs))
         return list(drawn[0])
 
-    def weigh_and_keep(rollouts: Any, *args: Any) -> Any:
-        seen["rollouts"], seen["sample"] = rollouts, weigh(rollouts, *args)
+    def weigh_and_keep(rollouts: Any, *args: Any, **more: Any) -> Any:
+        seen["rollouts"], seen["sample"] = rollouts, weigh(rollouts, *args, **more)
         return seen["sample"]
 
     def look(*, and_step: bool) -> Any:
@@ -164,10 +164,10 @@ def run_case(case: Case, folder: Path) -> dict[str, float]:
     for number, (name, is_large) in enumerate(steps):
         is_last = number == len(steps) - 1
         trainer.step = trainer.cursor = 0
-        algorithm._weighting = WEIGHTINGS[name]
         algorithm._weighting_state = torch.tensor(EMA_BEFORE, dtype=torch.float64) if name == "ema" else None
         # The loss in chunks of all lengths, the teacher's hidden states from every place where they may wait.
-        algorithm._head = HeadConfig(chunk_size=(None, 3, 7)[number % 3])
+        head, weighting = HeadConfig(chunk_size=(None, 3, 7)[number % 3]), WEIGHTINGS[name]
+        algorithm._weighing = replace(algorithm._weighing, weighting=weighting, report=weighting, head=head)
         algorithm.teacher._payload_device = payload_devices[(number + case.packed) % len(payload_devices)]
         _set_micro_batches(algorithm, case, is_large, case.batch_size // layout.data.size)
         learner.optimizer.step = lambda is_last=is_last: look(and_step=is_last)
@@ -301,7 +301,7 @@ def _compare(
         for rollout, weight, ratio in zip(
             seen["rollouts"],
             sample.weights,
-            sample.log_ratio.split([len(rollout.completion_ids) for rollout in seen["rollouts"]]),
+            sample.renio.log_ratio.split([len(rollout.completion_ids) for rollout in seen["rollouts"]]),
             strict=True,
         )
     ]

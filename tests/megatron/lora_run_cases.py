@@ -106,7 +106,7 @@ def self_teacher(folder: Path) -> dict[str, Any]:
         mine, expected = score(rollouts, batches), copy.score(rollouts, batches)
         errors.append(float((mine.logp - expected.logp).abs().max()))
         errors.extend(float((a - b).abs().max()) for a, b in zip(mine.payload, expected.payload, strict=True))
-        seen.append(float((algorithm.learner.score(batches) - expected.logp).abs().max()))
+        seen.append(float((algorithm.learner.score(batches)["student_logp"] - expected.logp).abs().max()))
         return mine
 
     algorithm.teacher.score = score_both

@@ -258,8 +258,8 @@ def run_case(case: Case, folder: Path) -> dict[str, float]:
         seen["gradients"] = {name: own_part(p, learner) for name, p in learner.part.trained_parameters()}
         return real_step()
 
-    def weigh_and_keep(rollouts: Any, *args: Any) -> Any:  # packing may have dealt them out to other ranks
-        seen["rollouts"], seen["sample"] = rollouts, weigh(rollouts, *args)
+    def weigh_and_keep(rollouts: Any, *args: Any, **more: Any) -> Any:  # packing may have dealt them out to other ranks
+        seen["rollouts"], seen["sample"] = rollouts, weigh(rollouts, *args, **more)
         return seen["sample"]
 
     algorithm.weigh = weigh_and_keep

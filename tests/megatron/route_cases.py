@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
-from renio_megatron.config import DataConfig, ParallelConfig, TeacherConfig, TeacherParallelConfig, TeacherRouteConfig
+from renio_megatron.config import DataConfig, ParallelConfig, TeacherConfig, TeacherParallelConfig
 from renio_megatron.config.schema import DistillationConfig
+from renio_megatron.config.sections.combined_weighting import ProductWeighting
+from renio_megatron.config.sections.report import RenioReportConfig
 from renio_megatron.data.sources import build_source
 from renio_megatron.data.sources.modchain import make_problem
+from tests.fakes.strategies import GateWeighting, HardestWeighting
 from tests.helpers.resuming import run, run_config, same, train_config
 from tests.helpers.scoring_ranks import answer, on_scoring_ranks
 from tests.helpers.training_cases import layout_of, one_step, recipe
@@ -26,13 +29,13 @@ MIXED = ("large", "itself", "small", "large", "shown", "small", "large", "itself
 SEED = 5
 
 
-def routes(folder: Path) -> dict[str, TeacherRouteConfig]:
+def routes(folder: Path) -> dict[str, TeacherConfig]:
     """Two models of different hidden sizes, one of which also reads the solution, and the student as it started."""
     return {
-        "large": TeacherRouteConfig(model=str(folder / "teacher")),
-        "small": TeacherRouteConfig(model=str(folder / "deep")),
-        "shown": TeacherRouteConfig(model=str(folder / "teacher"), template=WITH_SOLUTION),
-        "itself": TeacherRouteConfig(kind="initial", template=WITH_SOLUTION),
+        "large": TeacherConfig(model=str(folder / "teacher")),
+        "small": TeacherConfig(model=str(folder / "deep")),
+        "shown": TeacherConfig(model=str(folder / "teacher"), template=WITH_SOLUTION),
+        "itself": TeacherConfig(kind="initial", template=WITH_SOLUTION),
     }
 
 
@@ -82,6 +85,12 @@ def cases(folder: Path) -> dict[str, DistillationConfig]:
         "CP2, packed": routed(folder, parallel=cp, train=packed),
         "CP2": routed(folder, parallel=cp, teacher={"offload": "host"}),
         "DP2, all have one": routed(folder, ("small",) * 8),
+        "PP2, divergence and entropies weigh": routed(
+            folder,
+            parallel=layout_of(1, 2),
+            weighting=ProductWeighting(factors=(HardestWeighting(), GateWeighting(above=2.3))),
+            also_report=(RenioReportConfig(threshold=0.3, ceiling=1.5),),
+        ),
         "DP2, entry clip": routed(folder, loss=replace(recipe(folder).loss, entry_clip=0.05)),
     }
 
@@ -94,6 +103,13 @@ def own_layout_cases(folder: Path) -> dict[str, DistillationConfig]:
     wide = TeacherParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=1)
     return {
         "student PP2 x DP2, teachers TP4": routed(folder, parallel=layout_of(1, 2), teacher={"parallel": wide}),
+        "student PP2 x DP2, teachers TP4, divergence weighs": routed(
+            folder,
+            parallel=layout_of(1, 2),
+            teacher={"parallel": wide},
+            weighting=HardestWeighting(),
+            also_report=(RenioReportConfig(threshold=0.3, ceiling=1.5),),
+        ),
         "dedicated, student TP2": routed(folder, parallel=layout_of(2), teacher=alone),
         "dedicated, student DP2, a teacher that nobody names": routed(folder, apart, teacher=alone),
     }
@@ -129,7 +145,7 @@ STEPS = 4
 
 def run_runs(folder: Path) -> dict[str, Any]:
     """Runs of four steps with a separate teacher, an average and the student as it started, whole and cut off."""
-    own = {**routes(folder), "average": TeacherRouteConfig(kind="ema", ema_decay=0.7, template=WITH_SOLUTION)}
+    own = {**routes(folder), "average": TeacherConfig(kind="ema", ema_decay=0.7, template=WITH_SOLUTION)}
     del own["small"]
     data = write_records(folder / f"runs {os.getpid()}.jsonl", ("large", "average", "itself", "shown") * 8)
     found: dict[str, Any] = {}

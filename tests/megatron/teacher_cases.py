@@ -179,7 +179,7 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
         return mine
 
     def learner_scores(learner: Any, rollouts: Any) -> torch.Tensor:
-        return learner.score(learner.arrange(rollouts))
+        return learner.score(learner.arrange(rollouts))["student_logp"]
 
     def flat(values: torch.Tensor) -> torch.Tensor:
         return values.cpu()

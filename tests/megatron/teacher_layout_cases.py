@@ -12,6 +12,7 @@ from typing import Any
 
 from renio_megatron.config import ParallelConfig, TeacherConfig, TeacherParallelConfig
 from renio_megatron.config.schema import DistillationConfig
+from tests.fakes.strategies import GateWeighting
 from tests.helpers.scoring_ranks import answer, on_scoring_ranks
 from tests.helpers.training_cases import layout_of, one_step, recipe
 
@@ -63,6 +64,9 @@ def dedicated_cases(folder: Path) -> dict[str, DistillationConfig]:
     packed = replace(base.train, max_tokens_per_micro_batch=40)
     return {
         "student TP2, teacher TP2 of its own": recipe(folder, parallel=tp, teacher=own(folder, 2, **alone)),
+        "student TP2, teacher TP2 of its own, entropies weigh": recipe(
+            folder, parallel=tp, teacher=own(folder, 2, **alone), weighting=GateWeighting(above=2.3)
+        ),
         "student PP2, teacher PP2 of its own": recipe(
             folder, parallel=layout_of(1, 2), teacher=own(folder, 1, 2, **alone)
         ),
@@ -88,7 +92,7 @@ def dedicated_cases(folder: Path) -> dict[str, DistillationConfig]:
     }
 
 
-READS = (1, 1, 1, 3, 2, 1)
+READS = (1, 1, 1, 1, 3, 2, 1)
 """Passes of the teacher in the cases of `dedicated_cases`; context-parallel ranks tell of all groups at once."""
 
 

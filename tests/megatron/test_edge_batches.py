@@ -99,7 +99,7 @@ def _all(folder: Path) -> dict[str, Any]:
         edge = replace(base, parallel=parallel, rollout=recompute)
         found[f"lengths, {name}"] = one_step(edge, folder, draw_lengths(LENGTHS, end))
         found[f"nobody, {name}"] = one_step(replace(base, parallel=parallel, weighting=nobody), folder)
-        plain = replace(base, parallel=parallel, weighting=replace(nobody, name="uniform"))
+        plain = replace(base, parallel=parallel, weighting=WeightingConfig(name="uniform"))
         found[f"plain, {name}"] = one_step(plain, folder)
     edge = replace(base, parallel=LAYOUTS["TP2"], rollout=recompute)
     found["empty"] = _refused(edge, folder, draw_lengths((LIMIT, 3, 0, 1), end))

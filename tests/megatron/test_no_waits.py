@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig
+from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, WeightingConfig
 from renio_megatron.config.schema import SftConfig
+from renio_megatron.config.sections.report import RenioReportConfig
 from tests.helpers.training_cases import layout_of, recipe, save_models
 from tests.megatron.route_cases import MIXED, routed
 
@@ -71,9 +72,13 @@ def _cases(folder: Path) -> dict[str, Any]:
             loss=LossConfig(beta=1.0, temperature=1.1),
             teacher=replace(recipe(folder).teacher, payload_device="host"),
         ),
-        "bf16, uniform, DP 2": recipe(
-            folder, train=narrow, weighting=replace(recipe(folder).weighting, name="uniform")
+        "entropies, TP 2": recipe(
+            folder,
+            parallel=layout_of(2),
+            weighting=WeightingConfig(name="student_entropy"),
+            also_report=(RenioReportConfig(),),
         ),
+        "bf16, uniform, DP 2": recipe(folder, train=narrow, weighting=WeightingConfig(name="uniform")),
         "packed, CP 2": recipe(
             folder,
             parallel=ParallelConfig(context_parallel_size=2),
@@ -161,7 +166,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_micro_batch_reads_a_value(two_ranks, models):
     for found in two_ranks(_run_all, models):
         assert found == dict.fromkeys(found, "")
-        assert len(found) == 7
+        assert len(found) == 8
 
 
 def test_a_planted_wait_is_seen(two_ranks, models):

@@ -113,7 +113,7 @@ def test_a_run_goes_on_in_another_layout(name: str, moving: Path, two_ranks: Ran
             # The same prompts, and completions drawn alike.
             assert row["rollout/length"] == other["rollout/length"]
             assert row["renio/pivotal_frac"] == pytest.approx(other["renio/pivotal_frac"], abs=1e-9)
-            assert row["renio/weight_max"] == pytest.approx(other["renio/weight_max"], rel=1e-4)
+            assert row["weight/max"] == pytest.approx(other["weight/max"], rel=1e-4)
 
 
 def test_a_distributed_optimiser_resumes_bit_for_bit(moving: Path, two_ranks: Ranks) -> None:

@@ -9,11 +9,25 @@ from typing import Any
 
 import pytest
 
-from renio_megatron.config import LossConfig, WeightingConfig
+from renio_megatron.config import LossConfig, ParallelConfig, WeightingConfig
+from renio_megatron.config.sections.combined_weighting import PermutedWeighting, ProductWeighting
+from renio_megatron.config.sections.weighting import LengthWeighting, RenioWeighting, StudentEntropyWeighting
+from tests.fakes.strategies import GateWeighting, HardestWeighting
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.training_cases import layout_of, one_step, recipe, save_models
 
 TOLERANCE = 1e-5
+ABOVE = 2.3  # nats; about half of the tokens
+RENIO = RenioWeighting(threshold=0.3, ceiling=1.5)
+WEIGHTINGS = {
+    "renio x entropies": ProductWeighting(factors=(RENIO, StudentEntropyWeighting())),
+    "renio x length": ProductWeighting(factors=(RENIO, LengthWeighting())),
+    "entropies of the batch": StudentEntropyWeighting(normalize="batch"),
+    "permuted renio": PermutedWeighting(of=RENIO),
+    "permuted entropies": PermutedWeighting(of=StudentEntropyWeighting()),
+    "entropies where the teacher is unsure": GateWeighting(above=ABOVE),
+    "divergence": HardestWeighting(),
+}
 
 
 def _cases(folder: Path, world_size: int) -> dict[str, Any]:
@@ -23,7 +37,7 @@ def _cases(folder: Path, world_size: int) -> dict[str, Any]:
     large = replace(base.train, micro_batch_size=4)
     recompute = replace(base.rollout, student_scores="recompute")
     tp, pp, tied = layout_of(2), layout_of(1, 2), str(folder / "tied")
-    shared = layout_of(2, sp=True)
+    shared, context = layout_of(2, sp=True), ParallelConfig(context_parallel_size=2)
     if world_size == 4:
         both = layout_of(2, 2)
         return {
@@ -51,12 +65,17 @@ def _cases(folder: Path, world_size: int) -> dict[str, Any]:
         "PP2, micro-batch 4": recipe(folder, parallel=pp, train=large),
         "PP2, recompute": recipe(folder, parallel=pp, rollout=recompute),
         "PP2, tied": recipe(folder, parallel=pp, model=tied),
-        "PP2, plain OPD": recipe(folder, parallel=pp, weighting=WeightingConfig(name="uniform", threshold=0.3)),
+        "PP2, plain OPD": recipe(folder, parallel=pp, weighting=WeightingConfig(name="uniform")),
         "DP2": recipe(folder),
         "DP2, micro-batch 1": recipe(folder, train=small),
         "DP2, micro-batch 4": recipe(folder, train=large),
         "DP2, recompute": recipe(folder, rollout=recompute),
         "DP2, reverse KL": recipe(folder, loss=LossConfig(beta=1.0, temperature=1.1)),
+        **{
+            f"{layout}, weighting {name}": recipe(folder, parallel=parallel, weighting=weighting)
+            for layout, parallel in {"TP2 + SP": shared, "PP2": pp, "CP2": context, "DP2": layout_of()}.items()
+            for name, weighting in WEIGHTINGS.items()
+        },
     }
 
 
@@ -108,10 +127,32 @@ def test_every_layout_draws_the_same_rollouts(result: Any) -> None:
 
 @pytest.mark.matrix(5)
 def test_micro_batch_and_layout_change_no_weight(result: Any) -> None:
-    plain = [name for name in CASES if not any(word in name for word in ("tied", "KL", "JSD", "clipped", "plain"))]
+    others = ("tied", "KL", "JSD", "clipped", "plain", "weighting")
+    plain = [name for name in CASES if not any(word in name for word in others)]
     first = result(plain[0])[0]
     assert max(first["weights"]) > 1.05
     for name in plain:
         for found in result(name):
             assert found["weights"] == pytest.approx(first["weights"], abs=1e-5)
             assert found["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
+@pytest.mark.matrix(5)
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_every_strategy_gives_the_same_weights_in_every_layout(name: str, result: Any) -> None:
+    first, *others = [found for case in CASES if case.endswith(f"weighting {name}") for found in result(case)]
+    assert max(first["weights"] + first["token_weights"]) > 1.05
+    for found in others:
+        assert found["weights"] == pytest.approx(first["weights"], abs=1e-5)
+        assert found["token_weights"] == pytest.approx(first["token_weights"], abs=1e-5)
+
+
+@pytest.mark.matrix(5)
+def test_permuted_weights_are_not_those_of_their_sequences(result: Any) -> None:
+    for permuted, own, what in (
+        ("DP2, weighting permuted renio", "DP2", "weights"),
+        ("DP2, weighting permuted entropies", "DP2, weighting renio x entropies", "token_weights"),
+    ):
+        found, before = (result(name)[0][what] for name in (permuted, own))
+        assert found != pytest.approx(before, abs=1e-3)
+        assert sorted(found) == pytest.approx(sorted(before), abs=1e-5)

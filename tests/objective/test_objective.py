@@ -9,12 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from renio_megatron.config import WeightingConfig
+from renio_megatron.config.sections.weighting import WEIGHTINGS
 from renio_megatron.losses.kernels import statistics
+from renio_megatron.losses.weigh import strategy_of
 from renio_megatron.objective.divergences import DIVERGENCES, divergence_of
 from renio_megatron.objective.normalize import divide_and_cap, moving_average
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
-from renio_megatron.objective.weightings import WEIGHTINGS
-from renio_megatron.objective.weightings.renio import is_pivotal, pivotal_evidence, raw_weight
+from renio_megatron.objective.weightings import INPUTS
+from renio_megatron.objective.weightings.renio import is_pivotal, pivotal_sums, sequence_weight
+from renio_megatron.objective.weightings.strategy import WeightingInputs
 from renio_megatron.parallel.reductions import batch_mean, group_means, sum_pieces
 from renio_megatron.parallel.vocab import VocabShard, gather_columns, merge_statistics
 
@@ -125,22 +129,39 @@ def test_beta_selects_the_divergence():
     ]
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name != "product"])
 def test_a_weighting_is_additive_over_pieces_and_positive(name):
-    strategy = WEIGHTINGS[name]
+    strategy = strategy_of(WeightingConfig(name=name))
     generator = torch.Generator().manual_seed(4)
-    ratio = torch.randn(40, generator=generator, dtype=torch.float64) * 2
+    scores = {key: torch.rand(40, generator=generator, dtype=torch.float64) * 4 for key in INPUTS[:6]}
     owner = torch.randint(0, 6, (40,), generator=generator)
     owner[owner == 2] = 3  # sequence 2 has no token
-    whole = strategy.evidence(ratio, owner, 6, **BOUNDS)
-    pieces = [strategy.evidence(ratio[part], owner[part], 6, **BOUNDS) for part in (slice(0, 13), slice(13, 40))]
-    torch.testing.assert_close(whole, pieces[0] + pieces[1])
-    raw = strategy.raw_weight(whole, temperature=0.7)
-    assert raw.shape == (6,) and raw.dtype == torch.float64
-    assert torch.all(raw > 0) and torch.all(raw.isfinite())
-    assert raw[2] == 1.0
-    empty = strategy.evidence(ratio[:0], owner[:0], 0, **BOUNDS)
-    assert strategy.raw_weight(empty, temperature=1.0).shape == (0,)
+
+    def inputs(part):
+        found = WeightingInputs(owner[part], 6, {key: values[part] for key, values in scores.items()})
+        found.lengths = tokens_per_sequence(owner, 6).double()
+        return found
+
+    whole = strategy.sums(inputs(slice(None)))
+    pieces = [strategy.sums(inputs(part)) for part in (slice(0, 13), slice(13, 40))]
+    for key, values in whole.items():
+        torch.testing.assert_close(values, pieces[0][key] + pieces[1][key])
+    raw = strategy.weights(inputs(slice(None)), whole)
+    for found, shape in ((raw.sequences, (6,)), (raw.tokens, (40,))):
+        assert found is None or (found.shape == shape and found.dtype == torch.float64 and bool((found >= 0).all()))
+    parts = [strategy.weights(inputs(part), whole) for part in (slice(0, 13), slice(13, 40))]
+    assert raw.tokens is None or torch.equal(raw.tokens, torch.cat([part.tokens for part in parts]))
+    assert raw.sequences is None or all(torch.equal(raw.sequences, part.sequences) for part in parts)
+    assert strategy.sums(inputs(slice(0, 0))).keys() == whole.keys()
+
+
+def test_what_a_strategy_does_not_declare_is_not_there():
+    inputs = WeightingInputs(torch.tensor([0]), 1, {"student_logp": torch.zeros(1)})
+    for name in INPUTS[1:]:
+        with pytest.raises(AttributeError, match=f"reads {name} and does not declare it"):
+            getattr(inputs, name)
+    with pytest.raises(AttributeError, match="reads the column 'level' and does not declare it"):
+        inputs.column("level")
 
 
 def test_pivotal_tokens_by_hand():
@@ -148,14 +169,15 @@ def test_pivotal_tokens_by_hand():
     assert is_pivotal(ratio, **BOUNDS).tolist() == [False, False, True, True, True]  # the threshold is inside
     assert not is_pivotal(ratio, threshold=2.6, ceiling=2.5).any()  # compared after the ceiling
     owner = torch.tensor([1, 1, 0, 1, 1])
-    evidence = pivotal_evidence(ratio, owner, 3, **BOUNDS)
-    assert evidence.tolist() == [[0.8, 1.0], [4.5, 2.0], [0.0, 0.0]]
-    assert raw_weight(evidence, temperature=0.5).tolist() == pytest.approx([math.exp(1.6), math.exp(4.5), 1.0])
+    sums = pivotal_sums(ratio, owner, 3, **BOUNDS)
+    assert sums["log_ratio"].tolist() == [0.8, 4.5, 0.0] and sums["pivotal_tokens"].tolist() == [1.0, 2.0, 0.0]
+    assert sequence_weight(sums, temperature=0.5).tolist() == pytest.approx([math.exp(1.6), math.exp(4.5), 1.0])
 
 
 def test_an_infinite_log_ratio_counts_as_the_ceiling_above_and_not_at_all_below():
     ratio = torch.tensor([torch.inf, -torch.inf])
-    assert pivotal_evidence(ratio, torch.tensor([0, 1]), 2, **BOUNDS).tolist() == [[2.5, 1.0], [0.0, 0.0]]
+    sums = pivotal_sums(ratio, torch.tensor([0, 1]), 2, **BOUNDS)
+    assert sums["log_ratio"].tolist() == [2.5, 0.0] and sums["pivotal_tokens"].tolist() == [1.0, 0.0]
 
 
 def test_normalisations_by_hand():

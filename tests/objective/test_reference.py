@@ -16,7 +16,7 @@ LN3 = math.log(3.0)
 @pytest.mark.parametrize("case", load_cases(), ids=lambda case: f"{case.number:02d}")
 def test_reference_agrees_with_the_vectors(case):
     student = case.student_logits.clone().requires_grad_()
-    loss, weighting = case.loss_config, case.weighting_config
+    loss, weighting, renio = case.loss_config, case.weighting_config, case.renio_config
     out = reference_objective(
         student,
         case.teacher_logits,
@@ -26,10 +26,10 @@ def test_reference_agrees_with_the_vectors(case):
         beta=loss.beta,
         temperature=loss.temperature,
         entry_clip=loss.entry_clip,
-        threshold=weighting.threshold,
-        ceiling=weighting.ceiling,
-        weight_temperature=weighting.temperature,
-        normalize=weighting.normalize == "batch",
+        threshold=renio.threshold,
+        ceiling=renio.ceiling,
+        weight_temperature=renio.temperature,
+        normalize=renio.normalize == "batch",
         uniform=weighting.name == "uniform",
     )
     out["loss"].backward()

@@ -27,6 +27,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "config": (
         ("lazy", "renamed", "validators", "templates"),
+        ("tagged",),
+        ("places",),
+        ("keys",),
+        ("flat",),
         ("parser",),
         ("sections",),
         ("teachers",),
@@ -35,8 +39,8 @@ INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("load",),
     ),
     "losses": (
-        ("argument_checks", "chunk_size", "kernels", "sample_weights"),
-        ("chunked_logits", "vocab_passes"),
+        ("argument_checks", "chunk_size", "entropy", "kernels", "weigh"),
+        ("sample_weights", "chunked_logits", "vocab_passes"),
         ("distillation", "token_logp"),
         ("chunked_loss", "tune_kernels"),
         ("linear_distillation",),

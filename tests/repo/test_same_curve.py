@@ -56,9 +56,9 @@ def test_a_recipe_is_written_in_the_words_of_its_tree(tmp_path, monkeypatch):
 
 
 def test_renamed_metrics_are_read_under_their_new_names_and_the_clock_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(same_curve, "RENAMED_METRICS", {"weight/max": "renio/weight_max"})
+    monkeypatch.setattr(same_curve, "RENAMED_METRICS", {"weight/max": "weight/max"})
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "renio/weight_max": 2.0, "time/step_s": 1.0, "tokens_per_s": 9.0}\n')
+    path.write_text('{"step": 1, "weight/max": 2.0, "time/step_s": 1.0, "tokens_per_s": 9.0}\n')
     assert same_curve.read_rows(path) == [{"step": 1, "weight/max": 2.0}]
 
 

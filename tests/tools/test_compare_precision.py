@@ -19,7 +19,7 @@ from renio_megatron.config import (
     TrainConfig,
 )
 from renio_megatron.errors import ConfigError
-from renio_megatron.tools.precision.experiment import NOISE, describe, precisions_of
+from renio_megatron.tools.precision.experiment import NOISE, compare_precision, describe, precisions_of
 from tests.helpers.multiprocess import run_ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.training_cases import recipe, save_models
@@ -192,6 +192,15 @@ def test_ranks_get_the_prompts_and_the_directory(monkeypatch):
     assert calls == [(["compare-precision", EXAMPLE, *settings, batch, "--output=out"], 4)]
     assert main(["compare-precision", EXAMPLE, "--prompts", "9"]) == 2
     assert len(calls) == 1
+
+
+def test_a_weighting_of_more_than_log_probabilities_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    settings = ["parallel.tensor_model_parallel_size=1", "weighting=student_entropy"]
+    with pytest.raises(
+        ConfigError, match=r"weighting=student_entropy needs student_entropy\. Compare with weighting=ren"
+    ):
+        compare_precision(EXAMPLE, settings, None)
 
 
 @pytest.mark.slow

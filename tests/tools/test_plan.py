@@ -18,6 +18,7 @@ from renio_megatron.config import (
     TeacherConfig,
     TeacherPrecisionConfig,
     TrainConfig,
+    WeightingConfig,
 )
 from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.config.teachers import ONLY
@@ -28,6 +29,7 @@ from renio_megatron.tools.plan.memory import RankMemory, plan_memory
 from renio_megatron.tools.plan.models import read_model
 from renio_megatron.tools.plan.parts import PlannedPart
 from renio_megatron.tools.plan.workload import Pieces, workload
+from tests.fakes.strategies import HardestWeighting
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.paths import MODELS
 from tests.megatron.moe_cases import save_mixtures
@@ -143,7 +145,8 @@ ADAPTERS = 64 * 16 * ((5120 + 8192 // 8) + 2 * (5120 + 1024 // 8) + (8192 // 8 +
 @pytest.mark.parametrize("kind", ["separate", "initial"])
 def test_adapters_of_qwen3_32b_at_tp_8(kind):
     """Gradients and the optimiser's state are the adapters'; a student that is its own teacher is there once."""
-    config = replace(_config(lora=LoraConfig(r=16)), teacher=TeacherConfig(model=str(MODELS / "Qwen3-32B"), kind=kind))
+    own = {"model": str(MODELS / "Qwen3-32B")} if kind == "separate" else {}
+    config = replace(_config(lora=LoraConfig(r=16)), teacher=TeacherConfig(kind=kind, **own))
     (rank,), (whole,) = _plan(config, 8), _plan(_config(), 8)
     assert ADAPTERS == 48_889_856
     assert rank.held == {
@@ -206,6 +209,20 @@ def test_the_payload_waits_where_the_recipe_says(kind, loss, step):
     assert rank.phases["step"]["payload"] == step * each
     assert rank.phases["loss"]["payload"] >= loss * each
     assert (rank.phases["loss"]["payload"] > loss * each) == (kind == "recompute")
+
+
+def test_a_weighting_that_looks_at_logits_reads_once_more():
+    def scores(weighting=None, **rollout):
+        config = replace(_config(), weighting=weighting or WeightingConfig())
+        (rank,) = _plan(replace(config, rollout=replace(config.rollout, **rollout)), 8)
+        return rank.phases.get("scores")
+
+    assert scores() is scores(WeightingConfig(name="length")) is None
+    one = scores(student_scores="recompute")
+    assert scores(WeightingConfig(name="student_entropy")) == one
+    both = scores(HardestWeighting())
+    assert (one["logits"], both["logits"]) == (1025 * 151_936 // 8 * 4, 2 * 1025 * 151_936 // 8 * 4)
+    assert both["payload"] >= one["payload"]
 
 
 def test_teachers_that_are_the_student_or_wait_on_the_host():

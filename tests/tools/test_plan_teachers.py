@@ -14,7 +14,6 @@ from renio_megatron.config import (
     RolloutConfig,
     TeacherConfig,
     TeacherParallelConfig,
-    TeacherRouteConfig,
     TrainConfig,
 )
 from renio_megatron.config.schema import DistillationConfig
@@ -171,10 +170,10 @@ def test_a_teacher_in_its_own_dtype(student, teacher):
 def _routed(student: str = "Qwen3-8B", *, how: dict[str, Any] | None = None, **changes: Any) -> DistillationConfig:
     """The student learns from itself as it started, from Qwen3-32B twice, and from Qwen3-1.7B."""
     routes = {
-        "itself": TeacherRouteConfig(kind="initial", template="{problem} {solution}"),
-        "large": TeacherRouteConfig(model=str(MODELS / "Qwen3-32B")),
-        "again": TeacherRouteConfig(model=str(MODELS / "Qwen3-32B"), template="{problem} {solution}"),
-        "small": TeacherRouteConfig(model=str(MODELS / "Qwen3-1.7B")),
+        "itself": TeacherConfig(kind="initial", template="{problem} {solution}"),
+        "large": TeacherConfig(model=str(MODELS / "Qwen3-32B")),
+        "again": TeacherConfig(model=str(MODELS / "Qwen3-32B"), template="{problem} {solution}"),
+        "small": TeacherConfig(model=str(MODELS / "Qwen3-1.7B")),
     }
     config = _config(student, own=changes.pop("own", {}), **changes)
     teacher = replace(config.teacher, model=None, routes=routes, **(how or {}))

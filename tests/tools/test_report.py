@@ -14,8 +14,8 @@ from renio_megatron.training.metrics.progress import Progress, format_duration
 ROW = {
     "loss": 0.5,
     "grad_norm": 1.25,
-    "renio/weight_mean": 1.0,
-    "renio/weight_max": 3.5,
+    "weight/mean": 1.0,
+    "weight/max": 3.5,
     "rollout/accuracy": 0.25,
     "time/step_s": 1.0,
 }
@@ -112,11 +112,11 @@ def test_duration():
 def rows_of_twelve_steps():
     rows = [{"step": 0, "eval/accuracy_greedy": 0.1, "eval/accuracy_sampled": 0.05}]
     for step in range(1, 13):
-        row = {"step": step, "loss": 13.0 - step, "renio/weight_mean": 1.0, "renio/weight_max": 2.0, "time/step_s": 0.5}
+        row = {"step": step, "loss": 13.0 - step, "weight/mean": 1.0, "weight/max": 2.0, "time/step_s": 0.5}
         row["renio/auc_wrong"] = 0.0 if step <= 6 else 0.8
         rows.append(row)
     del rows[9]["renio/auc_wrong"]
-    rows[4]["renio/weight_max"] = 7.0
+    rows[4]["weight/max"] = 7.0
     rows[6]["eval/accuracy_greedy"] = 0.4
     rows[12]["eval/accuracy_greedy"] = 0.6
     return rows
@@ -215,8 +215,8 @@ def test_loss_axis_is_logarithmic_over_a_decade(monkeypatch, tmp_path, losses, s
 
 
 def test_weights_that_are_all_one_are_left_out(monkeypatch, tmp_path):
-    uniform = [{"step": step, "renio/weight_max": 1.0, "renio/ess_frac": 1.0} for step in (1, 2)]
-    weighted = [{"step": step, "renio/weight_max": 2.0 * step, "renio/ess_frac": 0.5} for step in (1, 2)]
+    uniform = [{"step": step, "weight/max": 1.0, "weight/ess_frac": 1.0} for step in (1, 2)]
+    weighted = [{"step": step, "weight/max": 2.0 * step, "weight/ess_frac": 0.5} for step in (1, 2)]
     axes = drawn(monkeypatch, tmp_path, {"OPD": uniform, "ReNIO": weighted})
     assert [line.get_ydata().tolist() for line in axes[2].lines] == [[2.0, 4.0]]
     assert [line.get_ydata().tolist() for line in axes[4].lines] == [[0.5, 0.5]]

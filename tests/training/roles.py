@@ -10,10 +10,12 @@ import torch
 
 from renio_megatron import VocabShard
 from renio_megatron.config import HeadConfig, LossConfig, WeightingConfig
+from renio_megatron.config.sections.weighting import renio_in
 from renio_megatron.data.batching.collate import Arrangement, collate
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.training.algorithms.distillation import Distillation
+from renio_megatron.training.algorithms.weighing import Weighing
 from renio_megatron.training.metrics.accumulator import Tally
 from renio_megatron.training.targets import HiddenStateTargets
 from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout
@@ -52,7 +54,18 @@ class Roles:
         self.micro_batch_size = micro_batch_size
         self.parts: list[tuple[float, float]] = []
 
-    def distillation(self, *, recompute: bool = False, grader: Any = None, loss: Any = None, **weighting: Any) -> Any:
+    def distillation(
+        self,
+        *,
+        recompute: bool = False,
+        grader: Any = None,
+        loss: Any = None,
+        report: Any = None,
+        **weighting: Any,
+    ) -> Any:
+        cap = {} if weighting.get("name") in ("uniform", "permuted") else {"cap": CAP}
+        config = WeightingConfig(**(cap | weighting))
+        report = renio_in(config) or report
         return Distillation(
             SimpleNamespace(sample=self.sample),
             SimpleNamespace(
@@ -61,10 +74,7 @@ class Roles:
             SimpleNamespace(arrange=self.arrange, score=self.score_student, update=self.update),
             layout=Layout(),
             decoding=DECODING,
-            loss=loss or LossConfig(),
-            head=HeadConfig(),
-            weighting=WeightingConfig(**{"cap": CAP, **weighting}),
-            recompute_student_scores=recompute,
+            weighing=Weighing(config, report, loss or LossConfig(), HeadConfig(), recompute=recompute, seed=1),
             lr_at=lambda step: step / 100,
             grader=grader,
         )
@@ -84,10 +94,10 @@ class Roles:
         payload = [self.teacher_rows[batch.token_index] for batch in batches]
         return HiddenStateTargets(self.teacher_logp, payload, lambda: IDENTITY)
 
-    def score_student(self, batches: list[MicroBatch]) -> torch.Tensor:
+    def score_student(self, batches: list[MicroBatch], more: Any = None) -> dict[str, torch.Tensor]:
         self.asked.append(("student",))
         assert self.recomputed_logp is not None
-        return self.recomputed_logp
+        return {"student_logp": self.recomputed_logp}
 
     def update(self, batches: list[MicroBatch], loss: Any, *, step: int, lr: float) -> dict[str, float]:
         self.asked.append(("update", step, lr))

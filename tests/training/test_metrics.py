@@ -9,23 +9,24 @@ import torch
 
 from renio_megatron.errors import CheckpointError, DataError, NumericsError
 from renio_megatron.training.metrics.accumulator import Tally
-from renio_megatron.training.metrics.registry import MAXIMA, MEANS, METRICS
+from renio_megatron.training.metrics.registry import MAXIMA, MEANS, METRICS, RENAMED_METRICS
 from renio_megatron.training.metrics.sinks import JsonlSink, TensorBoardSink, read_metrics
+from tests.helpers.paths import ROOT
 
 
 def two_ranks() -> tuple[Tally, Tally]:
     first, second = Tally(), Tally()
     first.add("rollout/accuracy", 3, 4)
-    first.add("renio/weight_mean", 2.5, 2)
-    first.add_max("renio/weight_max", 1.5)
+    first.add("weight/mean", 2.5, 2)
+    first.add_max("weight/max", 1.5)
     second.add("rollout/accuracy", 0, 2)
-    second.add_max("renio/weight_max", 4.0)
+    second.add_max("weight/max", 4.0)
     second.add("loss/kl", 0.0, 0)
     return first, second
 
 
 # 3 of 4 and 0 of 2 are 3 of 6, not the mean of 3/4 and 0.
-JOINED = {"renio/weight_mean": 1.25, "renio/weight_max": 4.0, "rollout/accuracy": 0.5}
+JOINED = {"weight/mean": 1.25, "weight/max": 4.0, "rollout/accuracy": 0.5}
 
 
 def test_every_metric_has_a_reduction_that_a_tally_knows():
@@ -38,7 +39,7 @@ def test_merge_joins_sums_before_dividing():
     first.merge(second)
     assert first.result() == JOINED
     assert first.sums()["rollout/accuracy"] == (3.0, 6.0)
-    assert first.maxima() == {"renio/weight_max": 4.0}
+    assert first.maxima() == {"weight/max": 4.0}
 
 
 def test_packed_lists_can_be_reduced_elementwise():
@@ -60,18 +61,29 @@ def test_result_is_in_the_order_of_the_table_and_drops_empty_means():
 def test_nan_survives_a_maximum(values):
     tally = Tally()
     for value in values:
-        tally.add_max("renio/weight_max", value)
-    assert math.isnan(tally.result()["renio/weight_max"])
+        tally.add_max("weight/max", value)
+    assert math.isnan(tally.result()["weight/max"])
 
 
 def test_unknown_name_is_refused_and_the_nearest_named():
-    with pytest.raises(KeyError, match="renio/weight_mean"):
-        Tally().add("renio/weights_mean", 1.0)
+    with pytest.raises(KeyError, match="weight/mean"):
+        Tally().add("weight/means", 1.0)
+
+
+def test_a_metric_of_an_earlier_version_is_refused_and_read_with_its_new_name(tmp_path):
+    page = (ROOT / "docs" / "reference" / "renamed.md").read_text()
+    for old, new in RENAMED_METRICS.items():
+        assert f"metric `{old}` | `{new}`" in page
+        with pytest.raises(KeyError, match=f"called '{new}' now"):
+            Tally().add(old, 1.0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5, "renio/weight_max": 3.0}\n{"step": 2, "weight/max": 2.0}\n')
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5, "weight/max": 3.0}, {"step": 2, "weight/max": 2.0}]
 
 
 def test_wrong_reduction_is_refused():
     with pytest.raises(ValueError, match="add_max"):
-        Tally().add("renio/weight_max", 1.0)
+        Tally().add("weight/max", 1.0)
     with pytest.raises(ValueError, match=r"Tally\.add\."):
         Tally().add_max("loss", 1.0)
 

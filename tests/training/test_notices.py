@@ -13,9 +13,11 @@ from rich.console import Console
 
 from renio_megatron.cli import worker
 from renio_megatron.config import LossConfig, WeightingConfig
-from renio_megatron.training.algorithms.distillation import weight_metrics
+from renio_megatron.config.sections.weighting import RenioWeighting
 from renio_megatron.training.metrics.progress import Progress
-from renio_megatron.training.setting_warnings import Notices, weights_line
+from renio_megatron.training.metrics.weights import renio_metrics
+from renio_megatron.training.setting_warnings import Notices, weights_line, weights_price
+from tests.fakes.strategies import SeenWeighting
 
 
 @pytest.mark.parametrize(
@@ -59,13 +61,84 @@ from renio_megatron.training.setting_warnings import Notices, weights_line
             "weights: renio, raw: not divided by any mean, not capped, at most inf",
         ),
         ({"name": "uniform"}, 4, "weights: all 1 (uniform): plain distillation"),
+        (
+            {"name": "product", "factors": (WeightingConfig(name="uniform"), WeightingConfig())},
+            1,
+            "weights: renio, divided by the mean of all 64 sequences of the step, capped at 10",
+        ),
+        (
+            {"name": "product", "factors": (WeightingConfig(name="uniform"),)},
+            1,
+            "weights: all 1 (uniform): plain distillation",
+        ),
+        (
+            {"name": "student_entropy"},
+            4,
+            "weights: student_entropy of each token, divided by the mean over its sequence",
+        ),
+        (
+            {"name": "student_entropy", "normalize": "batch"},
+            1,
+            "weights: student_entropy of each token, divided by the mean of all tokens of 64 sequences of the step",
+        ),
+        (
+            {"name": "permuted", "of": WeightingConfig(cap=3.0)},
+            1,
+            "weights: permuted renio, divided by the mean of all 64 sequences of the step, capped at 3",
+        ),
+        (
+            {"name": "product", "factors": (WeightingConfig(), WeightingConfig(name="length", cap=None))},
+            1,
+            "weights: renio, divided by the mean of all 64 sequences of the step, capped at 10; times length, divided "
+            "by the mean of all 64 sequences of the step, not capped; their product divided by its mean once more",
+        ),
     ],
 )
 def test_the_line_at_the_start(changes, data_ranks, expected):
     assert weights_line(WeightingConfig(**changes), 64, data_ranks) == expected
 
 
-QUIET = {"renio/unit_weight_frac": 0.5, "renio/ceiling_frac": 0.5, "renio/cap_frac": 0.0, "renio/weight_mean": 1.0}
+def test_the_price_of_what_a_weighting_needs():
+    assert weights_price(WeightingConfig()) is weights_price(WeightingConfig(name="length")) is None
+    price = weights_price(WeightingConfig(name="permuted", of=WeightingConfig(name="student_entropy")))
+    assert price == (
+        "weights: student_entropy of each token: the student reads every step's completions once more before the "
+        "update, with the LM head (time/score_s)"
+    )
+    both = weights_price(SeenWeighting(wants=("divergence", "student_entropy", "position")))
+    assert (
+        "divergence and student_entropy of each token" in both
+        and "the student reads" in both
+        and "with both LM heads" in both
+    )
+    again = weights_price(SeenWeighting(wants=("teacher_entropy",)), teacher_reads_again=True)
+    assert "student and teacher read every step's completions once more" in again
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"name": "product", "factors": (WeightingConfig(threshold=0.5), WeightingConfig(name="student_entropy"))},
+        {"name": "permuted", "of": WeightingConfig(threshold=0.5)},
+    ],
+)
+def test_renio_inside_another_weighting_is_watched_as_well(around):
+    ((step, text),) = told([NOBODY] * 30, **around)
+    assert step == 5 and "weighting.threshold=0.5 nats" in text
+    ((_, text),) = told([{"renio/ceiling_frac": 1.0}] * 30, **around)
+    assert text.startswith("every raw weight was at the ceiling")
+    ((_, text),) = told([{"weight/cap_frac": 0.5}] * 30, **around)
+    assert "can reach a cap of 10" in text and "lower weighting.ceiling" in text
+
+
+def test_a_step_in_which_everything_weighs_nothing():
+    rows = [{"weight/max": 0.5}, {"weight/max": 0.0}, {"weight/max": 0.0}]
+    ((step, text),) = told(rows, name="length")
+    assert step == 2
+    assert text.startswith("every sequence of step 2 weighs 0: weighting=length found nothing in it that counts")
+
+
+QUIET = {"renio/unit_weight_frac": 0.5, "renio/ceiling_frac": 0.5, "weight/cap_frac": 0.0, "weight/mean": 1.0}
 
 
 def told(rows: list[dict[str, float]], *, first: int = 1, loss: LossConfig | None = None, **weighting: Any) -> list:
@@ -114,7 +187,7 @@ def test_steps_must_follow_each_other(name):
 
 
 def test_plain_distillation_has_no_weights_to_warn_about():
-    rows = [{"renio/unit_weight_frac": 1.0, "renio/ceiling_frac": 1.0, "renio/cap_frac": 0.5}] * 40
+    rows = [{"renio/unit_weight_frac": 1.0, "renio/ceiling_frac": 1.0, "weight/cap_frac": 0.5}] * 40
     assert told(rows, name="uniform") == []
 
 
@@ -135,12 +208,12 @@ def test_weights_that_are_all_at_the_ceiling():
 
 def test_a_cap_that_cuts_often():
     # Of weights with mean 1 a tenth can reach a cap of 10; the warning begins above a fifth of that, 2 %.
-    assert told([{"renio/cap_frac": 0.02}] * 60, cap=10.0) == []
-    assert told([{"renio/cap_frac": 0.1}] * 19, cap=10.0) == []
-    assert told([{"renio/cap_frac": 0.1}] * 40, cap=None) == []
-    assert told([{"renio/cap_frac": 0.1}] * 40, cap=10.0, normalize="ema") == []
+    assert told([{"weight/cap_frac": 0.02}] * 60, cap=10.0) == []
+    assert told([{"weight/cap_frac": 0.1}] * 19, cap=10.0) == []
+    assert told([{"weight/cap_frac": 0.1}] * 40, cap=None) == []
+    assert told([{"weight/cap_frac": 0.1}] * 40, cap=10.0, normalize="ema") == []
     # A mean of (0.01 + 0.05) / 2 = 3 %.
-    rows = [{"renio/cap_frac": share, "renio/weight_mean": 0.9} for share in (0.01, 0.05)] * 20
+    rows = [{"weight/cap_frac": share, "weight/mean": 0.9} for share in (0.01, 0.05)] * 20
     assert told(rows, cap=10.0) == [
         (
             20,
@@ -205,11 +278,11 @@ def test_the_share_at_the_ceiling(temperature):
     # Mean log ratios: at the ceiling; less than rounding below it; clearly below; at the threshold; none.
     log_ratio = torch.tensor([2.3, 2.3 - 1e-6, 2.29, 0.8])
     raw = torch.cat(((log_ratio / temperature).exp(), torch.ones(1)))
-    metrics = weight_metrics(raw, raw, None, ceiling=2.3, temperature=temperature)
+    metrics = renio_metrics(raw, RenioWeighting(ceiling=2.3, temperature=temperature))
     assert metrics["renio/ceiling_frac"] == 2 / 5
     assert metrics["renio/unit_weight_frac"] == 1 / 5
-    unit = torch.ones(4)
-    assert weight_metrics(unit, unit, None, ceiling=-0.5, temperature=1.0)["renio/ceiling_frac"] == 0.0
+    low = RenioWeighting(threshold=-1.0, ceiling=-0.5)
+    assert renio_metrics(torch.ones(4), low)["renio/ceiling_frac"] == 0.0
 
 
 @pytest.mark.parametrize("terminal", [False, True])

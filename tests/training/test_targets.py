@@ -66,7 +66,7 @@ def test_the_most_likely_tokens_of_a_server(size):
     assert torch.allclose(roles.student.grad, leaf.grad, rtol=1e-5, atol=1e-8)
     assert metrics["loss"] == pytest.approx(float((scales(WEIGHTS) * divergence).sum()), rel=1e-5)
     assert metrics["loss/kl"] == pytest.approx(float(divergence.mean()), rel=1e-5)
-    assert metrics["renio/weight_max"] == pytest.approx(CAP)
+    assert metrics["weight/max"] == pytest.approx(CAP)
     assert "loss/entry_clip_frac" not in metrics
 
 

@@ -11,6 +11,7 @@ import torch
 
 from renio_megatron import distillation_loss
 from renio_megatron.config import LossConfig, TrainConfig, WeightingConfig
+from renio_megatron.config.sections.weighting import RenioWeighting
 from renio_megatron.errors import NumericsError
 from renio_megatron.parallel.layout import Layout
 from renio_megatron.training.algorithms.sft import Sft
@@ -201,7 +202,7 @@ def test_recomputed_scores_take_the_place_of_the_samplers():
     roles.recomputed_logp = torch.full((8,), -0.5)
     metrics = roles.distillation(recompute=True).step(PROMPTS, 1)
     assert [name for name, *_ in roles.asked] == ["sample", "teacher", "student", "update", "skipped"]
-    assert metrics["renio/weight_max"] == pytest.approx(max(WEIGHTS))
+    assert metrics["weight/max"] == pytest.approx(max(WEIGHTS))
     assert metrics["renio/pivotal_frac"] == 3 / 8
 
 
@@ -215,13 +216,17 @@ def test_every_micro_batch_is_weighted_by_its_own_slice(size):
     assert [count for _, count in roles.parts] == [len(terms[i : i + size]) for i in range(0, 4, size)]
 
 
-def test_plain_distillation_weighs_every_sequence_1_and_still_shows_the_raw_weights():
+@pytest.mark.parametrize("report", [RenioWeighting(), None])
+def test_plain_distillation_weighs_every_sequence_1_and_still_shows_the_raw_weights(report):
     roles = Roles(4)
-    metrics = roles.distillation(name="uniform").step(PROMPTS, 1)
+    metrics = roles.distillation(name="uniform", report=report).step(PROMPTS, 1)
     assert roles.parts[0][0] == pytest.approx(sum(divergences(roles)), rel=1e-6)
-    assert metrics["renio/weight_mean"] == metrics["renio/weight_max"] == metrics["renio/ess_frac"] == 1.0
-    assert metrics["renio/raw_weight_mean"] == pytest.approx(MEAN)
-    assert metrics["renio/cap_frac"] == 0.0
+    assert metrics["weight/mean"] == metrics["weight/max"] == metrics["weight/ess_frac"] == 1.0
+    assert metrics["weight/cap_frac"] == 0.0
+    if report is None:
+        assert not [name for name in metrics if name.startswith("renio/")], "nobody asked for them"
+    else:
+        assert metrics["renio/raw_weight_mean"] == pytest.approx(MEAN)
 
 
 def test_metrics_of_a_batch_by_hand():
@@ -232,12 +237,12 @@ def test_metrics_of_a_batch_by_hand():
         "loss": sum(weight * value for weight, value in zip(WEIGHTS, kl, strict=True)) / 4,
         "loss/kl": sum(value * length for value, length in zip(kl, lengths, strict=True)) / 8,
         **dict.fromkeys(("loss/entry_clip_frac", "renio/ceiling_frac", "rollout/grader_error_frac"), 0.0),
-        "renio/weight_mean": sum(WEIGHTS) / 4,
-        "renio/weight_max": CAP,
+        "weight/mean": sum(WEIGHTS) / 4,
+        "weight/max": CAP,
         "renio/raw_weight_mean": MEAN,
         "renio/unit_weight_frac": 0.5,
-        "renio/ess_frac": sum(WEIGHTS) ** 2 / (4 * sum(weight**2 for weight in WEIGHTS)),
-        "renio/cap_frac": 0.25,
+        "weight/ess_frac": sum(WEIGHTS) ** 2 / (4 * sum(weight**2 for weight in WEIGHTS)),
+        "weight/cap_frac": 0.25,
         "renio/pivotal_frac": 3 / 8,
         # Wrong e^2 and 1, right e and 1: of the four pairs 1 + 1 + 0 + 1/2.
         "renio/auc_wrong": 0.625,
@@ -261,8 +266,15 @@ def test_no_auc_where_all_are_right_and_no_accuracy_where_nothing_is_graded():
 @pytest.mark.parametrize("normalize", ["none", "ema"])
 def test_no_weight_is_reported_as_capped_where_no_cap_applies(normalize):
     metrics = Roles().distillation(normalize=normalize, cap=1.5).step(PROMPTS, 1)
-    assert metrics["renio/weight_max"] == pytest.approx(math.e**2 / (MEAN if normalize == "ema" else 1)), "not cut"
-    assert metrics["renio/cap_frac"] == 0.0
+    assert metrics["weight/max"] == pytest.approx(math.e**2 / (MEAN if normalize == "ema" else 1)), "not cut"
+    assert metrics["weight/cap_frac"] == 0.0
+
+
+@pytest.mark.parametrize("of", [{}, {"of": WeightingConfig(cap=1.5)}])
+def test_a_weight_at_the_cap_is_reported_whoever_has_it(of):
+    changes = {"name": "permuted", **of} if of else {"cap": 1.5}
+    metrics = Roles().distillation(**changes).step(PROMPTS, 1)
+    assert metrics["weight/max"] == 1.5 and metrics["weight/cap_frac"] == 0.25
 
 
 def test_the_moving_average_goes_on_from_a_restored_state():
@@ -274,7 +286,7 @@ def test_the_moving_average_goes_on_from_a_restored_state():
     resumed.restore(algorithm.state())
     metrics = resumed.step(PROMPTS, 2)
     average = 0.75 * MEAN + 0.25 * math.e
-    assert metrics["renio/weight_max"] == pytest.approx(math.e / average, rel=1e-6)
+    assert metrics["weight/max"] == pytest.approx(math.e / average, rel=1e-6)
     assert float(resumed.state()["weighting"]) == pytest.approx(average, rel=1e-6)
 
 

@@ -110,7 +110,7 @@ def one_step(record: Record, setting: Setting, ready: Ready, number: int) -> Non
     for phase, found in taken.phases.items():
         record.add(f"step {number}, {phase}, time", found.seconds, "s")
         record.add(f"step {number}, {phase}, memory", found.peak_bytes, "B")
-    for key in ("loss", "grad_norm", "renio/pivotal_frac", "renio/weight_max"):
+    for key in ("loss", "grad_norm", "renio/pivotal_frac", "weight/max"):
         record.add(f"step {number}, {key}", taken.metrics[key], "1")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from renio_megatron.config import PrecisionConfig, WeightingConfig
+from renio_megatron.config import PrecisionConfig
 from renio_megatron.config.teachers import ONLY, TeacherSpec
 from renio_megatron.errors import ConfigError
 
@@ -44,7 +44,7 @@ def _check_routes(config: Any) -> None:
             f"teacher.routes with data.source={config.data.source}: a column of each record names its teacher, and the "
             "problems of this source have no columns. Choose data.source=jsonl or datasets, or give one teacher."
         )
-    averages = [one.name for one in config.teachers if one.kind == "ema" and one.weights_of == one.name]
+    averages = [one.name for one in config.teachers if one.settings.is_averaged and one.weights_of == one.name]
     if len(averages) > 1:
         raise ConfigError(
             f"teacher.routes.{averages[0]} and teacher.routes.{averages[1]} are moving averages with different "
@@ -70,7 +70,7 @@ def _check_self_teacher(config: Any, one: TeacherSpec) -> None:
     data, kind = one.data, one.kind
     same_text = data.teacher_template in (None, data.student_template)
     same_thinking = data.teacher_enable_thinking in (None, data.enable_thinking)
-    if kind != "separate" and same_text and same_thinking:
+    if one.settings.model is None and same_text and same_thinking:
         raise ConfigError(
             f"teacher.kind={kind} with the student's own view of the prompt: teacher and student are then the same "
             "model on the same text, and their KL is exactly zero at the first step. Give data.teacher_template "
@@ -82,9 +82,9 @@ def _check_self_teacher(config: Any, one: TeacherSpec) -> None:
             "cannot read for one of them in the middle of a step of the other. Choose host, which keeps as little on "
             "the device."
         )
-    if kind == "ema" and config.precision.fp8_param_gather:
+    if one.settings.is_averaged and config.precision.fp8_param_gather:
         raise ConfigError(
-            "teacher.kind=ema with precision.fp8_param_gather=true: parameters that are kept in FP8 cannot be "
+            f"teacher.kind={kind} with precision.fp8_param_gather=true: parameters that are kept in FP8 cannot be "
             "exchanged for their average. Set precision.fp8_param_gather=false."
         )
 
@@ -184,18 +184,4 @@ def _check_head(config: Any, one: TeacherSpec) -> None:
         raise ConfigError(
             "teacher.payload_device=recompute needs parallel.pipeline_model_parallel_size=1: the teacher's stages "
             "cannot run inside the student's schedule. Choose host, which keeps as little on the device."
-        )
-
-
-def check_weighting(weighting: WeightingConfig, num_sequences: int) -> None:
-    """Raises `ConfigError` where `num_sequences` of an optimiser step are not what the normalisation needs."""
-    if weighting.normalize == "batch" and num_sequences < 2:
-        raise ConfigError(
-            f"weighting '{weighting.name}' needs at least 2 sequences per optimiser step to have a batch mean; got "
-            f"{num_sequences}. Raise train.global_batch_size, or choose weighting.normalize=none."
-        )
-    if weighting.normalize == "group" and num_sequences % (weighting.group_size or 1):
-        raise ConfigError(
-            f"weighting.group_size={weighting.group_size} does not divide train.global_batch_size={num_sequences}. "
-            "Choose a divisor of the batch."
         )

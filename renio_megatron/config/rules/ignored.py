@@ -6,13 +6,15 @@ A setting that would be ignored is an error, because whoever wrote it believes t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from renio_megatron.config import TeacherParallelConfig, TeacherPrecisionConfig
 from renio_megatron.config.sections.data import SOURCES
+from renio_megatron.config.sections.weighting import renio_in
+from renio_megatron.config.tagged import Tagged
 from renio_megatron.config.teachers import TeacherSpec
 from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
@@ -21,7 +23,6 @@ from renio_megatron.objective.divergences import DIVERGENCE_INFO
 # Names that tables know. Of modules which import torch they are repeated here, so that a typo is found without it.
 CHOICES: dict[str, Collection[str]] = {
     "loss.divergence": DIVERGENCE_INFO,
-    "weighting.name": ("renio", "uniform"),
     "data.source": SOURCES,
     "data.grader": ("modchain", "number", "reasoning_gym", "none"),
 }
@@ -150,16 +151,6 @@ _IGNORED_BY_DISTILLATION = (
         "the teacher is the student's own modules (teacher.kind=ema, current, or initial with lora.r)",
     ),
     _Ignored(
-        ("teacher.model", "teacher.adapter", "teacher.pretrained_checkpoint"),
-        lambda config: config.teacher.kind != "separate",
-        "teacher.kind is not separate and the teacher is the student",
-    ),
-    _Ignored(
-        ("teacher.ema_decay",),
-        lambda config: config.teacher.kind != "ema",
-        "teacher.kind is not ema and nothing is averaged",
-    ),
-    _Ignored(
         ("teacher.data_parallel_size",),
         lambda config: config.teacher.ranks == "colocated",
         "teacher.ranks is colocated, and there are as many copies as the ranks allow",
@@ -169,26 +160,6 @@ _IGNORED_BY_DISTILLATION = (
         ("teacher_precision.fp8_param_gather",),
         lambda config: True,
         "a teacher's parameters are never gathered; they are kept in FP8 in any case",
-    ),
-    _Ignored(
-        ("weighting.normalize", "weighting.group_size", "weighting.ema_decay", "weighting.cap"),
-        lambda config: config.weighting.name == "uniform",
-        "weighting.name is uniform and every weight is 1 (weighting=uniform starts the section afresh)",
-    ),
-    _Ignored(
-        ("weighting.group_size",),
-        lambda config: config.weighting.normalize != "group",
-        "weighting.normalize is not group",
-    ),
-    _Ignored(
-        ("weighting.ema_decay",),
-        lambda config: config.weighting.normalize != "ema",
-        "weighting.normalize is not ema",
-    ),
-    _Ignored(
-        ("weighting.cap",),
-        lambda config: config.weighting.normalize in ("ema", "none"),
-        "weights are capped only after weighting.normalize=batch or group",
     ),
     _Ignored(
         ("loss.beta",),
@@ -331,7 +302,29 @@ def ignored_settings(config: Any, explicit: frozenset[str]) -> dict[str, str]:
                 own = key.replace("teacher.", f"teacher.routes.{name}.", 1)
                 if own in explicit and key not in explicit and rule.when(one):
                     reasons.setdefault(own, rule.because.replace("teacher.", f"teacher.routes.{name}."))
+    if config.teachers and renio_in(config.weighting) is not None:
+        because = "ReNIO is in the weighting, and its diagnostics are reported anyway"
+        reasons |= {key: because for key in sorted(explicit) if key.startswith("also_report.")}
+    for section, settings in _tagged_sections(config):
+        for name, because in settings.without_effect().items():
+            if (key := f"{section}.{name}") in explicit:
+                reasons.setdefault(key, because.replace(f"{settings.SECTION}.", f"{section}."))
     return reasons
+
+
+def _tagged_sections(settings: Any, prefix: str = "") -> Iterator[tuple[str, Tagged]]:
+    """(dotted key, settings) of each section whose class a key picks."""
+    for name, value in vars(settings).items():
+        inside = {"": value}
+        if isinstance(value, Mapping):
+            inside = {f".{key}": one for key, one in value.items()}
+        elif isinstance(value, tuple):
+            inside = {f".{number}": one for number, one in enumerate(value)}
+        for key, one in inside.items():
+            if dataclasses.is_dataclass(one):
+                if isinstance(one, Tagged):
+                    yield f"{prefix}{name}{key}", one
+                yield from _tagged_sections(one, f"{prefix}{name}{key}.")
 
 
 def _with_one_teacher(config: Any, one: TeacherSpec) -> Any:

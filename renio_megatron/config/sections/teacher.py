@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from renio_megatron.config.tagged import Tagged
 from renio_megatron.config.templates import FIELDS, check_template
 from renio_megatron.config.validators import require_choice, require_positive
 from renio_megatron.errors import ConfigError
 
-TEACHER_KINDS = ("separate", "initial", "ema", "current")
-"""Who may teach; `megatron/teacher/weights.py` has the table of what each is made of."""
+_HERE, _WEIGHTS = __name__, "renio_megatron.megatron.teacher.weights"
+TEACHER_KINDS: dict[str, str] = {
+    "separate": f"{_HERE}:SeparateTeacher",
+    "initial": f"{_HERE}:InitialTeacher",
+    "ema": f"{_HERE}:EmaTeacher",
+    "current": f"{_HERE}:CurrentTeacher",
+}
+"""Kind -> `module:class` of its settings: a line for each."""
 
 ROUTE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What several teachers may be called: the names stand in dotted keys and in the names of metrics."""
@@ -38,39 +47,23 @@ class TeacherParallelConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherRouteConfig:
-    """One of several teachers: what it is made of, and how it sees a problem. What else there is to say of a teacher,
-    `TeacherConfig` says of all of them.
+def _of(place: str, default: Any) -> Any:
+    """A field that is a key of the section `teacher` alone, or of its routes."""
+    return field(default=default, metadata={"of": place})
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class TeacherConfig(Tagged):
+    """Who scores the student's completions: `TeacherConfig(kind="ema", ema_decay=0.99)` makes the settings of `ema`.
+
+    Several teachers are routes: each has its kind and that kind's settings, and its view of a problem; what else there
+    is to say of a teacher is said here for all of them.
 
     Attributes:
-        kind, model, pretrained_checkpoint, adapter, ema_decay: as in `TeacherConfig`.
-        template, enable_thinking: its view of a problem; null: data.teacher_template, data.teacher_enable_thinking.
-    """
-
-    kind: str = "separate"
-    model: str | None = None
-    pretrained_checkpoint: str | None = None
-    adapter: str | None = None
-    ema_decay: float = 0.999
-    template: str | None = None
-    enable_thinking: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """Who scores the student's completions.
-
-    All kinds but `separate` are the student itself, reading the teacher's view of the prompt (`data.teacher_template`).
-
-    Attributes:
-        kind: `separate`, a frozen model of its own; `initial`, the student as the run's `model` is: without its
-            adapters (`lora.r`), or a frozen copy where the whole student is trained; `ema`, the moving average of the
-            student's trained parameters, the others being the student's; `current`, the student of this step.
-        model: Hugging Face directory of a separate teacher.
-        pretrained_checkpoint: where its weights come from in place of `model`'s, see the student's.
-        adapter: directory of a PEFT adapter that is merged into the separate teacher's weights as they are loaded.
-        ema_decay: of `ema`: after each step the average becomes this share of itself and the rest of the student.
+        kind: `separate`, a frozen model of its own. All others are the student itself, reading the teacher's view of
+            the prompt (`data.teacher_template`): `initial`, as the run's `model` is: without its adapters (`lora.r`),
+            or a frozen copy where the whole student is trained; `ema`, the moving average of the student's trained
+            parameters, the others being the student's; `current`, the student of this step.
         bf16: dtype of the weights of a teacher that has its own; null: train.bf16.
         offload: `host`, the weights of a teacher that has its own wait in (pinned) host memory between its passes,
             except the LM head, which the loss reads; null: they stay on the device.
@@ -80,38 +73,64 @@ class TeacherConfig:
         parallel: its layout, where it is not the student's.
         ranks: `colocated`, the student's; `dedicated`, the last ranks of the world, which only score.
         data_parallel_size: copies of the teacher on dedicated ranks.
-        routes: several teachers by name; data.teacher_key is the column that names one for each record. Each has its
-            own kind and model; dtype, layout, ranks and where anything waits are set here for all of them.
+        routes: several teachers by name; data.teacher_key is the column that names one for each record.
+        template, enable_thinking: of a route, its view of a problem; null: data.teacher_template,
+            data.teacher_enable_thinking.
     """
 
+    SECTION: ClassVar[str] = "teacher"
+    TAG: ClassVar[str] = "kind"
+    VARIANTS: ClassVar[Mapping[str, str]] = TEACHER_KINDS
+    weights: ClassVar[str] = ""
+    """`module:function`, (settings, the student's `ModelPart` or None, what builds a model of the teacher's own) ->
+    `TeacherWeights`."""
+    is_averaged: ClassVar[bool] = False
+    """Whether it is an average of the student, so that a checkpoint must hold it."""
+    follows_student: ClassVar[bool] = False
+    """Whether it changes with the student."""
+
     kind: str = "separate"
-    model: str | None = None
-    pretrained_checkpoint: str | None = None
-    adapter: str | None = None
-    ema_decay: float = 0.999
-    bf16: bool | None = None
-    offload: str | None = None
-    payload_device: str = "device"
-    parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
-    ranks: str = "colocated"
-    data_parallel_size: int = 1
-    routes: dict[str, TeacherRouteConfig] = field(default_factory=dict)
+    bf16: bool | None = _of("teacher", None)
+    offload: str | None = _of("teacher", None)
+    payload_device: str = _of("teacher", "device")
+    parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig, metadata={"of": "teacher"})
+    ranks: str = _of("teacher", "colocated")
+    data_parallel_size: int = _of("teacher", 1)
+    routes: dict[str, TeacherConfig] = field(default_factory=dict, metadata={"of": "teacher"})
+    template: str | None = _of("routes", None)
+    enable_thinking: bool | None = _of("routes", None)
+
+    @property
+    def model(self) -> str | None:
+        """Hugging Face directory of a model of its own; None: the student's."""
+        return None
+
+    @property
+    def pretrained_checkpoint(self) -> str | None:
+        """Where the weights of a model of its own are, in place of its directory."""
+        return None
+
+    @property
+    def adapter(self) -> str | None:
+        """What is merged into the weights of a model of its own."""
+        return None
+
+    def shares_student(self, *, has_adapters: bool) -> bool:
+        """Whether it is the student's own modules; `has_adapters`: of the student only adapters are trained."""
+        return True
 
     def __post_init__(self) -> None:
         require_choice("teacher.payload_device", self.payload_device, ("device", "host", "recompute"))
         require_choice("teacher.ranks", self.ranks, ("colocated", "dedicated"))
         require_positive("teacher", data_parallel_size=self.data_parallel_size)
-        if not self.routes:
-            _check_one("teacher", self)
-        for name, route in self.routes.items():
+        for name in self.routes:
             if not ROUTE_NAME.fullmatch(name):
                 raise ConfigError(
                     f"teacher.routes: {name!r} cannot name a teacher. Names are of letters, digits, '_' and '-'; they "
                     "are what the column data.teacher_key holds."
                 )
-            _check_one(f"teacher.routes.{name}", route)
-            if route.template is not None:
-                check_template(f"teacher.routes.{name}.template", route.template, FIELDS)
+        if self.template is not None:
+            check_template("teacher.template", self.template, FIELDS)
         if self.offload is not None:
             require_choice("teacher.offload", self.offload, ("host",))
             if self.payload_device == "recompute":
@@ -120,23 +139,91 @@ class TeacherConfig:
                     "device for every micro-batch of the student. Choose payload_device=host, or offload=null."
                 )
 
+    @classmethod
+    def variant(cls, tag: str, section: str = "") -> Any:
+        """The class of a kind; an old name is refused with the new one."""
+        section = section or cls.SECTION
+        if tag == "self":
+            raise ConfigError(
+                f"{section}.kind=self is called initial now: the student as it started. Set {section}.kind=initial."
+            )
+        return super().variant(tag, section)
 
-def _check_one(section: str, teacher: TeacherConfig | TeacherRouteConfig) -> None:
-    """Raises `ConfigError` where a teacher cannot be made of what its section says."""
-    if teacher.kind == "self":
-        raise ConfigError(
-            f"{section}.kind=self is called initial now: the student as it started. Set {section}.kind=initial."
-        )
-    require_choice(f"{section}.kind", teacher.kind, TEACHER_KINDS)
-    if teacher.kind == "separate" and teacher.model is None:
-        raise ConfigError(f"{section}.kind=separate needs {section}.model, the teacher's Hugging Face directory.")
-    if teacher.adapter is not None and teacher.pretrained_checkpoint is not None:
-        raise ConfigError(
-            f"{section}.adapter with {section}.pretrained_checkpoint: an adapter is merged into Hugging Face's files "
-            f"alone. Merge it with PEFT and give the result as {section}.model, or leave one of the two out."
-        )
-    if not 0.0 < teacher.ema_decay < 1.0:
-        raise ConfigError(
-            f"{section}.ema_decay must lie in (0, 1); got {teacher.ema_decay}. With 0 the teacher is kind=current, "
-            "with 1 it is kind=initial."
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class SeparateTeacher(TeacherConfig):
+    """A frozen model of its own.
+
+    Attributes:
+        model: its Hugging Face directory.
+        pretrained_checkpoint: where its weights come from in place of `model`'s, see the student's.
+        adapter: directory of a PEFT adapter that is merged into its weights as they are loaded.
+    """
+
+    weights: ClassVar[str] = f"{_WEIGHTS}:separate"
+
+    kind: str = "separate"
+    model: str | None = None
+    pretrained_checkpoint: str | None = None
+    adapter: str | None = None
+
+    def shares_student(self, *, has_adapters: bool) -> bool:
+        """Never."""
+        return False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None and not self.routes:
+            raise ConfigError("teacher.kind=separate needs teacher.model, the teacher's Hugging Face directory.")
+        if self.adapter is not None and self.pretrained_checkpoint is not None:
+            raise ConfigError(
+                "teacher.adapter with teacher.pretrained_checkpoint: an adapter is merged into Hugging Face's files "
+                "alone. Merge it with PEFT and give the result as teacher.model, or leave one of the two out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialTeacher(TeacherConfig):
+    """The student as the run's `model` is."""
+
+    weights: ClassVar[str] = f"{_WEIGHTS}:initial"
+
+    kind: str = "initial"
+
+    def shares_student(self, *, has_adapters: bool) -> bool:
+        """Without adapters it is a copy."""
+        return has_adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaTeacher(TeacherConfig):
+    """The moving average of the student.
+
+    Attributes:
+        ema_decay: after each step the average becomes this share of itself and the rest of the student.
+    """
+
+    weights: ClassVar[str] = f"{_WEIGHTS}:ema"
+    is_averaged: ClassVar[bool] = True
+    follows_student: ClassVar[bool] = True
+
+    kind: str = "ema"
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.ema_decay < 1.0:
+            raise ConfigError(
+                f"teacher.ema_decay must lie in (0, 1); got {self.ema_decay}. With 0 the teacher is kind=current, "
+                "with 1 it is kind=initial."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurrentTeacher(TeacherConfig):
+    """The student of this step."""
+
+    weights: ClassVar[str] = f"{_WEIGHTS}:current"
+    follows_student: ClassVar[bool] = True
+
+    kind: str = "current"

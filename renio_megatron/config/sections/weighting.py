@@ -1,23 +1,174 @@
-"""Settings of the sample weights."""
+"""Settings of the weights of sequences and tokens: a class for each strategy, picked by its name.
+
+A new one is its class here, a line in `WEIGHTINGS`, and a file of `objective/weightings`.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+from renio_megatron.config.tagged import Tagged
+from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
 
-NORMALIZATIONS = ("batch", "group", "ema", "none")
-MOST_EXPONENT = 80.0
+_HERE, _STRATEGIES = __name__, "renio_megatron.objective.weightings"
+_COMBINED = "renio_megatron.config.sections.combined_weighting"
+WEIGHTINGS: dict[str, str] = {
+    "renio": f"{_HERE}:RenioWeighting",
+    "uniform": f"{_HERE}:UniformWeighting",
+    "length": f"{_HERE}:LengthWeighting",
+    "student_entropy": f"{_HERE}:StudentEntropyWeighting",
+    "permuted": f"{_COMBINED}:PermutedWeighting",
+    "product": f"{_COMBINED}:ProductWeighting",
+}
+"""Name -> `module:class` of its settings: a line for each."""
+
+MAX_EXPONENT = 80.0
 """Largest logarithm of a raw weight: e^80 is 5.5e34, and a batch's sum of such is still a number in fp32."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightingConfig:
-    """How a sequence's weight follows from the log ratios of its tokens.
+@dataclass(frozen=True, kw_only=True, init=False)
+class WeightingConfig(Tagged):
+    """Settings of a strategy: `WeightingConfig(name="length", cap=5.0)` makes those of `length`.
 
     Attributes:
-        name: `renio`, or `uniform` (every weight 1: plain distillation). Log ratios and raw weights are computed for
-            both, as diagnostics.
+        name: `renio`; `uniform`, every weight 1: plain distillation; `length`; `student_entropy`; `permuted`; or
+            `product`, which a list is.
+    """
+
+    SECTION: ClassVar[str] = "weighting"
+    TAG: ClassVar[str] = "name"
+    VARIANTS: ClassVar[Mapping[str, str]] = WEIGHTINGS
+    OF_LIST: ClassVar[tuple[str, ...]] = ("product", "factors")
+    strategy: ClassVar[str] = ""
+    """`module:class` of the strategy, made from these settings."""
+
+    name: str = "renio"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of `objective.weightings.INPUTS` the strategy reads; nothing else is computed for it."""
+        return frozenset()
+
+    @property
+    def parts(self) -> tuple[WeightingConfig, ...]:
+        """The strategies whose weights are multiplied; itself where it is one."""
+        return (self,)
+
+    @property
+    def everything(self) -> tuple[WeightingConfig, ...]:
+        """The strategies, and those that they are around."""
+        return tuple(
+            itertools.chain.from_iterable((one, *(one.inner.everything if one.inner else ())) for one in self.parts)
+        )
+
+    @property
+    def inner(self) -> WeightingConfig | None:
+        """The strategy that this one is around."""
+        return None
+
+    @property
+    def normalized(self) -> WeightingConfig:
+        """Whose `divisor` and `bound` hold: its own, or those of the strategy that this one is around."""
+        return self if self.inner is None else self.inner.normalized
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens have weights, and not sequences alone."""
+        return False
+
+    @property
+    def divisor(self) -> str:
+        """What raw weights are divided by, a name of `normalize`; `none` where they are not."""
+        return "none" if self.inner is None else self.inner.divisor
+
+    @property
+    def bound(self) -> float | None:
+        """The largest weight, where one is in force."""
+        return None if self.inner is None else self.inner.bound
+
+    @property
+    def group(self) -> int:
+        """Neighbors of the global order that must stay together, because they share a mean."""
+        return 1 if self.inner is None else self.inner.group
+
+    def check_batch(self, num_sequences: int) -> None:
+        """Raises `ConfigError` where `num_sequences` of an optimiser step are not what the normalization needs."""
+        if self.inner is not None:
+            self.inner.check_batch(num_sequences)
+
+
+def renio_in(weighting: WeightingConfig) -> RenioWeighting | None:
+    """ReNIO's settings where it is a part of a weighting, or what one of them is around."""
+    return next((one for one in weighting.everything if isinstance(one, RenioWeighting)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformWeighting(WeightingConfig):
+    """Every weight is 1: plain on-policy distillation."""
+
+    strategy: ClassVar[str] = f"{_STRATEGIES}.uniform:Uniform"
+
+    name: str = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizedWeighting(WeightingConfig):
+    """What strategies have whose raw weights are divided by a mean.
+
+    Attributes:
+        normalize: `batch` divides by the mean raw weight of all sequences of the optimiser step, or tokens where tokens
+            are weighted; `none` keeps the raw weight; others are the strategy's.
+        cap: upper bound of a sequence's weight after `batch`; None for no bound.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = ("batch", "none")
+    CAPPED: ClassVar[tuple[str, ...]] = ("batch",)
+
+    normalize: str = "batch"
+    cap: float | None = 10.0
+
+    @property
+    def divisor(self) -> str:
+        """What raw weights are divided by."""
+        return self.normalize
+
+    @property
+    def bound(self) -> float | None:
+        """The cap, where it is in force."""
+        return self.cap if self.normalize in self.CAPPED else None
+
+    def check_batch(self, num_sequences: int) -> None:
+        """A mean over the batch needs two sequences."""
+        if self.normalize == "batch" and num_sequences < 2:
+            raise ConfigError(
+                f"weighting '{self.name}' needs at least 2 sequences per optimiser step to have a batch mean; got "
+                f"{num_sequences}. Raise train.global_batch_size, or choose weighting.normalize=none."
+            )
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        if self.normalize in self.CAPPED:
+            return {}
+        return {"cap": f"weights are capped only after weighting.normalize={' or '.join(self.CAPPED)}"}
+
+    def __post_init__(self) -> None:
+        require_choice("weighting.normalize", self.normalize, self.NORMALIZATIONS)
+        if self.cap is not None and not self.cap > 0.0:
+            raise ConfigError(f"weighting.cap must be positive, or null for no bound; got {self.cap}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenioWeighting(NormalizedWeighting):
+    """A sequence's weight follows from the log ratios of its pivotal tokens.
+
+    Attributes:
         threshold: tau of the paper, nats: a token is pivotal where its clipped log ratio is at least this.
         ceiling: c of the paper, nats: log ratios are clipped from above at this value.
         temperature: raw weight = exp(mean pivotal log ratio / temperature).
@@ -32,6 +183,10 @@ class WeightingConfig:
         ConfigError: a value out of its range.
     """
 
+    strategy: ClassVar[str] = f"{_STRATEGIES}.renio:Renio"
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = ("batch", "group", "ema", "none")
+    CAPPED: ClassVar[tuple[str, ...]] = ("batch", "group")
+
     name: str = "renio"
     threshold: float = 0.8
     ceiling: float = 2.5
@@ -42,9 +197,32 @@ class WeightingConfig:
     cap: float | None = 10.0
 
     @property
-    def is_normalized(self) -> bool:
-        """Whether raw weights are divided by a mean, and capped; else every weight is 1 as it is."""
-        return self.name != "uniform"
+    def needs(self) -> frozenset[str]:
+        """The log ratios."""
+        return frozenset(("student_logp", "teacher_logp"))
+
+    @property
+    def group(self) -> int:
+        """Those of a group."""
+        return (self.group_size or 1) if self.normalize == "group" else 1
+
+    def check_batch(self, num_sequences: int) -> None:
+        """Groups must be whole, too."""
+        super().check_batch(num_sequences)
+        if num_sequences % self.group:
+            raise ConfigError(
+                f"weighting.group_size={self.group_size} does not divide train.global_batch_size={num_sequences}. "
+                "Choose a divisor of the batch."
+            )
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        found = super().without_effect()
+        if self.normalize != "group":
+            found["group_size"] = "weighting.normalize is not group"
+        if self.normalize != "ema":
+            found["ema_decay"] = "weighting.normalize is not ema"
+        return found
 
     def __post_init__(self) -> None:
         if self.threshold != self.threshold or self.ceiling != self.ceiling:
@@ -56,16 +234,13 @@ class WeightingConfig:
             )
         if not 0.0 < self.temperature < float("inf"):
             raise ConfigError(f"weighting.temperature must be positive and finite; got {self.temperature}.")
-        if MOST_EXPONENT < self.ceiling / self.temperature < float("inf"):
+        if MAX_EXPONENT < self.ceiling / self.temperature < float("inf"):
             raise ConfigError(
                 f"weighting.ceiling / weighting.temperature is {self.ceiling / self.temperature:g}. The largest raw "
-                f"weight is its exponential, which above {MOST_EXPONENT:g} fp32 cannot hold. Lower the ceiling, "
+                f"weight is its exponential, which above {MAX_EXPONENT:g} fp32 cannot hold. Lower the ceiling, "
                 "or raise the temperature."
             )
-        if self.normalize not in NORMALIZATIONS:
-            raise ConfigError(
-                f"weighting.normalize must be one of {', '.join(NORMALIZATIONS)}; got {self.normalize!r}."
-            )
+        super().__post_init__()
         if self.normalize == "group" and (self.group_size is None or self.group_size < 1):
             raise ConfigError(
                 f"weighting.normalize=group needs weighting.group_size of at least 1; got {self.group_size}. "
@@ -73,5 +248,64 @@ class WeightingConfig:
             )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"weighting.ema_decay must lie in [0, 1); got {self.ema_decay}.")
-        if self.cap is not None and not self.cap > 0.0:
-            raise ConfigError(f"weighting.cap must be positive, or null for no bound; got {self.cap}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthWeighting(NormalizedWeighting):
+    """A sequence weighs as many tokens as it has: with the mean over its tokens in the loss, all tokens count alike."""
+
+    strategy: ClassVar[str] = f"{_STRATEGIES}.length:Length"
+
+    name: str = "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentEntropyWeighting(NormalizedWeighting):
+    """A token, or a sequence, weighs the entropy of the student's distribution, nats.
+
+    Attributes:
+        per: `token`; or `sequence`, the mean entropy of its tokens.
+        normalize: `unit_mean` divides by the mean over a sequence's tokens, so that sequences count alike; `batch` by
+            the mean of all tokens, or sequences, of the optimiser step; `none` keeps the entropy.
+        cap: upper bound of a sequence's weight after `batch`; None for no bound. Tokens are not bounded.
+    """
+
+    strategy: ClassVar[str] = f"{_STRATEGIES}.student_entropy:StudentEntropy"
+    NORMALIZATIONS: ClassVar[tuple[str, ...]] = ("unit_mean", "batch", "none")
+
+    name: str = "student_entropy"
+    per: str = "token"
+    normalize: str = "unit_mean"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The entropies."""
+        return frozenset(("student_entropy",))
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """As `per` says."""
+        return self.per == "token"
+
+    @property
+    def bound(self) -> float | None:
+        """Of sequences alone."""
+        return None if self.per == "token" else super().bound
+
+    def check_batch(self, num_sequences: int) -> None:
+        """A mean over tokens needs no second sequence."""
+        if self.per == "sequence":
+            super().check_batch(num_sequences)
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that do nothing beside the others, and why."""
+        return {"cap": "tokens are not bounded"} if self.per == "token" else super().without_effect()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("weighting.per", self.per, ("token", "sequence"))
+        if self.per == "sequence" and self.normalize == "unit_mean":
+            raise ConfigError(
+                "weighting.per=sequence with weighting.normalize=unit_mean: that is the mean over a sequence's tokens. "
+                "Set weighting.normalize=batch, or none."
+            )

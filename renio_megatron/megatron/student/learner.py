@@ -31,7 +31,7 @@ from renio_megatron.megatron.model.te_modules import slow_attention
 from renio_megatron.megatron.student.spare_rows import SpareRows
 from renio_megatron.models.param_map import is_expert
 from renio_megatron.parallel.reductions import sum_pieces
-from renio_megatron.training.interfaces import StepLoss
+from renio_megatron.training.interfaces import ScoreMore, StepLoss
 from renio_megatron.training.metrics.accumulator import Tally, reduce_tally
 from renio_megatron.types import MicroBatch, Rollout
 
@@ -109,15 +109,22 @@ class MegatronLearner:
         micro_batches = collate(rollouts, view="student", arrangement=self._arrangement)
         return [micro_batch.to(self.part.layout.device) for micro_batch in micro_batches]
 
-    def score(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-        """log p_S of each sampled token at the loss temperature, forward-only, nats fp32 [N]."""
-        part = self.part
+    def score(self, micro_batches: Sequence[MicroBatch], more: ScoreMore | None = None) -> dict[str, torch.Tensor]:
+        """`student_logp` of each sampled token at the loss temperature, forward-only, nats fp32 [N]; or by name what
+        `more` finds."""
+        part, names = self.part, ("student_logp",) if more is None else more.names
 
-        def logp_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> torch.Tensor:
-            return linear_token_logp(rows, part.head(), micro_batch.target_ids, self._head, self._temperature)
+        def scores_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> list[torch.Tensor]:
+            if more is None:
+                return [linear_token_logp(rows, part.head(), micro_batch.target_ids, self._head, self._temperature)]
+            found = more.values_of(index, micro_batch, rows, part.head())
+            return [found[name] for name in names]
 
         part.train(False)
-        return share_tokens(run_forward(part, micro_batches, logp_of), micro_batches, part.layout)
+        columns = list(zip(*run_forward(part, micro_batches, scores_of), strict=True)) or [()] * len(names)
+        return {
+            name: share_tokens(column, micro_batches, part.layout) for name, column in zip(names, columns, strict=True)
+        }
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
         """One optimiser step on this rank's share of the batch.

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import TeacherConfig
+from renio_megatron.config.sections.teacher import EmaTeacher
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.megatron.model.lora import switched_off
@@ -183,15 +184,28 @@ class MovingAverage(Present):
             average.mul_(self._decay).add_(parameter, alpha=1.0 - self._decay)
 
 
-KINDS: dict[str, Callable[[TeacherConfig, ModelPart | None, Callable[[], ModelPart]], TeacherWeights]] = {
-    # kind -> (settings, the student, what builds a model of the teacher's own) -> what the teacher is made of
-    "separate": lambda settings, student, build: _own(settings, build()),
-    "initial": lambda settings, student, build: (
-        WithoutAdapters(student) if student and student.lora.r else _own(settings, build())
-    ),
-    "ema": lambda settings, student, build: MovingAverage(_required(student), settings.ema_decay),
-    "current": lambda settings, student, build: Present(_required(student)),
-}
+Build = Callable[[], ModelPart]
+"""Builds a model of the teacher's own."""
+
+
+def separate(settings: TeacherConfig, student: ModelPart | None, build: Build) -> TeacherWeights:
+    """Of `kind=separate`."""
+    return _own(settings, build())
+
+
+def initial(settings: TeacherConfig, student: ModelPart | None, build: Build) -> TeacherWeights:
+    """Of `kind=initial`."""
+    return WithoutAdapters(student) if student and student.lora.r else _own(settings, build())
+
+
+def ema(settings: EmaTeacher, student: ModelPart | None, build: Build) -> TeacherWeights:
+    """Of `kind=ema`."""
+    return MovingAverage(_required(student), settings.ema_decay)
+
+
+def current(settings: TeacherConfig, student: ModelPart | None, build: Build) -> TeacherWeights:
+    """Of `kind=current`."""
+    return Present(_required(student))
 
 
 def _own(settings: TeacherConfig, part: ModelPart) -> TeacherWeights:

@@ -1,35 +1,16 @@
-"""Strategies that turn a sequence's tokens into its raw weight, one file each.
+"""Strategies that weigh sequences and tokens, one file each; the settings of each name its class. No torch here."""
 
-A strategy has two halves. `evidence` is additive over the tokens of a sequence, so pieces of one sequence on several
-ranks may be summed; `raw_weight` finishes the sums into a weight.
-"""
+INPUTS = (
+    *("student_logp", "teacher_logp", "sampler_logp", "student_entropy", "teacher_entropy", "divergence", "position"),
+    *("finished", "verdict", "prompt_group", "sequence", "generator", "step"),
+)
+"""What a strategy may declare, beside `COLUMN` and a name: `strategy.WeightingInputs` says what each is. Lengths of
+sequences and owners of tokens are always there."""
 
-from __future__ import annotations
+LOGIT_INPUTS = frozenset(("student_entropy", "teacher_entropy", "divergence"))
+"""Those that follow from logits, and from nothing less: a run reads its completions once more for them."""
+OF_STUDENT = frozenset(("student_logp", "student_entropy"))
+"""Those that the student's logits tell alone."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
-
-from renio_megatron.objective.weightings import renio, uniform
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """One strategy.
-
-    Attributes:
-        evidence: (log_ratio_N, owner_N, num_sequences, *, threshold, ceiling) -> additive [B, K].
-        raw_weight: (evidence [B, K], *, temperature) -> [B].
-        is_normalized: whether the configured normalisation and cap apply.
-    """
-
-    evidence: Callable[..., torch.Tensor]
-    raw_weight: Callable[..., torch.Tensor]
-    is_normalized: bool = True
-
-
-WEIGHTINGS: dict[str, Weighting] = {
-    "renio": Weighting(renio.pivotal_evidence, renio.raw_weight),
-    "uniform": Weighting(uniform.no_evidence, uniform.raw_weight, is_normalized=False),
-}
+COLUMN = "column "
+"""Begins the name of a numeric column of the records."""

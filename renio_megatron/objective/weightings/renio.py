@@ -7,7 +7,25 @@ weighs exp of their mean. So trajectories that go wrong weigh more, and no answe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+
+from renio_megatron.objective.weightings.strategy import RawWeights, Strategy, WeightingInputs
+
+
+class Renio(Strategy):
+    """exp(mean of the pivotal tokens' clipped log ratios / temperature); 1 where no token is pivotal."""
+
+    def sums(self, inputs: WeightingInputs) -> dict[str, torch.Tensor]:
+        """`pivotal_sums` of the log ratios."""
+        log_ratio_N = inputs.student_logp - inputs.teacher_logp
+        bounds = {"threshold": self.settings.threshold, "ceiling": self.settings.ceiling}
+        return pivotal_sums(log_ratio_N, inputs.owner, inputs.num_sequences, **bounds)
+
+    def weights(self, inputs: WeightingInputs, sums: Mapping[str, torch.Tensor]) -> RawWeights:
+        """A weight of each sequence."""
+        return RawWeights(sequences=sequence_weight(sums, temperature=self.settings.temperature))
 
 
 def is_pivotal(log_ratio_N: torch.Tensor, *, threshold: float, ceiling: float) -> torch.Tensor:
@@ -26,9 +44,9 @@ def is_pivotal(log_ratio_N: torch.Tensor, *, threshold: float, ceiling: float) -
     return log_ratio_N.clamp(max=ceiling) >= threshold
 
 
-def pivotal_evidence(
+def pivotal_sums(
     log_ratio_N: torch.Tensor, owner_N: torch.Tensor, num_sequences: int, *, threshold: float, ceiling: float
-) -> torch.Tensor:
+) -> dict[str, torch.Tensor]:
     """Sum and count of the pivotal tokens' clipped log ratios, per sequence.
 
     Both are additive: pieces of one sequence on several ranks may be summed before they are divided.
@@ -40,30 +58,32 @@ def pivotal_evidence(
         threshold, ceiling: tau and c of the paper, nats.
 
     Returns:
-        [B, 2]: (sum, count) in the dtype of `log_ratio_N`; count 0 means "no pivotal token" and becomes weight 1.
+        `log_ratio`, the sum, and `pivotal_tokens`, the count, [B] in the dtype of `log_ratio_N`; without a pivotal
+        token both are 0, which becomes weight 1.
     Gradient: none flows. Source: ReNIO, phases I and II.
 
-    >>> pivotal_evidence(torch.tensor([1.0, 9.0, 0.1]), torch.tensor([0, 0, 1]), 2, threshold=0.8, ceiling=2.5).tolist()
-    [[3.5, 2.0], [0.0, 0.0]]
+    >>> sums = pivotal_sums(torch.tensor([1.0, 9.0, 0.1]), torch.tensor([0, 0, 1]), 2, threshold=0.8, ceiling=2.5)
+    >>> sums["log_ratio"].tolist(), sums["pivotal_tokens"].tolist()
+    ([3.5, 0.0], [2.0, 0.0])
     """
     pivotal = is_pivotal(log_ratio_N, threshold=threshold, ceiling=ceiling).to(log_ratio_N.dtype)
     clipped = torch.where(pivotal > 0, log_ratio_N.clamp(max=ceiling), 0.0)
-    evidence = log_ratio_N.new_zeros(num_sequences, 2)
-    return evidence.index_add_(0, owner_N, torch.stack((clipped, pivotal), dim=1))
+    none = log_ratio_N.new_zeros(num_sequences)
+    return {"log_ratio": none.index_add(0, owner_N, clipped), "pivotal_tokens": none.index_add(0, owner_N, pivotal)}
 
 
-def raw_weight(evidence_B2: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """Sample weight before normalisation: exp(mean pivotal log ratio / temperature). Phase III.
+def sequence_weight(sums: Mapping[str, torch.Tensor], *, temperature: float) -> torch.Tensor:
+    """Sample weight before normalization: exp(mean pivotal log ratio / temperature). Phase III.
 
     Args:
-        evidence_B2: (sum, count) of `pivotal_evidence`, complete sequences, [B, 2].
+        sums: those of `pivotal_sums`, complete sequences, [B] each.
         temperature: weight temperature; 1 in the paper.
 
     Returns:
         [B]: 1 where no token is pivotal, else in [exp(tau / temperature), exp(c / temperature)].
 
-    >>> raw_weight(torch.tensor([[2.0, 2.0], [0.0, 0.0]]), temperature=1.0).tolist()    # e, and 1
+    >>> sums = {"log_ratio": torch.tensor([2.0, 0.0]), "pivotal_tokens": torch.tensor([2.0, 0.0])}
+    >>> sequence_weight(sums, temperature=1.0).tolist()    # e, and 1
     [2.7182817459106445, 1.0]
     """
-    total, count = evidence_B2.unbind(1)
-    return (total / count.clamp(min=1.0) / temperature).exp()
+    return (sums["log_ratio"] / sums["pivotal_tokens"].clamp(min=1.0) / temperature).exp()

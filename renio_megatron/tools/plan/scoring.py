@@ -9,15 +9,16 @@ from renio_megatron.tools.plan.parts import PlannedPart
 from renio_megatron.tools.plan.workload import Reading
 
 
-def scoring_bytes(part: PlannedPart, reading: Reading, head: HeadConfig) -> dict[str, int]:
-    """A layer's pass, and on the last pipeline rank log-probabilities of the completion tokens that it ends with."""
+def scoring_bytes(part: PlannedPart, reading: Reading, head: HeadConfig, *, num_models: int = 1) -> dict[str, int]:
+    """A layer's pass, and on the last pipeline rank log-probabilities of the completion tokens that it ends with; or
+    what follows from both models' logits."""
     pieces = reading.pieces
     found = {"a layer's pass": forward_bytes(part.model, pieces) + sent_bytes(part, reading)}
     if part.is_last:
-        each = token_bytes(part.width, part.element, logit_bytes(part, head), num_models=1)
+        each = token_bytes(part.width, part.element, logit_bytes(part, head), num_models)
         chunk = chunk_size_for(reading.rows, each, head.chunk_size)
         hidden = part.model.architecture.hidden_size * part.element
-        found["logits"] = min(chunk, reading.rows) * each
+        found["logits"] = min(chunk, reading.rows) * part.width * logit_bytes(part, head) * num_models
         found["rows for the head"] = reading.rows * hidden + gathered_bytes(part, reading)
     return found
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.losses.chunk_size import loss_buffer_bytes
+from renio_megatron.objective.weightings import LOGIT_INPUTS, OF_STUDENT
 from renio_megatron.tools.plan.activations import (
     backward_bytes,
     chunk_bytes,
@@ -79,10 +80,14 @@ class PlannedStudent:
     def update(self, payload: Payload) -> dict[str, dict[str, int]]:
         """The phases from the student's own scores to the optimiser's step."""
         phases = {}
-        if self._config.rollout.student_scores == "recompute":
-            phases["scores"] = scoring_bytes(self.part, self._reading, self._config.head)
+        wanted = self._config.weighting.needs & LOGIT_INPUTS
+        if self._config.rollout.student_scores == "recompute" or wanted:
+            reads_both = not wanted <= OF_STUDENT
+            phases["scores"] = scoring_bytes(
+                self.part, self._reading, self._config.head, num_models=2 if reads_both else 1
+            )
             if self.part.is_last:
-                phases["scores"]["payload"] = payload(False)
+                phases["scores"]["payload"] = payload(reads_both)
         kept, again = self._activations()
         if self.part.is_last:
             phases["loss"] = self._loss(kept, payload(True))

@@ -167,7 +167,12 @@ def _refuse(config: DistillationConfig) -> None:
             f"renio compare-precision: FP8 products beside adapters are not built (lora.r={config.lora.r}). "
             "Compare with lora.r=null, or with the merged model."
         )
-    if config.teacher.kind in ("ema", "current"):
+    if more := sorted(config.weighting.needs - {"student_logp", "teacher_logp"}):
+        raise ConfigError(
+            "renio compare-precision makes weights of log-probabilities alone; "
+            f"weighting={config.weighting.name} needs {', '.join(more)}. Compare with weighting=renio."
+        )
+    if config.teacher.follows_student:
         raise ConfigError(
             f"renio compare-precision: teacher.kind={config.teacher.kind} is the student in its own precision. "
             "Compare with teacher.kind=initial, which it is at the first step."
@@ -254,6 +259,7 @@ class _Comparison:
         self, learner: Any, config: DistillationConfig, teacher: TeacherTargets, name: str
     ) -> tuple[Scores, dict[str, torch.Tensor]]:
         """A step as the trainer computes it, up to the optimiser: the whole batch's scores, this rank's gradients."""
+        from renio_megatron.config.sections.weighting import RenioWeighting
         from renio_megatron.data.batching.collate import flat_completions
         from renio_megatron.losses.sample_weights import sample_weights
         from renio_megatron.megatron.model.schedules import share_tokens
@@ -263,7 +269,7 @@ class _Comparison:
 
         device = self._layout.device
         _, owner, _ = flat_completions(self._rollouts)
-        student_logp = learner.score(self._batches)
+        student_logp = learner.score(self._batches)["student_logp"]
         sample = sample_weights(
             student_logp,
             teacher.logp,
@@ -271,13 +277,16 @@ class _Comparison:
             len(self._rollouts),
             config.weighting,
             batch_group=self._layout.data.group,
+            report=config.renio_report or RenioWeighting(),
         )
         seen: dict[int, torch.Tensor] = {}
         loss = WeightedLoss(teacher, sample, config.loss, config.head, on_divergence=seen.__setitem__)
         # In another dtype the layers may be another backend's, which names some parameters otherwise.
         gradients = {local_name(name): one for name, one in learner.gradients(self._batches, loss).items()}
         divergence = share_tokens([seen[index] for index in sorted(seen)], self._batches, self._layout)
-        mine = Scores(student_logp, teacher.logp, divergence, sample.is_pivotal, sample.raw_weights, sample.weights)
+        renio = sample.renio
+        assert renio is not None
+        mine = Scores(student_logp, teacher.logp, divergence, renio.is_pivotal, renio.raw_weights, sample.weights)
         whole = self._whole_batch(mine)
         whole.check(name)
         return whole, gradients

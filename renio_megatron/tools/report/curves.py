@@ -155,16 +155,16 @@ def _draw_weights(axes: Axes, runs: Runs) -> None:
     right = axes.twinx()
     right.spines["top"].set_visible(False)
     colors = _colors(runs)
-    weighted = [run for run in runs if any(value != 1.0 for value in _points(runs[run], "renio/weight_max")[1])]
+    weighted = [run for run in runs if any(value != 1.0 for value in _points(runs[run], "weight/max")[1])]
     shown = weighted or list(runs)
     for run in shown:
         rows, color = runs[run], colors[run]
         right_color = color if len(shown) > 1 else "#444444"
-        _line(axes, _points(rows, "renio/weight_max"), color=color, label=f"{run}, largest", style="-", smooth=True)
-        _line(axes, _points(rows, "renio/weight_mean"), color=color, label=f"{run}, mean", style="--", smooth=True)
-        points = _points(rows, "renio/ess_frac")
+        _line(axes, _points(rows, "weight/max"), color=color, label=f"{run}, largest", style="-", smooth=True)
+        _line(axes, _points(rows, "weight/mean"), color=color, label=f"{run}, mean", style="--", smooth=True)
+        points = _points(rows, "weight/ess_frac")
         _line(right, points, color=right_color, label=f"{run}, effective share (right)", style=":", smooth=True)
-    axes.set_ylim(0.0, HEADROOM * max([1.0, *_values(runs, shown, "renio/weight_max")]))
+    axes.set_ylim(0.0, HEADROOM * max([1.0, *_values(runs, shown, "weight/max")]))
     right.set_ylim(0.0, HEADROOM)
     right.set_yticks(SHARE_TICKS)
     right.set_ylabel("effective share of the batch [1]")

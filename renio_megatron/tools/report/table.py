@@ -64,8 +64,8 @@ def summarize(metrics: Sequence[Mapping[str, Any]], name: str) -> RunSummary:
         sampled_after=sampled_after,
         loss_first=_mean(losses[:AVERAGED_STEPS]),
         loss_last=_mean(losses[-AVERAGED_STEPS:]),
-        weight_mean=_mean(_values(metrics, "renio/weight_mean")),
-        weight_max=max(_values(metrics, "renio/weight_max"), default=None),
+        weight_mean=_mean(_values(metrics, "weight/mean")),
+        weight_max=max(_values(metrics, "weight/max"), default=None),
         auc_wrong=_mean(_values([row for row in metrics if row["step"] > last_step / 2], "renio/auc_wrong")),
         seconds=sum(seconds) if seconds else None,
     )

@@ -107,6 +107,21 @@ class MultiTeacherTargets(TeacherTargets):
         self.sent_bytes = sum(sent) if sent else None
         self._sums: torch.Tensor | None = None  # by name: of the divergence, and of tokens
 
+    def token_inputs(
+        self, wanted: frozenset[str], index: int, micro_batch: MicroBatch, inputs: LossInputs
+    ) -> dict[str, torch.Tensor]:
+        """Each teacher's of its own rows, put together."""
+        nothing = inputs.token_scale.new_zeros(len(micro_batch.target_ids))
+        found = {name: nothing.clone() for name in wanted}
+        for part in self._parts:
+            if (chosen := part.chosen.get(index)) is None:
+                continue
+            rows = _rows_of(inputs, chosen.rows)
+            values = part.targets.token_inputs(wanted, chosen.number, chosen.micro_batch, rows)
+            for name in wanted:
+                found[name][chosen.rows] = values[name].to(nothing)
+        return found
+
     def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
         """Each teacher's loss of its own rows."""
         assert self.name_of is not None
@@ -184,20 +199,28 @@ def _places(chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def names_metrics(
-    names: Sequence[str], name_of: torch.Tensor, raw_weights: torch.Tensor, correct: torch.Tensor | None
+    names: Sequence[str],
+    name_of: torch.Tensor,
+    weights: torch.Tensor,
+    raw_weights: torch.Tensor | None,
+    correct: torch.Tensor | None,
 ) -> dict[str, float]:
-    """Share of the sequences, mean raw weight and accuracy for each teacher's name, from the whole batch's [B].
+    """Share of the sequences, mean weight, and where they are known ReNIO's mean raw weight and the accuracy, for each
+    teacher's name, from the whole batch's [B].
 
-    >>> found = names_metrics(["math", "code"], torch.tensor([0, 0, 1, 0]), torch.tensor([1.0, 3.0, 2.0, 2.0]), None)
-    >>> found["teacher/math/sequences_frac"], found["teacher/math/raw_weight_mean"]
-    (0.75, 2.0)
+    >>> weights = torch.tensor([0.5, 1.5, 1.0, 1.0])
+    >>> found = names_metrics(["math", "code"], torch.tensor([0, 0, 1, 0]), weights, None, None)
+    >>> found["teacher/math/sequences_frac"], found["teacher/math/weight_mean"]
+    (0.75, 1.0)
     """
     found = {}
     for number, name in enumerate(names):
         mine = name_of == number
         found[f"teacher/{name}/sequences_frac"] = float(mine.double().mean())
         if bool(mine.any()):
-            found[f"teacher/{name}/raw_weight_mean"] = float(raw_weights[mine].mean())
+            found[f"teacher/{name}/weight_mean"] = float(weights[mine].mean())
+            if raw_weights is not None:
+                found[f"teacher/{name}/raw_weight_mean"] = float(raw_weights[mine].mean())
             if correct is not None:
                 found[f"teacher/{name}/accuracy"] = float(correct[mine].double().mean())
     return found

@@ -16,7 +16,10 @@ from renio_megatron.types import MicroBatch
 
 
 class WeightedLoss:
-    """Weight x mean divergence of each sequence, summed; whatever the teacher's targets are. Waits for no device."""
+    """Weight x weighted mean divergence of each sequence, summed; whatever the teacher's targets are.
+
+    It waits for no device.
+    """
 
     def __init__(
         self,
@@ -45,18 +48,24 @@ class WeightedLoss:
         """(sum over sequences, number of sequences, metrics); of a rank's pieces where it holds only those."""
         sequences, tokens = micro_batch.sequence_index, micro_batch.token_index
         working = torch.promote_types(hidden.dtype, torch.float32)
-        weights = self._sample.weights[sequences].to(working)
+        weights, denominators = self._sample.weights[sequences].to(working), self._sample.denominators[sequences]
+        scale = token_scale(weights, denominators, micro_batch.owner, denominator=1.0)
+        if self._sample.token_weights is not None:
+            scale = scale * self._sample.token_weights[tokens].to(working)
+        renio, probe = self._sample.renio, None
+        if renio is not None and index == 0 and self._loss.entry_clip is not None:
+            probe = renio.is_pivotal[tokens]
         found = self._targets.micro_batch_loss(
             index,
             micro_batch,
             LossInputs(
                 hidden=hidden,
                 head=head,
-                token_scale=token_scale(weights, self._sample.lengths[sequences], micro_batch.owner, denominator=1.0),
+                token_scale=scale,
                 sampler_logp=None if self._sampler_logp is None else self._sampler_logp[tokens],
                 loss=self._loss,
                 head_config=self._head,
-                probe=self._sample.is_pivotal[tokens] if index == 0 and self._loss.entry_clip is not None else None,
+                probe=probe,
             ),
         )
         if self._on_divergence is not None:

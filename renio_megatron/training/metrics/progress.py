@@ -124,7 +124,7 @@ def _parts(values: Mapping[str, float | None]) -> list[str]:
         parts.append(f"loss {_compact(loss)}")
     if (grad_norm := values.get("grad_norm")) is not None:
         parts.append(f"grad {_compact(grad_norm, 2)}")
-    mean, largest = values.get("renio/weight_mean"), values.get("renio/weight_max")
+    mean, largest = values.get("weight/mean"), values.get("weight/max")
     if mean is not None and largest is not None:
         parts.append(f"w {mean:.2f}/{largest:.2f}")
     if (accuracy := values.get("rollout/accuracy")) is not None:

@@ -27,13 +27,16 @@ METRICS: dict[str, Metric] = {
     "loss": Metric("nats/token", "mean", "weighted divergence: mean over sequences of weight x mean over tokens"),
     "grad_norm": Metric("1", "mean", "norm of the whole gradient, before clipping"),
     "lr": Metric("1", "mean", "learning rate of the step"),
-    "renio/weight_mean": Metric("1", "mean", "normalised sample weight, mean over sequences"),
-    "renio/weight_max": Metric("1", "max", "largest normalised sample weight of the step"),
+    "weight/mean": Metric("1", "mean", "normalized sample weight, mean over sequences"),
+    "weight/max": Metric("1", "max", "largest normalized sample weight of the step"),
+    "weight/ess_frac": Metric("1", "mean", "effective share of the batch: (sum w)^2 / (B sum w^2)"),
+    "weight/cap_frac": Metric("1", "mean", "share of sequences whose weight was cut at the cap"),
+    "weight/token_mean": Metric("1", "mean", "weight of a token, mean over completion tokens"),
+    "weight/token_max": Metric("1", "max", "largest weight of a token"),
+    "weight/token_ess_frac": Metric("1", "mean", "effective share of the completion tokens: (sum w)^2 / (N sum w^2)"),
     "renio/unit_weight_frac": Metric("1", "mean", "share of sequences without a pivotal token (raw weight exactly 1)"),
-    "renio/raw_weight_mean": Metric("1", "mean", "sample weight before normalisation, mean over sequences"),
+    "renio/raw_weight_mean": Metric("1", "mean", "ReNIO's weight before normalization, mean over sequences"),
     "renio/pivotal_frac": Metric("1", "mean", "share of completion tokens that are pivotal"),
-    "renio/ess_frac": Metric("1", "mean", "effective share of the batch: (sum w)^2 / (B sum w^2)"),
-    "renio/cap_frac": Metric("1", "mean", "share of sequences whose weight was cut at the cap"),
     "renio/ceiling_frac": Metric("1", "mean", "share of sequences whose raw weight is exp(ceiling / temperature)"),
     "renio/pivot_gradient_frac": Metric(
         "1",
@@ -52,12 +55,14 @@ METRICS: dict[str, Metric] = {
     "time/step_s": Metric("s", "max", "whole step, on the first rank"),
     "time/rollout_s": Metric("s", "max", "sampling of the completions, on the first rank"),
     "time/teacher_s": Metric("s", "max", "scoring by the teacher after all are drawn, on the first rank"),
+    "time/score_s": Metric("s", "max", "the student's pass over its completions before the update, where there is one"),
     "time/train_s": Metric("s", "max", "forward, backward and optimiser, on the first rank"),
     "teacher/*/sequences_frac": Metric(
         "1", "mean", "of several teachers: share of the step's sequences that it scored"
     ),
     "teacher/*/kl": Metric("nats/token", "mean", "of several teachers: divergence at its sequences, mean over tokens"),
-    "teacher/*/raw_weight_mean": Metric("1", "mean", "of several teachers: raw weight, mean over its sequences"),
+    "teacher/*/weight_mean": Metric("1", "mean", "of several teachers: normalized weight, mean over its sequences"),
+    "teacher/*/raw_weight_mean": Metric("1", "mean", "of several teachers: ReNIO's raw weight, mean over them"),
     "teacher/*/accuracy": Metric("1", "mean", "of several teachers: share of its sequences that are correct"),
     "teacher/payload_sent_mb": Metric("MiB", "max", "teacher's hidden states that ranks sent each other in a step"),
     "memory/teacher_payload_mb": Metric("MiB", "max", "device memory that the teacher's hidden states took at a time"),
@@ -76,6 +81,14 @@ METRICS: dict[str, Metric] = {
     "eval/accuracy_sampled": Metric("1", "mean", "accuracy on held-out problems, sampled completions"),
 }
 
+RENAMED_METRICS = {
+    "renio/weight_mean": "weight/mean",
+    "renio/weight_max": "weight/max",
+    "renio/ess_frac": "weight/ess_frac",
+    "renio/cap_frac": "weight/cap_frac",
+}
+"""Name in runs of earlier versions -> name."""
+
 # Those with a part of the name left open stay out of tallies, whose ranks must all know the same names.
 MEANS = tuple(name for name, metric in METRICS.items() if metric.reduction in ("mean", "root_mean") and "*" not in name)
 MAXIMA = tuple(name for name, metric in METRICS.items() if metric.reduction == "max" and "*" not in name)
@@ -90,6 +103,8 @@ def family_of(name: str) -> str:
 
 def metric_of(name: str) -> Metric:
     """The metric of a name; raises KeyError that names the nearest one."""
+    if name in RENAMED_METRICS:
+        raise KeyError(f"the metric {name!r} is called {RENAMED_METRICS[name]!r} now.")
     if name not in METRICS:
         nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
         raise KeyError(f"unknown metric {name!r}; the nearest one is {nearest!r}. New ones go into metrics.METRICS.")

@@ -1,4 +1,4 @@
-"""Where the metrics of a run are written"""
+"""Where the metrics of a run are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from renio_megatron.errors import CheckpointError, DataError, NumericsError
 from renio_megatron.files import JsonLines, output_error, parse_row
-from renio_megatron.training.metrics.registry import METRICS, ORDER, family_of, metric_of
+from renio_megatron.training.metrics.registry import METRICS, ORDER, RENAMED_METRICS, family_of, metric_of
 
 Observer: TypeAlias = Callable[[int, dict[str, float]], None]
 """(step, metrics): a sink's `write`, a progress line's `update`."""
@@ -77,6 +77,8 @@ class TensorBoardSink:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file that `JsonlSink` wrote, in its order; a half-written last line is left out.
 
+    Metrics of an earlier version have their names of today.
+
     Raises:
         CheckpointError: the file cannot be read.
         DataError: a line other than a half-written last one is not a JSON object with a step.
@@ -92,7 +94,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     rows = [parse_row(line, path, number) for number, line in enumerate(whole.splitlines(), start=1) if line.strip()]
     with contextlib.suppress(DataError):
         rows.append(parse_row(rest, path, len(rows) + 1))
-    return rows
+    return [{RENAMED_METRICS.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def _row(step: int, values: Mapping[str, float | None]) -> dict[str, float]:
