@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,13 +28,14 @@ output_dir: run
 
 @dataclass(frozen=True)
 class Change:
-    """What is added: files, and lines after given ones; the settings that use it; what shows that it was used; settings
-    that are refused beside it, with words of the message."""
+    """What is added: files, and lines after given ones, and a class of settings at the end of a file; the settings that
+    use it; what shows that it was used; settings that are refused beside it, with words of the message."""
 
     files: dict[str, str]
     lines: dict[str, tuple[str, str]]
     settings: tuple[str, ...]
     sign: Callable[[Path, str], bool]
+    dataclass: str = ""
     recipe: str = RECIPE
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -97,8 +99,51 @@ def counting_source(config, split):
 '''
 
 
+SETTINGS_OF_FIRST_TOKENS, FIRST_TOKENS = (
+    block.partition("\n")[2]  # without the line that says where it goes
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/weightings.md").read_text(), flags=re.DOTALL)
+)
+
+SHARPER = '''"""The student of this step, surer of what it says."""
+
+from renio_megatron.megatron.teacher.weights import Present
+from renio_megatron.parallel.vocab import LmHead
+
+
+class Sharper(Present):
+    def __init__(self, part, factor):
+        super().__init__(part)
+        self.factor = factor
+
+    @property
+    def head(self):
+        own = super().head
+        return LmHead(own.weight.detach() * self.factor, own.shard)
+
+
+def sharper(settings, student, build):
+    return Sharper(student, settings.factor)
+'''
+
+SHARPER_SETTINGS = '''
+
+@dataclass(frozen=True, kw_only=True)
+class SharperTeacher(TeacherConfig):
+    """The student with its logits times `factor`."""
+
+    weights: ClassVar[str] = "renio_megatron.megatron.teacher.sharper:sharper"
+
+    kind: str = "sharper"
+    factor: float = 2.0
+'''
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def _losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in _metrics(run)]
 
 
 CHANGES = {
@@ -139,6 +184,36 @@ CHANGES = {
         sign=lambda run, out: "^7+0=" in out or "+0=" in out,
         refused={"data.task=any": "data.task is set but would be ignored"},
     ),
+    "weighting": Change(
+        files={"objective/weightings/first_tokens.py": FIRST_TOKENS},
+        lines={
+            "config/sections/weighting.py": (
+                '    "uniform": f"{_HERE}:UniformWeighting",\n',
+                '    "first_tokens": f"{_HERE}:FirstTokensWeighting",\n',
+            )
+        },
+        dataclass="\n\n" + SETTINGS_OF_FIRST_TOKENS,
+        settings=("weighting=first_tokens", "weighting.count=2"),
+        # Of at most 8 tokens two weigh 1, the others 0, and none of ReNIO's own metrics is there.
+        sign=lambda run, out: (
+            "weighting first_tokens" in out
+            and all(0.2 < row["weight/token_mean"] < 0.8 and "renio/pivotal_frac" not in row for row in _metrics(run))
+        ),
+        refused={"weighting.cap=3": "weighting.cap is set but would be ignored: weighting.name is first_tokens, not"},
+    ),
+    "teacher": Change(
+        files={"megatron/teacher/sharper.py": SHARPER},
+        lines={
+            "config/sections/teacher.py": (
+                '    "current": f"{_HERE}:CurrentTeacher",\n',
+                '    "sharper": f"{_HERE}:SharperTeacher",\n',
+            )
+        },
+        dataclass=SHARPER_SETTINGS,
+        settings=("teacher=sharper", "teacher.factor=3", "data.teacher_template={solution}{problem}"),
+        sign=lambda run, out: "itself (sharper)" in out and all(loss > 0.01 for loss in _losses(run)),
+        refused={"teacher.model=a": "teacher.model is set but would be ignored: teacher.kind is sharper, not separate"},
+    ),
 }
 
 
@@ -152,14 +227,14 @@ def test_a_change_is_a_file_and_a_line(name, tmp_path):
     for file, (after, line) in change.lines.items():
         text = (package / file).read_text()
         assert text.count(after) == 1
-        (package / file).write_text(text.replace(after, after + line))
+        (package / file).write_text(text.replace(after, after + line) + change.dataclass)
     found = subprocess.run(
         ["git", "diff", "--no-index", "--numstat", str(PACKAGE), str(package)], capture_output=True, text=True
     ).stdout.splitlines()
     rows = [row.split("\t") for row in found if "__pycache__" not in row]
     assert len(rows) == len(change.files) + len(change.lines), found
     changed = [row[:2] for row in rows if "dev/null" not in row[2]]
-    assert changed == [["1", "0"]] * len(change.lines), found
+    assert changed == [[str(1 + change.dataclass.count("\n")), "0"]] * len(change.lines), found
 
     (tmp_path / "recipe.yaml").write_text(change.recipe)
 
