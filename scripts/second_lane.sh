@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-files=(tests/repo/test_doctests.py tests/megatron/test_{shim,training,layout_matrix,resharding,checkpoint,te_spec}.py)
+files=(tests/repo/test_doctests.py tests/megatron/test_{shim,training,layout_matrix,resharding,checkpoint,own_loop,te_spec}.py)
 
 if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv/bin/python ] && .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then

@@ -180,6 +180,44 @@ def distillation_loss(
     return DistillationOutput.of(value, sample, totals.value, totals.clipped)
 
 
+def weighted_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    token_scale: torch.Tensor,
+    loss: LossConfig,
+    shard: VocabShard,
+) -> torch.Tensor:
+    """Sum over tokens of token_scale x divergence, scalar, nats, where the factors are known: nothing is weighed.
+
+    Args:
+        student_logits, teacher_logits, token_ids, loss, shard: as in `distillation_loss`.
+        token_scale: what the divergence of each token is multiplied by [N].
+    Gradient: of the student's logits, finished in forward; backward multiplies it by a scalar, and runs once.
+    Collectives on the tensor group: one for KL without bounds, two otherwise; none in backward.
+
+    Raises:
+        LayoutError: shapes or a shard that do not fit together.
+
+    >>> student, teacher = torch.zeros(1, 2, requires_grad=True), torch.tensor([[0.0, 1.0986123]])    # p_T = 1/4, 3/4
+    >>> shard = VocabShard.for_vocab(2)
+    >>> value = weighted_divergence(student, teacher, torch.tensor([0]), torch.tensor([2.0]), LossConfig(), shard)
+    >>> round(value.item(), 4); value.backward(); [round(x, 4) for x in student.grad[0].tolist()]
+    0.2616
+    [0.5, -0.5]
+    """
+    check_logits(student_logits, teacher_logits, shard)
+    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    with torch.no_grad():
+        passes = Passes(loss, shard)
+        normalizers = passes.normalizers(student_logits, teacher_logits, token_ids)
+        gradient = torch.empty_like(student_logits) if needs_gradient else None
+        scale = token_scale.to(normalizers.student_logp)
+        totals = passes.totals_and_gradient(student_logits, teacher_logits, normalizers, scale, gradient)
+        value = (scale * totals.value).sum()
+    return FinishedGradient.apply(student_logits, value, gradient) if needs_gradient else value
+
+
 def mean_denominator(batch_size: torch.Tensor, batch_group: dist.ProcessGroup | None) -> torch.Tensor:
     """What the sum over this rank's sequences is divided by, so that the usual mean over data-parallel ranks is the
     batch's: sequences of the whole batch over ranks, fp64 scalar; never 0."""

@@ -51,7 +51,7 @@ INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("algorithms",),
         ("trainer",),
     ),
-    "megatron": (("runtime",), ("model",), ("student", "teacher"), ("checkpoint",), ("weights",)),
+    "megatron": (("runtime", "own_loop"), ("model",), ("student", "teacher"), ("checkpoint",), ("weights",)),
 }
 FORBIDDEN = (  # (files, imported modules, why); files are dotted names below the package, a folder ends in a dot
     (r"objective\.", rf"torch\.distributed|{PACKAGE}\.parallel", "objective is plain mathematics"),

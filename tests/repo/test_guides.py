@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from tests.helpers.paths import ROOT
 
 GUIDES = ROOT / "docs" / "guides"
 WEIGHTINGS = (GUIDES / "weightings.md").read_text()
+OWN_LOOP = (GUIDES / "your-own-loop.md").read_text()
 START = {"model": "student", "output_dir": "run", "teacher": {"model": "teacher"}}
 
 
@@ -63,3 +65,33 @@ def test_every_strategy_has_a_row():
         r"`([a-z_]+)`", "".join(re.findall(r"^\| (.*?) \|", WEIGHTINGS.partition("| `needs`")[2], re.MULTILINE))
     )
     assert set(inputs) == set(INPUTS)
+
+
+def test_a_loop_of_ones_own_runs_and_prints_what_the_page_says():
+    (commands,) = _blocks(OWN_LOOP, "bash")
+    (said,) = re.findall(r"```\n(step .*?)```", OWN_LOOP, flags=re.DOTALL)
+    told = []
+    for command in commands.splitlines():
+        launcher, *arguments = shlex.split(command)
+        assert launcher == "torchrun"
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        told.append([_loss_of(line) for line in done.stdout.splitlines()])
+    for losses in told:
+        assert len(losses) == 6 and losses[-1] < 0.6 * losses[0]
+    assert len(told) == 3 and told[1] == pytest.approx(told[2], rel=1e-4)
+    assert told[2][-1] == pytest.approx(_loss_of(said.strip()), rel=1e-3), "other versions round otherwise"
+    assert len((ROOT / "examples" / "megatron_loop.py").read_text().splitlines()) <= 150
+
+
+def _loss_of(line: str) -> float:
+    found = re.fullmatch(r"step \d loss (\S+) largest weight \S+", line)
+    assert found is not None, line
+    return float(found[1])
