@@ -2,13 +2,16 @@
 VENV ?= .venv
 python := $(VENV)/bin/python
 
-.PHONY: check test test-fast test-gpu bench
+.PHONY: check docs test test-fast test-gpu bench
 
-check:  ## lint, format, types, architecture
+check: docs  ## lint, format, types, architecture, the site
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 	$(python) -m pytest -q tests/repo/test_architecture.py
+
+docs:  ## the site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
 test:  ## everything that runs without a GPU
 	./scripts/test.sh

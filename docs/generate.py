@@ -6,9 +6,11 @@ A generated part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +42,26 @@ def _lines(folder: Path, depth: int) -> list[str]:
     return found
 
 
-PARTS: dict[str, tuple[str, Callable[[], str]]] = {"tree": ("docs/design/architecture.md", tree)}
+def decisions() -> str:
+    """A line for each decision."""
+    files = sorted((ROOT / "docs" / "design" / "decisions").glob("[0-9]*.md"))
+    titles = [re.sub(r"^# (\d+: )?", "", path.read_text().partition("\n")[0]) for path in files]
+    return "\n".join(f"- [{path.stem[:3]}: {title}]({path.name})" for path, title in zip(files, titles, strict=True))
+
+
+def _reference(name: str) -> str:
+    """A part that follows from the package, not from its files alone."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+    return getattr(importlib.import_module("references"), name)()
+
+
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "tree": ("docs/design/architecture.md", tree),
+    "decisions": ("docs/design/decisions/README.md", decisions),
+    "recipe": ("docs/reference/recipe.md", partial(_reference, "recipe")),
+    "metrics": ("docs/reference/metrics.md", partial(_reference, "metrics")),
+    "cli": ("docs/reference/cli.md", partial(_reference, "command_line")),
+}
 """Name -> (the page, what stands there)."""
 
 

@@ -134,17 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="write JSON, token ids included")
     command.set_defaults(run=_run_preview)
 
-    command = commands.add_parser("export", description=_EXPORT_DESCRIPTION)
-    command.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run (its output_dir)")
-    command.add_argument("destination", metavar="DESTINATION", help="directory to write")
-    command.add_argument("--step", type=_positive, metavar="K", help="checkpoint to write (default: the newest)")
-    command.add_argument("--merge", action="store_true", help="write the whole model, the adapters in its weights")
-    command.set_defaults(run=_run_export)
-
+    _add_export(commands)
     _add_doctor(commands)
     _add_compare_precision(commands)
-    command = commands.add_parser("quickstart", description="The whole method on tiny models, with 2 ranks on the CPU.")
-    command.add_argument("--output-dir", default="runs/quickstart", help="directory to write (default: %(default)s)")
+    what = "The whole method on tiny models, with 2 ranks on the CPU."
+    usage = "renio quickstart [--output-dir DIR] [--fresh]"
+    command = commands.add_parser("quickstart", description=what, usage=usage)
+    command.add_argument(
+        "--output-dir", metavar="DIR", default="runs/quickstart", help="directory to write (default: %(default)s)"
+    )
     _add_fresh(command)
     command.set_defaults(run=_run_quickstart)
     return parser
@@ -153,6 +151,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="YAML file with the settings of the run")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+
+
+def _add_export(commands: Any) -> None:
+    usage = "renio export RUN_DIR DESTINATION [--step K] [--merge]"
+    command = commands.add_parser("export", description=_EXPORT_DESCRIPTION, usage=usage)
+    command.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run (its output_dir)")
+    command.add_argument("destination", metavar="DESTINATION", help="directory to write")
+    command.add_argument("--step", type=_positive, metavar="K", help="checkpoint to write (default: the newest)")
+    command.add_argument("--merge", action="store_true", help="write the whole model, the adapters in its weights")
+    command.set_defaults(run=_run_export)
 
 
 def _add_doctor(commands: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -42,6 +43,14 @@ def test_the_recipe_loads(tmp_path):
 def test_what_follows_from_the_code_is_up_to_date():
     done = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_key_metric_and_option_is_told():
+    for page, columns in (("recipe", 3), ("metrics", 4)):
+        rows = re.findall(r"^\| `.*$", (ROOT / "docs" / "reference" / f"{page}.md").read_text(), flags=re.MULTILINE)
+        cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+        assert len(rows) > 40 and all(len(row) == columns and all(row) for row in cells), page
+    assert "None" not in (ROOT / "docs" / "reference" / "cli.md").read_text()
 
 
 def test_every_file_of_the_package_has_a_purpose():
@@ -87,6 +96,50 @@ def test_commands_and_links_exist():
     for script in re.findall(r"\./(scripts/\S+\.sh)", README):
         assert (ROOT / script).stat().st_mode & 0o100, script
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        assert (ROOT / target.partition("#")[0]).exists(), target
     for recipe in re.findall(r"examples/\S+\.yaml", README):
         assert (ROOT / recipe.rstrip(")")).exists(), recipe
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 8192
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("the equation", "raw_i = exp("),
+        ("the vocabulary collectives", "def gather_in_rank_order"),
+        ("how to add a weighting", "class FirstTokensWeighting(WeightingConfig)"),
+        ("what is proved, and by which test", "`tests/megatron/test_layout_matrix.py`"),
+        ("every key of a recipe", "`weighting.threshold`"),
+    ],
+)
+def test_one_step_from_the_readme_leads_to(what, words):
+    pages = [ROOT / link.partition("#")[0] for link in re.findall(r"\]\((?!http)([^)]+)\)", README)]
+    found = [page for page in pages if page.suffix in (".md", ".py") and words in page.read_text()]
+    assert found, f"no link of the README leads to {what}"
+
+
+def test_every_claim_names_tests_that_are_there():
+    page = (ROOT / "docs" / "results" / "guarantees.md").read_text()
+    rows = [row for row in page.splitlines() if row.startswith("| ") and not row.startswith("| claim")]
+    assert len(rows) > 10
+    for row in rows:
+        files = re.findall(r"`((?:tests|scripts)/[^`]+)`", row.split("|")[-2])
+        assert files and all((ROOT / file).is_file() for file in files), row
+
+
+def test_the_site_can_be_built(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for page in ("index.html", "reference/recipe.html", "guides/weightings.html"):
+        assert (tmp_path / "site" / page).is_file()
+    assert "fonts.googleapis" not in (tmp_path / "site" / "index.html").read_text()
