@@ -165,11 +165,8 @@ def distillation_loss(
             inputs={**(inputs or {}), **passes.inputs(wanted, student_logits, teacher_logits, normalizers)},
             report=renio_of(weighting),
         )
-        scale_N = token_scale(
-            sample.weights, sample.denominators, owner, denominator=mean_denominator(sample.batch_size, batch_group)
-        )
-        if sample.token_weights is not None:
-            scale_N = scale_N * sample.token_weights.to(scale_N)
+        denominator = mean_denominator(sample.batch_size, batch_group)
+        scale_N = token_scale(sample.weights, sample.denominators, owner, sample.token_weights, denominator=denominator)
         gradient = None
         if needs_gradient:
             gradient = student_logits.detach() if overwrite_logits else torch.empty_like(student_logits)

@@ -149,8 +149,7 @@ def _scale(
     if sample is None:
         assert weights is not None
         return token_scale(weights.detach().to(dtype), lengths, owner, denominator=1.0)
-    scale_N = token_scale(sample.weights.to(dtype), sample.denominators, owner, denominator=1.0)
-    return scale_N if sample.token_weights is None else scale_N * sample.token_weights
+    return token_scale(sample.weights.to(dtype), sample.denominators, owner, sample.token_weights, denominator=1.0)
 
 
 def buffer_bytes(

@@ -172,9 +172,7 @@ class MegatronDistillation:
         )
         if weights is not None:  # nobody knows any log ratio
             sample = replace(sample, renio=None)
-        scale = token_scale(sample.weights, sample.denominators, owner, denominator=1.0)
-        if sample.token_weights is not None:
-            scale = scale * sample.token_weights.to(scale)
+        scale = token_scale(sample.weights, sample.denominators, owner, sample.token_weights, denominator=1.0)
         parts = scale.split([len(batch.places) for batch in batches])
         positions = torch.tensor(sum(batch.tokens.numel() for batch in batches), device=owner.device)
         dist.all_reduce(positions, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -183,9 +181,7 @@ class MegatronDistillation:
     def forward_step(self, step: StepWeights) -> Callable[..., tuple[torch.Tensor, Callable[..., Any]]]:
         """Megatron's `forward_step_func` of the step whose weights these are; its iterator gives the same batches."""
 
-        def forward_step(
-            iterator: Iterator[LoopBatch], model: Any, *_: Any, return_schedule_plan: bool = False
-        ) -> tuple[torch.Tensor, Any]:
+        def forward_step(iterator: Iterator[LoopBatch], model: Any, *_: Any) -> tuple[torch.Tensor, Any]:
             batch = next(iterator)
             if step.sample is not None and batch not in step.scales:
                 raise LayoutError(

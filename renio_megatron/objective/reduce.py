@@ -16,14 +16,21 @@ def tokens_per_sequence(owner_N: torch.Tensor, num_sequences: int) -> torch.Tens
 
 
 def token_scale(
-    weights_B: torch.Tensor, lengths_B: torch.Tensor, owner_N: torch.Tensor, *, denominator: torch.Tensor | float
+    weights_B: torch.Tensor,
+    lengths_B: torch.Tensor,
+    owner_N: torch.Tensor,
+    token_weights_N: torch.Tensor | None = None,
+    *,
+    denominator: torch.Tensor | float,
 ) -> torch.Tensor:
-    """What each token's divergence is multiplied by in the loss: weight / (tokens of its sequence x denominator).
+    """What each token's divergence is multiplied by in the loss: weight / (tokens of its sequence x denominator), times
+    a weight of its own where it has one.
 
     Args:
         weights_B: sample weights [B].
-        lengths_B: tokens of each whole sequence [B]; 0 only where `owner_N` names no token.
+        lengths_B: tokens that count of each whole sequence [B]; 0 only where `owner_N` names none.
         owner_N: sequence of each token, int64 [N].
+        token_weights_N: weights of the tokens [N]; None: 1.
         denominator: sequences of the optimiser step, whatever ranks they are on.
 
     Returns:
@@ -33,4 +40,5 @@ def token_scale(
     [0.25, 0.5]
     """
     per_token = weights_B / lengths_B.clamp(min=1).to(weights_B.dtype) / denominator
-    return per_token[owner_N]
+    scale_N = per_token[owner_N]
+    return scale_N if token_weights_N is None else scale_N * token_weights_N.to(scale_N)

@@ -161,9 +161,9 @@ class Distillation:
         unfinished = torch.tensor([not rollout.finished for rollout in rollouts], dtype=dtype, device=device)
         capped = sample.is_capped.to(dtype)
         columns = {"weight": sample.weights, "capped": capped, "length": sample.lengths, "cut": unfinished}
+        owner = flat_completions(rollouts)[1].to(device)
         if sample.renio is not None:
-            _, owner, _ = flat_completions(rollouts)
-            pivotal = torch.zeros_like(unfinished).index_add_(0, owner.to(device), sample.renio.is_pivotal.to(dtype))
+            pivotal = torch.zeros_like(unfinished).index_add_(0, owner, sample.renio.is_pivotal.to(dtype))
             columns |= {"raw": sample.renio.raw_weights, "pivotal": pivotal}
         if self._grader is not None:
             found = verdicts()
@@ -171,18 +171,17 @@ class Distillation:
             columns["failed"] = torch.tensor([one is None for one in found], dtype=dtype, device=device)
         if targets.name_of is not None:
             columns["name"] = targets.name_of.to(device)
-        columns |= _token_columns(sample, rollouts)
+        columns |= _token_columns(sample, owner)
         table = gather_batch(torch.stack([one.to(dtype) for one in columns.values()], dim=1), self._layout.data.group)
         return _batch_metrics(dict(zip(columns, table.cpu().unbind(1), strict=True)), self._weighing, targets.names)
 
 
-def _token_columns(sample: SampleWeights, rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+def _token_columns(sample: SampleWeights, owner: torch.Tensor) -> dict[str, torch.Tensor]:
     """What `token_weight_metrics` wants, where tokens have weights: of each sequence the sums, of all the maximum."""
     if sample.token_weights is None:
         return {}
-    _, owner, _ = flat_completions(rollouts)
-    owner, weights = owner.to(sample.weights.device), sample.token_weights.double()
-    none = weights.new_zeros(len(rollouts))
+    weights = sample.token_weights.double()
+    none = weights.new_zeros(len(sample.weights))
     return {
         "token sum": none.index_add(0, owner, weights),
         "token squares": none.index_add(0, owner, weights.square()),

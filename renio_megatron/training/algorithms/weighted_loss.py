@@ -49,9 +49,8 @@ class WeightedLoss:
         sequences, tokens = micro_batch.sequence_index, micro_batch.token_index
         working = torch.promote_types(hidden.dtype, torch.float32)
         weights, denominators = self._sample.weights[sequences].to(working), self._sample.denominators[sequences]
-        scale = token_scale(weights, denominators, micro_batch.owner, denominator=1.0)
-        if self._sample.token_weights is not None:
-            scale = scale * self._sample.token_weights[tokens].to(working)
+        own = None if self._sample.token_weights is None else self._sample.token_weights[tokens]
+        scale = token_scale(weights, denominators, micro_batch.owner, own, denominator=1.0)
         renio, probe = self._sample.renio, None
         if renio is not None and index == 0 and self._loss.entry_clip is not None:
             probe = renio.is_pivotal[tokens]
