@@ -102,6 +102,13 @@ def four_ranks() -> Iterator[Ranks]:
         yield ranks
 
 
+@pytest.fixture(scope="module")
+def ranks_by_number(two_ranks: Ranks, four_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
+    """Two, three and four ranks for the tests of a file."""
+    with Ranks(3) as three_ranks:
+        yield {2: two_ranks, 3: three_ranks, 4: four_ranks}
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str], Path]:
     """Text -> the file of a recipe that holds it."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron import LossConfig, VocabShard, WeightingConfig, distillation_loss
-from tests.helpers.multiprocess import Ranks
+from tests.helpers.measured import within_limits
 from tests.helpers.sharding import VOCABULARY_CUTS, CountingDispatch, columns, counting, vocabulary_edges
 from tests.helpers.vectors import DTYPES, exempt_entries, limit, load_cases, worst
 
@@ -374,17 +374,8 @@ def run_group(name):
     return list(GROUPS[dist.get_world_size()][name]())
 
 
-@pytest.fixture(scope="module")
-def launches(two_ranks, four_ranks):
-    """Ranks by their number."""
-    with Ranks(3) as three_ranks:
-        yield {2: two_ranks, 3: three_ranks, 4: four_ranks}
-
-
 @pytest.mark.matrix(3)
 @pytest.mark.parametrize(("world_size", "name"), [(size, name) for size, groups in GROUPS.items() for name in groups])
-def test_ranks_agree_with_one_process(world_size, name, launches):
-    for rank, measured in enumerate(launches[world_size](run_group, name)):
-        assert measured, "nothing was measured"
-        wrong = [f"{label}: {found:.3g} > {bound:.3g}" for label, found, bound in measured if not found <= bound]
-        assert not wrong, f"rank {rank}, {len(wrong)} of {len(measured)}: " + "; ".join(wrong[:5])
+def test_ranks_agree_with_one_process(world_size, name, ranks_by_number):
+    for rank, measured in enumerate(ranks_by_number[world_size](run_group, name)):
+        within_limits(measured, f"rank {rank}, ")

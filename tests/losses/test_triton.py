@@ -18,6 +18,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.losses import kernels
 from renio_megatron.losses.kernels import torch_ops
 from renio_megatron.objective.divergences import DIVERGENCES, Divergence, forward_kl
+from tests.helpers.measured import within_limits
 from tests.helpers.multiprocess import Ranks, run_ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.vectors import load_cases
@@ -57,12 +58,6 @@ def interpreting(monkeypatch):
 def group(name):
     """What a group of cases measures."""
     return list(triton_cases.GROUPS[name]())
-
-
-def within_limits(measured):
-    assert measured, "nothing was measured"
-    wrong = [f"{label}: {found:.3g} > {bound:.3g}" for label, found, bound in measured if not found <= bound]
-    assert not wrong, f"{len(wrong)} of {len(measured)}: " + "; ".join(wrong[:5])
 
 
 @has_interpreter
