@@ -115,10 +115,18 @@ def kernels(stage: Found) -> str:
         [name, *(number(values.get(f"{name}, error of the {what}"), 2) for what in ("loss", "gradient"))]
         for name in losses
     ]
-    return (
+    text = (
         f"{table(['cases of `tests/losses/triton_cases.py`', 'comparisons', 'outside their limit'], first)}\n\n"
         f"{table(['a whole vocabulary', 'error of the loss', 'of the gradient'], second)}"
     )
+    detail = _details(stage).get("scores, time")
+    if detail is None:
+        return text
+    times = [number(1e3 * (values.get(f"scores{more}, time") or 0)) for more in ("", " with entropies")]
+    errors = [number(values.get(f"scores, error of {name}"), 2) for name in ("log p", "entropy")]
+    head = f"scores of {detail['tokens']} tokens, V = {detail['vocab']}, hidden {detail['hidden']}, fp32 logits"
+    rows = [["log p alone", times[0], errors[0], "-"], ["with entropies", times[1], errors[0], errors[1]]]
+    return f"{text}\n\n{table([head, 'ms', 'error of log p', 'of the entropy'], rows)}"
 
 
 def loss(stage: Found) -> str:

@@ -24,9 +24,9 @@ LIMITS = {"false": 1e-3, "true": 5e-2}
 COMPARED = ("loss", "loss/kl", "renio/raw_weight_mean", "weight/max", "grad_norm")
 
 
-def first_step(output, recipe, bf16, **environment):
-    """The first step's metrics of `renio train` on one rank."""
-    command = f"train {RECIPES[recipe]} {SHARED} train.bf16={bf16} output_dir={output}"
+def steps(output, recipe, *settings, **environment):
+    """Every step's metrics of `renio train` on one rank."""
+    command = f"train {RECIPES[recipe]} {' '.join(settings)} output_dir={output}"
     done = subprocess.run(
         [sys.executable, "-m", "renio_megatron.cli.main", *command.split()],
         cwd=ROOT,
@@ -37,7 +37,11 @@ def first_step(output, recipe, bf16, **environment):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_step(output, recipe, bf16, **environment):
+    return steps(output, recipe, SHARED, f"train.bf16={bf16}", **environment)[0]
 
 
 @pytest.mark.gpu
@@ -52,3 +56,18 @@ def test_the_first_step_is_the_cpus(tmp_path, recipe, bf16):
     assert {key: got[key] for key in COMPARED} == pytest.approx(
         {key: expected[key] for key in COMPARED}, rel=LIMITS[bf16]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("weighting", ["renio", "student_entropy"])
+def test_deterministic_mode_gives_the_same_bits(tmp_path, weighting):
+    """Draws with top-p, weights of sequences and of tokens, updates."""
+    settings = f"weighting={weighting} train.train_iters=3 train.bf16=true train.deterministic_mode=true"
+    runs = [steps(tmp_path / name, "modchain", settings) for name in ("one", "two")]
+    first, again = ([{k: v for k, v in row.items() if "time/" not in k} for row in run] for run in runs)
+    assert len(first) == 3 and "grad_norm" in first[-1]
+    untimed = [key for key in first[0] if key.endswith(("_per_s", "_s", "bytes"))]
+    assert [{k: v for k, v in row.items() if k not in untimed} for row in first] == [
+        {k: v for k, v in row.items() if k not in untimed} for row in again
+    ]

@@ -120,6 +120,25 @@ def test_a_token_of_probability_0_is_never_drawn(draw, options, dtype):
         assert all(token in allowed for token, allowed in zip(tokens, possible, strict=True)), (value, tokens)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 1000, 4097])
+def test_sums_in_a_fixed_order_are_sums(size):
+    from renio_megatron.megatron.student import sampler
+
+    values = torch.rand(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    torch.testing.assert_close(sampler._in_fixed_order(values), values.cumsum(-1), rtol=1e-14, atol=0)
+
+
+def test_where_bits_must_repeat_on_a_gpu_torchs_scan_is_not_called(draw, monkeypatch):
+    from renio_megatron.megatron.student import sampler
+
+    logits, uniform = torch.randn(64, 500, generator=torch.Generator().manual_seed(1)), torch.rand(64)
+    options = [Decoding(1.0, None, None, 1, None), Decoding(0.8, 0.9, 20, 1, None), Decoding(1.1, 0.95, None, 1, None)]
+    expected = [draw(logits, uniform, one) for one in options]
+    monkeypatch.setattr(sampler, "_must_repeat", lambda values: True)
+    monkeypatch.setattr(torch.Tensor, "cumsum", None)
+    assert [draw(logits, uniform, one).tolist() for one in options] == [one.tolist() for one in expected]
+
+
 def test_draw_leaves_the_logits_alone(draw):
     logits = torch.randn(3, 5)
     before = logits.clone()

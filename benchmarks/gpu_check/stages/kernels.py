@@ -14,7 +14,7 @@ import torch
 
 from gpu_check.machine import ROOT
 from gpu_check.record import Record
-from gpu_check.unit import Setting, Unit, Wrong, require
+from gpu_check.unit import Setting, Unit, Wrong, require, seconds
 
 LIMITS = {"loss": 1e-5, "bfloat16": 2.0**-8, "float32": 1e-5, "linear": 2.0**-7}
 """Relative errors: of a loss; of a gradient that is rounded to 16 bits, of one that is not, and of one that is a
@@ -34,7 +34,7 @@ def units(setting: Setting) -> list[Unit]:
     names = [name for name in triton_cases.GROUPS if setting.is_cuda or name not in ONLY_KERNELS]
     groups = [Unit(name, partial(group, name=name)) for name in names]
     last = [Unit("offsets beyond 32 bits", beyond), Unit("memory checker", checker)]
-    return [*at_size[:2], *groups, *at_size[2:], *last]
+    return [*at_size[:2], Unit("scores with entropies", scores), *groups, *at_size[2:], *last]
 
 
 def cells(setting: Setting) -> list[Any]:
@@ -75,6 +75,33 @@ def exact(record: Record, setting: Setting, cell: Any) -> None:
             continue
         require(record, f"{name}, error of the loss", errors.loss, LIMITS["loss"])
         require(record, f"{name}, error of the gradient", errors.gradient, LIMITS["linear" if cell.hidden else dtype])
+
+
+def scores(record: Record, setting: Setting) -> None:
+    """A scoring pass over an LM head, with entropies and without: errors beside fp64, and times."""
+    from renio_megatron.config import HeadConfig
+    from renio_megatron.losses.token_logp import linear_token_scores
+    from renio_megatron.parallel.vocab import LmHead, VocabShard
+
+    tokens, vocab, hidden_size = (32, 300, 16) if setting.toy else (2048, 151936, 2048)
+    generator = torch.Generator(setting.device).manual_seed(1)
+    draw = partial(torch.randn, generator=generator, device=setting.device, dtype=torch.bfloat16)
+    hidden, head = draw(tokens, hidden_size), draw(vocab, hidden_size) * hidden_size**-0.5
+    ids = torch.randint(0, vocab, (tokens,), generator=generator, device=setting.device)
+    given = (hidden, LmHead(head, VocabShard(0, vocab, vocab)), ids, HeadConfig(logits_dtype="fp32"))
+    found = linear_token_scores(*given, with_entropy=True)
+    few = slice(0, 64)
+    exact = (hidden[few].double() @ head.double().T).log_softmax(-1)
+    assert found.entropy is not None
+    for name, mine, truth in (
+        ("log p", found.logp[few], exact.gather(1, ids[few, None])[:, 0]),
+        ("entropy", found.entropy[few], -(exact.exp() * exact).sum(-1)),
+    ):
+        error = (mine.double() - truth).abs().max() / truth.abs().max()
+        require(record, f"scores, error of {name}", float(error), 1e-5)
+    for name, is_wanted in (("scores", False), ("scores with entropies", True)):
+        took = seconds(lambda wanted=is_wanted: linear_token_scores(*given, with_entropy=wanted), setting.device, 5)
+        record.add(f"{name}, time", took, "s", tokens=tokens, vocab=vocab, hidden=hidden_size)
 
 
 def group(record: Record, setting: Setting, name: str) -> None:

@@ -220,15 +220,36 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> tor
         probability[:, decoding.top_k :] = 0.0
     if decoding.top_p is not None:
         probability /= probability.sum(-1, keepdim=True)
-        before = probability.cumsum(-1) - probability
+        before = cumulative(probability) - probability
         probability = torch.where(before < decoding.top_p, probability, 0.0)
     return order.gather(1, _invert(probability, uniform)[:, None])[:, 0]
 
 
 def _invert(probability: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Index whose cumulative interval holds uniform x total; never one of probability 0."""
-    cumulative = probability.cumsum(-1)
-    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    sums = cumulative(probability)
+    target = uniform.to(sums)[:, None] * sums[:, -1:]
+    index = torch.searchsorted(sums, target, right=True)[:, 0]
     last = probability.shape[-1] - 1 - (probability.flip(-1) > 0).int().argmax(-1)
     return torch.minimum(index, last)
+
+
+def cumulative(values: torch.Tensor) -> torch.Tensor:
+    """Sums of each row up to each column [b, V].
+
+    torch's scan on a GPU adds floats in an order that nobody fixes, and is refused under
+    `torch.use_deterministic_algorithms`: there the sums double their reach, pass by pass.
+    """
+    return _in_fixed_order(values) if _must_repeat(values) else values.cumsum(-1)
+
+
+def _must_repeat(values: torch.Tensor) -> bool:
+    return values.is_cuda and torch.are_deterministic_algorithms_enabled()
+
+
+def _in_fixed_order(values: torch.Tensor) -> torch.Tensor:
+    sums, reach = values, 1
+    while reach < values.shape[-1]:
+        sums = torch.cat((sums[:, :reach], sums[:, reach:] + sums[:, :-reach]), dim=-1)
+        reach *= 2
+    return sums
