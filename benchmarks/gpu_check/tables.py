@@ -16,6 +16,8 @@ from gpu_check.record import problems, read
 
 Found = dict[str, Any]
 PAGES = ("results/benchmarks.md", "design/fp8.md")
+PART_OF = {"attention": "step"}
+"""Tables that are made of another stage's measurements."""
 _PLACE = re.compile(r"(<!-- gpu_check (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -30,15 +32,17 @@ def write_tables(folder: Path, docs: Path) -> int:
         text = page.read_text(encoding="utf-8")
         page.write_text(_PLACE.sub(lambda match: _filled(match, found), text), encoding="utf-8")
         places = [match[2] for match in _PLACE.finditer(text)]
-        print(f"{page}: " + ", ".join(f"{place}{'' if place in found else ' (left as it is)'}" for place in places))
+        filled = {place for place in places if place in found or PART_OF.get(place) in found}
+        print(f"{page}: " + ", ".join(f"{place}{'' if place in filled else ' (left as it is)'}" for place in places))
     return 0
 
 
 def _filled(match: re.Match[str], found: dict[str, Found]) -> str:
     name = match[2]
-    if name not in found or name not in TABLES:
+    stage = found.get(name) or found.get(PART_OF.get(name, ""))
+    if stage is None or name not in TABLES:
         return match[0]
-    return f"{match[1]}\n{TABLES[name](found[name])}\n\n{_made_with(found[name])}\n\n{match[3]}"
+    return f"{match[1]}\n{TABLES[name](stage)}\n\n{_made_with(stage)}\n\n{match[3]}"
 
 
 def _made_with(stage: Found) -> str:
@@ -238,6 +242,7 @@ def attention(stage: Found) -> str:
         if other is not None:
             rows.append([f"{name}, by torch", number(other * 1e3), "-", "-", "-"])
     said = _details(stage)["attention, Transformer Engine's choice"]["said"]
+    said = [line for line in said if "Running with config" not in line]
     heads = ["", "forward, ms", "both, ms", "MiB", "error"]
     return table(heads, rows) + "\n\nTransformer Engine said:\n\n```text\n" + "\n".join(said) + "\n```"
 

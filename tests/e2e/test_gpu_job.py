@@ -30,7 +30,7 @@ def steps(output, recipe, *settings, **environment):
     done = subprocess.run(
         [sys.executable, "-m", "renio_megatron.cli.main", *command.split()],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
         capture_output=True,
         text=True,
         timeout=240,

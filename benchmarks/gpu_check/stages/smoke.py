@@ -12,6 +12,7 @@ import torch
 
 from gpu_check.record import Record
 from gpu_check.unit import Setting, Unit, require, seconds
+from renio_megatron.megatron.runtime.cudnn import torchs_cudnn
 
 HEAD = (2048, 151936, 2048)
 """Tokens, columns and hidden size of the LM head's products: a chunk of a 1.7B student."""
@@ -39,7 +40,8 @@ def imports(record: Record, setting: Setting) -> None:
             record.add(f"import {name}", None, "s", why="it is not installed")
             continue
         began = time.monotonic()
-        importlib.import_module(name)
+        with torchs_cudnn():
+            importlib.import_module(name)
         record.add(f"import {name}", time.monotonic() - began, "s")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig, TrainConfig
 from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.runtime.cudnn import torchs_cudnn
 from renio_megatron.models.architecture import Architecture
 
 INSTALL = (
@@ -22,7 +23,8 @@ INSTALL = (
 def te_problem() -> str | None:
     """Why Transformer Engine cannot be used, in words; None where it can. Asked once per process."""
     try:
-        importlib.import_module("transformer_engine.pytorch")
+        with torchs_cudnn():
+            importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # half an installation raises RuntimeError, OSError or AttributeError
         return f"{type(error).__name__}: {error}"
     return None

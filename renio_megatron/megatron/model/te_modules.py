@@ -70,8 +70,8 @@ def slow_attention() -> str | None:
             return (
                 "Transformer Engine computes attention without a fused kernel: several times slower, and each "
                 "layer keeps its scores, which `renio plan` does not count. NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why. "
-                "Usual causes: two versions of cuDNN in one process (put the one that torch brings first in "
-                "LD_LIBRARY_PATH), or no flash-attn. precision.backend=local does without Transformer Engine."
+                "Usual causes: no flash-attn, or a cuDNN that is not torch's (CUDNN_HOME, where it is set, names the "
+                "folder of the one that Transformer Engine takes). precision.backend=local does without it."
             )
     return None
 

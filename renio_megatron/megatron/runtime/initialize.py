@@ -17,6 +17,7 @@ import torch.distributed as dist
 from renio_megatron.config import ParallelConfig
 from renio_megatron.errors import ConfigError, LayoutError, Scope
 from renio_megatron.megatron.runtime import cpu_patches
+from renio_megatron.megatron.runtime.cudnn import torchs_cudnn
 from renio_megatron.megatron.runtime.process_groups import forget_groups, make_groups, present_layout
 from renio_megatron.parallel.layout import Layout, backend_and_device
 from renio_megatron.parallel.worlds import Bridge, join_two_worlds
@@ -140,7 +141,8 @@ def check_transformer_engine() -> bool:
             would die with it at its own import.
     """
     try:
-        importlib.import_module("transformer_engine")
+        with torchs_cudnn():
+            importlib.import_module("transformer_engine")
     except ImportError:
         return False
     except Exception as error:  # half an installation raises RuntimeError, OSError or AttributeError

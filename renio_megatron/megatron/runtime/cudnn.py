@@ -1,0 +1,55 @@
+"""One cuDNN in a process: Transformer Engine takes the one that torch has loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_MAPS = Path("/proc/self/maps")
+_ASKED_FIRST = ("CUDNN_HOME", "CUDNN_PATH")
+"""Variables in which Transformer Engine looks for cuDNN before it looks into the CUDA toolkit."""
+
+
+@contextlib.contextmanager
+def torchs_cudnn() -> Iterator[None]:
+    """While Transformer Engine is imported: CUDNN_HOME is the folder of the cuDNN that torch has loaded.
+
+    Transformer Engine searches the CUDA toolkit before it takes what is loaded. Where that holds another version, the
+    process has two; the second cannot load its parts, and attention falls back, without a word, to a matrix of scores
+    that is made and kept (seen with cuDNN 9.14 in the toolkit and 9.19 with torch). What the user has set stays.
+    """
+    folder = None if any(os.environ.get(name) for name in _ASKED_FIRST) else loaded_folder(_maps(), "libcudnn.so")
+    if folder is None:
+        yield
+        return
+    os.environ["CUDNN_HOME"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["CUDNN_HOME"]
+
+
+def _maps() -> str:
+    """What this process has mapped; empty where the system does not tell."""
+    try:
+        return _MAPS.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def loaded_folder(maps: str, library: str) -> str | None:
+    """Folder of a shared library that a process has loaded, by its /proc/PID/maps; None where there is none of that
+    name.
+
+    >>> loaded_folder("7f00-7f10 r-xp 00000000 08:01 42    /site/nvidia/cudnn/lib/libcudnn.so.9\\n", "libcudnn.so")
+    '/site/nvidia/cudnn/lib'
+    >>> loaded_folder("7f00-7f10 r-xp 00000000 08:01 42    /lib/libcudnn_ops.so.9\\n", "libcudnn.so") is None
+    True
+    """
+    for line in maps.splitlines():
+        path = PurePosixPath(line[line.find("/") :]) if "/" in line else None
+        if path is not None and (path.name == library or path.name.startswith(f"{library}.")):
+            return str(path.parent)
+    return None
