@@ -30,7 +30,7 @@ from renio_megatron.megatron.teacher.weights import TeacherWeights
 from renio_megatron.megatron.weights.hf import load_weights
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 from renio_megatron.types import Prompt, Rollout
 
@@ -53,7 +53,7 @@ def rollouts_of(count: int, shortest: int, longest: int, vocab_size: int, *, is_
     return made
 
 
-def stepper(train: TrainConfig, layout: Layout, rollouts: list[Rollout]) -> Callable[[], int]:
+def stepper(train: TrainConfig, layout: ParallelLayout, rollouts: list[Rollout]) -> Callable[[], int]:
     """A function that does one training step and returns the tokens that the student computes in a pass."""
     parallel, loss, head, weighting = ParallelConfig(), LossConfig(), HeadConfig(), WeightingConfig()
     parts = []
@@ -69,7 +69,7 @@ def stepper(train: TrainConfig, layout: Layout, rollouts: list[Rollout]) -> Call
     steps = itertools.count(1)
 
     def step() -> int:
-        batches = learner.arrange(rollouts)
+        batches = learner.make_micro_batches(rollouts)
         scores = teacher.score(rollouts, batches)
         sample = sample_weights(learner.score(batches)["student_logp"], scores.logp, owner, len(rollouts), weighting)
         learner.update(batches, WeightedLoss(scores, sample, loss, head), step=next(steps), lr=1e-5)

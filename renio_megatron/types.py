@@ -72,7 +72,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingParams:
     """How tokens are drawn.
 
     Attributes:
@@ -111,7 +111,7 @@ class MicroBatch:
         sequence_of: sequence of each of `token_ids`, -1 for padding, int64 of their shape.
         boundaries: where the packed sequences begin and the last one ends, counted over all context-parallel ranks,
             B + 1 numbers; None where each sequence has its own row.
-        pieces: context-parallel ranks that share the sequences.
+        cp_size: context-parallel ranks that share the sequences.
     """
 
     token_ids: torch.Tensor
@@ -124,7 +124,7 @@ class MicroBatch:
     lengths: torch.Tensor
     sequence_of: torch.Tensor
     boundaries: tuple[int, ...] | None = None
-    pieces: int = 1
+    cp_size: int = 1
 
     @property
     def num_sequences(self) -> int:
@@ -134,9 +134,9 @@ class MicroBatch:
     @property
     def row_length(self) -> int:
         """Length S of the rows before context parallelism cut them."""
-        return self.token_ids.shape[1] * self.pieces
+        return self.token_ids.shape[1] * self.cp_size
 
-    def of_sequences(self, chosen: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
+    def select_sequences(self, chosen: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
         """The completion tokens of some of its sequences, and which rows those are.
 
         What the model reads stays as it is. `token_index` and `sequence_index` still count all of the rank's rollouts.

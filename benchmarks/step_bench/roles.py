@@ -30,12 +30,12 @@ from renio_megatron.megatron.student.sampler import MegatronSampler
 from renio_megatron.megatron.teacher.shared_layout import SharedLayoutTeacher
 from renio_megatron.megatron.teacher.weights import TeacherWeights
 from renio_megatron.models.architecture import Architecture
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.tools.precision.errors import Scores
 from renio_megatron.training.algorithms.distillation import Distillation
 from renio_megatron.training.algorithms.weighing import Weighing
 from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
-from renio_megatron.types import Decoding, Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout, SamplingParams
 from step_bench.models import random_model
 
 PHASES = {"sample": "rollout", "score": "teacher", "update": "train"}
@@ -171,7 +171,7 @@ class Step:
         self.shapes, temperature = {"student": student, "teacher": teacher}, self._loss.temperature
         become_single_rank()
         parallel = ParallelConfig()
-        self.layout: Layout = start(parallel, seed=1)
+        self.layout: ParallelLayout = start(parallel, seed=1)
         self.watch = Watch(self.layout.device)
         train = TrainConfig(
             bf16=precision.bf16, global_batch_size=work.sequences, max_tokens_per_micro_batch=work.max_tokens
@@ -191,7 +191,7 @@ class Step:
         self._distillation = Distillation(
             *(Watched(role, self.watch) for role in (self.sampler, self.teacher, self.learner)),
             layout=self.layout,
-            decoding=self.decoding(work.completion),
+            sampling_params=self.sampling_params(work.completion),
             weighing=Weighing(self._weighting, self._weighting, self._loss, self._head, recompute=False, seed=1),
             lr_at=lambda step: lr,
         )
@@ -200,9 +200,9 @@ class Step:
         self.tuning_seconds = time.perf_counter() - began
 
     @staticmethod
-    def decoding(completion: int) -> Decoding:
+    def sampling_params(completion: int) -> SamplingParams:
         """Plain draws of so many tokens."""
-        return Decoding(1.0, None, None, completion, None)
+        return SamplingParams(1.0, None, None, completion, None)
 
     def prompts(self, sequences: int | None = None) -> list[Prompt]:
         """Random tokens, the same each time."""
@@ -232,7 +232,7 @@ class Step:
         `update` only the scores."""
         self.watch.phases = {}
         device, watch = self.layout.device, self.watch
-        batches = self.learner.arrange(rollouts)
+        batches = self.learner.make_micro_batches(rollouts)
         theirs = watch.call("teacher", lambda: self.teacher.score(rollouts, batches))
         mine = watch.call("student scores", lambda: self.learner.score(batches)["student_logp"])
         _, owner, _ = flat_completions(rollouts)

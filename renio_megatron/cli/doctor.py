@@ -57,11 +57,11 @@ def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
     import torch
 
     from renio_megatron.megatron.runtime.initialize import start, stop
-    from renio_megatron.runner.environment import health
+    from renio_megatron.runner.environment import describe_world
     from renio_megatron.tools.doctor import examine
 
     layout = start(parallel, seed=1)
-    line, _ = health(layout)
+    line, _ = describe_world(layout)
     if layout.is_main:
         print(line, flush=True)
     verdicts = []

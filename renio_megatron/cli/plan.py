@@ -105,7 +105,7 @@ def _work(config: DistillationConfig, ranks: int) -> str:
     work = workload(config, config.teachers[0], ranks)
     return (
         f"longest: prompt {config.data.max_prompt_length} + completion {config.rollout.max_completion_length} tokens; "
-        f"{work.student.pieces.tokens} tokens of a micro-batch on a rank, {work.student.rows} of them completion; "
+        f"{work.student.shape.tokens} tokens of a micro-batch on a rank, {work.student.rows} of them completion; "
         f"{work.sampled} sequences sampled together"
     )
 
@@ -130,10 +130,10 @@ def _notes(config: DistillationConfig, student: PlannedModel, teachers: Mapping[
 
 def _experts(model: PlannedModel, parallel: ParallelConfig) -> str:
     assert model.experts is not None
-    here = model.experts.count // parallel.expert_model_parallel_size
+    here = model.experts.num_experts // parallel.expert_model_parallel_size
     cut = f", each cut over {parallel.expert_tensor_ranks} ranks" if parallel.expert_tensor_ranks > 1 else ""
     load = " Tokens are taken to be spread evenly over the ranks' experts; a busier rank's passes need more."
     return (
-        f"note: {model.name} is a mixture of {model.experts.count} experts, of which a rank has {here} in each layer"
-        f"{cut}.{load if parallel.expert_model_parallel_size > 1 else ''}"
+        f"note: {model.name} is a mixture of {model.experts.num_experts} experts, of which a rank has {here} in each "
+        f"layer{cut}.{load if parallel.expert_model_parallel_size > 1 else ''}"
     )

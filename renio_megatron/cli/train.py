@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from renio_megatron.runner.describe import describe_run, finished_message, say, say_weights
+from renio_megatron.runner.describe import describe_run, finished_message, print_rank_0, print_weights
 from renio_megatron.runner.device_env import set_hardware_variables_of
 from renio_megatron.runner.recipe import checked_recipe
 
@@ -19,11 +19,11 @@ def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
     config = recipe.config
     set_hardware_variables_of(config)
     for line in recipe.dropped_lines():
-        say(line)
-    say(f"{path}: {describe_run(config)}")
-    say_weights(config)
-    outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress, say=say)
+        print_rank_0(line)
+    print_rank_0(f"{path}: {describe_run(config)}")
+    print_weights(config)
+    outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress, report=print_rank_0)
     if outcome == "finished":
-        say(finished_message(config))
+        print_rank_0(finished_message(config))
     else:
-        say(f"done: {config.output_dir} holds config.yaml, metrics.jsonl, tensorboard/ and checkpoints/")
+        print_rank_0(f"done: {config.output_dir} holds config.yaml, metrics.jsonl, tensorboard/ and checkpoints/")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from renio_megatron.errors import ConfigError
 
-MOST_SEQUENCES = 2**20
+MAX_SEQUENCES = 2**20
 
 
 def require_positive(section: str, **values: float | None) -> None:
@@ -19,9 +19,9 @@ def require_positive(section: str, **values: float | None) -> None:
 def require_countable(section: str, **values: int) -> None:
     """Raises `ConfigError` for a number of sequences that no memory holds: their prompts are made together."""
     for name, value in values.items():
-        if value > MOST_SEQUENCES:
+        if value > MAX_SEQUENCES:
             raise ConfigError(
-                f"{section}.{name} must be at most {MOST_SEQUENCES}, whose prompts are in memory together; got {value}."
+                f"{section}.{name} must be at most {MAX_SEQUENCES}, whose prompts are in memory together; got {value}."
             )
 
 

@@ -14,10 +14,10 @@ from renio_megatron.models.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
-class View:
+class PromptView:
     """How one of the two models sees a problem.
 
-    Example: ``View("Problem: {problem}", chat=True, enable_thinking=False, setting="data.student_template")``.
+    Example: ``PromptView("Problem: {problem}", chat=True, enable_thinking=False, setting="data.student_template")``.
 
     Attributes:
         template: text with the fields {problem} and {solution}; a double brace stands for a single one, and a brace
@@ -45,7 +45,7 @@ class View:
     def fill(self, record: Record) -> str:
         """The template with the record's texts in it; braces inside these texts stay as they are.
 
-        >>> View("{problem} {{x}}", False, None, "template").fill(Record("{solution}?"))
+        >>> PromptView("{problem} {{x}}", False, None, "template").fill(Record("{solution}?"))
         '{solution}? {x}'
         """
         values = {"problem": record.problem}
@@ -54,17 +54,17 @@ class View:
         return filled(self.template, values.__getitem__)
 
 
-def student_view(config: DataConfig) -> View:
+def student_view(config: DataConfig) -> PromptView:
     """The student's view of a problem."""
-    return View(config.student_template, config.chat, config.enable_thinking, "data.student_template")
+    return PromptView(config.student_template, config.chat, config.enable_thinking, "data.student_template")
 
 
-def teacher_view(config: DataConfig, setting: str = "data.teacher_template") -> View:
+def teacher_view(config: DataConfig, setting: str = "data.teacher_template") -> PromptView:
     """The teacher's view of a problem: what is not set is the student's; `setting` is where its template comes from."""
     thinking = config.enable_thinking if config.teacher_enable_thinking is None else config.teacher_enable_thinking
     if config.teacher_template is None:
-        return View(config.student_template, config.chat, thinking, "data.student_template")
-    return View(config.teacher_template, config.chat, thinking, setting)
+        return PromptView(config.student_template, config.chat, thinking, "data.student_template")
+    return PromptView(config.teacher_template, config.chat, thinking, setting)
 
 
 def chat_template_of(tokenizer: Any, config: DataConfig, now: datetime | None = None) -> ChatTemplate | None:
@@ -90,7 +90,7 @@ def chat_template_of(tokenizer: Any, config: DataConfig, now: datetime | None = 
 
 
 def encode_view(
-    view: View, record: Record, tokenizer: Any, chat_template: ChatTemplate | None = None
+    view: PromptView, record: Record, tokenizer: Any, chat_template: ChatTemplate | None = None
 ) -> tuple[int, ...]:
     """Token ids of the prompt, without any completion.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from renio_megatron.config import DataConfig
 from renio_megatron.data.prompt_views import (
-    View,
+    PromptView,
     chat_template_of,
     encode_text,
     encode_view,
@@ -24,7 +24,7 @@ from renio_megatron.types import Prompt
 
 
 @dataclass(frozen=True)
-class Room:
+class LengthLimits:
     """Positions that the models were made for, and what completions take of them.
 
     Attributes:
@@ -50,7 +50,7 @@ class PromptStream:
         teacher_views: how each of several teachers sees a problem, by the names that records call them; None: there is
             one, and it sees what `config` says.
         with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
-        room: what the models can read; None: not looked at.
+        length_limits: what the models can read; None: not looked at.
         now: the time that a chat template may write; None: the clock's.
     Attributes:
         chat_template: that is applied; None where none is.
@@ -65,13 +65,13 @@ class PromptStream:
         tokenizer: Any,
         config: DataConfig,
         *,
-        teacher_views: Mapping[str, View] | None = None,
+        teacher_views: Mapping[str, PromptView] | None = None,
         with_completions: bool = False,
-        room: Room | None = None,
+        length_limits: LengthLimits | None = None,
         now: datetime | None = None,
     ) -> None:
         self.chat_template = chat_template_of(tokenizer, config, now)
-        self._room = room
+        self._length_limits = length_limits
         self.source = source
         self._tokenizer = tokenizer
         self._config = config
@@ -113,12 +113,12 @@ class PromptStream:
         for who, token_ids in (("student", student_ids), ("teacher", teacher_ids)):
             self._check_length(who, len(token_ids), record)
         completion_ids = self._completion(record) if self._with_completions else None
-        if self._room is not None:
-            longest = self._room.completion if is_taught else self._room.answer
+        if self._length_limits is not None:
+            longest = self._length_limits.completion if is_taught else self._length_limits.answer
             longest = len(completion_ids or ()) if longest is None else longest
-            _check_room("student", self._room.student, len(student_ids), longest, record)
-            if is_taught and teacher in self._room.teachers:
-                _check_room("teacher", self._room.teachers[teacher], len(teacher_ids), longest, record)
+            _check_room("student", self._length_limits.student, len(student_ids), longest, record)
+            if is_taught and teacher in self._length_limits.teachers:
+                _check_room("teacher", self._length_limits.teachers[teacher], len(teacher_ids), longest, record)
         return Prompt(position, student_ids, teacher_ids, record.answer, completion_ids, record.metadata, teacher)
 
     def _teacher_of(self, record: Record) -> str:

@@ -20,7 +20,7 @@ from renio_megatron.losses.argument_checks import check_heads
 from renio_megatron.losses.chunk_size import chunk_size_for
 from renio_megatron.losses.chunked_logits import Logits, bytes_per_token, chosen_dtype, slices
 from renio_megatron.losses.distillation import RAN_TWICE
-from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.losses.vocab_passes import VocabParallelPasses
 from renio_megatron.objective.weightings import LOGIT_INPUTS
 from renio_megatron.parallel.vocab import VocabShard
 
@@ -136,7 +136,7 @@ class ChunkedLoss:
         self._size = chunk_size_for(num_tokens, bytes_per_token(shard.width, student_hidden.dtype, dtype), chunk_size)
         self._student = Logits(student_hidden, student_head, self._size, dtype)
         self._teacher = Logits(teacher_hidden, teacher_head, self._size, dtype)
-        self._passes = Passes(loss, shard)
+        self._passes = VocabParallelPasses(loss, shard)
         self.working_dtype = torch.promote_types(dtype, torch.float32)
         vectors = student_hidden.new_empty(4, num_tokens, dtype=self.working_dtype)
         self.student_logp, self.teacher_logp, self.value_N, self.clipped_N = vectors

@@ -19,7 +19,7 @@ from renio_megatron.config.sections.weighting import RenioWeighting, renio_in
 from renio_megatron.losses import kernels
 from renio_megatron.losses.argument_checks import check_logits, check_tokens
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
-from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.losses.vocab_passes import VocabParallelPasses
 from renio_megatron.objective.reduce import token_scale
 from renio_megatron.parallel.vocab import VocabShard
 
@@ -148,7 +148,7 @@ def distillation_loss(
     check_tokens(len(student_logits), token_ids, owner, num_sequences, shard, weights, sequence_lengths)
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     with torch.no_grad():
-        passes = Passes(loss, shard)
+        passes = VocabParallelPasses(loss, shard)
         normalizers = passes.normalizers(student_logits, teacher_logits, token_ids)
         wanted = frozenset() if weights is not None else weighting.needs
         sample = sample_weights(
@@ -206,7 +206,7 @@ def weighted_divergence(
     check_logits(student_logits, teacher_logits, shard)
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     with torch.no_grad():
-        passes = Passes(loss, shard)
+        passes = VocabParallelPasses(loss, shard)
         normalizers = passes.normalizers(student_logits, teacher_logits, token_ids)
         gradient = torch.empty_like(student_logits) if needs_gradient else None
         scale = token_scale.to(normalizers.student_logp)

@@ -23,7 +23,7 @@ def entropy(
 
     Args:
         logits: this rank's columns [N, L].
-        maximum, log_sum: of logits / temperature over the whole vocabulary [N], see `parallel.vocab.Normalizers`.
+        maximum, log_sum: of logits / temperature over the whole vocabulary [N], see `parallel.vocab.LogNormalizers`.
         shard: which columns these are.
         temperature: divides the logits.
     Gradient: none flows.

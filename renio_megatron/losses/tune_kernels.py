@@ -23,16 +23,16 @@ from renio_megatron.config import HeadConfig, LossConfig
 from renio_megatron.losses import kernels
 from renio_megatron.losses.chunked_logits import logits_dtype_of
 from renio_megatron.losses.token_logp import cross_entropy, token_logp
-from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.losses.vocab_passes import VocabParallelPasses
 from renio_megatron.parallel.vocab import VocabShard
 
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def tuning_reported(device: torch.device, say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Afterwards the device's spare memory is given back, and `say`, or the log, is told what was tuned meanwhile and
-    how many seconds it took; nothing where nothing was."""
+def tuning_reported(device: torch.device, report: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Afterwards the device's spare memory is given back, and `report`, or the log, is told what was tuned meanwhile
+    and how many seconds it took; nothing where nothing was."""
     if not kernels.tunes(device):
         yield
         return
@@ -43,8 +43,8 @@ def tuning_reported(device: torch.device, say: Callable[[str], None] | None = No
     tuning.give_back_memory()
     count, seconds = tuning.num_tuned() - before, time.perf_counter() - start
     if count:
-        cuts = count * len(tuning.OFFERED)
-        (say or _log.info)(f"tuned {count} kernels in {seconds:.1f} s, {cuts} cuts compiled and timed")
+        cuts = count * len(tuning.CANDIDATES)
+        (report or _log.info)(f"tuned {count} kernels in {seconds:.1f} s, {cuts} cuts compiled and timed")
 
 
 def tune_loss(
@@ -71,7 +71,7 @@ def tune_loss(
     logits_dtype = logits_dtype_of(head, hidden_dtype)
     rows = _trial_rows(shard.width, shard.num_valid, min(num_tokens, head.chunk_size or num_tokens))
     if rows:
-        passes, token_ids = Passes(loss, _alone(shard)), _token_ids(rows, device)
+        passes, token_ids = VocabParallelPasses(loss, _alone(shard)), _token_ids(rows, device)
         student, teacher = (_random(rows, shard.width, logits_dtype, device, seed=seed) for seed in (0, 1))
         # As in the loss: the gradient takes the logits' place, or has a narrower one of its own.
         out = student if logits_dtype == hidden_dtype else torch.empty_like(student, dtype=hidden_dtype)

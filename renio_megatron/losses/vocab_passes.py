@@ -18,7 +18,7 @@ from renio_megatron.losses import kernels
 from renio_megatron.losses.entropy import entropy
 from renio_megatron.objective.divergences import Divergence, divergence_of
 from renio_megatron.parallel.vocab import (
-    Normalizers,
+    LogNormalizers,
     VocabShard,
     gather_statistics,
     merge_statistics,
@@ -41,7 +41,7 @@ class Totals:
     clipped: torch.Tensor
 
 
-class Passes:
+class VocabParallelPasses:
     """The passes of one divergence over one shard; nothing here is differentiated."""
 
     def __init__(self, loss: LossConfig, shard: VocabShard) -> None:
@@ -61,7 +61,7 @@ class Passes:
 
     def normalizers(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, token_ids: torch.Tensor
-    ) -> Normalizers:
+    ) -> LogNormalizers:
         """Pass 1 over logits [N, L], and the first exchange.
 
         Raises:
@@ -69,7 +69,7 @@ class Passes:
         """
         columns = self._shard.local_columns(token_ids)
         local = kernels.statistics(
-            student_logits, teacher_logits, columns, cross_sign=self._cross_sign, **self._columns
+            student_logits, teacher_logits, columns, cross_term_sign=self._cross_sign, **self._columns
         )
         return merge_statistics(gather_statistics(local, self._shard, token_ids), self._cross_sign)
 
@@ -78,7 +78,7 @@ class Passes:
         wanted: Collection[str],
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor,
-        normalizers: Normalizers,
+        normalizers: LogNormalizers,
     ) -> dict[str, torch.Tensor]:
         """What a weighting wants of logits [N, L]: those of `LOGIT_INPUTS` that are `wanted`, nats [N] each.
 
@@ -102,7 +102,7 @@ class Passes:
         self,
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor,
-        normalizers: Normalizers,
+        normalizers: LogNormalizers,
         scale_N: torch.Tensor,
         out: torch.Tensor | None,
     ) -> Totals:

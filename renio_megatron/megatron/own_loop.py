@@ -26,7 +26,7 @@ from renio_megatron.losses import kernels
 from renio_megatron.losses.argument_checks import check_tokens
 from renio_megatron.losses.distillation import mean_denominator, weighted_divergence
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
-from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.losses.vocab_passes import VocabParallelPasses
 from renio_megatron.objective.reduce import token_scale
 from renio_megatron.objective.weightings import LOGIT_INPUTS
 from renio_megatron.parallel.vocab import VocabShard
@@ -234,7 +234,7 @@ class MegatronDistillation:
     def _scores(self, wanted: frozenset[str], batch: LoopBatch, output: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is wanted of logits at the completion tokens, [N] each."""
         student, teacher = self._rows(output, batch)
-        passes = Passes(self._loss, self._shard(output))
+        passes = VocabParallelPasses(self._loss, self._shard(output))
         normalizers = passes.normalizers(student, teacher, batch.token_ids)
         logp = {"student_logp": normalizers.student_logp, "teacher_logp": normalizers.teacher_logp}
         found = passes.inputs(wanted, student, teacher, normalizers)

@@ -38,14 +38,14 @@ class Experts:
     """The feed-forward networks of a layer with a router.
 
     Attributes:
-        count: experts of a layer.
-        chosen: of them, the ones that a token goes through: those with the largest router probabilities.
+        num_experts: of a layer.
+        top_k: of them, how many a token goes through: those with the largest router probabilities.
         ffn_hidden_size: of each.
-        normalized: whether the probabilities of a token's chosen experts are divided by their sum.
+        normalized: whether the probabilities of a token's top-k experts are divided by their sum.
     """
 
-    count: int
-    chosen: int
+    num_experts: int
+    top_k: int
     ffn_hidden_size: int
     normalized: bool = True
 
@@ -302,18 +302,21 @@ def _has_window(config: Any) -> bool:
 def _experts(path: Path, config: Any) -> Experts:
     """The experts of a layer."""
     is_qwen = config.model_type == "qwen3_moe"
-    count, chosen = config.num_local_experts if not is_qwen else config.num_experts, config.num_experts_per_tok
-    if count < 1:
-        raise ConfigError(f"{path} needs num_experts (or num_local_experts), a whole number above 0; got {count!r}.")
-    if not 1 <= chosen <= count:
-        raise ConfigError(f"{path}: num_experts_per_tok={chosen} of {count} experts. Choose another model.")
+    num_experts, top_k = config.num_local_experts if not is_qwen else config.num_experts, config.num_experts_per_tok
+    if num_experts < 1:
+        raise ConfigError(
+            f"{path} needs num_experts (or num_local_experts), a whole number above 0; got {num_experts!r}."
+        )
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"{path}: num_experts_per_tok={top_k} of {num_experts} experts. Choose another model.")
     normalized = bool(config.norm_topk_prob) if is_qwen else True
-    if chosen == 1 and normalized:
+    if top_k == 1 and normalized:
         raise ConfigError(
             f"{path}: num_experts_per_tok=1 with normalised router probabilities: each is 1, and no gradient reaches "
             "the router. Choose another model."
         )
-    return Experts(count, chosen, config.moe_intermediate_size if is_qwen else config.intermediate_size, normalized)
+    ffn_hidden_size = config.moe_intermediate_size if is_qwen else config.intermediate_size
+    return Experts(num_experts, top_k, ffn_hidden_size, normalized)
 
 
 def _rope(path: Path, config: Any) -> Rope:

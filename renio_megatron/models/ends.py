@@ -26,7 +26,7 @@ class Ends:
     token_ids: tuple[int, ...]
     strings: tuple[str, ...] = ()
 
-    def words(self, tokenizer: Any) -> str:
+    def describe(self, tokenizer: Any) -> str:
         """The ends as a person reads them."""
         tokens = [f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in self.token_ids]
         return ", ".join([*tokens, *(f"the text {text!r}" for text in self.strings)])
@@ -96,8 +96,8 @@ def differing_ends(student: Ends, teacher: Ends, tokenizer: Any, who: str) -> st
     if not missing.token_ids:
         return None
     return (
-        f"the student's completions end at {student.words(tokenizer)}, and {who} also ends its own at "
-        f"{missing.words(tokenizer)}: it teaches the student an end after which the student writes on, until it is "
+        f"the student's completions end at {student.describe(tokenizer)}, and {who} also ends its own at "
+        f"{missing.describe(tokenizer)}: it teaches the student an end after which the student writes on, until it is "
         f"cut. Set rollout.stop_token_ids=[{','.join(map(str, missing.token_ids))}]."
     )
 

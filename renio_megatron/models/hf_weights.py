@@ -73,9 +73,9 @@ def _feed_forward_shapes(architecture: Architecture) -> dict[str, tuple[int, ...
     if experts is not None:
         parameters = {
             f"mlp.experts.local_experts.{number}.{name.removeprefix('mlp.')}": shape
-            for number in range(experts.count)
+            for number in range(experts.num_experts)
             for name, shape in parameters.items()
-        } | {"mlp.router.weight": (experts.count, hidden)}
+        } | {"mlp.router.weight": (experts.num_experts, hidden)}
     layer = "decoder.layers.0."
     return {
         part.removeprefix("model.layers.0."): shape
@@ -109,7 +109,9 @@ class WeightFiles:
         LM head of a model whose head is the embedding. Reads the files' headers only.
         """
         shapes = hf_shapes(architecture)
-        self._views = self._index.views(architecture.family, architecture.experts.count if architecture.experts else 0)
+        self._views = self._index.views(
+            architecture.family, architecture.experts.num_experts if architecture.experts else 0
+        )
         surplus = set(self._views)
         for file in sorted({self.file_of(name) for name in shapes}):
             with self.open(file) as handle:

@@ -22,25 +22,25 @@ def sum_by_sequence(values_TE: torch.Tensor, sequence_T: torch.Tensor, num_seque
     return sums.index_add(0, sequence_T[is_read], values_TE[is_read])
 
 
-def load_balancing_loss(probability_BE: torch.Tensor, count_BE: torch.Tensor, chosen: int) -> torch.Tensor:
+def load_balancing_loss(probability_BE: torch.Tensor, count_BE: torch.Tensor, top_k: int) -> torch.Tensor:
     """Of each sequence: E sum_e f_e P_e, where f_e is the share of its choices that fell on expert e, and P_e its mean
     router probability of e; fp32 [B].
 
-    1 where either is even, E / chosen where all tokens are sure of the same experts. Additive in `probability_BE`:
+    1 where either is even, E / top_k where all tokens are sure of the same experts. Additive in `probability_BE`:
     with the counts of whole sequences, the losses of their pieces add up.
 
     Args:
         probability_BE: sums over the sequence's tokens, or over a piece of them, of the softmax over all experts.
         count_BE: of the whole sequence's tokens, how many chose each expert.
-        chosen: experts that a token goes through.
+        top_k: experts that a token goes through.
     Gradient: flows to `probability_BE`; choices have none.
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20, the sequence-wise balance loss without its factor; of
     one sequence it is the Switch Transformer's loss (arXiv 2101.03961), equation 4.
 
-    >>> load_balancing_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[3.0, 1.0]]), chosen=1).tolist()  # 2 (9 + 1) / 16
+    >>> load_balancing_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[3.0, 1.0]]), top_k=1).tolist()  # 2 (9 + 1) / 16
     [1.25]
     """
     choices_B = count_BE.sum(-1)
-    length_B = choices_B / chosen
+    length_B = choices_B / top_k
     num_experts = count_BE.shape[1]
     return num_experts * (count_BE * probability_BE).sum(-1) / (choices_B * length_B).clamp(min=1)

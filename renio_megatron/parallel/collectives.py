@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.errors import RenioError, Scope
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 
 _Value = TypeVar("_Value")
 
 
-def any_rank(layout: Layout, mine: bool) -> bool:
+def any_rank(layout: ParallelLayout, mine: bool) -> bool:
     """Whether it is so on any rank; the same answer on all. One collective."""
     count = torch.tensor(float(mine), device=layout.device)
     if layout.world_size > 1:
@@ -25,7 +25,7 @@ def any_rank(layout: Layout, mine: bool) -> bool:
     return bool(count > 0)
 
 
-def on_main_rank(layout: Layout, action: Callable[[], _Value]) -> _Value:
+def on_main_rank(layout: ParallelLayout, action: Callable[[], _Value]) -> _Value:
     """The result of `action`, which the first rank alone runs; one collective.
 
     Raises:

@@ -35,18 +35,18 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """The mesh around a rank.
 
     Attributes:
         rank, world_size: global.
         tensor, pipeline, data, context: the axes; `data` never holds context-parallel ranks.
-        expert, expert_tensor, expert_data: the axes of a stage's experts: among different ones, within one, and among
-            copies of the same. They part the same ranks as tensor, context and data do.
-        experts: all ranks that hold one copy of a stage's experts, expert x expert_tensor.
+        expert_model, expert_tensor, expert_data: the axes of a stage's experts: among different ones, within one, and
+            among copies of the same. They part the same ranks as tensor, context and data do.
+        expert_tensor_and_model: all ranks that hold one copy of a stage's experts.
         device: where this rank computes.
         rendezvous_seconds: from this rank's call to join the world until all had come.
-        is_scorer: whether this rank is one that only scores, in a world of such ranks.
+        is_teacher_rank: whether this rank is one that only scores, in a world of such ranks.
     """
 
     rank: int = 0
@@ -55,18 +55,18 @@ class Layout:
     pipeline: Axis = Axis()
     data: Axis = Axis()
     context: Axis = Axis()
-    expert: Axis = Axis()
+    expert_model: Axis = Axis()
     expert_tensor: Axis = Axis()
     expert_data: Axis = Axis()
-    experts: Axis = Axis()
+    expert_tensor_and_model: Axis = Axis()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rendezvous_seconds: float = 0.0
-    is_scorer: bool = False
+    is_teacher_rank: bool = False
 
     @property
     def is_main(self) -> bool:
         """Whether this rank speaks for the job: logs, metrics, files."""
-        return self.rank == 0 and not self.is_scorer
+        return self.rank == 0 and not self.is_teacher_rank
 
 
 def backend_and_device(local_rank: int) -> tuple[str, torch.device]:

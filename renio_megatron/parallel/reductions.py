@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.vocab import gather_in_rank_order
 
 
@@ -111,7 +111,7 @@ def gather_shares(values: torch.Tensor, group: dist.ProcessGroup | None) -> tupl
     return torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)]), slice(start, start + len(values))
 
 
-def of_first_model_rank(values_B: torch.Tensor, layout: Layout) -> torch.Tensor:
+def of_first_model_rank(values_B: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
     """Numbers as the first of the ranks that share these sequences has them; one small collective an axis."""
     axes = (layout.tensor, layout.pipeline, layout.context)
     mine = values_B if all(axis.is_first for axis in axes) else torch.zeros_like(values_B)
@@ -120,7 +120,7 @@ def of_first_model_rank(values_B: torch.Tensor, layout: Layout) -> torch.Tensor:
     return mine
 
 
-def sum_over_ranks(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
     """Sum over all ranks of numbers that the tensor ranks have alike, the first of which speaks; one collective."""
     total = values.clone() if layout.tensor.is_first else torch.zeros_like(values)
     if layout.world_size > 1:

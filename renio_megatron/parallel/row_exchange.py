@@ -35,7 +35,7 @@ def gather_rows(rows: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
     return [part[:length] for part, length in zip(gathered, lengths, strict=True)]
 
 
-class RowExchange:
+class RowAllToAll:
     """What every rank wants to know of a table, agreed on once; the rows then travel in rounds.
 
     Attributes:

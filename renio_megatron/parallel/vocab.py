@@ -89,7 +89,7 @@ class VocabShard:
 
 
 @dataclass(frozen=True)
-class Normalizers:
+class LogNormalizers:
     """Log-normalisers of both models and what follows from one pass over the logits, for the whole vocabulary.
 
     The maximum and the logarithm of the sum stay apart: (z - maximum) - log_sum keeps the digits that
@@ -137,9 +137,9 @@ def gather_statistics(local: torch.Tensor, shard: VocabShard, token_ids: torch.T
     """
     if shard.group is None or shard.group.size() == 1:
         return local[None]
-    edges = local.new_tensor([[shard.start, shard.stop, shard.vocab_size, 0, 0, 0, 0]])
-    edges[0, 3] = _checksum(token_ids)
-    gathered = gather_in_rank_order(torch.cat((local, edges)), shard.group)
+    bounds = local.new_tensor([[shard.start, shard.stop, shard.vocab_size, 0, 0, 0, 0]])
+    bounds[0, 3] = _checksum(token_ids)
+    gathered = gather_in_rank_order(torch.cat((local, bounds)), shard.group)
     everyones, checksums = gathered[:, -1, :3], gathered[:, -1, 3]
     same_tokens = (checksums == checksums[0]).all()
     key = (shard.group, shard.start, shard.stop, shard.vocab_size)
@@ -169,24 +169,24 @@ _KNOWN_SHARDS: dict[tuple[dist.ProcessGroup, int, int, int], torch.Tensor] = {}
 """For a shard on a GPU the columns of all ranks of its group, once they were found to be the whole vocabulary."""
 
 
-def _check_cover(edges: list[list[int]], vocab_size: int) -> None:
+def _check_cover(bounds: list[list[int]], vocab_size: int) -> None:
     """Raises `LayoutError` unless the shards (start, stop, V) in rank order hold each of the V columns once."""
-    if any(other != vocab_size for _, _, other in edges):
-        raise LayoutError(f"the ranks' shards are of vocabularies of different sizes: {[v for _, _, v in edges]}.")
+    if any(other != vocab_size for _, _, other in bounds):
+        raise LayoutError(f"the ranks' shards are of vocabularies of different sizes: {[v for _, _, v in bounds]}.")
     end = 0
-    for start, stop, _ in sorted(edges):
+    for start, stop, _ in sorted(bounds):
         if start == stop or start >= vocab_size:  # empty, or nothing but padding
             continue
         if start != end:
             what = "in no shard" if start > end else "in more than one shard"
             raise LayoutError(
                 f"the columns [{min(start, end)}, {max(start, end)}) are {what}; the ranks hold "
-                f"{[tuple(edge[:2]) for edge in edges]} of a vocabulary of {vocab_size}."
+                f"{[tuple(edge[:2]) for edge in bounds]} of a vocabulary of {vocab_size}."
             )
         end = min(stop, vocab_size)
     if end < vocab_size:
         raise LayoutError(
-            f"the columns [{end}, {vocab_size}) are in no shard; the ranks hold {[tuple(edge[:2]) for edge in edges]} "
+            f"the columns [{end}, {vocab_size}) are in no shard; the ranks hold {[tuple(edge[:2]) for edge in bounds]} "
             f"of a vocabulary of {vocab_size}."
         )
 
@@ -286,29 +286,29 @@ def reshard_rows(rows: torch.Tensor, have: VocabShard, want: VocabShard) -> torc
     return result
 
 
-def merge_statistics(statistics_RN7: torch.Tensor, cross_sign: float) -> Normalizers:
+def merge_statistics(statistics_RN7: torch.Tensor, cross_term_sign: float) -> LogNormalizers:
     """Statistics of all shards, merged into those of the whole vocabulary.
 
     Args:
         statistics_RN7: every rank's [N, 7] in rank order (`NUM_STATISTICS`).
-        cross_sign: 0 where there is no cross term; 1 where it is the teacher's mean of (teacher - student) logits, -1
-            where it is the student's mean of (student - teacher) logits.
+        cross_term_sign: 0 where there is no cross term; 1 where it is the teacher's mean of (teacher - student) logits,
+            -1 where it is the student's mean of (student - teacher) logits.
 
     Returns:
-        `Normalizers`, [N] each.
+        `LogNormalizers`, [N] each.
     """
     maximum_s, sum_s, maximum_t, sum_t, target_s, target_t, cross = statistics_RN7.unbind(-1)
     student_max, student_sum, lift_s = merge_sums(maximum_s, sum_s)
     teacher_max, teacher_sum, lift_t = merge_sums(maximum_t, sum_t)
     student_log_sum, teacher_log_sum = student_sum.log(), teacher_sum.log()
     total = torch.zeros_like(student_max)
-    if cross_sign:
+    if cross_term_sign:
         # Each rank's cross term is relative to its own maxima; move both to the global ones, then normalize.
         offset = (maximum_t - teacher_max) - (maximum_s - student_max)
-        lift, weight_sum, norm = (lift_t, sum_t, teacher_sum) if cross_sign > 0 else (lift_s, sum_s, student_sum)
-        parts = torch.where(lift > 0, lift * (cross + cross_sign * offset * weight_sum), 0.0)
-        total = parts.sum(0) / norm + cross_sign * (student_log_sum - teacher_log_sum)
-    return Normalizers(
+        lift, weight_sum, norm = (lift_t, sum_t, teacher_sum) if cross_term_sign > 0 else (lift_s, sum_s, student_sum)
+        parts = torch.where(lift > 0, lift * (cross + cross_term_sign * offset * weight_sum), 0.0)
+        total = parts.sum(0) / norm + cross_term_sign * (student_log_sum - teacher_log_sum)
+    return LogNormalizers(
         student_max=student_max,
         student_log_sum=student_log_sum,
         teacher_max=teacher_max,

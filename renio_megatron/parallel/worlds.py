@@ -51,16 +51,16 @@ class Bridge:
         self._calls += 1
 
 
-def join_two_worlds(backend: str, timeout: datetime.timedelta, num_scorers: int) -> Bridge:
-    """Initialises torch.distributed for this rank's half of the ranks; the last `num_scorers` only score."""
+def join_two_worlds(backend: str, timeout: datetime.timedelta, num_teacher_ranks: int) -> Bridge:
+    """Initialises torch.distributed for this rank's half of the ranks; the last `num_teacher_ranks` only score."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    num_trainers = size - num_scorers
-    is_scorer = rank >= num_trainers
+    num_trainers = size - num_teacher_ranks
+    is_teacher_rank = rank >= num_trainers
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("scorers" if is_scorer else "trainers", store),
-        rank=rank - num_trainers if is_scorer else rank,
-        world_size=num_scorers if is_scorer else num_trainers,
+        store=dist.PrefixStore("teachers" if is_teacher_rank else "trainers", store),
+        rank=rank - num_trainers if is_teacher_rank else rank,
+        world_size=num_teacher_ranks if is_teacher_rank else num_trainers,
         timeout=timeout,
     )
     return Bridge(axis_of(_group(backend, dist.PrefixStore("bridge", store), rank, size, timeout)), store)

@@ -14,9 +14,9 @@ from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.evaluation.evaluator import Evaluator
 from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.runner.build_teachers import build_teacher
-from renio_megatron.runner.inputs import Inputs, most_completion_tokens
+from renio_megatron.runner.inputs import RunInputs, max_completion_tokens
 from renio_megatron.runner.run_log import RunLog
 from renio_megatron.training.algorithms import Algorithm
 from renio_megatron.training.algorithms.distillation import Distillation
@@ -25,7 +25,7 @@ from renio_megatron.training.algorithms.weighing import Weighing
 from renio_megatron.training.interfaces import Sampler
 from renio_megatron.training.lr_schedule import learning_rate
 from renio_megatron.training.trainer import Trainer
-from renio_megatron.types import Decoding, Rollout
+from renio_megatron.types import Rollout, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class Parts:
         learner, sampler: the student's `MegatronLearner` and `MegatronSampler`.
         lr_at: step -> learning rate.
         on_rollouts: is shown (step, this rank's rollouts, their weights) after each step; None: nobody is.
-        say: takes progress lines of weights that take long to load; None: nobody does.
+        report: takes progress lines of weights that take long to load; None: nobody does.
     """
 
     config: Any
-    inputs: Inputs
-    layout: Layout
+    inputs: RunInputs
+    layout: ParallelLayout
     learner: Any
     sampler: Any
     lr_at: Callable[[int], float]
     on_rollouts: Callable[[int, Sequence[Rollout], SampleWeights], None] | None = None
-    say: Callable[[str], None] | None = None
+    report: Callable[[str], None] | None = None
 
 
 Averages: TypeAlias = Sequence[Any]
@@ -58,13 +58,13 @@ Averages: TypeAlias = Sequence[Any]
 
 def build_trainer(
     config: JobConfig,
-    inputs: Inputs,
-    layout: Layout,
+    inputs: RunInputs,
+    layout: ParallelLayout,
     checkpoints: Path,
     *,
     log: RunLog | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Builds the models on this rank, the algorithm around them, and the loop around that.
 
@@ -75,23 +75,23 @@ def build_trainer(
         checkpoints: where they go.
         log: takes every step's metrics, and its rollouts with their weights; None: nobody does.
         stop_requested: asked after every step, on every rank, whether the run is to stop there; all get one answer.
-        say: takes the progress lines of weights that take long to load, and a line about kernels that were tuned.
+        report: takes the progress lines of weights that take long to load, and a line about kernels that were tuned.
     """
-    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.weights.pretrained import fingerprint
 
-    learner, sampler = build_student(config, inputs, layout, say)
+    learner, sampler = build_student(config, inputs, layout, report)
     start = None if inputs.adapter is None else inputs.adapter.start
     base = fingerprint(inputs.weights, inputs.architecture, start) if config.lora.r is not None else None
     lr_at = functools.partial(learning_rate, config.train)
     on_rollouts = None if log is None else log.rollouts
-    parts = Parts(config, inputs, layout, learner, sampler, lr_at, on_rollouts, say)
+    parts = Parts(config, inputs, layout, learner, sampler, lr_at, on_rollouts, report)
     algorithm, averages = imported(config.builder)(parts)
-    algorithm.tune(most_completion_tokens(config, inputs), say)
+    algorithm.tune(max_completion_tokens(config, inputs), report)
     return Trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
-        keeper=MegatronKeeper(
+        checkpointer=MegatronCheckpointer(
             checkpoints, learner, config.checkpoint, config=to_yaml(config), averages=averages, base=base
         ),
         train_iters=config.train.train_iters,
@@ -109,13 +109,13 @@ def build_trainer(
 def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
     """On-policy distillation, with its teachers."""
     config: DistillationConfig = parts.config
-    teacher = build_teacher(config, parts.inputs, parts.layout, parts.learner.part, parts.say)
+    teacher = build_teacher(config, parts.inputs, parts.layout, parts.learner.part, parts.report)
     algorithm = Distillation(
         parts.sampler,
         teacher,
         parts.learner,
         layout=parts.layout,
-        decoding=decoding_of(config),
+        sampling_params=sampling_params_of(config),
         weighing=Weighing(
             config.weighting,
             config.renio_report,
@@ -138,7 +138,7 @@ def build_sft(parts: Parts) -> tuple[Algorithm, Averages]:
 
 
 def build_student(
-    config: JobConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
+    config: JobConfig, inputs: RunInputs, layout: ParallelLayout, report: Callable[[str], None] | None = None
 ) -> tuple[Any, Any]:
     """(learner, sampler) of one model with its initial weights: `MegatronLearner`, `MegatronSampler`."""
     from renio_megatron.megatron.model.build import build_model
@@ -163,7 +163,7 @@ def build_student(
     )
     if is_loaded:
         change = residual_of(inputs.adapter, inputs.weights, inputs.architecture, layout.device)
-        load_pretrained(part, inputs.weights, title="student", say=say, change=change)
+        load_pretrained(part, inputs.weights, title="student", report=report, change=change)
     if config.lora.adapter is not None:
         load_adapter(part, user_path(config.lora.adapter))
     temperature = config.loss_temperature
@@ -187,20 +187,20 @@ def build_student(
     return learner, sampler
 
 
-def decoding_of(config: DistillationConfig) -> Decoding:
+def sampling_params_of(config: DistillationConfig) -> SamplingParams:
     """How a recipe's completions are drawn."""
     rollout = config.rollout
-    return Decoding(
+    return SamplingParams(
         rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length, rollout.micro_batch_size
     )
 
 
 def _evaluator(
-    config: JobConfig, inputs: Inputs, layout: Layout, sampler: Sampler
+    config: JobConfig, inputs: RunInputs, layout: ParallelLayout, sampler: Sampler
 ) -> Callable[[], dict[str, float]] | None:
     if not config.evaluate.every or inputs.eval_grader is None:
         return None
     limit = config.evaluate.max_completion_length or config.longest_completion
     assert limit is not None  # the recipe's rules see to it
-    decoding = Decoding(config.evaluate.temperature, None, None, limit, config.decoded_together)
-    return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, decoding, layout)
+    sampling_params = SamplingParams(config.evaluate.temperature, None, None, limit, config.decoded_together)
+    return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, sampling_params, layout)

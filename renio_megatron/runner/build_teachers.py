@@ -11,23 +11,23 @@ from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.config.teachers import ONLY, TeacherSpec
 from renio_megatron.files import user_path
 from renio_megatron.losses.tune_kernels import tuning_reported
-from renio_megatron.parallel.layout import Layout
-from renio_megatron.runner.inputs import Inputs, TeacherInputs, most_completion_tokens
+from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.runner.inputs import RunInputs, TeacherInputs, max_completion_tokens
 from renio_megatron.training.algorithms.multi_teacher import MultiTeacher
 
 
 def build_teacher(
     config: DistillationConfig,
-    inputs: Inputs,
-    layout: Layout,
+    inputs: RunInputs,
+    layout: ParallelLayout,
     student: Any = None,
-    say: Callable[[str], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Any:
     """`SharedLayoutTeacher`, `OwnLayoutTeacher` where it has a layout of its own, or `MultiTeacher` of several.
 
     Some kinds are `student`, the `ModelPart`, and have no weights of their own.
     """
-    built = {one.name: _build_one(config, one, inputs, layout, student, say) for one in _with_weights(config)}
+    built = {one.name: _build_one(config, one, inputs, layout, student, report) for one in _with_weights(config)}
     if not config.teacher.routes:
         return built[ONLY]
     return MultiTeacher(built, {one.name: one.weights_of for one in config.teachers})
@@ -41,18 +41,18 @@ def _with_weights(config: DistillationConfig) -> list[TeacherSpec]:
 def _build_one(
     config: DistillationConfig,
     spec: TeacherSpec,
-    inputs: Inputs,
-    layout: Layout,
+    inputs: RunInputs,
+    layout: ParallelLayout,
     student: Any,
-    say: Callable[[str], None] | None,
+    report: Callable[[str], None] | None,
 ) -> Any:
     from renio_megatron.megatron.teacher.shared_layout import SharedLayoutTeacher
 
     if spec.has_own_layout:
-        return _own_layout(config, spec, inputs, layout, student, say)
+        return _own_layout(config, spec, inputs, layout, student, report)
 
     def build() -> Any:
-        return _teacher_part(config, spec, inputs, layout, say)
+        return _teacher_part(config, spec, inputs, layout, report)
 
     return SharedLayoutTeacher(
         imported(spec.settings.weights)(spec.settings, student, build),
@@ -65,23 +65,23 @@ def _build_one(
 
 
 def build_teacher_servers(
-    config: DistillationConfig, inputs: Inputs, layout: Layout, say: Callable[[str], None] | None = None
+    config: DistillationConfig, inputs: RunInputs, layout: ParallelLayout, report: Callable[[str], None] | None = None
 ) -> list[Any]:
     """The `TeacherServer`s of a rank that only teachers have, in the order in which they are asked."""
-    built = [_own_layout(config, one, inputs, layout, None, say) for one in _with_weights(config) if one.num_ranks]
+    built = [_own_layout(config, one, inputs, layout, None, report) for one in _with_weights(config) if one.num_ranks]
     with tuning_reported(layout.device):
         for teacher in built:
-            teacher.tune(most_completion_tokens(config, inputs))
+            teacher.tune(max_completion_tokens(config, inputs))
     return built
 
 
 def _own_layout(
     config: DistillationConfig,
     spec: TeacherSpec,
-    inputs: Inputs,
-    layout: Layout,
+    inputs: RunInputs,
+    layout: ParallelLayout,
     student: Any,
-    say: Callable[[str], None] | None,
+    report: Callable[[str], None] | None,
 ) -> Any:
     import torch
     import torch.distributed as dist
@@ -96,21 +96,21 @@ def _own_layout(
 
     is_dedicated, weights = spec.num_ranks > 0, imported(spec.settings.weights)
     reader = None
-    if layout.is_scorer:
-        part = _teacher_part(config, spec, inputs, layout, say)
+    if layout.is_teacher_rank:
+        part = _teacher_part(config, spec, inputs, layout, report)
         reader = Reader(weights(spec.settings, None, lambda: part), None)
     elif not is_dedicated:
         place = place_beside(spec.parallel, layout.device)
         with place.entered():
-            part = _teacher_part(config, spec, inputs, place.layout, say)
+            part = _teacher_part(config, spec, inputs, place.layout, report)
         reader = Reader(weights(spec.settings, None, lambda: part), place)
-    endpoint = TeacherServer if layout.is_scorer else OwnLayoutTeacher
+    endpoint = TeacherServer if layout.is_teacher_rank else OwnLayoutTeacher
     return endpoint(
         reader,
-        None if layout.is_scorer else layout,
+        None if layout.is_teacher_rank else layout,
         RankMap.of(
             bridge().axis if is_dedicated else axis_of(dist.distributed_c10d._get_default_group()),
-            None if layout.is_scorer else layout,
+            None if layout.is_teacher_rank else layout,
             None if reader is None else reader.part.layout,
             layout.device,
         ),
@@ -125,16 +125,16 @@ def _own_layout(
             payload_device=spec.settings.payload_device,
         ),
         bridge=bridge() if is_dedicated else None,
-        shard=None if layout.is_scorer else student.shard,
+        shard=None if layout.is_teacher_rank else student.shard,
     )
 
 
 def _teacher_part(
     config: DistillationConfig,
     spec: TeacherSpec,
-    inputs: Inputs,
-    layout: Layout,
-    say: Callable[[str], None] | None,
+    inputs: RunInputs,
+    layout: ParallelLayout,
+    report: Callable[[str], None] | None,
 ) -> Any:
     """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
     from renio_megatron.megatron.model.build import build_model
@@ -155,5 +155,5 @@ def _teacher_part(
     )
     adapter = spec.settings.adapter
     change = None if adapter is None else Merger(user_path(adapter), part.architecture, teacher.weights, layout.device)
-    load_pretrained(part, teacher.weights, title=spec.title, say=say, change=change)
+    load_pretrained(part, teacher.weights, title=spec.title, report=report, change=change)
     return part

@@ -57,19 +57,19 @@ def _trainers(config: JobConfig) -> int:
     return world - config.num_teacher_ranks
 
 
-def say_weights(config: JobConfig) -> None:
+def print_weights(config: JobConfig) -> None:
     """Prints which weights are in force, and over how many sequences their mean is taken; none in fine-tuning."""
     from renio_megatron.training.setting_warnings import weights_line, weights_price
 
     if isinstance(config, DistillationConfig):
         data_ranks = _trainers(config) // config.parallel.model_ranks
-        say(weights_line(config.weighting, config.train.global_batch_size, data_ranks))
+        print_rank_0(weights_line(config.weighting, config.train.global_batch_size, data_ranks))
         reads_again = config.teacher.payload_device == "recompute"
         if (price := weights_price(config.weighting, teacher_reads_again=reads_again)) is not None:
-            say(price)
+            print_rank_0(price)
 
 
-def say(text: str) -> None:
+def print_rank_0(text: str) -> None:
     """Prints on the first rank."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, flush=True)

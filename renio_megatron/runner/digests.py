@@ -10,14 +10,14 @@ from renio_megatron.config.schema import JobConfig
 from renio_megatron.errors import ConfigError
 from renio_megatron.files import sampled, user_path
 from renio_megatron.models.hf_weights import description_files
-from renio_megatron.runner.inputs import Inputs
+from renio_megatron.runner.inputs import RunInputs
 from renio_megatron.runner.run_directory import DATE
 
 _BLOCKS = 16  # of a file of weights; what is edited, trained or quantised differs nearly everywhere
-_MOST_READ = 2**30  # bytes of a file that are read whole
+_MAX_BYTES_READ = 2**30  # bytes of a file that are read whole
 
 
-def origins(config: JobConfig, inputs: Inputs) -> dict[str, str]:
+def origins(config: JobConfig, inputs: RunInputs) -> dict[str, str]:
     """A digest of every file or directory that the rest of a run depends on, by the setting that names it; and the date
     that its prompts hold, where they hold one.
 
@@ -75,7 +75,7 @@ def _weights(directory: Path) -> Iterator[bytes]:
 def _files(path: Path) -> Iterator[bytes]:
     """A file, or what is in a directory and those in it."""
     for file in [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()):
-        if file.stat().st_size > _MOST_READ:
+        if file.stat().st_size > _MAX_BYTES_READ:
             yield from sampled(file, _BLOCKS)
             continue
         with file.open("rb") as stream:

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 import renio_megatron
 from renio_megatron.config import LoraConfig, PrecisionConfig
-from renio_megatron.megatron.model.backend import words
+from renio_megatron.megatron.model.backend import describe_backend
 from renio_megatron.parallel.collectives import gather_objects
-from renio_megatron.parallel.layout import Layout, device_name
+from renio_megatron.parallel.layout import ParallelLayout, device_name
 
 
-def health(layout: Layout) -> tuple[str, list[str]]:
+def describe_world(layout: ParallelLayout) -> tuple[str, list[str]]:
     """The line, and a warning for each thing in which nodes differ that should be alike; the same on every rank.
 
     One collective, of a few words from each rank.
@@ -26,28 +26,28 @@ def health(layout: Layout) -> tuple[str, list[str]]:
         layout: this rank's, in the world that was just joined.
     """
     reports = gather_objects(rank_report(layout))
-    return describe(layout, reports), differences(reports)
+    return world_line(layout, reports), differences(reports)
 
 
-def rank_report(layout: Layout) -> tuple[str, str, str]:
+def rank_report(layout: ParallelLayout) -> tuple[str, str, str]:
     """This rank's node, versions and device, in words."""
     return _node(), versions(), device_name(layout.device)
 
 
-def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:
+def world_line(layout: ParallelLayout, reports: list[tuple[str, str, str]]) -> str:
     """The line.
 
     Args:
         layout: the first rank's.
         reports: (node, versions, device) of each rank.
 
-    >>> describe(Layout(), [("a", "torch 2.13.0", "cpu")])
+    >>> world_line(ParallelLayout(), [("a", "torch 2.13.0", "cpu")])
     'world of 1 rank on 1 node, TP 1 x PP 1 x CP 1 x DP 1; no backend, cpu; torch 2.13.0; rendezvous 0.0 s'
     """
     nodes = len({node for node, _, _ in reports})
     axes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "DP": layout.data}
-    if layout.expert.size > 1:  # among the ranks of the others
-        axes["EP"] = layout.expert
+    if layout.expert_model.size > 1:  # among the ranks of the others
+        axes["EP"] = layout.expert_model
     sizes = " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
     backend = dist.get_backend() if dist.is_initialized() else "no backend"
     return (
@@ -56,7 +56,7 @@ def describe(layout: Layout, reports: list[tuple[str, str, str]]) -> str:
     )
 
 
-def layers(
+def describe_layers(
     student: PrecisionConfig,
     teacher: PrecisionConfig | None,
     device: torch.device,
@@ -75,24 +75,25 @@ def layers(
         teacher_bf16: the same of the teacher; None: as the student's.
         has_adapters: whether the student has some.
 
-    >>> layers(PrecisionConfig(), PrecisionConfig(fp8="e4m3", emulate_fp8=True), torch.device("cpu"), bf16=False)
+    >>> emulated = PrecisionConfig(fp8="e4m3", emulate_fp8=True)
+    >>> describe_layers(PrecisionConfig(), emulated, torch.device("cpu"), bf16=False)
     'layers: student local fp32, teacher local fp32 with emulated FP8 e4m3 tensorwise'
 
     Raises:
         ConfigError: layers that cannot be built here; see `megatron.backend.resolve_backend`.
     """
-    text = f"layers: student {words(student, device, bf16=bf16, has_adapters=has_adapters)}"
+    text = f"layers: student {describe_backend(student, device, bf16=bf16, has_adapters=has_adapters)}"
     if teacher is None:
         return text
-    return f"{text}, teacher {words(teacher, device, bf16=bf16 if teacher_bf16 is None else teacher_bf16)}"
+    return f"{text}, teacher {describe_backend(teacher, device, bf16=bf16 if teacher_bf16 is None else teacher_bf16)}"
 
 
-def trained(lora: LoraConfig) -> str:
+def describe_trained(lora: LoraConfig) -> str:
     """What of the student is trained.
 
-    >>> trained(LoraConfig(r=8, targets=["v_proj", "q_proj"]))
+    >>> describe_trained(LoraConfig(r=8, targets=["v_proj", "q_proj"]))
     'adapters alone are trained: r 8, scale 2, on q_proj, v_proj'
-    >>> trained(LoraConfig())
+    >>> describe_trained(LoraConfig())
     'the whole student is trained'
     """
     if lora.r is None:

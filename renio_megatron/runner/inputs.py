@@ -11,9 +11,9 @@ from typing import Any
 from renio_megatron.config import LoraConfig, TrainConfig
 from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.config.teachers import ONLY
-from renio_megatron.data.batching.collate import Arrangement, collate
-from renio_megatron.data.prompt_views import View, chat_template_of, teacher_view
-from renio_megatron.data.prompts import PromptStream, Room, check_views_differ, number_in
+from renio_megatron.data.batching.collate import BatchLayout, collate
+from renio_megatron.data.prompt_views import PromptView, chat_template_of, teacher_view
+from renio_megatron.data.prompts import LengthLimits, PromptStream, check_views_differ, number_in
 from renio_megatron.data.sources import build_source
 from renio_megatron.data.sources.source import Source
 from renio_megatron.errors import ConfigError
@@ -52,7 +52,7 @@ class TeacherInputs:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """A run's models, data and graders. No collective is needed for them.
 
     Attributes:
@@ -89,7 +89,7 @@ class Inputs:
     date: str | None = None
 
 
-def most_completion_tokens(config: JobConfig, inputs: Inputs) -> int:
+def max_completion_tokens(config: JobConfig, inputs: RunInputs) -> int:
     """Completion tokens that no micro-batch exceeds, of either model: a packed row's, or those of sequences as long as
     they may be."""
     if config.train.max_tokens_per_micro_batch is not None:
@@ -145,7 +145,7 @@ def read_teachers(config: JobConfig, student: Path, weights: Path, tokenizer: An
     return found
 
 
-def teacher_views(config: JobConfig, tokenizer: Any) -> dict[str, View] | None:
+def teacher_views(config: JobConfig, tokenizer: Any) -> dict[str, PromptView] | None:
     """How each of several teachers sees a problem, by name; None where there is one.
 
     Raises:
@@ -191,7 +191,7 @@ def notices_of_prompts(
     return found
 
 
-def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
+def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
     """Opens and checks models' descriptions, tokenizers and data.
 
     Args:
@@ -220,7 +220,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
         config.data,
         teacher_views=teacher_views(config, tokenizer),
         with_completions=config.longest_completion is None,
-        room=_room(config, architecture, teachers),
+        length_limits=_length_limits(config, architecture, teachers),
         now=now,
     )
     first = stream.batch(0, _num_checked(source, config.train, config.data.source_info.has_records))
@@ -237,7 +237,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> Inputs:
     found = [notice for one in dict.fromkeys(directories) for notice in notices(one)]
     teacher_ends = {name: teacher.ends for name, teacher in teachers.items()}
     found += notices_of_prompts(stream, first, ends, teacher_ends, tokenizer)
-    return Inputs(
+    return RunInputs(
         model=model,
         weights=weights,
         architecture=architecture,
@@ -289,11 +289,11 @@ def _check_samples(needs: Collection[str], prompts: Sequence[Prompt], *, is_grad
 
 def _check_rows(config: JobConfig, prompts: Sequence[Prompt]) -> None:
     """Raises `DataError` where given completions are longer than a packed row."""
-    arrangement = Arrangement(
+    batch_layout = BatchLayout(
         0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
     )
     given = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
-    collate(given, view="student", arrangement=arrangement)
+    collate(given, audience="student", batch_layout=batch_layout)
 
 
 def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None:
@@ -312,10 +312,12 @@ def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None
     return adapter
 
 
-def _room(config: JobConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> Room:
+def _length_limits(config: JobConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> LengthLimits:
     completion = config.longest_completion
     positions = {name: teacher.architecture.max_sequence_length for name, teacher in teachers.items()}
-    return Room(student.max_sequence_length, positions, completion, config.evaluate.max_completion_length or completion)
+    return LengthLimits(
+        student.max_sequence_length, positions, completion, config.evaluate.max_completion_length or completion
+    )
 
 
 def _num_checked(source: Source, train: TrainConfig, has_records: bool) -> int:

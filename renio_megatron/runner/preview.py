@@ -68,9 +68,9 @@ class Preview:
         found = []
         for prompt in self.prompts:
             found += [*prompt_lines(prompt, self.tokenizer, is_taught=bool(self.teacher_ends), limit=None), ""]
-        found.append(f"completions end at {self.student_ends.words(self.tokenizer)}")
+        found.append(f"completions end at {self.student_ends.describe(self.tokenizer)}")
         for name, ends in self.teacher_ends.items():
-            found.append(f"the teacher{name and f' {name}'} ends its own at {ends.words(self.tokenizer)}")
+            found.append(f"the teacher{name and f' {name}'} ends its own at {ends.describe(self.tokenizer)}")
         return found + [f"note: {notice}" for notice in self.notices]
 
 

@@ -14,13 +14,13 @@ from renio_megatron.config.schema import DistillationConfig, JobConfig, Recipe
 from renio_megatron.errors import RunStopped, on_every_rank
 from renio_megatron.megatron.runtime.initialize import bridge, start
 from renio_megatron.parallel.collectives import any_rank, on_main_rank
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.row_exchange import gather_rows
 from renio_megatron.runner.build import build_trainer
 from renio_megatron.runner.build_teachers import build_teacher_servers
 from renio_megatron.runner.digests import origins
-from renio_megatron.runner.environment import health, layers, trained
-from renio_megatron.runner.inputs import Inputs, read_inputs
+from renio_megatron.runner.environment import describe_layers, describe_trained, describe_world
+from renio_megatron.runner.inputs import RunInputs, read_inputs
 from renio_megatron.runner.preview import prompt_lines
 from renio_megatron.runner.run_directory import RunDirectory
 from renio_megatron.runner.run_log import ProgressMaker, RunLog
@@ -36,7 +36,7 @@ def run_recipe(
     fresh: bool,
     title: str,
     progress: ProgressMaker | None = None,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> str:
     """Carries a run to its end, from its start or its newest checkpoint.
 
@@ -45,7 +45,7 @@ def run_recipe(
         fresh: move an earlier run in the same directory aside first.
         title: for the progress line.
         progress: shows the run's progress, on the first rank.
-        say: takes the one line about the world, and progress lines of long loading, on the first rank.
+        report: takes the one line about the world, and progress lines of long loading, on the first rank.
 
     Returns:
         `finished` where the run was complete before this call, `resumed` or `new` where this call completed it.
@@ -55,9 +55,9 @@ def run_recipe(
         RunStopped: on every rank, where any rank got SIGTERM; the state is saved.
     """
     run = _join(recipe, fresh)
-    if run.layout.is_scorer:
+    if run.layout.is_teacher_rank:
         return _serve_teachers(run)
-    _say_start(run, say)
+    _report_start(run, report)
     begun = on_main_rank(run.layout, lambda: origins(run.config, run.inputs))
     state = on_main_rank(run.layout, lambda: run.directory.state(recipe, fresh, begun))
     if run.config.num_teacher_ranks:
@@ -65,7 +65,7 @@ def run_recipe(
     if state == "finished":
         return "finished"
     log = RunLog(run.config, run.directory, is_main=run.layout.is_main, title=title, progress=progress)
-    return _train(run, log, lambda: run.directory.open(recipe, fresh, begun), say)
+    return _train(run, log, lambda: run.directory.open(recipe, fresh, begun), report)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class _Run:
     """This rank's part of a run: its settings, what it has read, its place in the world, and where it writes."""
 
     config: JobConfig
-    inputs: Inputs
-    layout: Layout
+    inputs: RunInputs
+    layout: ParallelLayout
     directory: RunDirectory
 
 
@@ -86,32 +86,32 @@ def _join(recipe: Recipe, fresh: bool) -> _Run:
         config.parallel,
         seed=config.train.seed,
         deterministic_mode=config.train.deterministic_mode,
-        scorers=next((one.parallel for one in config.teachers if one.num_ranks), None),
-        num_scorers=config.num_teacher_ranks,
+        teacher_parallel=next((one.parallel for one in config.teachers if one.num_ranks), None),
+        num_teacher_ranks=config.num_teacher_ranks,
     )
-    if not layout.is_scorer:
+    if not layout.is_teacher_rank:
         inputs = on_the_same_day(config, inputs, layout)
     return _Run(config, inputs, layout, directory)
 
 
-def _say_start(run: _Run, say: Callable[[str], None]) -> None:
+def _report_start(run: _Run, report: Callable[[str], None]) -> None:
     """What the first rank says of the world, the models and the first prompt."""
     config, inputs = run.config, run.inputs
-    line, warnings = health(run.layout)
+    line, warnings = describe_world(run.layout)
     with on_every_rank():
         line = f"{line}; {_models_line(config, run.layout)}"
     if not run.layout.is_main:
         return
-    say(line)
+    report(line)
     if config.longest_completion is not None or config.evaluate.every:
-        say(f"completions end at {inputs.ends.words(inputs.tokenizer)}")
+        report(f"completions end at {inputs.ends.describe(inputs.tokenizer)}")
     first = inputs.stream.batch(0, 1)[0]
-    say("\n".join(prompt_lines(first, inputs.tokenizer, is_taught=bool(config.teachers))))
+    report("\n".join(prompt_lines(first, inputs.tokenizer, is_taught=bool(config.teachers))))
     for warning in (*warnings, *inputs.notices):
         logger.warning(warning)
 
 
-def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], say: Callable[[str], None]) -> str:
+def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], report: Callable[[str], None]) -> str:
     """The steps that are left, and the end of the run: `resumed` or `new`."""
     layout, sigterm = run.layout, StopSignal()
     trainer = build_trainer(
@@ -121,7 +121,7 @@ def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], say: Calla
         run.directory.checkpoints,
         log=log,
         stop_requested=lambda: any_rank(layout, sigterm.received),
-        say=say if layout.is_main else None,
+        report=report if layout.is_main else None,
     )
     # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
     on_main_rank(layout, open_directory)
@@ -136,13 +136,13 @@ def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], say: Calla
     return "resumed" if first else "new"
 
 
-def _read(config: JobConfig, date: str | None) -> Inputs:
+def _read(config: JobConfig, date: str | None) -> RunInputs:
     """The inputs, with `date` for what a chat template writes; their errors are every rank's."""
     with on_every_rank():
         return read_inputs(config, None if date is None else datetime.fromisoformat(date))
 
 
-def on_the_same_day(config: JobConfig, inputs: Inputs, layout: Layout) -> Inputs:
+def on_the_same_day(config: JobConfig, inputs: RunInputs, layout: ParallelLayout) -> RunInputs:
     """The inputs with the first rank's date, where their prompts hold one; clocks and time zones may differ."""
     if inputs.date is None:
         return inputs
@@ -150,10 +150,10 @@ def on_the_same_day(config: JobConfig, inputs: Inputs, layout: Layout) -> Inputs
     return inputs if date == inputs.date else _read(config, date)
 
 
-def _models_line(config: JobConfig, layout: Layout) -> str:
+def _models_line(config: JobConfig, layout: ParallelLayout) -> str:
     """What the models are made of, and what of the student is trained."""
     of_their_own = [one for one in config.teachers if not one.shares_student]  # one precision for all of them
-    text = layers(
+    text = describe_layers(
         config.precision,
         of_their_own[0].precision if of_their_own else None,
         layout.device,
@@ -164,7 +164,7 @@ def _models_line(config: JobConfig, layout: Layout) -> str:
     if config.lora.r is None:
         return text
     is_teacher = any(one.kind == "initial" for one in config.teachers)
-    return f"{text}; {trained(config.lora)}{', and without them it is the teacher' if is_teacher else ''}"
+    return f"{text}; {describe_trained(config.lora)}{', and without them it is the teacher' if is_teacher else ''}"
 
 
 def _serve_teachers(run: _Run) -> str:
@@ -185,7 +185,7 @@ def _serve(teachers: Sequence[Any]) -> bool:
     return all(answers)
 
 
-def tell_teacher_ranks(is_finished: bool, layout: Layout) -> bool:
+def tell_teacher_ranks(is_finished: bool, layout: ParallelLayout) -> bool:
     """Whether there is nothing to do, as the ranks that train say; one collective with those that only score."""
     flags = gather_rows(torch.tensor([[int(is_finished)]], device=layout.device), bridge().axis)
     return any(int(flag) for flag in flags)

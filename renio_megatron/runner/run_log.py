@@ -11,7 +11,7 @@ from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.runner.run_directory import RunDirectory
 from renio_megatron.training.metrics.sinks import JsonlSink, Observer, TensorBoardSink
 from renio_megatron.training.rollout_log import RolloutObserver, RolloutSink
-from renio_megatron.training.setting_warnings import Notices
+from renio_megatron.training.setting_warnings import SettingWarnings
 from renio_megatron.types import Rollout
 
 ProgressMaker = Callable[[str, int], AbstractContextManager[Any]]
@@ -77,7 +77,7 @@ class RunLog:
             yield
 
     def _open_of_distillation(self, config: DistillationConfig, stack: ExitStack, purge_step: int) -> None:
-        self._observers.append(Notices(config.weighting, config.loss, prefix=config.rollout.prefix).update)
+        self._observers.append(SettingWarnings(config.weighting, config.loss, prefix=config.rollout.prefix).update)
         if config.rollout.log:
             log = RolloutSink(self._directory.rollouts, purge_step=purge_step)
             stack.callback(log.close)

@@ -16,7 +16,7 @@ from renio_megatron.losses.distillation import DistillationOutput, distillation_
 from renio_megatron.losses.linear_distillation import linear_distillation_loss
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.parallel.collectives import gather_objects
-from renio_megatron.parallel.layout import Axis, Layout, device_identity
+from renio_megatron.parallel.layout import Axis, ParallelLayout, device_identity
 from renio_megatron.parallel.vocab import VocabShard
 from renio_megatron.runner.environment import differences, rank_report, versions
 
@@ -63,7 +63,7 @@ class Verdict:
         return f"{'ok' if self.is_good else 'FAIL':6}{self.what:25}{self.found}"
 
 
-def examine(layout: Layout, *, dtype: torch.dtype, warnings: Sequence[str] = ()) -> Iterator[Verdict]:
+def examine(layout: ParallelLayout, *, dtype: torch.dtype, warnings: Sequence[str] = ()) -> Iterator[Verdict]:
     """All verdicts, one after the other; every rank must take them all, because the checks are collective.
 
     Args:
@@ -83,7 +83,7 @@ def examine(layout: Layout, *, dtype: torch.dtype, warnings: Sequence[str] = ())
             yield check_linear_loss(layout, name, beta, dtype)
 
 
-def check_world(layout: Layout) -> Iterator[Verdict]:
+def check_world(layout: ParallelLayout) -> Iterator[Verdict]:
     """Versions and devices: alike on all ranks, and each GPU one rank's."""
     mine = (*rank_report(layout), device_identity(layout.device))
     reports = gather_objects(mine)
@@ -103,7 +103,7 @@ def check_world(layout: Layout) -> Iterator[Verdict]:
     yield Verdict(not (shared or slow), "devices", " ".join([found, *slow]))
 
 
-def check_groups(layout: Layout) -> Iterator[Verdict]:
+def check_groups(layout: ParallelLayout) -> Iterator[Verdict]:
     """Each axis adds up exactly the ranks that it should hold."""
     for name, axis in _axes(layout).items():
         numbers = torch.tensor([1.0, layout.rank], device=layout.device)
@@ -118,7 +118,7 @@ def check_groups(layout: Layout) -> Iterator[Verdict]:
         yield Verdict(is_good, f"{name} group", f"{ranks}{hint}")
 
 
-def measure_groups(layout: Layout) -> Iterator[Verdict]:
+def measure_groups(layout: ParallelLayout) -> Iterator[Verdict]:
     """Bandwidth of an all-reduce in each group with more than one rank: the slowest group's of each axis."""
     backend = dist.get_backend() if dist.is_initialized() else "gloo"
     for name, axis in _axes(layout).items():
@@ -161,7 +161,7 @@ def bus_bandwidth(size: int, ranks: int, seconds: float) -> float:
     return 2 * (ranks - 1) / ranks * size / seconds / 1e9
 
 
-def check_loss(layout: Layout, name: str, beta: float, dtype: torch.dtype) -> Verdict:
+def check_loss(layout: ParallelLayout, name: str, beta: float, dtype: torch.dtype) -> Verdict:
     """The sharded loss of a small problem against the dense one in fp64: value, gradient and weights.
 
     Args:
@@ -190,7 +190,7 @@ def check_loss(layout: Layout, name: str, beta: float, dtype: torch.dtype) -> Ve
     return loss_verdict(f"loss, {name}", dtype, _errors(problem, out, expected, gradients))
 
 
-def check_linear_loss(layout: Layout, name: str, beta: float, dtype: torch.dtype) -> Verdict:
+def check_linear_loss(layout: ParallelLayout, name: str, beta: float, dtype: torch.dtype) -> Verdict:
     """The same from hidden states and LM heads, as the trainer computes it: value, both gradients and weights."""
     problem = _Problem.make(layout, dtype)
     hidden, head = problem.hidden.double().requires_grad_(), problem.head.double().requires_grad_()
@@ -256,7 +256,7 @@ def _errors(
     return [max(column) for column in zip(*gather_objects(errors), strict=True)]
 
 
-def _summed(layout: Layout, values: torch.Tensor) -> torch.Tensor:
+def _summed(layout: ParallelLayout, values: torch.Tensor) -> torch.Tensor:
     """Over the pieces of sequences and over the batch's shares."""
     for axis in (layout.context, layout.data):
         if axis.size > 1:
@@ -301,7 +301,7 @@ class _Problem:
         shard: its columns; the last rank's end in padding where the ranks do not divide V.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     hidden: torch.Tensor
     head: torch.Tensor
     teacher_hidden: torch.Tensor
@@ -313,7 +313,7 @@ class _Problem:
     shard: VocabShard
 
     @classmethod
-    def make(cls, layout: Layout, dtype: torch.dtype) -> _Problem:
+    def make(cls, layout: ParallelLayout, dtype: torch.dtype) -> _Problem:
         """The same batch on every rank, and this rank's share."""
         generator = torch.Generator().manual_seed(1)
         owner = torch.arange(_SEQUENCES * layout.data.size).repeat_interleave(_TOKENS)
@@ -354,11 +354,11 @@ class _Problem:
         return torch.cat((valid, padding), 1).to(self.layout.device)
 
 
-def _axes(layout: Layout) -> dict[str, Axis]:
+def _axes(layout: ParallelLayout) -> dict[str, Axis]:
     return {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data}
 
 
-def _seconds_of_all_reduce(layout: Layout, axis: Axis, size: int) -> float:
+def _seconds_of_all_reduce(layout: ParallelLayout, axis: Axis, size: int) -> float:
     """The median of a few, after one that does not count; reading an element waits for a GPU."""
     values = torch.ones(size // 4, device=layout.device)
     times = []

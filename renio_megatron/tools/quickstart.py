@@ -8,7 +8,7 @@ from pathlib import Path
 from renio_megatron.config.schema import Recipe
 from renio_megatron.errors import CheckpointError, Scope
 from renio_megatron.models.shipped import QUICKSTART_RECIPE
-from renio_megatron.runner.describe import describe_run, say, say_weights
+from renio_megatron.runner.describe import describe_run, print_rank_0, print_weights
 from renio_megatron.runner.device_env import set_hardware_variables_of
 from renio_megatron.runner.recipe import checked_recipe
 
@@ -35,11 +35,11 @@ def quickstart(output_dir: Path, *, fresh: bool) -> None:
     _make(output_dir)
     set_hardware_variables_of(recipes["renio"].config)
     for name, recipe in recipes.items():
-        say(f"{_TITLES[name]}: {describe_run(recipe.config)}")
-        say_weights(recipe.config)
-        outcome = run_recipe(recipe, fresh=fresh, title=_TITLES[name], progress=Progress, say=say)
+        print_rank_0(f"{_TITLES[name]}: {describe_run(recipe.config)}")
+        print_weights(recipe.config)
+        outcome = run_recipe(recipe, fresh=fresh, title=_TITLES[name], progress=Progress, report=print_rank_0)
         if outcome == "finished":
-            say(f"{directories[name]} is finished already; --fresh runs it again.")
+            print_rank_0(f"{directories[name]} is finished already; --fresh runs it again.")
     if int(os.environ.get("RANK", "0")) == 0:
         _report(directories, recipes["renio"], output_dir)
 
@@ -67,7 +67,7 @@ def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> N
     rows = {_TITLES[name]: read_metrics(path / "metrics.jsonl") for name, path in directories.items()}
     plot_curves(rows, output_dir / "curves.png")
     Console().print(comparison_table([summarize(metrics, name) for name, metrics in rows.items()]))
-    say(
+    print_rank_0(
         f"start: {config.model}; teacher: {config.teacher.model}; seeds: data {config.data.seed}, "  # type: ignore
         f"sampling {config.train.seed}; recipe: {QUICKSTART_RECIPE}\n"
         f"curves in {output_dir}/curves.png; metrics, TensorBoard events and checkpoints in {output_dir}/opd and "

@@ -14,9 +14,9 @@ import torch
 
 from renio_megatron.config import LossConfig
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.metrics.accumulator import MetricAccumulator
 from renio_megatron.training.targets import TeacherTargets
-from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout
+from renio_megatron.types import MicroBatch, Prompt, Rollout, SamplingParams
 
 
 class Sampler(Protocol):
@@ -25,12 +25,12 @@ class Sampler(Protocol):
     def sample(
         self,
         prompts: Sequence[Prompt],
-        decoding: Decoding,
+        sampling_params: SamplingParams,
         *,
-        stream: tuple[int, ...],
+        rng_stream: tuple[int, ...],
         on_group: Callable[[Sequence[Rollout]], None] | None = None,
     ) -> list[Rollout]:
-        """One completion of each prompt, in order; a pure function of the weights, the prompts and `stream`.
+        """One completion of each prompt, in order; a pure function of the weights, the prompts and `rng_stream`.
 
         `on_group` is shown parts of them as soon as they are there.
         """
@@ -85,7 +85,7 @@ class StepLoss(Protocol):
 
     def __call__(
         self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
-    ) -> tuple[torch.Tensor, float, Tally]:
+    ) -> tuple[torch.Tensor, float, MetricAccumulator]:
         """(sum of the loss, its share of the step's denominator, metrics) of micro-batch `index`.
 
         `hidden` are the final hidden states at its completion rows [N, H]; their gradient is summed over the tensor
@@ -99,7 +99,7 @@ class StepLoss(Protocol):
 class Learner(Protocol):
     """Holds the student's weights and optimiser."""
 
-    def arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+    def make_micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """The rollouts as micro-batches of this rank."""
         ...
 
@@ -118,7 +118,7 @@ class Learner(Protocol):
         ...
 
 
-class Keeper(Protocol):
+class Checkpointer(Protocol):
     """Saves and restores everything a run needs to go on."""
 
     def save(self, step: int, state: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def weights_price(weighting: WeightingConfig, *, teacher_reads_again: bool = Fal
     )
 
 
-class Notices:
+class SettingWarnings:
     """An observer of a run's metrics that warns where a setting does nothing, or undoes another; once for each cause.
 
     A warning says what was seen, why it matters and which setting changes it.
@@ -111,12 +111,12 @@ class Notices:
         self,
         weighting: WeightingConfig,
         loss: LossConfig,
-        say: Callable[[str], None] = logger.warning,
+        report: Callable[[str], None] = logger.warning,
         *,
         prefix: bool = False,
     ) -> None:
-        """`weighting` and `loss` are the run's; `say` gets each warning; `prefix`: completions are cut on purpose."""
-        self._weighting, self._loss, self._say = weighting, loss, say
+        """`weighting` and `loss` are the run's; `report` gets each warning; `prefix`: completions are to be cut."""
+        self._weighting, self._loss, self._report = weighting, loss, report
         self._recent: deque[_Row] = deque(maxlen=WINDOW_STEPS)
         self._waiting = [check for check in _CHECKS if not (prefix and check is _nearly_all_cut)]
 
@@ -129,7 +129,7 @@ class Notices:
             text = check(self._recent, self._weighting, self._loss)
             if text is not None:
                 self._waiting.remove(check)
-                self._say(text)
+                self._report(text)
 
 
 def _nothing_pivotal(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
@@ -190,7 +190,7 @@ def _cap_binds(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossCon
     )
 
 
-def _pivots_clipped(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
+def _pivotal_clipped(recent: Sequence[_Row], weighting: WeightingConfig, loss: LossConfig) -> str | None:
     name = "renio/pivot_gradient_frac"
     rows = _last([row for row in recent if name in row[1]], STEADY_STEPS, name)  # absent where no token was pivotal
     if loss.entry_clip is None or not rows or (share := _mean(rows, name)) >= PIVOT_GRADIENT_SHARE:
@@ -228,7 +228,7 @@ def _nearly_all_cut(recent: Sequence[_Row], weighting: WeightingConfig, loss: Lo
     )
 
 
-_CHECKS = (_nearly_all_cut, _nothing_pivotal, _all_at_ceiling, _all_zero, _cap_binds, _pivots_clipped, _grader_fails)
+_CHECKS = (_nearly_all_cut, _nothing_pivotal, _all_at_ceiling, _all_zero, _cap_binds, _pivotal_clipped, _grader_fails)
 
 
 def _largest(weighting: RenioWeighting) -> float:

@@ -17,9 +17,9 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.losses.chunked_logits import Logits, logits_dtype_of
 from renio_megatron.losses.chunked_loss import linear_divergence, linear_token_inputs
 from renio_megatron.losses.token_logp import linear_token_scores
-from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.losses.vocab_passes import VocabParallelPasses
 from renio_megatron.objective.weightings import OF_STUDENT
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.types import MicroBatch
@@ -131,7 +131,7 @@ class TeacherTargets(ABC):
     def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
         """The loss of the student's micro-batch `index`; called where the student's LM head is, once, in order."""
 
-    def metrics(self, layout: Layout) -> dict[str, float]:
+    def metrics(self, layout: ParallelLayout) -> dict[str, float]:
         """After the step's last micro-batch: metrics of its own, equal on every rank. Collective."""
         return {}
 
@@ -232,7 +232,7 @@ def _clipped_gradient(
     scale = is_one / is_one.sum().clamp(min=1)
     energies = []
     for loss in (inputs.loss, replace(inputs.loss, entry_clip=None)):
-        passes, gradient = Passes(loss, inputs.head.shard), torch.empty_like(student)
+        passes, gradient = VocabParallelPasses(loss, inputs.head.shard), torch.empty_like(student)
         normalizers = passes.normalizers(student, teacher, token_ids[rows])
         passes.totals_and_gradient(student, teacher, normalizers, scale, gradient)
         energies.append(gradient.double().square().sum())

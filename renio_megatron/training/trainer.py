@@ -9,11 +9,11 @@ from typing import Any
 
 from renio_megatron.errors import CheckpointError, NumericsError
 from renio_megatron.training.algorithms import Algorithm
-from renio_megatron.training.interfaces import Keeper
+from renio_megatron.training.interfaces import Checkpointer
 from renio_megatron.training.metrics.sinks import Observer
 from renio_megatron.types import Prompt
 
-MOST_SKIPPED = 10
+MAX_SKIPPED_STEPS = 10
 """Steps in a row that may be left out. Where three of ten are, by chance, ten in a row come once in 170,000 steps."""
 
 
@@ -24,7 +24,7 @@ class Trainer:
     Attributes:
         algorithm: one optimiser step.
         prompts: (start, count) -> prompts of the run's endless order.
-        keeper: checkpoints.
+        checkpointer: of the run.
         train_iters, global_batch_size: steps of the run, sequences of a step.
         data_rank, data_size: this rank's share of each step: consecutive sequences.
         save_interval: steps between checkpoints; the last step is saved in any case.
@@ -38,7 +38,7 @@ class Trainer:
 
     algorithm: Algorithm
     prompts: Callable[[int, int], Sequence[Prompt]]
-    keeper: Keeper
+    checkpointer: Checkpointer
     train_iters: int
     global_batch_size: int
     data_rank: int = 0
@@ -59,7 +59,7 @@ class Trainer:
         Raises:
             CheckpointError: it is of another kind of run.
         """
-        found = self.keeper.load()
+        found = self.checkpointer.load()
         if found is not None:
             self.step, state = found
             mine, saved = self.algorithm.state().keys(), state["algorithm"].keys()
@@ -76,7 +76,7 @@ class Trainer:
         """The rest of the run, or of its part until it is asked to stop; the last step's metrics.
 
         Raises:
-            NumericsError: a metric that is not finite, or `MOST_SKIPPED` steps in a row that were left out.
+            NumericsError: a metric that is not finite, or `MAX_SKIPPED_STEPS` steps in a row that were left out.
             CheckpointError: the state cannot be written.
         """
         metrics: dict[str, float] = {}
@@ -88,11 +88,11 @@ class Trainer:
                 metrics |= self.evaluate()
             self._tell(self.step, metrics)
             self._check_progress(metrics)
-            self.keeper.poll()
+            self.checkpointer.poll()
             self.stopped = self.step < self.train_iters and self.stop_requested()
             if self.stopped or self._is_due(self.save_interval):
-                self.keeper.save(self.step, self._state())
-        self.keeper.finish()
+                self.checkpointer.save(self.step, self._state())
+        self.checkpointer.finish()
         return metrics
 
     def _train_step(self) -> dict[str, float]:
@@ -111,7 +111,7 @@ class Trainer:
     def _check_progress(self, metrics: dict[str, float]) -> None:
         """Raises `NumericsError` where steps are left out one after the other: what is wrong does not go away."""
         self._skipped = self._skipped + 1 if metrics.get("train/skipped_frac") == 1.0 else 0
-        if self._skipped and self._skipped >= min(MOST_SKIPPED, self.train_iters):
+        if self._skipped and self._skipped >= min(MAX_SKIPPED_STEPS, self.train_iters):
             raise NumericsError(
                 f"steps {self.step - self._skipped + 1} to {self.step} were all left out, because their gradients were "
                 "not finite (train.skip_nonfinite_steps): the student has stopped learning. Lower train.lr, check the "

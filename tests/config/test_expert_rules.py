@@ -11,7 +11,7 @@ import torch
 
 from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.resume import is_changeable
-from renio_megatron.data.batching.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import BatchLayout, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import Architecture, Experts
 from renio_megatron.models.families import FAMILIES
@@ -166,10 +166,10 @@ def test_the_files_names_are_the_published_models(tmp_path):
 
 
 def test_the_loss_of_an_even_and_of_a_certain_router():
-    even = load_balancing_loss(torch.full((1, 4), 2.0), torch.full((1, 4), 4.0), chosen=2)
-    certain = load_balancing_loss(torch.tensor([[4.0, 4.0, 0.0, 0.0]]), torch.tensor([[8.0, 8.0, 0.0, 0.0]]), chosen=2)
+    even = load_balancing_loss(torch.full((1, 4), 2.0), torch.full((1, 4), 4.0), top_k=2)
+    certain = load_balancing_loss(torch.tensor([[4.0, 4.0, 0.0, 0.0]]), torch.tensor([[8.0, 8.0, 0.0, 0.0]]), top_k=2)
     assert even.tolist() == [1.0]
-    assert certain.tolist() == [2.0]  # experts / chosen
+    assert certain.tolist() == [2.0]  # experts / top_k
 
 
 def test_the_losses_of_pieces_add_up():
@@ -181,7 +181,7 @@ def test_the_losses_of_pieces_add_up():
 @pytest.mark.parametrize("max_tokens", [None, 8])
 def test_every_token_that_is_read_knows_its_sequence(max_tokens):
     rollouts = [Rollout(Prompt(i, (1,) * length, (1,) * length), (2, 3)) for i, length in enumerate((2, 4))]
-    (batch,) = collate(rollouts, view="student", arrangement=Arrangement(9, 2, max_tokens, tensor_pieces=2))
+    (batch,) = collate(rollouts, audience="student", batch_layout=BatchLayout(9, 2, max_tokens, tensor_pieces=2))
     expected = [[0] * 3 + [1] * 5] if max_tokens else [[0] * 3 + [-1] * 3, [1] * 5 + [-1]]
     assert batch.sequence_of.tolist() == expected
     assert ((batch.token_ids == 9) == (batch.sequence_of == -1)).all()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from renio_megatron.data.batching.collate import Arrangement, collate, flat_completions, flat_logp
+from renio_megatron.data.batching.collate import BatchLayout, collate, flat_completions, flat_logp
 from renio_megatron.errors import DataError
 from renio_megatron.types import Prompt, Rollout
 
@@ -20,7 +20,7 @@ THREE = [
 
 def test_layout_by_hand():
     # Rows: (5,6,7), (5), (4,5,6,7,7): the longest has 5 tokens, rounded up to 6.
-    first, second = collate(THREE, view="student", arrangement=Arrangement(0, 2, tensor_pieces=3))
+    first, second = collate(THREE, audience="student", batch_layout=BatchLayout(0, 2, tensor_pieces=3))
     assert first.token_ids.tolist() == [[5, 6, 7, 0, 0, 0], [5, 0, 0, 0, 0, 0]]
     assert first.row_index.tolist() == [1, 2, 6]
     assert first.target_ids.tolist() == [7, 8, 9]
@@ -34,8 +34,8 @@ def test_layout_by_hand():
 
 
 def test_both_views_have_the_same_targets_in_the_same_order():
-    student = collate(THREE, view="student", arrangement=Arrangement(0, 2))
-    teacher = collate(THREE, view="teacher", arrangement=Arrangement(0, 2))
+    student = collate(THREE, audience="student", batch_layout=BatchLayout(0, 2))
+    teacher = collate(THREE, audience="teacher", batch_layout=BatchLayout(0, 2))
     assert teacher[0].token_ids.tolist() == [[1, 2, 5, 6, 7, 0], [1, 5, 0, 0, 0, 0]]
     for one, other in zip(student, teacher, strict=True):
         assert torch.equal(one.target_ids, other.target_ids)
@@ -44,7 +44,7 @@ def test_both_views_have_the_same_targets_in_the_same_order():
 
 def test_every_target_follows_the_token_that_predicts_it():
     # A pad between prompt and completion, or a second shift, would break the chain of tokens.
-    for batch in collate(THREE, view="teacher", arrangement=Arrangement(0, 3)):
+    for batch in collate(THREE, audience="teacher", batch_layout=BatchLayout(0, 3)):
         flat = batch.token_ids.flatten()
         start = 0
         for row, length in enumerate(batch.lengths.tolist()):
@@ -59,7 +59,7 @@ def test_every_target_follows_the_token_that_predicts_it():
 def test_end_token_is_trained_where_it_is_the_padding_token():
     end = 2
     (batch,) = collate(
-        [rollout((5,), (7, end)), rollout((5, 6, 5), (end,))], view="student", arrangement=Arrangement(end, 2)
+        [rollout((5,), (7, end)), rollout((5, 6, 5), (end,))], audience="student", batch_layout=BatchLayout(end, 2)
     )
     assert batch.target_ids.tolist() == [7, end, end]
     assert batch.lengths.tolist() == [2, 1]
@@ -68,22 +68,22 @@ def test_end_token_is_trained_where_it_is_the_padding_token():
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
 def test_micro_batches_of_any_size_hold_the_same_tokens(micro_batch_size):
-    batches = collate(THREE, view="student", arrangement=Arrangement(0, micro_batch_size))
+    batches = collate(THREE, audience="student", batch_layout=BatchLayout(0, micro_batch_size))
     assert {batch.token_ids.shape[1] for batch in batches} == {5}
     assert torch.cat([batch.target_ids for batch in batches]).tolist() == [7, 8, 9, 7, 7, 8]
     assert sum(batch.num_sequences for batch in batches) == 3
 
 
 def test_one_token_prompt_and_completion():
-    (batch,) = collate([rollout((5,), (9,))], view="student", arrangement=Arrangement(0, 1))
+    (batch,) = collate([rollout((5,), (9,))], audience="student", batch_layout=BatchLayout(0, 1))
     assert (batch.token_ids.tolist(), batch.row_index.tolist(), batch.target_ids.tolist()) == ([[5]], [0], [9])
 
 
 def test_nothing_predicts_the_first_token_of_an_empty_prompt():
     with pytest.raises(DataError, match="Prompt 3: the student's prompt is empty"):
-        collate([rollout((), (1,), index=3)], view="student", arrangement=Arrangement(0, 1))
+        collate([rollout((), (1,), index=3)], audience="student", batch_layout=BatchLayout(0, 1))
     with pytest.raises(DataError, match="Prompt 3: the completion is empty"):
-        collate([rollout((1,), (), index=3)], view="student", arrangement=Arrangement(0, 1))
+        collate([rollout((1,), (), index=3)], audience="student", batch_layout=BatchLayout(0, 1))
 
 
 def test_flat_completions():
@@ -106,7 +106,7 @@ def test_flat_logp():
 
 def test_packed_rows_by_hand():
     # Lengths 3, 1 and 5 in rows of at most 6: the longest goes first and alone, the others share a row.
-    first, second = collate(THREE, view="student", arrangement=Arrangement(0, max_tokens=6))
+    first, second = collate(THREE, audience="student", batch_layout=BatchLayout(0, max_tokens=6))
     assert first.token_ids.tolist() == [[5, 6, 7, 5]]
     assert first.position_ids.tolist() == [[0, 1, 2, 0]]
     assert first.boundaries == (0, 3, 4)
@@ -122,20 +122,20 @@ def test_packed_rows_by_hand():
 
 
 def test_packed_rows_are_padded_at_their_end_for_sequence_parallelism():
-    (batch,) = collate(THREE, view="student", arrangement=Arrangement(0, max_tokens=99, tensor_pieces=4))
+    (batch,) = collate(THREE, audience="student", batch_layout=BatchLayout(0, max_tokens=99, tensor_pieces=4))
     assert batch.token_ids.tolist() == [[5, 6, 7, 5, 4, 5, 6, 7, 7, 0, 0, 0]]
     assert batch.boundaries == (0, 3, 4, 12)
 
 
 def test_a_sequence_that_no_packed_row_can_hold_is_named():
     with pytest.raises(DataError, match=r"Prompt 3: prompt and completion make 5 tokens, more than .*=4\. Raise it"):
-        collate([rollout((1, 2, 3), (4, 5, 6), index=3)], view="student", arrangement=Arrangement(0, max_tokens=4))
+        collate([rollout((1, 2, 3), (4, 5, 6), index=3)], audience="student", batch_layout=BatchLayout(0, max_tokens=4))
 
 
 def test_context_ranks_hold_mirrored_chunks_by_hand():
     # Two ranks, so rows are a multiple of 4 long: (5,6,7,0) and (5,0,0,0). Rank 0 has positions 0 and 3.
     both = [
-        collate(THREE[:2], view="student", arrangement=Arrangement(0, 2, context_size=2, context_rank=rank))[0]
+        collate(THREE[:2], audience="student", batch_layout=BatchLayout(0, 2, context_size=2, context_rank=rank))[0]
         for rank in range(2)
     ]
     assert [batch.token_ids.tolist() for batch in both] == [[[5, 0], [5, 0]], [[6, 7], [0, 0]]]
@@ -155,8 +155,8 @@ def test_all_pieces_together_hold_every_completion_token_once(view, context_size
     token_ids, _, _ = flat_completions(THREE)
     seen, rows = [], set()
     for rank in range(context_size):
-        arrangement = Arrangement(0, 2, max_tokens, tensor_pieces, context_size, rank)
-        for batch in collate(THREE, view=view, arrangement=arrangement):
+        batch_layout = BatchLayout(0, 2, max_tokens, tensor_pieces, context_size, rank)
+        for batch in collate(THREE, view=view, batch_layout=batch_layout):
             assert torch.equal(token_ids[batch.token_index], batch.target_ids)
             assert batch.token_ids.shape[1] % tensor_pieces == 0
             assert batch.token_ids.shape[1] * context_size == batch.row_length

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from renio_megatron.data.batching.balance import balance
-from renio_megatron.data.batching.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import BatchLayout, collate
 from renio_megatron.data.batching.packing import pack, share_out
 from renio_megatron.parallel.layout import Axis
 from renio_megatron.types import Prompt, Rollout
@@ -47,9 +47,9 @@ def test_few_sequences_are_packed_one_by_one() -> None:
 def test_packed_rows_compute_few_tokens_that_do_not_exist(context_size: int, tensor_pieces: int) -> None:
     rollouts = [Rollout(Prompt(i, (5,) * n, (5,) * n), (6,) * 24) for i, n in enumerate(_lengths(64))]
     exist = sum(len(rollout.prompt.student_ids) + len(rollout.completion_ids) - 1 for rollout in rollouts)
-    packed = collate(rollouts, view="student", arrangement=Arrangement(0, 1, 2048, tensor_pieces, context_size))
+    packed = collate(rollouts, audience="student", batch_layout=BatchLayout(0, 1, 2048, tensor_pieces, context_size))
     computed = sum(batch.row_length for batch in packed)
-    padded = collate(rollouts, view="student", arrangement=Arrangement(0, 4, None, tensor_pieces, context_size))
+    padded = collate(rollouts, audience="student", batch_layout=BatchLayout(0, 4, None, tensor_pieces, context_size))
     assert exist <= computed <= 1.05 * exist
     assert sum(batch.row_length * batch.num_sequences for batch in padded) > 1.5 * exist
 

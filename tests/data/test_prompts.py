@@ -6,8 +6,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from renio_megatron.config import DataConfig
-from renio_megatron.data.prompt_views import View, encode_view
-from renio_megatron.data.prompts import PromptStream, Room, check_views_differ
+from renio_megatron.data.prompt_views import PromptView, encode_view
+from renio_megatron.data.prompts import LengthLimits, PromptStream, check_views_differ
 from renio_megatron.data.sources import build_source, modchain
 from renio_megatron.data.sources.source import Record
 from renio_megatron.errors import ConfigError, DataError
@@ -40,12 +40,14 @@ def modchain_tokenizer(tmp_path_factory):
     return load_tokenizer(directory)
 
 
-def stream(path, rows, tokenizer=None, *, with_completions=False, room=None, **settings):
+def stream(path, rows, tokenizer=None, *, with_completions=False, length_limits=None, **settings):
     file = path / "data.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(source="jsonl", path=str(file), eval_path=str(file), **settings)
     source = build_source(config, "train")
-    return PromptStream(source, tokenizer or characters(), config, with_completions=with_completions, room=room)
+    return PromptStream(
+        source, tokenizer or characters(), config, with_completions=with_completions, length_limits=length_limits
+    )
 
 
 def texts(prompt, tokenizer):
@@ -63,12 +65,12 @@ def texts(prompt, tokenizer):
 )
 def test_braces_in_the_texts_survive(template, text):
     record = Record("let {x} = {problem}{solution}", solution="{problem}")
-    assert View(template, False, None, "data.student_template").fill(record) == text
+    assert PromptView(template, False, None, "data.student_template").fill(record) == text
 
 
 def test_unknown_field_names_the_setting():
     with pytest.raises(ConfigError, match=r"data\.teacher_template may use .* got \{answer\}"):
-        View("{problem} {answer}", False, None, "data.teacher_template")
+        PromptView("{problem} {answer}", False, None, "data.teacher_template")
 
 
 def test_missing_solution_names_the_record(tmp_path):
@@ -92,7 +94,7 @@ def test_modchain_prompt_is_exactly_its_characters(modchain_tokenizer):
 
 
 def test_beginning_of_text_only_where_the_tokenizer_writes_it():
-    view, record = View("{problem}", False, None, "data.student_template"), Record("ab")
+    view, record = PromptView("{problem}", False, None, "data.student_template"), Record("ab")
     plain, with_bos = characters(), characters(bos=True)
     ids = (plain.get_vocab()["a"], plain.get_vocab()["b"])
     assert encode_view(view, record, plain) == ids
@@ -166,22 +168,22 @@ def test_sequences_fit_the_positions_that_the_models_were_made_for(tmp_path):
     rows = [{"problem": "12345", "solution": "123", "answer": "1"}]
     settings = {"teacher_template": "{problem}{solution}"}  # 5 tokens for the student, 8 for the teacher
 
-    def first(room, *, evaluation=False, **more):
-        prompts = stream(tmp_path, rows, room=room, **settings, **more)
+    def first(length_limits, *, evaluation=False, **more):
+        prompts = stream(tmp_path, rows, length_limits=length_limits, **settings, **more)
         return prompts.evaluation(1) if evaluation else prompts.batch(0, 1)
 
-    first(Room(student=8, teachers={"": 11}, completion=4))  # the last token is not read: 5 + 3, 8 + 3
+    first(LengthLimits(student=8, teachers={"": 11}, completion=4))  # the last token is not read: 5 + 3, 8 + 3
     words = r"data.jsonl:1: the student's prompt of 5 tokens and a completion of up to 4 need 8 positions.*made for 7"
     with pytest.raises(DataError, match=words):
-        first(Room(student=7, teachers={"": 11}, completion=4))
+        first(LengthLimits(student=7, teachers={"": 11}, completion=4))
     with pytest.raises(DataError, match=r"the teacher's prompt of 8 tokens .* need 11 positions.*made for 10"):
-        first(Room(student=8, teachers={"": 10}, completion=4))
-    first(Room(student=8, teachers={"": 10}, completion=2, answer=4), evaluation=True)  # no teacher reads it
+        first(LengthLimits(student=8, teachers={"": 10}, completion=4))
+    first(LengthLimits(student=8, teachers={"": 10}, completion=2, answer=4), evaluation=True)  # no teacher reads it
     with pytest.raises(DataError, match="a completion of up to 5 need 9 positions"):
-        first(Room(student=8, completion=2, answer=5), evaluation=True)
-    first(Room(student=8), with_completions=True)  # 5 + 3 of the solution + the end token, which is not read
+        first(LengthLimits(student=8, completion=2, answer=5), evaluation=True)
+    first(LengthLimits(student=8), with_completions=True)  # 5 + 3 of the solution + the end token, which is not read
     with pytest.raises(DataError, match="a completion of up to 4 need 8 positions"):
-        first(Room(student=7), with_completions=True)
+        first(LengthLimits(student=7), with_completions=True)
 
 
 def test_text_that_the_tokenizer_does_not_know(tmp_path, modchain_tokenizer):

@@ -166,7 +166,7 @@ def test_the_exported_adapter_generates(adapted: Run, model: Path, tmp_path: Pat
 def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     """All positions' logits at TP = 3, gathered: [S, V]."""
     from renio_megatron.config import ParallelConfig, TrainConfig
-    from renio_megatron.data.batching.collate import Arrangement, collate
+    from renio_megatron.data.batching.collate import BatchLayout, collate
     from renio_megatron.megatron.model.build import build_model
     from renio_megatron.megatron.model.schedules import run_forward
     from renio_megatron.megatron.runtime.initialize import start
@@ -181,7 +181,7 @@ def _logits(model: Path, token_ids: list[int]) -> torch.Tensor:
     part = build_model(architecture, layout, parallel, TrainConfig(), vocab_size=architecture.vocab_size)
     load_weights(part, model)
     prompt = Prompt(0, tuple(token_ids[:1]), tuple(token_ids[:1]))
-    batch = collate([Rollout(prompt, tuple(token_ids[1:]))], view="student", arrangement=Arrangement(0))
+    batch = collate([Rollout(prompt, tuple(token_ids[1:]))], audience="student", batch_layout=BatchLayout(0))
     rows = run_forward(part, batch, lambda index, micro_batch, hidden: part.head_logits(hidden))
     return gather_columns(rows[0], part.shard)
 

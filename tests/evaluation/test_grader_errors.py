@@ -13,8 +13,8 @@ from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.evaluation import graders
 from renio_megatron.evaluation.evaluator import Evaluator
 from renio_megatron.evaluation.graders import accuracy, build_grader
-from renio_megatron.parallel.layout import Layout
-from renio_megatron.types import Decoding, Prompt, Rollout
+from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.types import Prompt, Rollout, SamplingParams
 from tests.training.test_trainer import PROMPTS, Roles
 
 
@@ -70,9 +70,9 @@ def test_the_metrics_of_a_step(grader):
 def test_accuracies_count_it_as_wrong(grader):
     grade = grader("count_wrong")
     assert accuracy(rollouts(), grade) == 0.25
-    sampler = SimpleNamespace(sample=lambda prompts, decoding, stream: rollouts(len(prompts)))
+    sampler = SimpleNamespace(sample=lambda prompts, sampling_params, rng_stream: rollouts(len(prompts)))
     prompts = [rollout.prompt for rollout in rollouts()]
-    found = Evaluator(sampler, prompts, grade, Decoding(1.0, None, None, 4), Layout())()
+    found = Evaluator(sampler, prompts, grade, SamplingParams(1.0, None, None, 4), ParallelLayout())()
     assert found == {"eval/accuracy_greedy": 0.25, "eval/accuracy_sampled": 0.25}
 
 

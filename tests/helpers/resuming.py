@@ -119,19 +119,19 @@ def small_files(limit: int) -> Iterator[None]:
 
 def full_at_step_4(config: DistillationConfig, *, rank: int, limit: int) -> dict[str, Any]:
     """A run, one rank of which may not write files above `limit` bytes at its second checkpoint; then without limit."""
-    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
 
-    save = MegatronKeeper.save
+    save = MegatronCheckpointer.save
 
-    def save_without_room(self: MegatronKeeper, step: int, state: dict[str, Any]) -> None:
+    def save_without_room(self: MegatronCheckpointer, step: int, state: dict[str, Any]) -> None:
         with small_files(limit) if dist.get_rank() == rank and step == 4 else contextlib.nullcontext():
             save(self, step, state)
 
-    MegatronKeeper.save = save_without_room  # type: ignore[method-assign]
+    MegatronCheckpointer.save = save_without_room  # type: ignore[method-assign]
     try:
         message = error_of(lambda: run(config))
     finally:
-        MegatronKeeper.save = save  # type: ignore[method-assign]
+        MegatronCheckpointer.save = save  # type: ignore[method-assign]
     dist.barrier()
     root = Path(config.output_dir) / "checkpoints"
     left = (latest_step(root), steps(root), sorted(path.name for path in root.glob(".iter*")))

@@ -46,10 +46,10 @@ def on_scoring_ranks(
         layout = start(
             config.parallel,
             seed=config.train.seed,
-            scorers=teacher_parallel(config.parallel, config.teacher),
-            num_scorers=config.num_teacher_ranks,
+            teacher_parallel=teacher_parallel(config.parallel, config.teacher),
+            num_teacher_ranks=config.num_teacher_ranks,
         )
-        if layout.is_scorer:
+        if layout.is_teacher_rank:
             found[name] = serve(build_teacher_servers(config, read_inputs(config), layout), layout)
         else:
             found[name] = train(config)

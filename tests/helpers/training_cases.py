@@ -116,9 +116,11 @@ def one_step(config: DistillationConfig, folder: Path, draw: Any = None) -> dict
         }
         return real_step()
 
-    arrange = algorithm.learner.arrange
+    make_micro_batches = algorithm.learner.make_micro_batches
     algorithm.sampler.sample = sample
-    algorithm.learner.arrange = lambda rollouts: arrange(seen.setdefault("rollouts", rollouts))  # after their exchange
+    algorithm.learner.make_micro_batches = lambda rollouts: make_micro_batches(
+        seen.setdefault("rollouts", rollouts)
+    )  # after their exchange
     algorithm.weigh = lambda *args, **more: seen.setdefault("sample", weigh(*args, **more))
     optimizer.step = step_after_looking
     trainer.save_interval = 0

@@ -108,7 +108,7 @@ def test_the_choice_by_environment(monkeypatch):
 def test_what_the_kernels_cannot_take(monkeypatch):
     from renio_megatron.losses.kernels import triton_ops, triton_terms
 
-    monkeypatch.setattr(triton_terms, "INTERPRETED", True)
+    monkeypatch.setattr(triton_terms, "IS_INTERPRETED", True)
     monkeypatch.setenv("RENIO_KERNELS", "triton")
     with pytest.raises(ConfigError, match=r"float64; they take float32, bfloat16 and float16"):
         call(torch.float64)
@@ -159,11 +159,11 @@ def test_the_cpu_does_not_import_triton():
 
 
 def test_a_row_is_covered_by_its_parts():
-    from renio_megatron.losses.kernels.tuning import OFFERED, cut_rows
+    from renio_megatron.losses.kernels.tuning import CANDIDATES, cut_rows
 
     for rows in (1, 2, 5, 40, 3000):
         for width in (1, 31, 32, 33, 151936):
-            for block in (32, *(cut.block for cut in OFFERED)):
+            for block in (32, *(launch.block for launch in CANDIDATES)):
                 parts, blocks = cut_rows(rows, width, block, CPU)
                 assert parts * blocks * block >= width > (parts - 1) * blocks * block
     assert cut_rows(1, 1024, 32, CPU)[0] > 1 == cut_rows(3000, 1024, 32, CPU)[0]
@@ -184,22 +184,22 @@ def tuner(monkeypatch):
 def test_a_cut_is_timed_once_for_large_calls(tuner):
     tuning, timed = tuner
     arguments = ("kernel", 8192, 151936, CUDA, print)
-    assert tuning.choose_cut("kernel", 1, 151936, CUDA, None) == tuning.FIXED and not timed, "too small to time"
-    chosen = tuning.choose_cut(*arguments)
-    assert chosen.block == max(cut.block for cut in tuning.OFFERED)
-    assert [cut for cut, _ in timed] == list(tuning.OFFERED) and {few for _, few in timed} == {442}
-    assert tuning.choose_cut(*arguments) == chosen == tuning.choose_cut("kernel", 1, 151936, CUDA, None)
-    assert len(timed) == len(tuning.OFFERED)
-    assert tuning.choose_cut("kernel", 8192, 151936, CPU, None) == tuning.INTERPRETED
+    assert tuning.choose_launch("kernel", 1, 151936, CUDA, None) == tuning.FIXED and not timed, "too small to time"
+    chosen = tuning.choose_launch(*arguments)
+    assert chosen.block == max(launch.block for launch in tuning.CANDIDATES)
+    assert [launch for launch, _ in timed] == list(tuning.CANDIDATES) and {few for _, few in timed} == {442}
+    assert tuning.choose_launch(*arguments) == chosen == tuning.choose_launch("kernel", 1, 151936, CUDA, None)
+    assert len(timed) == len(tuning.CANDIDATES)
+    assert tuning.choose_launch("kernel", 8192, 151936, CPU, None) == tuning.INTERPRETER_LAUNCH
 
 
 def test_nothing_is_timed_where_bits_must_repeat(tuner, monkeypatch):
     tuning, timed = tuner
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert tuning.choose_cut("kernel", 8192, 151936, CUDA, None) == tuning.FIXED
+    assert tuning.choose_launch("kernel", 8192, 151936, CUDA, None) == tuning.FIXED
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.choose_cut("kernel", 8192, 151936, CUDA, None) == tuning.FIXED and not timed
+    assert tuning.choose_launch("kernel", 8192, 151936, CUDA, None) == tuning.FIXED and not timed
 
 
 @pytest.mark.gpu

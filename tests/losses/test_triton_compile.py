@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 
 from renio_megatron.losses.kernels import triton_kernels  # noqa: E402
 from renio_megatron.losses.kernels.triton_terms import FORWARD_KL, JSD, REVERSE_KL  # noqa: E402
-from renio_megatron.losses.kernels.tuning import FIXED, OFFERED  # noqa: E402
+from renio_megatron.losses.kernels.tuning import CANDIDATES, FIXED  # noqa: E402
 
 POINTERS = {
     "student": "logits", "teacher": "logits", "logits": "logits", "gradient": "logits", "columns": "i64",
@@ -47,7 +47,7 @@ KERNELS = {  # name, constants, (exponentials, logarithms) of an entry; None: no
 INSTRUCTIONS = re.compile(r"\bex2\.approx\.ftz\.f32|\blg2\.approx\.ftz\.f32")
 
 
-def compiled(name, constants, cut, dtype="bf16"):
+def compiled(name, constants, launch, dtype="bf16"):
     """PTX of a kernel for compute capability 9.0, with strides and widths that are multiples of 16."""
     kernel = getattr(triton_kernels, name)
     signature, attributes = {}, {}
@@ -61,10 +61,12 @@ def compiled(name, constants, cut, dtype="bf16"):
             signature[argument] = "i32" if argument in WHOLE_NUMBERS else "fp32"
         if pointer or (argument in WHOLE_NUMBERS and argument not in ("blocks", "num_parts")):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    values = {**constants, "BLOCK": cut.block, "STAGES": cut.stages}
+    values = {**constants, "BLOCK": launch.block, "STAGES": launch.stages}
     source = triton.compiler.ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": cut.warps, "enable_fp_fusion": True}).asm["ptx"]
+    return triton.compile(source, target=target, options={"num_warps": launch.warps, "enable_fp_fusion": True}).asm[
+        "ptx"
+    ]
 
 
 def registers_and_spills(ptx, folder):
@@ -105,8 +107,8 @@ def test_the_fixed_cut(kernel, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("cut", OFFERED, ids=str)
-def test_no_cut_that_is_offered_spills(cut, dtype, tmp_path):
+@pytest.mark.parametrize("cut", CANDIDATES, ids=str)
+def test_no_cut_that_is_offered_spills(launch, dtype, tmp_path):
     for kernel, (name, constants, _) in KERNELS.items():
-        _, spilled = registers_and_spills(compiled(name, constants, cut, dtype), tmp_path)
+        _, spilled = registers_and_spills(compiled(name, constants, launch, dtype), tmp_path)
         assert spilled == 0, kernel

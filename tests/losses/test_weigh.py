@@ -20,7 +20,7 @@ from renio_megatron.config.sections.weighting import (
     StudentEntropyWeighting,
     UniformWeighting,
 )
-from renio_megatron.data.batching.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import BatchLayout, collate
 from renio_megatron.losses.sample_weights import sample_weights
 from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 from renio_megatron.training.targets import MicroBatchLoss, TeacherTargets
@@ -277,7 +277,7 @@ def test_what_multiplies_a_token_of_a_micro_batch(recipe):
     rollouts = [Rollout(Prompt(i, (1,), (1,)), (2,) * len(mine)) for i, mine in enumerate(facts["of"])]
     targets = Keeping(len(tokens.ids))
     loss = WeightedLoss(targets, sample, LOSSES["plain"], HeadConfig())
-    for index, batch in enumerate(collate(rollouts, view="student", arrangement=Arrangement(0, 3))):
+    for index, batch in enumerate(collate(rollouts, audience="student", batch_layout=BatchLayout(0, 3))):
         loss(index, batch, torch.zeros(len(batch.target_ids), 2, dtype=torch.float64), None)
     assert worst(targets.scale / 4, expected.scale) <= 1e-15
     kept = torch.stack([expected.kept[mine].sum() for mine in facts["of"]])

@@ -15,11 +15,11 @@ from renio_megatron.config.sections.weighting import (
     StudentEntropyWeighting,
     UniformWeighting,
 )
-from renio_megatron.data.batching.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import BatchLayout, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.losses import entropy as entropy_module
 from renio_megatron.losses import token_logp, vocab_passes
-from renio_megatron.losses.vocab_passes import Passes
+from renio_megatron.losses.vocab_passes import VocabParallelPasses
 from renio_megatron.objective.weightings import LOGIT_INPUTS
 from renio_megatron.objective.weightings.strategy import seeded
 from renio_megatron.parallel.vocab import LmHead
@@ -86,13 +86,13 @@ class Counted:
         self.entropies, self.totals = [], 0
         for module in (vocab_passes, token_logp):
             monkeypatch.setattr(module, "entropy", self._counted(module.entropy))
-        totals = Passes.totals_and_gradient
+        totals = VocabParallelPasses.totals_and_gradient
 
         def counted(passes, *args):
             self.totals += 1
             return totals(passes, *args)
 
-        monkeypatch.setattr(Passes, "totals_and_gradient", counted)
+        monkeypatch.setattr(VocabParallelPasses, "totals_and_gradient", counted)
 
     def _counted(self, entropy):
         def counted(logits, *args, **kwargs):
@@ -176,7 +176,7 @@ def scored(weighting, *, drawn=True, recompute=False, loss=LOSSES["bounded"]):
         ids = tuple(tokens.ids[first : first + count].tolist())
         rollouts.append(Rollout(Prompt(number, (1,), (1,)), ids, logp[first : first + count] if drawn else None))
         first += count
-    batches = collate(rollouts, view="student", arrangement=Arrangement(0, 3))
+    batches = collate(rollouts, audience="student", batch_layout=BatchLayout(0, 3))
     shard = VocabShard(0, 11, 11)
     student = Student(models[0], LmHead(models[1], shard), batches)
     payload = [models[2][batch.token_index] for batch in batches]

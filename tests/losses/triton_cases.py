@@ -116,7 +116,7 @@ def sharded(label, cut, ranks, beta, clip, impossible=None):
         logits = [columns(x, start, stop).to(DEVICE) for x in (student, teacher)]
         parts.append((shard, logits, shard.local_columns(ids).to(DEVICE)))
     local = [
-        kernels.statistics(*logits, mine, num_valid=shard.num_valid, temperature=1.1, cross_sign=sign)
+        kernels.statistics(*logits, mine, num_valid=shard.num_valid, temperature=1.1, cross_term_sign=sign)
         for shard, logits, mine in parts
     ]
     normalizers = merge_statistics(torch.stack(local), sign)
@@ -243,7 +243,7 @@ def nothing_to_do():
         label = f"{rows} rows, {num_valid} of {width} columns"
         expected = torch.tensor([-INF, 0.0, -INF, 0.0, -INF, -INF, 0.0], device=DEVICE).expand(rows, 7)
         for sign in (-1, 0, 1):
-            found = kernels.statistics(logits, logits, mine, cross_sign=sign, **shared)
+            found = kernels.statistics(logits, logits, mine, cross_term_sign=sign, **shared)
             yield f"{label}: statistics", float(not torch.equal(found, expected)), 0.0
         found = kernels.token_statistics(logits, mine, **shared)
         yield f"{label}: one model", float(not torch.equal(found, expected[:, [0, 1, 4]])), 0.0

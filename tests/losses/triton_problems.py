@@ -96,6 +96,6 @@ def prepared(student, teacher, beta, num_valid=70):
     bounds = {"beta": beta, "entry_clip": None, "entry_floor": 0.0, "temperature": 1.1}
     logits = [x.to(DEVICE) for x in (student, teacher)]
     nowhere = torch.full((len(student),), -1, device=DEVICE)
-    normalizers = merge_statistics(kernels.statistics(*logits, nowhere, cross_sign=0, **shared)[None], 0)
+    normalizers = merge_statistics(kernels.statistics(*logits, nowhere, cross_term_sign=0, **shared)[None], 0)
     sums = kernels.clamped_sums(*logits, normalizers, divergence, num_valid=num_valid, **bounds)
     return normalizers, divergence, sums[:, 1], bounds

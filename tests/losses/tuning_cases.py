@@ -75,13 +75,13 @@ def played_gpu(least: int) -> Iterator[Asked]:
     from renio_megatron.losses.kernels import triton_ops, tuning
 
     asked = Asked()
-    choose = tuning.choose_cut
+    choose = tuning.choose_launch
 
-    def choose_cut(key: Any, rows: int, width: int, device: torch.device, trial: Any) -> Any:
+    def choose_launch(key: Any, rows: int, width: int, device: torch.device, trial: Any) -> Any:
         if rows * width >= least:
             asked.large.add((CUDA.index, key))
         choose(key, rows, width, CUDA, trial)
-        return tuning.INTERPRETED
+        return tuning.INTERPRETER_LAUNCH
 
     with contextlib.ExitStack() as stack:
         for place, name, value in (
@@ -89,7 +89,7 @@ def played_gpu(least: int) -> Iterator[Asked]:
             (tuning, "TRIAL_ENTRIES", least),
             (tuning, "_milliseconds", lambda run: float(run.args[0].block)),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
-            (triton_ops, "choose_cut", choose_cut),
+            (triton_ops, "choose_launch", choose_launch),
             (triton_ops, "jit", Launches()),
             (kernels, "_implementation", lambda arguments: Played()),
             (kernels, "tunes", lambda device: True),
@@ -140,7 +140,7 @@ def tuned_and_asked(config: JobConfig, folder: Path, least: int) -> dict[str, An
 
     layout, inputs, lines = start(config.parallel, seed=config.train.seed), read_inputs(config), list[str]()
     with played_gpu(least) as asked:
-        trainer = build_trainer(config, inputs, layout, folder / "unused", say=lines.append)
+        trainer = build_trainer(config, inputs, layout, folder / "unused", report=lines.append)
         tuned, state = set(asked.table), torch.get_rng_state()
         asked.table.clear()
         trainer.algorithm.tune(12)

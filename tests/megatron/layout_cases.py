@@ -198,11 +198,11 @@ def _set_micro_batches(algorithm: Any, case: Case, is_large: bool, share: int) -
     """One sequence a micro-batch, or as many as the layout allows."""
     interleaved = "VPP" in case.layout
     for owner, part in ((algorithm.learner, algorithm.learner.part), (algorithm.teacher, algorithm.teacher._part)):
-        pad_id = owner._arrangement.pad_id
+        pad_id = owner._batch_layout.pad_id
         if case.packed:
-            owner._arrangement = part.arrangement(pad_id, 1, LARGE_PACK if is_large else SMALL_PACK)
+            owner._batch_layout = part.batch_layout(pad_id, 1, LARGE_PACK if is_large else SMALL_PACK)
         else:
-            owner._arrangement = part.arrangement(pad_id, share // (2 if interleaved else 1) if is_large else 1, None)
+            owner._batch_layout = part.batch_layout(pad_id, share // (2 if interleaved else 1) if is_large else 1, None)
 
 
 def own_part(parameter: torch.Tensor, learner: Any) -> tuple[torch.Tensor, torch.Tensor, slice]:

@@ -264,7 +264,7 @@ def run_case(case: Case, folder: Path, mutate: Callable[[Any], Any] | None = Non
 
     def sample_and_score(*args: Any, **kwargs: Any) -> Any:
         seen["rollouts"] = sample(*args, **kwargs)
-        batches = learner.arrange(seen["rollouts"])
+        batches = learner.make_micro_batches(seen["rollouts"])
         seen["logits"] = [
             (rows, batch)
             for rows, batch in zip(

@@ -184,7 +184,7 @@ def imported(folder: Path) -> dict[str, Any]:
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.runner.build import build_trainer
     from renio_megatron.runner.inputs import read_inputs
-    from renio_megatron.types import Decoding
+    from renio_megatron.types import SamplingParams
 
     found: dict[str, Any] = {}
     directory = str(folder / "adapter")
@@ -194,7 +194,7 @@ def imported(folder: Path) -> dict[str, Any]:
         inputs = read_inputs(config)
         trainer = build_trainer(config, inputs, layout, folder / "unused")
         prompts = inputs.stream.batch(0, 4)
-        rollouts = trainer.algorithm.sampler.sample(prompts, Decoding(0.0, None, None, 6), stream=(1,))
+        rollouts = trainer.algorithm.sampler.sample(prompts, SamplingParams(0.0, None, None, 6), rng_stream=(1,))
         part = trainer.algorithm.learner.part
         found[name] = {
             "prompts": [list(prompt.student_ids) for prompt in prompts],

@@ -199,7 +199,7 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
     ),
     "always normalised": (
         "EP2, not normalised, tied",
-        "mixture_settings",
+        "moe_settings",
         lambda real: lambda *args: real(*args) | ({"moe_router_pre_softmax": False} if real(*args) else {}),
         "sampler",
     ),

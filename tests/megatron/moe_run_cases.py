@@ -119,7 +119,7 @@ def adapters_on_attention(folder: Path) -> dict[str, float]:
 def uneven_sampling(folder: Path) -> dict[str, Any]:
     """Completions of three prompts, one at a time, of which each rank has as many as its key says."""
     from renio_megatron.megatron.runtime.initialize import start
-    from renio_megatron.runner.build import build_student, decoding_of
+    from renio_megatron.runner.build import build_student, sampling_params_of
     from renio_megatron.runner.inputs import read_inputs
 
     found = {}
@@ -128,10 +128,10 @@ def uneven_sampling(folder: Path) -> dict[str, Any]:
         layout, inputs = start(config.parallel, seed=7), read_inputs(config)
         _, sampler = build_student(config, inputs, layout)
         prompts = inputs.stream.batch(0, 3)
-        decoding = replace(decoding_of(config), micro_batch_size=1)
+        sampling_params = replace(sampling_params_of(config), micro_batch_size=1)
         for share in ((3, 0), (0, 3), (1, 2)):
             mine = prompts[: share[0]] if layout.data.is_first else prompts[3 - share[1] :]
-            own = sampler.sample(mine, decoding, stream=(1,))
+            own = sampler.sample(mine, sampling_params, rng_stream=(1,))
             found[name, share] = {rollout.prompt.index: rollout.completion_ids for rollout in own}
     return found
 

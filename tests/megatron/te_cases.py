@@ -10,7 +10,7 @@ import torch
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
 from renio_megatron.config.schema import DistillationConfig
-from renio_megatron.types import Decoding, Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout, SamplingParams
 from tests.fakes import te_standin
 from tests.helpers.training_cases import layout_of, one_step, recipe
 
@@ -28,7 +28,7 @@ FP8 = PrecisionConfig(backend="te", fp8="hybrid")
 TE = PrecisionConfig(backend="te")
 LOCAL = PrecisionConfig(backend="local")
 MIXED = replace(FP8, first_last_layers_bf16=True, num_layers_at_end_in_bf16=2)
-GREEDY = Decoding(0.0, None, None, 5, None)
+GREEDY = SamplingParams(0.0, None, None, 5, None)
 
 
 def save_models(root):
@@ -84,7 +84,7 @@ def step_of(part, train, parallel, precision=None, steps=1):
         return step()
 
     learner.optimizer.step = look_and_step
-    batch = learner.arrange(rollouts()[data.rank :: data.size])
+    batch = learner.make_micro_batches(rollouts()[data.rank :: data.size])
     found = [learner.update(batch, token_cross_entropy, step=step, lr=1e-2) for step in range(1, steps + 1)]
     return found[-1], seen
 
@@ -94,16 +94,16 @@ def logp_of(part, train):
     from renio_megatron.config import HeadConfig
     from renio_megatron.data.batching.collate import collate
     from renio_megatron.losses.token_logp import linear_token_logp
-    from renio_megatron.megatron.model.schedules import run_forward, share_tokens
+    from renio_megatron.megatron.model.schedules import broadcast_token_values, run_forward
 
-    arrangement = part.arrangement(0, train.micro_batch_size, train.max_tokens_per_micro_batch)
-    batches = collate(rollouts(), view="student", arrangement=arrangement)
+    batch_layout = part.batch_layout(0, train.micro_batch_size, train.max_tokens_per_micro_batch)
+    batches = collate(rollouts(), audience="student", batch_layout=batch_layout)
 
     def rows_logp(index, batch, rows):
         return linear_token_logp(rows, part.head(), batch.target_ids, HeadConfig(), 1.0)
 
     part.train(False)
-    return share_tokens(run_forward(part, batches, rows_logp), batches, part.layout)
+    return broadcast_token_values(run_forward(part, batches, rows_logp), batches, part.layout)
 
 
 def sample_of(part, count=3, pad_id=0):
@@ -111,7 +111,7 @@ def sample_of(part, count=3, pad_id=0):
 
     prompts = [rollout.prompt for rollout in rollouts()[:count]]
     sampler = MegatronSampler(part, seed=1, temperature=1.0, stop_ids=[VOCAB - 1], pad_id=pad_id)
-    found = sampler.sample(prompts, GREEDY, stream=(1,))
+    found = sampler.sample(prompts, GREEDY, rng_stream=(1,))
     return [(rollout.completion_ids, rollout.logp) for rollout in found]
 
 
@@ -247,11 +247,11 @@ def exported(root):
 
 
 def save(part, folder, parallel):
-    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.student.learner import MegatronLearner
 
     learner = MegatronLearner(part, TrainConfig(), parallel, temperature=1.0, pad_id=0)
-    MegatronKeeper(folder, learner).save(1, {})
+    MegatronCheckpointer(folder, learner).save(1, {})
 
 
 def reload(folder, directory, layout, backend):

@@ -167,10 +167,10 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
         found["student loss"].append(abs(values[0] - values[2]))
         return update(batches, loss, **kwargs)
 
-    def sample_twice(prompts: Any, decoding: Any, *, stream: Any, **_: Any) -> Any:
-        mine = sample(prompts, decoding, stream=stream)
+    def sample_twice(prompts: Any, sampling_params: Any, *, rng_stream: Any, **_: Any) -> Any:
+        mine = sample(prompts, sampling_params, rng_stream=rng_stream)
         with weights.activated():
-            teachers = sample(prompts, decoding, stream=stream)
+            teachers = sample(prompts, sampling_params, rng_stream=rng_stream)
         own = flat(learner_scores(learner, mine))
         drawn = torch.cat([rollout.logp for rollout in mine])
         swapped = torch.cat([rollout.logp for rollout in teachers])
@@ -179,7 +179,7 @@ def averages_by_hand(folder: Path, trained: str, changes: dict[str, Any]) -> dic
         return mine
 
     def learner_scores(learner: Any, rollouts: Any) -> torch.Tensor:
-        return learner.score(learner.arrange(rollouts))["student_logp"]
+        return learner.score(learner.make_micro_batches(rollouts))["student_logp"]
 
     def flat(values: torch.Tensor) -> torch.Tensor:
         return values.cpu()
@@ -237,8 +237,8 @@ def moved(folder: Path) -> dict[str, Any]:
         )
         trainer, _, _ = built(config, folder / f"moved, {trained}")
         step = trainer.resume()
-        trainer.keeper.save(step, trainer._state())
-        trainer.keeper.finish()
+        trainer.checkpointer.save(step, trainer._state())
+        trainer.checkpointer.finish()
         again = step_directory(folder / f"moved, {trained}" / "unused", 2)
         one, other = (tensors(path, VOCAB_SIZE) for path in (source, again))
         keys = [key for key in one if key.startswith("teacher_average")]

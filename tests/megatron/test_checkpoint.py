@@ -41,7 +41,7 @@ def _asynchronous(config: DistillationConfig) -> dict[str, Any]:
     in_force: dict[int, Any] = {}
 
     def before_step(trainer: Any, step: int) -> None:
-        calls = trainer.keeper._queue.async_calls
+        calls = trainer.checkpointer._queue.async_calls
         if step == 4:  # the checkpoint of step 2 is written during steps 3 and 4; nobody waited for it so far
             for call in calls:
                 call.async_caller.process.join()
@@ -88,7 +88,7 @@ def _saved_twice(config: DistillationConfig) -> tuple[int, int]:
     trainer = build_trainer(config, read_inputs(config), start(config.parallel, seed=1), root)
     trainer.resume()
     before = (root / "iter_0000005").stat().st_mtime_ns
-    trainer.keeper.save(5, {})
+    trainer.checkpointer.save(5, {})
     _barrier()
     return before, (root / "iter_0000005").stat().st_mtime_ns
 
@@ -161,7 +161,7 @@ def _taken_over(folder: Path) -> dict[str, Any]:
 
 def _relaid(folder: Path) -> dict[str, Any]:
     """The run that SIGTERM stopped at step 3, with two pipeline stages: saved as it was loaded, then continued."""
-    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.runner.build import build_trainer
     from renio_megatron.runner.inputs import read_inputs
@@ -176,7 +176,7 @@ def _relaid(folder: Path) -> dict[str, Any]:
     layout = start(pipeline, seed=1)
     trainer = build_trainer(config, read_inputs(config), layout, folder / "relaid" / "checkpoints")
     assert trainer.resume() == 3
-    MegatronKeeper(folder / "again", trainer.algorithm.learner).save(3, {})
+    MegatronCheckpointer(folder / "again", trainer.algorithm.learner).save(3, {})
     return run(config)
 
 

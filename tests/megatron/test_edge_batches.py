@@ -14,7 +14,7 @@ import torch
 from renio_megatron.config import ParallelConfig, WeightingConfig
 from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.errors import DataError, NumericsError
-from renio_megatron.types import Decoding, Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout, SamplingParams
 from tests.helpers.multiprocess import run_ranks
 from tests.helpers.training_cases import VOCAB_SIZE, layout_of, one_step, recipe, save_models
 
@@ -40,12 +40,14 @@ def _end_token(folder: Path) -> int:
 def draw_lengths(lengths: Sequence[int], end: int) -> Any:
     """A sampler's `sample`: prompt i gets lengths[i] tokens; below the limit the last one is the end token."""
 
-    def sample(prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...], **_: Any) -> list[Rollout]:
+    def sample(
+        prompts: Sequence[Prompt], sampling_params: SamplingParams, *, rng_stream: tuple[int, ...], **_: Any
+    ) -> list[Rollout]:
         rollouts = []
         for prompt in prompts:
             length, random_ = lengths[prompt.index % len(lengths)], random.Random(prompt.index)
             tokens = [random_.choice([token for token in range(VOCAB_SIZE) if token != end]) for _ in range(length)]
-            finished = 0 < length < decoding.max_completion_length
+            finished = 0 < length < sampling_params.max_completion_length
             rollouts.append(Rollout(prompt, (*tokens[:-1], end) if finished else tuple(tokens), finished=finished))
         return rollouts
 

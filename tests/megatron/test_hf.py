@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from renio_megatron.config import ParallelConfig, TrainConfig
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.resume import to_yaml
-from renio_megatron.data.batching.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import BatchLayout, collate
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.types import Prompt, Rollout
@@ -153,7 +153,7 @@ def logits_of(part, rows):
 
     # A prompt of one token: every position of the row then predicts a completion token, the last one token 0.
     rollouts = [Rollout(Prompt(i, (row[0],), (row[0],)), (*row[1:], 0)) for i, row in enumerate(rows)]
-    micro_batches = collate(rollouts, view="student", arrangement=Arrangement(3, micro_batch_size=2))
+    micro_batches = collate(rollouts, audience="student", batch_layout=BatchLayout(3, micro_batch_size=2))
 
     def gathered(index, micro_batch, hidden_rows):
         return gather_columns(part.head_logits(hidden_rows), part.shard)
@@ -164,14 +164,14 @@ def logits_of(part, rows):
 
 def save_checkpoint(part, run, step, new_value):
     """A checkpoint of untrained weights in a run directory; `new_value` replaces an element of the final norm."""
-    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.student.learner import MegatronLearner
 
     if new_value is not None and part.layout.pipeline.is_last:
         with torch.no_grad():
             part.chunks[0].decoder.final_layernorm.weight[3] = new_value
     learner = MegatronLearner(part, TrainConfig(), ParallelConfig(), temperature=1.0, pad_id=0)
-    MegatronKeeper(run / "checkpoints", learner).save(step, {})
+    MegatronCheckpointer(run / "checkpoints", learner).save(step, {})
 
 
 def export(jobs, bad_jobs):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import DataConfig, ParallelConfig, TrainConfig
-from renio_megatron.data.batching.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import BatchLayout, collate
 from renio_megatron.types import Prompt, Rollout
 from tests.helpers.multiprocess import run_ranks
 from tests.helpers.training_cases import recipe, save_models
@@ -75,7 +75,7 @@ def _small_denominators(folder: Path) -> dict[str, Any]:
     from renio_megatron.training.algorithms.sft import token_cross_entropy
 
     learner = _trainer(folder, ParallelConfig(tensor_model_parallel_size=2)).algorithm.learner
-    batches = learner.arrange(ROLLOUTS)
+    batches = learner.make_micro_batches(ROLLOUTS)
     seen: list[torch.Tensor] = []
 
     def look() -> Any:
@@ -84,8 +84,8 @@ def _small_denominators(folder: Path) -> dict[str, Any]:
 
     def scaled(factor: float) -> Any:
         def loss(*args: Any) -> Any:
-            total, count, tally = token_cross_entropy(*args)
-            return factor * total, factor * count, tally
+            total, count, accumulator = token_cross_entropy(*args)
+            return factor * total, factor * count, accumulator
 
         return loss
 
@@ -112,7 +112,7 @@ def _stale_parameters(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     uses = {
         "sampling": lambda learner: learner.part.decoding().__enter__(),
-        "scoring": lambda learner: learner.score(learner.arrange(ROLLOUTS)),
+        "scoring": lambda learner: learner.score(learner.make_micro_batches(ROLLOUTS)),
         "saving": lambda learner: sharded_weights(learner.part),
     }
     for name, use in uses.items():
@@ -140,8 +140,8 @@ def _padding_side(folder: Path) -> dict[str, float]:
     from renio_megatron.megatron.model.schedules import run_forward
 
     part = _trainer(folder, ParallelConfig(tensor_model_parallel_size=2)).algorithm.learner.part
-    (alone,) = collate(ROLLOUTS[:1], view="student", arrangement=Arrangement(0))
-    (right,) = collate(ROLLOUTS[:1], view="student", arrangement=Arrangement(0, tensor_pieces=12))
+    (alone,) = collate(ROLLOUTS[:1], audience="student", batch_layout=BatchLayout(0))
+    (right,) = collate(ROLLOUTS[:1], audience="student", batch_layout=BatchLayout(0, tensor_pieces=12))
     shift = right.token_ids.shape[1] - alone.token_ids.shape[1]
     left = replace(right, token_ids=right.token_ids.roll(shift, 1), row_index=right.row_index + shift)
     assert shift > 4
@@ -161,11 +161,11 @@ def _decoding(folder: Path) -> dict[str, Any]:
         "TP": ParallelConfig(tensor_model_parallel_size=2),
     }.items():
         algorithm = _trainer(folder, parallel).algorithm
-        sampler, decoding, part = algorithm.sampler, algorithm._decoding, algorithm.learner.part
-        tokens = [rollout.completion_ids for rollout in sampler.sample(PROMPTS, decoding, stream=(1,))]
+        sampler, sampling_params, part = algorithm.sampler, algorithm._sampling_params, algorithm.learner.part
+        tokens = [rollout.completion_ids for rollout in sampler.sample(PROMPTS, sampling_params, rng_stream=(1,))]
         part.train(False)
         try:  # every rank the same prompts, so that none waits for another
-            fault: Any = [rollout.completion_ids for rollout in sampler._decode(PROMPTS, decoding, (1,))]
+            fault: Any = [rollout.completion_ids for rollout in sampler._decode(PROMPTS, sampling_params, (1,))]
         except (AssertionError, RuntimeError, ValueError) as error:
             fault = type(error).__name__
         found[name] = (tokens, fault)

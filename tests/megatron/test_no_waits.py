@@ -18,7 +18,7 @@ from tests.helpers.training_cases import layout_of, recipe, save_models
 from tests.megatron.route_cases import MIXED, routed
 
 ROOMS = ("/renio_megatron/losses/", "/renio_megatron/training/", "/renio_megatron/megatron/student/learner.py")
-ONCE_A_STEP = ("_bad_gradient", "_finalize_gradients", "_require_finite_losses", "reduce_tally", "_on_host", "update")
+ONCE_A_STEP = ("_bad_gradient", "_finalize_gradients", "_require_finite_losses", "reduce_metrics", "_on_host", "update")
 """Functions that may read values: they run when the micro-batches are over."""
 ON_THE_CPU = ("_drop_clamped_slopes_",)
 """Functions that read one where the device is a CPU, and take another way on a GPU."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from renio_megatron.data.batching.collate import Arrangement, collate
+from renio_megatron.data.batching.collate import BatchLayout, collate
 from renio_megatron.types import MicroBatch, Prompt, Rollout
 from tests.helpers.multiprocess import run_ranks
 
@@ -33,11 +33,11 @@ def wrong_rows(arrangements: dict[str, Any]) -> dict[str, int]:
     place = {"context_size": group.size(), "context_rank": group.rank()} if group is not None else {}
     found = {}
     for name, sizes in arrangements.items():
-        arrangement = Arrangement(0, **sizes, **place)
-        student = collate(ROLLOUTS, view="student", arrangement=arrangement)
+        batch_layout = BatchLayout(0, **sizes, **place)
+        student = collate(ROLLOUTS, audience="student", batch_layout=batch_layout)
 
-        def rows_of(rollouts: list[Rollout], arrangement: Arrangement = arrangement) -> tuple[list, list[MicroBatch]]:
-            teacher = collate(rollouts, view="teacher", arrangement=arrangement)
+        def rows_of(rollouts: list[Rollout], batch_layout: BatchLayout = batch_layout) -> tuple[list, list[MicroBatch]]:
+            teacher = collate(rollouts, audience="teacher", batch_layout=batch_layout)
             return [states_of(rollouts)[batch.token_index] for batch in teacher], teacher
 
         def again(rollouts: list[Rollout], batch: MicroBatch, rows_of: Any = rows_of) -> torch.Tensor:
@@ -78,9 +78,9 @@ def test_each_row_is_its_tokens_on_context_ranks() -> None:
 
 
 def test_a_packing_in_which_the_views_differ_is_among_them() -> None:
-    arrangement = Arrangement(0, max_tokens=34)
+    batch_layout = BatchLayout(0, max_tokens=34)
     orders = [
-        torch.cat([batch.token_index for batch in collate(ROLLOUTS, view=view, arrangement=arrangement)]).tolist()
+        torch.cat([batch.token_index for batch in collate(ROLLOUTS, view=view, batch_layout=batch_layout)]).tolist()
         for view in ("student", "teacher")
     ]
     assert orders[0] != orders[1]

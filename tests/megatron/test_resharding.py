@@ -23,7 +23,7 @@ def _first_part(folder: Path, name: str, tensor: int) -> Any:
 
 def _on_one_rank(folder: Path) -> dict[str, Any]:
     """A whole run on one rank; the other layouts' first parts saved as they are loaded, and continued."""
-    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
+    from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.runner.build import build_trainer
     from renio_megatron.runner.inputs import read_inputs
@@ -35,7 +35,7 @@ def _on_one_rank(folder: Path) -> dict[str, Any]:
             config, read_inputs(config), start(config.parallel, seed=1), folder / name / "checkpoints"
         )
         assert trainer.resume() == 2
-        MegatronKeeper(folder / f"{name} again", trainer.algorithm.learner).save(2, {})
+        MegatronCheckpointer(folder / f"{name} again", trainer.algorithm.learner).save(2, {})
         found[name] = run(config)["outcome"]
     # The common part of a checkpoint is the first rank's alone; the others would wait for it until they are ended.
     found["full"] = full_at_step_4(run_config(folder, "full", parallel=layout_of(1)), rank=0, limit=500)

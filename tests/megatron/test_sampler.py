@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from renio_megatron.config import ParallelConfig, TrainConfig
-from renio_megatron.types import Decoding, Prompt
+from renio_megatron.types import Prompt, SamplingParams
 from tests.helpers.multiprocess import run_ranks
 
 TOLERANCE = 1e-5
@@ -24,20 +24,28 @@ EVERY_LAYOUT = [(size, *layout) for size, layouts in LAYOUTS.items() for layout 
 LAYOUT_IDS = ["DP2", "TP2", "PP2", "TP2xPP2", "PP2xDP2"]
 MODELS = ("llama", "qwen3")
 
-PLAIN = Decoding(temperature=1.0, top_p=None, top_k=None, max_completion_length=LIMIT)
-USUAL = {"decoding": PLAIN, "temperature": 1.0, "stop_ids": STOP_IDS, "stream": (1, 0), "seed": 3, "order": range(7)}
+PLAIN = SamplingParams(temperature=1.0, top_p=None, top_k=None, max_completion_length=LIMIT)
+USUAL = {
+    "sampling_params": PLAIN,
+    "temperature": 1.0,
+    "stop_ids": STOP_IDS,
+    "rng_stream": (1, 0),
+    "seed": 3,
+    "order": range(7),
+}
 CASES = {
     "plain": USUAL,
-    "nucleus": USUAL | {"decoding": replace(PLAIN, temperature=0.8, top_p=0.8), "temperature": 1.3},
-    "top-k": USUAL | {"decoding": replace(PLAIN, top_k=3), "temperature": 0.7},
-    "greedy": USUAL | {"decoding": replace(PLAIN, temperature=0.0), "stop_ids": ()},
-    "micro": USUAL | {"decoding": replace(PLAIN, micro_batch_size=2)},
+    "nucleus": USUAL | {"sampling_params": replace(PLAIN, temperature=0.8, top_p=0.8), "temperature": 1.3},
+    "top-k": USUAL | {"sampling_params": replace(PLAIN, top_k=3), "temperature": 0.7},
+    "greedy": USUAL | {"sampling_params": replace(PLAIN, temperature=0.0), "stop_ids": ()},
+    "micro": USUAL | {"sampling_params": replace(PLAIN, micro_batch_size=2)},
     "reversed": USUAL | {"order": range(6, -1, -1)},
-    "other stream": USUAL | {"stream": (2, 0)},
+    "other stream": USUAL | {"rng_stream": (2, 0)},
     "other seed": USUAL | {"seed": 4},
     "endless": USUAL | {"stop_ids": ()},
-    "long": USUAL | {"decoding": replace(PLAIN, max_completion_length=LIMIT + 6)},
-    "one token": USUAL | {"decoding": replace(PLAIN, max_completion_length=1), "stop_ids": tuple(range(0, VOCAB, 2))},
+    "long": USUAL | {"sampling_params": replace(PLAIN, max_completion_length=LIMIT + 6)},
+    "one token": USUAL
+    | {"sampling_params": replace(PLAIN, max_completion_length=1), "stop_ids": tuple(range(0, VOCAB, 2))},
     "other padding": USUAL | {"pad_id": 20},
 }
 COMPARED = ("plain", "nucleus", "greedy", "micro")  # in every layout; the others where one rank has the whole model
@@ -50,11 +58,11 @@ def draw():
     return draw
 
 
-def drawn_frequencies(draw, probabilities, decoding, points=20000):
+def drawn_frequencies(draw, probabilities, sampling_params, points=20000):
     """Share of evenly spread uniforms that each token is drawn for: its probability, up to 1 / points."""
     logits = torch.tensor(probabilities).log() + 1.7  # any constant may be added to logits
     uniform = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    tokens = draw(logits.expand(points, -1), uniform, decoding)
+    tokens = draw(logits.expand(points, -1), uniform, sampling_params)
     return torch.bincount(tokens, minlength=len(probabilities)).double() / points
 
 
@@ -90,8 +98,8 @@ def test_draws_follow_the_probabilities(draw, probabilities, options, expected):
 def test_greedy_is_the_largest_logit_whatever_else_is_set(draw):
     logits = torch.tensor([[0.0, 2.0, 1.0], [-3.0, -5.0, -4.0], [1.0, 1.5, 1.75]])
     for uniform in (0.0, 0.5, 0.999):
-        decoding = replace(PLAIN, temperature=0.0, top_p=0.3, top_k=2)
-        assert draw(logits, torch.full((3,), uniform), decoding).tolist() == [1, 0, 2]
+        sampling_params = replace(PLAIN, temperature=0.0, top_p=0.3, top_k=2)
+        assert draw(logits, torch.full((3,), uniform), sampling_params).tolist() == [1, 0, 2]
 
 
 def test_rows_are_drawn_independently(draw):
@@ -132,7 +140,11 @@ def test_where_bits_must_repeat_on_a_gpu_torchs_scan_is_not_called(draw, monkeyp
     from renio_megatron.megatron.student import sampler
 
     logits, uniform = torch.randn(64, 500, generator=torch.Generator().manual_seed(1)), torch.rand(64)
-    options = [Decoding(1.0, None, None, 1, None), Decoding(0.8, 0.9, 20, 1, None), Decoding(1.1, 0.95, None, 1, None)]
+    options = [
+        SamplingParams(1.0, None, None, 1, None),
+        SamplingParams(0.8, 0.9, 20, 1, None),
+        SamplingParams(1.1, 0.95, None, 1, None),
+    ]
     expected = [draw(logits, uniform, one) for one in options]
     monkeypatch.setattr(sampler, "_must_repeat", lambda values: True)
     monkeypatch.setattr(torch.Tensor, "cumsum", None)
@@ -168,13 +180,13 @@ def sample_everywhere(layouts, directories):
     return found
 
 
-def sample(part, *, decoding, temperature, stop_ids, stream, seed, order, pad_id=0):
+def sample(part, *, sampling_params, temperature, stop_ids, rng_stream, seed, order, pad_id=0):
     """Completions in the order of `PROMPTS`, whatever order they are asked for in."""
     from renio_megatron.megatron.student.sampler import MegatronSampler
 
     sampler = MegatronSampler(part, seed=seed, temperature=temperature, stop_ids=stop_ids, pad_id=pad_id)
     prompts = [Prompt(100 + i, PROMPTS[i], ()) for i in order]
-    rollouts = sampler.sample(prompts, decoding, stream=stream)
+    rollouts = sampler.sample(prompts, sampling_params, rng_stream=rng_stream)
     assert [rollout.prompt for rollout in rollouts] == prompts
     by_index = {rollout.prompt.index - 100: rollout for rollout in rollouts}
     return [(list(r.completion_ids), r.logp, r.finished) for r in (by_index[i] for i in range(len(PROMPTS)))]

@@ -187,7 +187,7 @@ def train_one_step(*, experts=False):
     part = build_model(architecture, layout, parallel, TrainConfig(), vocab_size=11)
     learner = MegatronLearner(part, TrainConfig(micro_batch_size=2), parallel, temperature=1.0, pad_id=0)
     rollouts = [Rollout(Prompt(i, (1, 2), (1, 2)), (3 + i, 4, 5)) for i in range(4)]
-    return learner.update(learner.arrange(rollouts), token_cross_entropy, step=1, lr=1e-3)
+    return learner.update(learner.make_micro_batches(rollouts), token_cross_entropy, step=1, lr=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig, TeacherPrecisionConfig, TrainConfig
-from renio_megatron.data.batching.collate import Arrangement
+from renio_megatron.data.batching.collate import BatchLayout
 from renio_megatron.errors import ConfigError
 from renio_megatron.megatron.model import backend
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.rope import Rope
-from renio_megatron.runner.environment import layers
+from renio_megatron.runner.environment import describe_layers
 from tests.helpers import training_cases
 from tests.helpers.multiprocess import Ranks
 from tests.megatron import te_cases, te_imports, te_start_cases
@@ -191,21 +191,21 @@ def test_weight_gradients_are_fused_where_apex_is(monkeypatch):
 def test_a_run_says_what_it_computes_in(monkeypatch):
     monkeypatch.setattr(backend, "te_problem", lambda: None)
     teacher = TeacherPrecisionConfig(fp8="hybrid", fp8_recipe="blockwise", first_last_layers_bf16=True)
-    assert layers(PrecisionConfig(), teacher, CUDA, bf16=True) == (
+    assert describe_layers(PrecisionConfig(), teacher, CUDA, bf16=True) == (
         "layers: student te bf16, teacher te bf16 with FP8 hybrid blockwise but 1 first and 1 last layers"
     )
-    assert layers(PrecisionConfig(), None, CUDA, bf16=False) == "layers: student local fp32"
-    assert layers(PrecisionConfig(), TeacherPrecisionConfig(), CUDA, bf16=True, has_adapters=True) == (
+    assert describe_layers(PrecisionConfig(), None, CUDA, bf16=False) == "layers: student local fp32"
+    assert describe_layers(PrecisionConfig(), TeacherPrecisionConfig(), CUDA, bf16=True, has_adapters=True) == (
         "layers: student local bf16 (Transformer Engine's layers take no adapters), teacher te bf16"
     )
-    chosen = layers(PrecisionConfig(backend="local"), None, CUDA, bf16=True, has_adapters=True)
+    chosen = describe_layers(PrecisionConfig(backend="local"), None, CUDA, bf16=True, has_adapters=True)
     assert chosen == "layers: student local bf16"
 
 
 def test_rows_are_padded_for_each_rank_that_computes_on_a_piece():
     kinds = {(1, 1): 16, (2, 1): 32, (1, 2): 32, (2, 2): 64}  # (tensor pieces, context ranks): tokens
     for (pieces, ranks), multiple in kinds.items():
-        assert Arrangement(0, tensor_pieces=pieces, context_size=ranks, piece_multiple=16).row_multiple == multiple
+        assert BatchLayout(0, tensor_pieces=pieces, context_size=ranks, piece_multiple=16).row_multiple == multiple
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.teachers import has_own_layout, teacher_parallel
 from renio_megatron.errors import ConfigError
 from renio_megatron.parallel.layout import Axis
-from renio_megatron.parallel.row_exchange import RowExchange
+from renio_megatron.parallel.row_exchange import RowAllToAll
 from tests.helpers.jobs import LIMIT, assert_gone, job_starter
 from tests.helpers.multiprocess import run_ranks
 from tests.helpers.training_cases import save_models
@@ -159,7 +159,7 @@ def exchange_rows() -> list[list[float]]:
     axis = axis_of(dist.distributed_c10d._get_default_group())
     stops, starts = torch.tensor([4, 5, 10]), torch.tensor([0, 4, 5])
     wanted = [[[9, 0, 4], [5]], [[2, 2, 1]], [[], [9, 8, 0, 4], [7]]][axis.rank]
-    exchange = RowExchange(
+    exchange = RowAllToAll(
         [torch.tensor(rows, dtype=torch.int64) for rows in wanted],
         lambda rows: torch.bucketize(rows, stops, right=True),
         axis,
@@ -184,7 +184,7 @@ def test_rows_arrive_in_the_order_in_which_they_were_asked_for():
 
 
 def test_one_rank_alone_sends_nothing():
-    exchange = RowExchange([torch.tensor([1, 0])], torch.zeros_like, Axis(), torch.device("cpu"))
+    exchange = RowAllToAll([torch.tensor([1, 0])], torch.zeros_like, Axis(), torch.device("cpu"))
     table = torch.tensor([[1.0], [2.0]])
     assert exchange.fetch(0, lambda rows: table[rows], 1, torch.float32).tolist() == [[2.0], [1.0]]
     assert exchange.bytes_sent == 0

@@ -284,7 +284,7 @@ def test_the_command_for_one_teacher_says_so(load, models, tmp_path, monkeypatch
 
 
 def test_metrics_and_rollouts_carry_the_teachers_name(tmp_path):
-    from renio_megatron.training.metrics.accumulator import Tally
+    from renio_megatron.training.metrics.accumulator import MetricAccumulator
     from renio_megatron.training.metrics.sinks import JsonlSink, read_metrics
     from renio_megatron.training.rollout_log import RolloutSink
     from renio_megatron.types import Prompt, Rollout
@@ -297,7 +297,7 @@ def test_metrics_and_rollouts_carry_the_teachers_name(tmp_path):
     with pytest.raises(KeyError, match="teacher/code/kk"):
         JsonlSink(tmp_path / "other.jsonl").write(1, {"teacher/code/kk": 0.5})
     with pytest.raises(KeyError):  # its ranks would have to know all names
-        Tally().add("teacher/code/kl", 1.0)
+        MetricAccumulator().add("teacher/code/kl", 1.0)
 
     log = RolloutSink(tmp_path / "rollouts.jsonl")
     named = [Prompt(number, (1,), (1,), teacher=teacher) for number, teacher in enumerate(("code", ""))]

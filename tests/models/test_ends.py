@@ -117,7 +117,7 @@ def test_they_are_said_in_words() -> None:
     tokenizer = characters()
     two, newline = tokenizer.convert_tokens_to_ids(["2", "\n"])
     ends = Ends((EOS, two), ("END", "\n\n"))
-    assert ends.words(tokenizer) == f"'</s>' (1), '2' ({two}), the text 'END', the text '\\n\\n'"
+    assert ends.describe(tokenizer) == f"'</s>' (1), '2' ({two}), the text 'END', the text '\\n\\n'"
     base, instruct = Ends((EOS,)), Ends((EOS, newline))
     assert differing_ends(base, base, tokenizer, "the teacher") is None
     assert differing_ends(instruct, base, tokenizer, "the teacher") is None
@@ -161,7 +161,7 @@ def by_us(directory: Path, prompts: list[list[int]], strings: list[str], tensor:
     from renio_megatron.megatron.student.sampler import MegatronSampler
     from renio_megatron.megatron.weights.hf import load_weights
     from renio_megatron.models.architecture import Architecture
-    from renio_megatron.types import Decoding
+    from renio_megatron.types import SamplingParams
     from tests.helpers.training_cases import layout_of
 
     parallel = layout_of(tensor, pipeline)
@@ -175,7 +175,7 @@ def by_us(directory: Path, prompts: list[list[int]], strings: list[str], tensor:
         part, seed=1, temperature=1.0, stop_ids=ends.token_ids, pad_id=0, ends_in_text=ends.in_text(characters())
     )
     asked = [Prompt(number, tuple(prompt), ()) for number, prompt in enumerate(prompts)]
-    return sampler.sample(asked, Decoding(0.0, None, None, 24), stream=(1,))
+    return sampler.sample(asked, SamplingParams(0.0, None, None, 24), rng_stream=(1,))
 
 
 @pytest.mark.matrix(2)

@@ -144,8 +144,8 @@ def test_what_is_no_number_is_found_while_loading(
 def nan_in_a_checkpoint(directory: Path, folder: Path) -> str:
     """What is said of a checkpoint of Megatron's in which one number of the second layer is none."""
     from renio_megatron.config import ParallelConfig, TrainConfig
+    from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.checkpoint.directory import step_directory
-    from renio_megatron.megatron.checkpoint.keeper import MegatronKeeper
     from renio_megatron.megatron.model.build import build_model
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.megatron.student.learner import MegatronLearner
@@ -160,9 +160,9 @@ def nan_in_a_checkpoint(directory: Path, folder: Path) -> str:
     learner = MegatronLearner(parts[0], TrainConfig(), parallel, temperature=1.0, pad_id=0)
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     dict(parts[0].named_parameters())[name].data[3, 4] = float("nan")  # on both ranks, in other columns of the whole
-    keeper = MegatronKeeper(folder, learner)
-    keeper.save(1, {})
-    keeper.finish()
+    checkpointer = MegatronCheckpointer(folder, learner)
+    checkpointer.save(1, {})
+    checkpointer.finish()
     return error_of(lambda: load_pretrained(parts[1], step_directory(folder, 1)))
 
 

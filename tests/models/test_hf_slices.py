@@ -315,10 +315,10 @@ def test_a_wrong_index_and_a_wrong_dtype_are_named(directories, tmp_path):
 def test_the_progress_line(directories, monkeypatch):
     directory, architecture, _ = directories["llama"]
     lines = []
-    hf.load_weights(rank_of(architecture, 1, 1, 0, 0), directory, title="teacher", say=lines.append)
+    hf.load_weights(rank_of(architecture, 1, 1, 0, 0), directory, title="teacher", report=lines.append)
     assert lines == []
     monkeypatch.setattr(hf, "LINE_INTERVAL_S", 0.0)
-    hf.load_weights(rank_of(architecture, 1, 1, 0, 0), directory, title="teacher", say=lines.append)
+    hf.load_weights(rank_of(architecture, 1, 1, 0, 0), directory, title="teacher", report=lines.append)
     assert lines[0] == "teacher: 0 of 64 files, 0.0 of 0.0 GB"
     assert lines[-1] == "teacher: 64 of 64 files, 0.0 of 0.0 GB"
     assert lines.count(lines[-1]) <= 3

@@ -102,7 +102,7 @@ def test_one_pass_form_is_the_sum_of_the_entries(name, beta, cut):
             torch.where((targets >= a) & (targets < b), targets - a, -1),
             num_valid=b - a,
             temperature=1.0,
-            cross_sign=sign,
+            cross_term_sign=sign,
         )
         for a, b in itertools.pairwise(edges)
     ]

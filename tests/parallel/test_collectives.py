@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 from renio_megatron.errors import ConfigError, DataError, Scope
 from renio_megatron.parallel.collectives import any_rank, gather_objects, on_main_rank
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 
 
-def _layout() -> Layout:
-    return Layout(rank=dist.get_rank(), world_size=dist.get_world_size())
+def _layout() -> ParallelLayout:
+    return ParallelLayout(rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
 def _results() -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_what_the_first_rank_does_is_known_to_all(two_ranks):
 
 
 def test_a_single_rank_needs_no_world():
-    layout = Layout()
+    layout = ParallelLayout()
     assert on_main_rank(layout, lambda: 3) == 3
     assert any_rank(layout, True) and not any_rank(layout, False)
     assert gather_objects("mine") == ["mine"]

@@ -237,7 +237,11 @@ SOUND = {
         ("objective/reduce.py", "import torch.distributed as dist", "reduce imports torch.distributed"),
         ("objective/reduce.py", "from torch import distributed", "reduce imports torch.distributed"),
         ("objective/reduce.py", "import torch\nx = torch.distributed.all_reduce", "reduce imports torch.distributed"),
-        ("objective/reduce.py", "from ..parallel.layout import Layout", "reduce imports renio_megatron.parallel"),
+        (
+            "objective/reduce.py",
+            "from ..parallel.layout import ParallelLayout",
+            "reduce imports renio_megatron.parallel",
+        ),
         ("parallel/layout.py", "def f():\n    from megatron.core import mpu", "layout imports megatron.core.mpu"),
         ("losses/distillation.py", "import megatron", "distillation imports megatron: only"),
         ("losses/distillation.py", "import torch\ntorch.cuda.synchronize()", "distillation imports torch.cuda"),

@@ -59,7 +59,7 @@ class Echo:
     def __init__(self, parts):
         self.scale, self.lr_at = parts.config.scale, parts.lr_at
 
-    def tune(self, num_tokens, say=None): ...
+    def tune(self, num_tokens, report=None): ...
 
     def step(self, prompts, step):
         tokens = sum(len(prompt.completion_ids) for prompt in prompts)
@@ -106,11 +106,11 @@ SETTINGS_OF_FIRST_TOKENS, FIRST_TOKENS = (
 
 SHARPER = '''"""The student of this step, surer of what it says."""
 
-from renio_megatron.megatron.teacher.weights import Present
+from renio_megatron.megatron.teacher.weights import LiveStudent
 from renio_megatron.parallel.vocab import LmHead
 
 
-class Sharper(Present):
+class Sharper(LiveStudent):
     def __init__(self, part, factor):
         super().__init__(part)
         self.factor = factor

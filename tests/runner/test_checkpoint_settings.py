@@ -19,7 +19,7 @@ from renio_megatron.config.resume import CHANGEABLE, is_changeable
 from renio_megatron.errors import CheckpointError, ConfigError, RunStopped
 from renio_megatron.megatron.checkpoint.directory import new_partial, publish
 from renio_megatron.runner.run_directory import RunDirectory
-from tests.training.test_trainer import Keeper, trainer
+from tests.training.test_trainer import Checkpointer, trainer
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_loop_that_is_asked_to_stop_saves_that_step_and_no_other():
     run = trainer(stop_requested=stop_requested)
     run.run()
     assert (run.stopped, run.step, asked) == (True, 3, [1, 2, 3])
-    assert [step for step, _ in run.keeper.saved] == [2, 3]
+    assert [step for step, _ in run.checkpointer.saved] == [2, 3]
 
 
 def test_a_loop_that_is_asked_at_its_last_step_is_finished():
@@ -112,14 +112,14 @@ def test_a_loop_that_is_asked_at_its_last_step_is_finished():
 
 def test_a_save_is_polled_after_each_step_and_waited_for_at_the_end():
     calls: list[str] = []
-    keeper = Keeper()
-    keeper.poll, keeper.finish = lambda: calls.append("poll"), lambda: calls.append("finish")
-    trainer(keeper=keeper, train_iters=2).run()
+    checkpointer = Checkpointer()
+    checkpointer.poll, checkpointer.finish = lambda: calls.append("poll"), lambda: calls.append("finish")
+    trainer(checkpointer=checkpointer, train_iters=2).run()
     assert calls == ["poll", "poll", "finish"]
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused():
-    run = trainer(keeper=Keeper((3, {"cursor": 12, "algorithm": {"weighting": None}})))
+    run = trainer(checkpointer=Checkpointer((3, {"cursor": 12, "algorithm": {"weighting": None}})))
     with pytest.raises(CheckpointError, match=r"another kind of run.*\['weighting'\].*\['steps'\].*renio export"):
         run.resume()
 

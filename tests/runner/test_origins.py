@@ -104,7 +104,9 @@ def test_each_of_several_teachers_is_named(folder):
 
 def test_a_file_of_any_size_and_a_directory_are_read(folder, monkeypatch):
     before = found(folder)
-    monkeypatch.setattr("renio_megatron.runner.digests._MOST_READ", 100)  # train.jsonl is larger: blocks of it are read
+    monkeypatch.setattr(
+        "renio_megatron.runner.digests._MAX_BYTES_READ", 100
+    )  # train.jsonl is larger: blocks of it are read
     sampled = found(folder)
     assert sampled["data.path"] != before["data.path"]
     _one_answer(folder / "train.jsonl")

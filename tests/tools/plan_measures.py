@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from renio_megatron.config.schema import DistillationConfig
-from renio_megatron.types import Decoding, Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout, SamplingParams
 from tests.helpers.scoring_ranks import answer, on_scoring_ranks
 from tests.tools.plan_cases import COMPLETION, PROMPT, cases, dedicated_cases, expert_cases, own_cases
 
@@ -124,9 +124,11 @@ def _watch(algorithm: Any, found: dict[str, Any]) -> None:
     learner, teacher = algorithm.learner, algorithm.teacher
     real_sample, real_score, real_update = algorithm.sampler.sample, teacher.score, learner.update
 
-    def sample(prompts: Sequence[Prompt], decoding: Decoding, *, stream: tuple[int, ...], **_: Any) -> list[Rollout]:
+    def sample(
+        prompts: Sequence[Prompt], sampling_params: SamplingParams, *, rng_stream: tuple[int, ...], **_: Any
+    ) -> list[Rollout]:
         long = [_lengthened(prompt) for prompt in prompts]
-        rollouts = real_sample(long, decoding, stream=stream)
+        rollouts = real_sample(long, sampling_params, rng_stream=rng_stream)
         return [Rollout(r.prompt, *_completion(r)) for r in rollouts]
 
     def score(*args: Any) -> Any:

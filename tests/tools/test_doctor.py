@@ -11,7 +11,7 @@ import torch
 from renio_megatron.cli.doctor import read_settings
 from renio_megatron.cli.main import main
 from renio_megatron.errors import ConfigError
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.tools import doctor
 from renio_megatron.tools.doctor import (
     bandwidth_verdict,
@@ -70,7 +70,7 @@ def _with_a_missing_sum(layout):
     losses = {name: getattr(doctor, name) for name in ("distillation_loss", "linear_distillation_loss")}
     for name, own in losses.items():
         setattr(doctor, name, functools.partial(_without_the_sum, own))
-    context = Layout(
+    context = ParallelLayout(
         rank=layout.rank, world_size=4, context=layout.data, pipeline=layout.pipeline, device=torch.device("cpu")
     )
     try:
@@ -114,7 +114,7 @@ def test_what_is_wrong_on_one_rank_is_said(found):
 
 
 def test_one_process_alone_is_examined(monkeypatch):
-    verdicts = list(examine(Layout(), dtype=torch.float32))
+    verdicts = list(examine(ParallelLayout(), dtype=torch.float32))
     assert all(verdict.is_good for verdict in verdicts)
     divergences = ("forward KL", "JSD", "reverse KL")
     assert [verdict.what for verdict in verdicts[-6:]] == [
@@ -122,7 +122,7 @@ def test_one_process_alone_is_examined(monkeypatch):
     ]
     monkeypatch.setattr(doctor, "device_identity", lambda device: "GPU-1")
     monkeypatch.setattr(doctor, "gather_objects", lambda mine: [mine, mine])
-    shared = list(check_world(Layout()))[1]
+    shared = list(check_world(ParallelLayout()))[1]
     assert not shared.is_good
     assert "ranks 0 and 1 share a GPU" in shared.found
 
@@ -139,7 +139,7 @@ def test_a_wrong_gradient_with_the_right_value_is_seen(monkeypatch, which):
         return own(*args, **kwargs)
 
     monkeypatch.setattr(doctor, name, wrong)
-    verdict = check(Layout(), "JSD", 0.5, torch.float32)
+    verdict = check(ParallelLayout(), "JSD", 0.5, torch.float32)
     assert not verdict.is_good
     assert "gradient 1.0e-02" in verdict.found
 

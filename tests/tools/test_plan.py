@@ -28,7 +28,7 @@ from renio_megatron.tools.plan.activations import chunk_bytes, layer_bytes
 from renio_megatron.tools.plan.memory import RankMemory, plan_memory
 from renio_megatron.tools.plan.models import read_model
 from renio_megatron.tools.plan.parts import PlannedPart
-from renio_megatron.tools.plan.workload import Pieces, workload
+from renio_megatron.tools.plan.workload import PassShape, workload
 from tests.fakes.strategies import HardestWeighting
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.paths import MODELS
@@ -168,13 +168,13 @@ def test_adapters_of_qwen3_32b_at_tp_8(kind):
 
 def test_products_keep_their_input_for_adapters_alone():
     """Of Qwen3-1.7B's layer with an adapter beside v alone: no input of the MLP's products."""
-    model, pieces = read_model(str(MODELS / "Qwen3-1.7B"), "model"), Pieces(2048, 2048, False, 8, 1, False, 2)
+    model, shape = read_model(str(MODELS / "Qwen3-1.7B"), "model"), PassShape(2048, 2048, False, 8, 1, False, 2)
     some, every = (replace(model, lora=LoraConfig(r=8, targets=names)) for names in (["v_proj"], None))
     low = 2 * 8 * ((2048 + 2048) * 5 + 2048 * 2 + (2048 + 6144) // 8)
-    assert layer_bytes(every, pieces) == layer_bytes(model, pieces) + low
+    assert layer_bytes(every, shape) == layer_bytes(model, shape) + low
     missing = 2 * 2048 * (2048 + 6144 // 8)  # inputs of gate and up, and of down; o's is attention's own output
     low = 2 * 8 * (2048 + 2048)
-    assert layer_bytes(some, pieces) == layer_bytes(model, pieces) - missing + low
+    assert layer_bytes(some, shape) == layer_bytes(model, shape) - missing + low
 
 
 def test_the_distributed_optimiser_divides_over_data_and_context_ranks():
@@ -250,20 +250,20 @@ def test_teachers_that_are_the_student_or_wait_on_the_host():
 
 def test_recomputation_and_sequence_parallelism_take_away():
     model = read_model(str(MODELS / "Qwen3-1.7B"), "model")
-    pieces = Pieces(2048, 2048, False, 8, 1, False, 2)
-    shared = replace(pieces, sequence_parallel=True)
-    assert layer_bytes(model, pieces) - layer_bytes(model, shared) == 7 * 2048 * (4 * 2048 * 2 + 2 * 4) // 8
+    shape = PassShape(2048, 2048, False, 8, 1, False, 2)
+    shared = replace(shape, sequence_parallel=True)
+    assert layer_bytes(model, shape) - layer_bytes(model, shared) == 7 * 2048 * (4 * 2048 * 2 + 2 * 4) // 8
     full = TrainConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=4)
-    kept, again = chunk_bytes(model, pieces, full, 28)
+    kept, again = chunk_bytes(model, shape, full, 28)
     assert kept == 7 * 2048 * 2048 * 2 + 4 * 2048 * 128
-    assert again == 4 * layer_bytes(model, pieces) - 2048 * 2048 * 2
+    assert again == 4 * layer_bytes(model, shape) - 2048 * 2048 * 2
 
 
 def test_packed_rows_and_evaluation_bound_the_passes():
     train = TrainConfig(global_batch_size=64, bf16=True, max_tokens_per_micro_batch=10_000)
     config = _config("Qwen3-1.7B", train=train, rollout=RolloutConfig(max_completion_length=512, micro_batch_size=3))
     work = workload(config, config.teachers[0], 16)
-    assert (work.student.pieces.tokens, work.student.rows, work.sampled) == (10_000, 10_000, 3)
+    assert (work.student.shape.tokens, work.student.rows, work.sampled) == (10_000, 10_000, 3)
     evaluated = replace(config, evaluate=replace(config.evaluate, every=1, samples=2, max_completion_length=4096))
     (before,), (after,) = _plan(config, 16), _plan(evaluated, 16)
     assert before.phases["sampling"]["key-value cache"] == 28 * 2 * 3 * (1024 + 512) * 128 * 2

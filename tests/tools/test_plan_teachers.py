@@ -22,7 +22,7 @@ from renio_megatron.tools.plan.memory import RankMemory, plan_memory, stages_of_
 from renio_megatron.tools.plan.models import read_model
 from renio_megatron.tools.plan.moe import forward_bytes, kept_bytes, left_bytes
 from renio_megatron.tools.plan.table import plan_table
-from renio_megatron.tools.plan.workload import Pieces
+from renio_megatron.tools.plan.workload import PassShape
 from tests.helpers.paths import MODELS
 
 ROWS = 1025
@@ -292,7 +292,7 @@ def test_experts_of_a_student_and_the_shares_of_its_optimisers(expert, tensor, e
 def test_rows_of_experts():
     """A token's 8 rows; without sequence parallelism the ranks that share an expert send each token's again."""
     model = read_model(str(MODELS / "Qwen3-235B-A22B"), "model")
-    whole = Pieces(2048, 2048, False, 1, 1, False, 2)
+    whole = PassShape(2048, 2048, False, 1, 1, False, 2)
     row = 2 * (6 * 1536 + 4096) + 4
     router = 128 * 5 + 8 * 8 + 8 * 8 + 128 * 4  # norm_topk_prob is not set: a softmax over all experts
     assert kept_bytes(model, whole, is_balanced=False) == 2048 * (8 * row + router)

@@ -11,14 +11,14 @@ import torch
 from renio_megatron import VocabShard
 from renio_megatron.config import HeadConfig, LossConfig, WeightingConfig
 from renio_megatron.config.sections.weighting import renio_in
-from renio_megatron.data.batching.collate import Arrangement, collate
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.data.batching.collate import BatchLayout, collate
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.training.algorithms.distillation import Distillation
 from renio_megatron.training.algorithms.weighing import Weighing
-from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.metrics.accumulator import MetricAccumulator
 from renio_megatron.training.targets import HiddenStateTargets
-from renio_megatron.types import Decoding, MicroBatch, Prompt, Rollout
+from renio_megatron.types import MicroBatch, Prompt, Rollout, SamplingParams
 
 
 def prompts(start: int, count: int) -> list[Prompt]:
@@ -71,23 +71,25 @@ class Roles:
             SimpleNamespace(
                 prefetch=None, score=self.score_teacher, after_update=lambda **told: self.asked.append(told)
             ),
-            SimpleNamespace(arrange=self.arrange, score=self.score_student, update=self.update),
-            layout=Layout(),
-            decoding=DECODING,
+            SimpleNamespace(make_micro_batches=self.make_micro_batches, score=self.score_student, update=self.update),
+            layout=ParallelLayout(),
+            sampling_params=DECODING,
             weighing=Weighing(config, report, loss or LossConfig(), HeadConfig(), recompute=recompute, seed=1),
             lr_at=lambda step: step / 100,
             grader=grader,
         )
 
-    def sample(self, prompts: Any, decoding: Decoding, *, stream: tuple[int, ...], on_group: Any) -> list[Rollout]:
-        self.asked.append(("sample", [prompt.index for prompt in prompts], decoding, stream))
+    def sample(
+        self, prompts: Any, sampling_params: SamplingParams, *, rng_stream: tuple[int, ...], on_group: Any
+    ) -> list[Rollout]:
+        self.asked.append(("sample", [prompt.index for prompt in prompts], sampling_params, rng_stream))
         return [
             Rollout(prompt, tokens, torch.full((len(tokens),), self.sampled_logp), finished)
             for prompt, tokens, finished in zip(prompts, TOKENS, FINISHED, strict=True)
         ]
 
-    def arrange(self, rollouts: list[Rollout]) -> list[MicroBatch]:
-        return collate(rollouts, view="student", arrangement=Arrangement(0, self.micro_batch_size))
+    def make_micro_batches(self, rollouts: list[Rollout]) -> list[MicroBatch]:
+        return collate(rollouts, audience="student", batch_layout=BatchLayout(0, self.micro_batch_size))
 
     def score_teacher(self, rollouts: list[Rollout], batches: list[MicroBatch]) -> HiddenStateTargets:
         self.asked.append(("teacher", [rollout.completion_ids for rollout in rollouts]))
@@ -101,17 +103,17 @@ class Roles:
 
     def update(self, batches: list[MicroBatch], loss: Any, *, step: int, lr: float) -> dict[str, float]:
         self.asked.append(("update", step, lr))
-        total, tally = torch.zeros((), dtype=torch.float64), Tally()
+        total, accumulator = torch.zeros((), dtype=torch.float64), MetricAccumulator()
         for index, batch in enumerate(batches):
             value, count, counted = loss(index, batch, self.student[batch.token_index], IDENTITY)
             self.parts.append((float(value.detach()), count))
-            total, _ = total + value, tally.merge(counted)
+            total, _ = total + value, accumulator.merge(counted)
         denominator = sum(count for _, count in self.parts)
         (total / denominator).backward()
-        return tally.result()
+        return accumulator.result()
 
 
-DECODING = Decoding(temperature=1.1, top_p=0.95, top_k=None, max_completion_length=3)
+DECODING = SamplingParams(temperature=1.1, top_p=0.95, top_k=None, max_completion_length=3)
 PROMPTS = prompts(8, 4)
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from renio_megatron.errors import CheckpointError, DataError, NumericsError
-from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.metrics.accumulator import MetricAccumulator
 from renio_megatron.training.metrics.registry import MAXIMA, MEANS, METRICS, RENAMED_METRICS
 from renio_megatron.training.metrics.sinks import JsonlSink, TensorBoardSink, read_metrics
 from tests.helpers.paths import ROOT
 
 
-def two_ranks() -> tuple[Tally, Tally]:
-    first, second = Tally(), Tally()
+def two_ranks() -> tuple[MetricAccumulator, MetricAccumulator]:
+    first, second = MetricAccumulator(), MetricAccumulator()
     first.add("rollout/accuracy", 3, 4)
     first.add("weight/mean", 2.5, 2)
     first.add_max("weight/max", 1.5)
@@ -43,31 +43,31 @@ def test_merge_joins_sums_before_dividing():
 
 
 def test_packed_lists_can_be_reduced_elementwise():
-    packed = [tally.pack() for tally in two_ranks()]
+    packed = [accumulator.pack() for accumulator in two_ranks()]
     sums = torch.tensor([sums for sums, _ in packed], dtype=torch.float64).sum(0).tolist()
     maxima = torch.tensor([maxima for _, maxima in packed], dtype=torch.float64).amax(0).tolist()
-    assert Tally.unpack(sums, maxima).result() == JOINED
+    assert MetricAccumulator.unpack(sums, maxima).result() == JOINED
 
 
 def test_result_is_in_the_order_of_the_table_and_drops_empty_means():
-    tally = Tally()
-    tally.add("eval/accuracy_greedy", 1, 2)
-    tally.add("loss/kl", 0.0, 0)
-    tally.add("loss", 3)
-    assert list(tally.result().items()) == [("loss", 3.0), ("eval/accuracy_greedy", 0.5)]
+    accumulator = MetricAccumulator()
+    accumulator.add("eval/accuracy_greedy", 1, 2)
+    accumulator.add("loss/kl", 0.0, 0)
+    accumulator.add("loss", 3)
+    assert list(accumulator.result().items()) == [("loss", 3.0), ("eval/accuracy_greedy", 0.5)]
 
 
 @pytest.mark.parametrize("values", [(1.0, math.nan), (math.nan, 1.0)])
 def test_nan_survives_a_maximum(values):
-    tally = Tally()
+    accumulator = MetricAccumulator()
     for value in values:
-        tally.add_max("weight/max", value)
-    assert math.isnan(tally.result()["weight/max"])
+        accumulator.add_max("weight/max", value)
+    assert math.isnan(accumulator.result()["weight/max"])
 
 
 def test_unknown_name_is_refused_and_the_nearest_named():
     with pytest.raises(KeyError, match="weight/mean"):
-        Tally().add("weight/means", 1.0)
+        MetricAccumulator().add("weight/means", 1.0)
 
 
 def test_a_metric_of_an_earlier_version_is_refused_and_read_with_its_new_name(tmp_path):
@@ -75,7 +75,7 @@ def test_a_metric_of_an_earlier_version_is_refused_and_read_with_its_new_name(tm
     for old, new in RENAMED_METRICS.items():
         assert f"metric `{old}` | `{new}`" in page
         with pytest.raises(KeyError, match=f"called '{new}' now"):
-            Tally().add(old, 1.0)
+            MetricAccumulator().add(old, 1.0)
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.5, "renio/weight_max": 3.0}\n{"step": 2, "weight/max": 2.0}\n')
     assert read_metrics(path) == [{"step": 1, "loss": 0.5, "weight/max": 3.0}, {"step": 2, "weight/max": 2.0}]
@@ -83,9 +83,9 @@ def test_a_metric_of_an_earlier_version_is_refused_and_read_with_its_new_name(tm
 
 def test_wrong_reduction_is_refused():
     with pytest.raises(ValueError, match="add_max"):
-        Tally().add("weight/max", 1.0)
-    with pytest.raises(ValueError, match=r"Tally\.add\."):
-        Tally().add_max("loss", 1.0)
+        MetricAccumulator().add("weight/max", 1.0)
+    with pytest.raises(ValueError, match=r"MetricAccumulator\.add\."):
+        MetricAccumulator().add_max("loss", 1.0)
 
 
 def test_jsonl_rows_are_ordered_floats_without_unknown_values(tmp_path):

@@ -16,7 +16,7 @@ from renio_megatron.config import LossConfig, WeightingConfig
 from renio_megatron.config.sections.weighting import RenioWeighting
 from renio_megatron.training.metrics.progress import Progress
 from renio_megatron.training.metrics.weights import renio_metrics
-from renio_megatron.training.setting_warnings import Notices, weights_line, weights_price
+from renio_megatron.training.setting_warnings import SettingWarnings, weights_line, weights_price
 from tests.fakes.strategies import SeenWeighting
 
 
@@ -145,7 +145,9 @@ def told(rows: list[dict[str, float]], *, first: int = 1, loss: LossConfig | Non
     """(step, text) of each warning that a run with these steps gives."""
     said: list[tuple[int, str]] = []
     step = 0
-    notices = Notices(WeightingConfig(**weighting), loss or LossConfig(), say=lambda text: said.append((step, text)))
+    notices = SettingWarnings(
+        WeightingConfig(**weighting), loss or LossConfig(), report=lambda text: said.append((step, text))
+    )
     notices.update(0, {"eval/accuracy_greedy": 0.5})
     for step, row in enumerate(rows, first):
         notices.update(step, {**QUIET, **row})
@@ -260,7 +262,7 @@ def test_completions_that_are_nearly_all_cut_are_told_after_three_steps():
 
 def test_a_run_on_prefixes_is_not_told_that_they_are_cut():
     said: list[str] = []
-    notices = Notices(WeightingConfig(), LossConfig(), said.append, prefix=True)
+    notices = SettingWarnings(WeightingConfig(), LossConfig(), said.append, prefix=True)
     for step in range(1, 9):
         notices.update(step, CUT)
     assert said == []
@@ -295,7 +297,7 @@ def test_a_warning_is_seen_beside_the_progress(terminal, monkeypatch, capsys):
     stderr = sys.stderr
     with Progress("OPD", 3, console) as progress:
         progress.update(1, {"loss": 0.5})
-        Notices(WeightingConfig(), LossConfig()).update(1, {"rollout/grader_error_frac": 0.25})
+        SettingWarnings(WeightingConfig(), LossConfig()).update(1, {"rollout/grader_error_frac": 0.25})
         progress.update(2, {"loss": 0.25})
     assert sys.stderr is stderr
     seen = console.file.getvalue() if terminal else capsys.readouterr().err

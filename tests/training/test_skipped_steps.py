@@ -26,7 +26,7 @@ def test_steps_that_are_left_out_one_after_the_other_stop_the_run():
     with pytest.raises(NumericsError, match=r"steps 4 to 13 were all left out.*train\.skip_nonfinite_steps"):
         run.run()
     assert run.step == 13
-    assert [step for step, _ in run.keeper.saved] == [2, 4, 6, 8, 10, 12]
+    assert [step for step, _ in run.checkpointer.saved] == [2, 4, 6, 8, 10, 12]
     trainer(algorithm=Skipping(ten - {9}), train_iters=40).run()
     with pytest.raises(NumericsError, match="steps 1 to 3 were all left out"):
         trainer(algorithm=Skipping({1, 2, 3}), train_iters=3).run()

@@ -13,7 +13,7 @@ from renio_megatron import distillation_loss
 from renio_megatron.config import LossConfig, TrainConfig, WeightingConfig
 from renio_megatron.config.sections.weighting import RenioWeighting
 from renio_megatron.errors import NumericsError
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.training.algorithms.sft import Sft
 from renio_megatron.training.lr_schedule import learning_rate
 from renio_megatron.training.trainer import Trainer
@@ -51,7 +51,7 @@ class Algorithm:
         self.restored = state
 
 
-class Keeper:
+class Checkpointer:
     """Checkpoints in a list."""
 
     poll = finish = lambda self: None
@@ -68,7 +68,9 @@ class Keeper:
 
 def trainer(**changes: Any) -> Trainer:
     settings: dict[str, Any] = {"train_iters": 5, "global_batch_size": 4, "save_interval": 2}
-    return Trainer(**{"algorithm": Algorithm(), "prompts": prompts, "keeper": Keeper(), **settings, **changes})
+    return Trainer(
+        **{"algorithm": Algorithm(), "prompts": prompts, "checkpointer": Checkpointer(), **settings, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_the_steps_of_a_run_and_what_observers_are_told():
 def test_checkpoints_are_due_at_every_interval_and_at_the_end(interval, steps):
     run = trainer(save_interval=interval)
     run.run()
-    assert run.keeper.saved == [(step, {"cursor": 4 * step, "algorithm": {"steps": step}}) for step in steps]
+    assert run.checkpointer.saved == [(step, {"cursor": 4 * step, "algorithm": {"steps": step}}) for step in steps]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(2, [0, 2, 4, 5]), (5, [0, 5]), (3, [0, 3, 5]), (7, [0, 5])])
@@ -120,25 +122,25 @@ def test_the_first_evaluation_is_of_the_untrained_student():
 
 
 def test_a_resumed_run_goes_on_where_the_checkpoint_stands():
-    told, keeper = list[int](), Keeper((3, {"cursor": 12, "algorithm": {"steps": 3}}))
+    told, checkpointer = list[int](), Checkpointer((3, {"cursor": 12, "algorithm": {"steps": 3}}))
     settings = {"data_rank": 1, "data_size": 2, "evaluate": lambda: {"eval/accuracy_greedy": 0.5}, "evaluate_every": 2}
-    run = trainer(keeper=keeper, observers=[lambda step, _: told.append(step)], **settings)
+    run = trainer(checkpointer=checkpointer, observers=[lambda step, _: told.append(step)], **settings)
     assert run.resume() == 3
     assert run.algorithm.restored == {"steps": 3}
     run.run()
     assert run.algorithm.seen == [(4, [14, 15]), (5, [18, 19])]
     assert told == [4, 5], "no row of step 0 after a resumption"
-    assert [(step, state["cursor"]) for step, state in keeper.saved] == [(4, 16), (5, 20)]
+    assert [(step, state["cursor"]) for step, state in checkpointer.saved] == [(4, 16), (5, 20)]
 
 
 def test_without_a_checkpoint_nothing_is_restored_and_after_the_last_one_nothing_is_left_to_do():
     run = trainer()
     assert run.resume() == 0
     assert (run.step, run.cursor, run.algorithm.restored) == (0, 0, None)
-    keeper = Keeper((5, {"cursor": 20, "algorithm": {"steps": 5}}))
-    run = trainer(keeper=keeper, evaluate=lambda: {"eval/accuracy_greedy": 0.5})
+    checkpointer = Checkpointer((5, {"cursor": 20, "algorithm": {"steps": 5}}))
+    run = trainer(checkpointer=checkpointer, evaluate=lambda: {"eval/accuracy_greedy": 0.5})
     assert (run.resume(), run.run()) == (5, {})
-    assert run.algorithm.seen == run.keeper.saved == []
+    assert run.algorithm.seen == run.checkpointer.saved == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -147,7 +149,7 @@ def test_a_metric_that_is_not_finite_names_step_and_metric_and_is_not_saved(valu
     run = trainer(algorithm=Algorithm(bad=4, value=value), observers=[lambda step, _: told.append(step)])
     with pytest.raises(NumericsError, match="step 4: loss is not finite"):
         run.run()
-    assert [step for step, _ in run.keeper.saved] == [2]
+    assert [step for step, _ in run.checkpointer.saved] == [2]
     assert told == [1, 2, 3]
 
 
@@ -315,8 +317,8 @@ def test_the_sum_over_micro_batches_is_the_loss_of_the_whole_batch(size, beta):
 def test_fine_tuning_is_cross_entropy_over_the_batchs_tokens(size):
     roles = Roles(size)
     given = [Prompt(i, (1,), (1,), completion_ids=tokens) for i, tokens in enumerate(TOKENS)]
-    learner = SimpleNamespace(arrange=roles.arrange, update=roles.update)
-    metrics = Sft(learner, layout=Layout(), lr_at=lambda step: step / 10).step(given, 2)
+    learner = SimpleNamespace(make_micro_batches=roles.make_micro_batches, update=roles.update)
+    metrics = Sft(learner, layout=ParallelLayout(), lr_at=lambda step: step / 10).step(given, 2)
     student = roles.student.detach().clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy(student, torch.tensor([t for row in TOKENS for t in row]))
     expected.backward()

@@ -13,7 +13,7 @@ from renio_megatron.config.sections.combined_weighting import ProductWeighting
 from renio_megatron.config.sections.weighting import StudentEntropyWeighting, UniformWeighting
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.objective.weightings import INPUTS
-from renio_megatron.parallel.layout import Axis, Layout
+from renio_megatron.parallel.layout import Axis, ParallelLayout
 from renio_megatron.training.algorithms.weighing import Weighing, _agreed
 from renio_megatron.types import Prompt, Rollout
 from tests.fakes.strategies import SeenWeighting, shown
@@ -45,7 +45,7 @@ def weigh_rollouts(weighting, *, seed=5, step=7, verdicts=no_verdicts, prompts=(
     targets = SimpleNamespace(logp=torch.full((FLAT,), -2.0), has_logp=None)
     scores = {"student_logp": torch.full((FLAT,), -1.0), **scores}
     rollouts = rollouts_of_three(prompts)
-    return weighing.weights(rollouts, scores, targets, Layout(), step=step, state=None, verdicts=verdicts)
+    return weighing.weights(rollouts, scores, targets, ParallelLayout(), step=step, state=None, verdicts=verdicts)
 
 
 KNOWN = {
@@ -161,6 +161,6 @@ def test_the_first_rank_of_a_model_decides_about_verdicts(two_ranks):
 def _verdicts_of_two_minds():
     """Tensor-parallel ranks whose graders disagree."""
     rank = dist.get_rank()
-    layout = Layout(rank=rank, world_size=2, tensor=Axis(2, rank, dist.group.WORLD))
+    layout = ParallelLayout(rank=rank, world_size=2, tensor=Axis(2, rank, dist.group.WORLD))
     answers = [[True, False, None], [False, None, True]][rank]
     return _agreed(answers, layout).tolist()

@@ -135,18 +135,18 @@ def passes(record: Record, setting: Setting) -> None:
 
     began = time.monotonic()
     require(record, "finite loss", float(not math.isfinite(float(run()))), 0.0)
-    record.add("first call, kernels chosen and compiled", time.monotonic() - began, "s", cuts=_cuts(setting))
+    record.add("first call, kernels chosen and compiled", time.monotonic() - began, "s", cuts=_launches(setting))
     took = seconds(run, device, 5)
     record.add("passes over the logits", took, "s")
     record.add("passes, of the 14 B an entry that they must move", 14 * rows * width / took, "B/s")
 
 
-def _cuts(setting: Setting) -> dict[str, str]:
+def _launches(setting: Setting) -> dict[str, str]:
     if not setting.is_cuda:
         return {}
     from renio_megatron.losses.kernels import tuning
 
-    return {str(key): f"{cut.block}/{cut.warps}/{cut.stages}" for key, cut in tuning._fastest.items()}
+    return {str(key): f"{launch.block}/{launch.warps}/{launch.stages}" for key, launch in tuning._fastest.items()}
 
 
 def attention(record: Record, setting: Setting) -> None:

@@ -172,7 +172,7 @@ def decoding(record: Record, setting: Setting, ready: Ready) -> None:
             if setting.is_cuda:
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            step.sampler.sample(prompts, step.decoding(tokens), stream=(1,))
+            step.sampler.sample(prompts, step.sampling_params(tokens), rng_stream=(1,))
             laps.append(time.perf_counter() - began)
         # The draws of a longer completion begin with those of the shorter one: the difference is passes alone.
         record.add(f"decoding pass, {rows} rows", (laps[2] - laps[1]) / (many - few), "s")

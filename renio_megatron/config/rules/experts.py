@@ -42,23 +42,23 @@ def check_experts(config: Any, models: Mapping[str, ModelShape], layouts: Mappin
         layouts: of each model.
     """
     parallel, train = config.parallel, config.train
-    mixtures = {setting: model for setting, model in models.items() if model.has_experts}
-    if not mixtures and (parallel.expert_model_parallel_size > 1 or parallel.expert_tensor_parallel_size is not None):
+    moe_models = {setting: model for setting, model in models.items() if model.has_experts}
+    if not moe_models and (parallel.expert_model_parallel_size > 1 or parallel.expert_tensor_parallel_size is not None):
         key = "expert_model" if parallel.expert_model_parallel_size > 1 else "expert_tensor"
         raise ConfigError(
             f"parallel.{key}_parallel_size={getattr(parallel, f'{key}_parallel_size')} would be ignored: no model of "
             "this run has experts. Remove it, or choose a model of type " + " or ".join(MOE_FAMILIES) + "."
         )
-    if "model" not in mixtures and train.moe_aux_loss_coeff:
+    if "model" not in moe_models and train.moe_aux_loss_coeff:
         raise ConfigError(
             f"train.moe_aux_loss_coeff={train.moe_aux_loss_coeff} would be ignored: the student has no experts. "
             "Set it to 0."
         )
-    for setting, model in mixtures.items():
+    for setting, model in moe_models.items():
         _check_cut(setting, model, layouts[setting])
-    for setting in mixtures:
+    for setting in moe_models:
         _check_layers(setting, config.precision if setting == "model" else config.teacher_precision)
-    if "model" in mixtures:
+    if "model" in moe_models:
         _check_student(config)
 
 

@@ -10,20 +10,20 @@ from renio_megatron.models.architecture import ModelShape
 
 def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world_size: int) -> None:
     """Raises `ConfigError` where `world_size` ranks cannot hold the teacher in this way."""
-    resolved, scorers = teacher_parallel(parallel, teacher), num_teacher_ranks(parallel, teacher)
+    resolved, num_ranks = teacher_parallel(parallel, teacher), num_teacher_ranks(parallel, teacher)
     if teacher.parallel.sequence_parallel and resolved.tensor_model_parallel_size == 1:
         raise ConfigError(
             "teacher.parallel.sequence_parallel=true would be ignored: it shares the sequence among tensor-parallel "
             "ranks, and the teacher has one. Raise teacher.parallel.tensor_model_parallel_size, or set it to null."
         )
-    if scorers >= world_size:
+    if num_ranks >= world_size:
         raise ConfigError(
-            f"teacher.ranks=dedicated takes {scorers} ranks (tensor {resolved.tensor_model_parallel_size} x pipeline "
+            f"teacher.ranks=dedicated takes {num_ranks} ranks (tensor {resolved.tensor_model_parallel_size} x pipeline "
             f"{resolved.pipeline_model_parallel_size} x data {teacher.data_parallel_size}) of a world of {world_size}, "
             f"and none remains for the student. Start at least {fewest_ranks(parallel, teacher)} ranks (--nproc), or "
             "set teacher.ranks=colocated."
         )
-    if has_own_layout(parallel, teacher) and not scorers and world_size % resolved.model_ranks:
+    if has_own_layout(parallel, teacher) and not num_ranks and world_size % resolved.model_ranks:
         raise ConfigError(
             f"one copy of the teacher takes {resolved.model_ranks} ranks (teacher.parallel: tensor "
             f"{resolved.tensor_model_parallel_size} x pipeline {resolved.pipeline_model_parallel_size}), which does "

@@ -14,11 +14,11 @@ from renio_megatron.errors import DataError
 from renio_megatron.parallel.context import local_positions
 from renio_megatron.types import MicroBatch, Rollout
 
-View = Literal["student", "teacher"]
+Audience = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class BatchLayout:
     """How sequences become micro-batches.
 
     Attributes:
@@ -52,25 +52,27 @@ class Arrangement:
         return here if self.context_size == 1 else self.context_size * math.lcm(2, here)
 
 
-def collate(rollouts: Sequence[Rollout], *, view: View, arrangement: Arrangement) -> list[MicroBatch]:
+def collate(rollouts: Sequence[Rollout], *, audience: Audience, batch_layout: BatchLayout) -> list[MicroBatch]:
     """The rollouts as micro-batches: in order, or packed in the order that `packing.pack` chooses.
 
     >>> from renio_megatron.types import Prompt
     >>> rollouts = [Rollout(Prompt(0, (5, 6), (5, 6)), (7, 8))]
-    >>> batch = collate(rollouts, view="student", arrangement=Arrangement(pad_id=0))[0]
+    >>> batch = collate(rollouts, audience="student", batch_layout=BatchLayout(pad_id=0))[0]
     >>> batch.token_ids.tolist(), batch.row_index.tolist(), batch.target_ids.tolist()
     ([[5, 6, 7]], [1, 2], [7, 8])
 
     Args:
         rollouts: sequences, each with at least one completion token.
-        view: whose prompt stands before the completion.
-        arrangement: how they share micro-batches. Rows of unpacked micro-batches all have the same length.
+        audience: whose prompt stands before the completion.
+        batch_layout: how they share micro-batches. Rows of unpacked micro-batches all have the same length.
     Raises:
         DataError: an empty prompt or completion, or a sequence that is longer than a packed row may be.
     """
-    prompts = [rollout.prompt.student_ids if view == "student" else rollout.prompt.teacher_ids for rollout in rollouts]
+    prompts = [
+        rollout.prompt.student_ids if audience == "student" else rollout.prompt.teacher_ids for rollout in rollouts
+    ]
     for rollout, prompt_ids in zip(rollouts, prompts, strict=True):
-        _check(rollout, len(prompt_ids), view)
+        _check(rollout, len(prompt_ids), audience)
     sequences = [
         _Sequence(number, prompt_ids, rollout.completion_ids)
         for number, (prompt_ids, rollout) in enumerate(zip(prompts, rollouts, strict=True))
@@ -78,21 +80,21 @@ def collate(rollouts: Sequence[Rollout], *, view: View, arrangement: Arrangement
     offsets = [0]
     for rollout in rollouts:
         offsets.append(offsets[-1] + len(rollout.completion_ids))
-    if arrangement.max_tokens is None:
-        row = _ceil(max((sequence.length for sequence in sequences), default=0), arrangement.row_multiple)
-        size = arrangement.micro_batch_size
+    if batch_layout.max_tokens is None:
+        row = _ceil(max((sequence.length for sequence in sequences), default=0), batch_layout.row_multiple)
+        size = batch_layout.micro_batch_size
         chosen = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-        return [_micro_batch(group, [row] * len(group), offsets, arrangement) for group in chosen]
-    lengths = [_ceil(sequence.length, arrangement.sequence_multiple) for sequence in sequences]
+        return [_micro_batch(group, [row] * len(group), offsets, batch_layout) for group in chosen]
+    lengths = [_ceil(sequence.length, batch_layout.sequence_multiple) for sequence in sequences]
     for rollout, length in zip(rollouts, lengths, strict=True):
-        if length > arrangement.max_tokens:
+        if length > batch_layout.max_tokens:
             raise DataError(
                 f"Prompt {rollout.prompt.index}: prompt and completion make {length} tokens, more than "
-                f"train.max_tokens_per_micro_batch={arrangement.max_tokens}. Raise it, or leave the record out."
+                f"train.max_tokens_per_micro_batch={batch_layout.max_tokens}. Raise it, or leave the record out."
             )
-    packs = pack(lengths, arrangement.max_tokens, multiple_of=arrangement.multiple_of)
+    packs = pack(lengths, batch_layout.max_tokens, multiple_of=batch_layout.multiple_of)
     return [
-        _micro_batch([sequences[i] for i in chosen], [lengths[i] for i in chosen], offsets, arrangement)
+        _micro_batch([sequences[i] for i in chosen], [lengths[i] for i in chosen], offsets, batch_layout)
         for chosen in packs
     ]
 
@@ -140,26 +142,26 @@ class _Sequence:
         return len(self.prompt_ids) + len(self.completion_ids) - 1
 
 
-def _check(rollout: Rollout, prompt_length: int, view: str) -> None:
+def _check(rollout: Rollout, prompt_length: int, audience: str) -> None:
     if prompt_length == 0:
         raise DataError(
-            f"Prompt {rollout.prompt.index}: the {view}'s prompt is empty; nothing predicts the first token."
+            f"Prompt {rollout.prompt.index}: the {audience}'s prompt is empty; nothing predicts the first token."
         )
     if not rollout.completion_ids:
         raise DataError(f"Prompt {rollout.prompt.index}: the completion is empty; it needs at least the end token.")
 
 
 def _micro_batch(
-    sequences: Sequence[_Sequence], lengths: list[int], offsets: list[int], arrangement: Arrangement
+    sequences: Sequence[_Sequence], lengths: list[int], offsets: list[int], batch_layout: BatchLayout
 ) -> MicroBatch:
     """The sequences side by side, each padded to its length, then cut for this context-parallel rank."""
-    is_packed = arrangement.max_tokens is not None
+    is_packed = batch_layout.max_tokens is not None
     if is_packed:  # what the row lacks to its own multiple is padding of the last sequence
-        lengths = [*lengths[:-1], lengths[-1] + -sum(lengths) % arrangement.row_multiple]
+        lengths = [*lengths[:-1], lengths[-1] + -sum(lengths) % batch_layout.row_multiple]
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    token_ids = torch.full((starts[-1],), arrangement.pad_id, dtype=torch.int64)
+    token_ids = torch.full((starts[-1],), batch_layout.pad_id, dtype=torch.int64)
     sequence_of = torch.full((starts[-1],), -1)
     row_index, target_ids, token_index = [], [], []
     for number, (sequence, start) in enumerate(zip(sequences, starts, strict=False)):
@@ -179,8 +181,8 @@ def _micro_batch(
         torch.cat(token_index),
         torch.repeat_interleave(counts),
     )
-    if arrangement.context_size > 1:
-        here = local_positions(starts, arrangement.context_size, arrangement.context_rank)
+    if batch_layout.context_size > 1:
+        here = local_positions(starts, batch_layout.context_size, batch_layout.context_rank)
         place = torch.full((starts[-1],), -1).scatter_(0, here, torch.arange(len(here)))
         kept = place[rows] >= 0
         token_ids, position_ids, sequence_of = token_ids[here], position_ids[here], sequence_of[here]
@@ -197,7 +199,7 @@ def _micro_batch(
         lengths=counts,
         sequence_of=sequence_of.view(height, -1),
         boundaries=tuple(starts) if is_packed else None,
-        pieces=arrangement.context_size,
+        cp_size=batch_layout.context_size,
     )
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from renio_megatron.objective.divergences import Divergence
-from renio_megatron.objective.divergences.zero_probability import drop_impossible_
-from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalizers
+from renio_megatron.objective.divergences.zero_probability import mask_zero_probability_
+from renio_megatron.parallel.vocab import NUM_STATISTICS, LogNormalizers
 
 CHUNK_ENTRIES = 1 << 18
 """Vocabulary entries that are worked on at once: 8 rows of 32,768 columns, 1 MB in fp32, near a CPU core's cache."""
@@ -31,7 +31,7 @@ def statistics(
     *,
     num_valid: int,
     temperature: float,
-    cross_sign: int,
+    cross_term_sign: int,
 ) -> torch.Tensor:
     """Pass 1: what this shard knows about both distributions, [N, 7] (columns: `parallel.vocab.NUM_STATISTICS`).
 
@@ -40,8 +40,8 @@ def statistics(
         local_columns: column of the sampled token, -1 where another rank has it, int64 [N].
         num_valid: leading columns that are not padding.
         temperature: divides both models' logits.
-        cross_sign: 1 sums exp(u - max u) ((u - max u) - (z - max z)), -1 the same with the models exchanged, 0 neither;
-            z and u are the student's and the teacher's scaled logits.
+        cross_term_sign: 1 sums exp(u - max u) ((u - max u) - (z - max z)), -1 the same with the models exchanged, 0
+            neither; z and u are the student's and the teacher's scaled logits.
     """
     dtype = working_dtype(student_logits, teacher_logits)
     out = student_logits.new_zeros(student_logits.shape[0], NUM_STATISTICS, dtype=dtype)
@@ -56,16 +56,16 @@ def statistics(
             found, below_maximum, exponentials = _one_model(logits[rows, :num_valid], columns, temperature, buffer)
             part[:, into] = found
             shifted.append((below_maximum, exponentials))
-        if cross_sign:
-            (own, weight), (other, _) = shifted[::-1] if cross_sign > 0 else shifted
-            part[:, 6] = drop_impossible_(own.sub_(other).mul_(weight), weight).sum(1)
+        if cross_term_sign:
+            (own, weight), (other, _) = shifted[::-1] if cross_term_sign > 0 else shifted
+            part[:, 6] = mask_zero_probability_(own.sub_(other).mul_(weight), weight).sum(1)
     return out
 
 
 def clamped_sums(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalizers: Normalizers,
+    normalizers: LogNormalizers,
     divergence: Divergence,
     *,
     num_valid: int,
@@ -95,7 +95,7 @@ def clamped_sums(
 def weighted_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalizers: Normalizers,
+    normalizers: LogNormalizers,
     divergence: Divergence,
     total_slope_N: torch.Tensor,
     scale_N: torch.Tensor,
@@ -134,7 +134,7 @@ def weighted_gradient(
 def sums_and_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalizers: Normalizers,
+    normalizers: LogNormalizers,
     divergence: Divergence,
     scale_N: torch.Tensor,
     out: torch.Tensor,
@@ -230,7 +230,7 @@ def _buffers(logits: torch.Tensor, num_valid: int, dtype: torch.dtype) -> torch.
 def _log_probabilities(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalizers: Normalizers,
+    normalizers: LogNormalizers,
     rows: slice,
     temperature: float,
     buffers: torch.Tensor,

@@ -38,7 +38,7 @@ def statistics_kernel(
     STAGES: tl.constexpr,
 ):
     """Both models' maxima and sums, sampled logits and cross term: [N, parts, 7]; in nats where a part is a WHOLE row,
-    else in units of the logits for `merge_parts_kernel`. CROSS is `cross_sign`."""
+    else in units of the logits for `merge_parts_kernel`. CROSS is `cross_term_sign`."""
     row, first, full, last = _place(num_valid, blocks, BLOCK)
     student += row * student_stride
     teacher += row * teacher_stride

@@ -2,7 +2,7 @@
 arithmetic. Rows may be a view of something larger, their columns are adjacent.
 
 Where few rows would leave the device idle, a row is cut into parts, whose results are merged in a fixed order: no
-atomics, so equal calls give equal bits (a timed choice of block sizes aside: `tuning.choose_cut`).
+atomics, so equal calls give equal bits (a timed choice of block sizes aside: `tuning.choose_launch`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import triton
 
 from renio_megatron.losses.kernels import triton_kernels as jit
 from renio_megatron.losses.kernels import triton_terms
-from renio_megatron.losses.kernels.tuning import Cut, choose_cut, cut_rows
+from renio_megatron.losses.kernels.tuning import LaunchConfig, choose_launch, cut_rows
 from renio_megatron.objective.divergences import Divergence, Terms, forward_kl, jsd, reverse_kl
-from renio_megatron.parallel.vocab import NUM_STATISTICS, Normalizers
+from renio_megatron.parallel.vocab import NUM_STATISTICS, LogNormalizers
 
 FORMS: dict[Terms, int] = {
     forward_kl.terms: triton_terms.FORWARD_KL.value,
@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def obstacle(matrices: Sequence[torch.Tensor], divergences: Sequence[Divergence]) -> str | None:
     """Why the kernels cannot take these [N, L] tensors and divergences, in words; None: they can."""
     for matrix in matrices:
-        if matrix.device.type != "cuda" and not (triton_terms.INTERPRETED and matrix.device.type == "cpu"):
+        if matrix.device.type != "cuda" and not (triton_terms.IS_INTERPRETED and matrix.device.type == "cpu"):
             return f"a tensor is on {matrix.device}; outside CUDA they need TRITON_INTERPRET=1 and the CPU"
         if matrix.dtype not in DTYPES:
             return f"a tensor is {matrix.dtype}; they take float32, bfloat16 and float16"
@@ -53,7 +53,7 @@ def statistics(
     *,
     num_valid: int,
     temperature: float,
-    cross_sign: int,
+    cross_term_sign: int,
 ) -> torch.Tensor:
     """Pass 1, fp32 [N, 7]; arguments as in `torch_ops.statistics`. Reads both models' logits once."""
     rows = student_logits.shape[0]
@@ -62,19 +62,19 @@ def statistics(
     factors = _factors(temperature)
     columns = local_columns.contiguous()
 
-    def run(cut: Cut, rows: int) -> torch.Tensor:
-        parts, blocks = cut_rows(rows, num_valid, cut.block, student_logits.device)
+    def run(launch: LaunchConfig, rows: int) -> torch.Tensor:
+        parts, blocks = cut_rows(rows, num_valid, launch.block, student_logits.device)
         found = student_logits.new_empty(rows, parts, NUM_STATISTICS, dtype=torch.float32)
         with _device_of(student_logits):
             jit.statistics_kernel[(rows, parts)](
                 student_logits, teacher_logits, columns, found,
                 student_logits.stride(0), teacher_logits.stride(0), num_valid, blocks, *factors,
-                CROSS=cross_sign, WHOLE=parts == 1, **_options(cut),
+                CROSS=cross_term_sign, WHOLE=parts == 1, **_options(launch),
             )  # fmt: skip
-        return _merged(found, factors, cross_sign)
+        return _merged(found, factors, cross_term_sign)
 
-    key = ("statistics", bool(cross_sign), student_logits.dtype, teacher_logits.dtype, num_valid)
-    return run(choose_cut(key, rows, num_valid, student_logits.device, run), rows)
+    key = ("statistics", bool(cross_term_sign), student_logits.dtype, teacher_logits.dtype, num_valid)
+    return run(choose_launch(key, rows, num_valid, student_logits.device, run), rows)
 
 
 def token_statistics(
@@ -87,24 +87,24 @@ def token_statistics(
     factors = _factors(temperature)
     columns = local_columns.contiguous()
 
-    def run(cut: Cut, rows: int) -> torch.Tensor:
-        parts, blocks = cut_rows(rows, num_valid, cut.block, logits.device)
+    def run(launch: LaunchConfig, rows: int) -> torch.Tensor:
+        parts, blocks = cut_rows(rows, num_valid, launch.block, logits.device)
         found = logits.new_empty(rows, parts, NUM_STATISTICS, dtype=torch.float32)
         with _device_of(logits):
             jit.token_statistics_kernel[(rows, parts)](
                 logits, columns, found, logits.stride(0), num_valid, blocks, *factors,
-                WHOLE=parts == 1, **_options(cut),
+                WHOLE=parts == 1, **_options(launch),
             )  # fmt: skip
         return _merged(found, factors, 0)
 
     key = ("token_statistics", logits.dtype, num_valid)
-    return run(choose_cut(key, rows, num_valid, logits.device, run), rows)[:, [0, 1, 4]]
+    return run(choose_launch(key, rows, num_valid, logits.device, run), rows)[:, [0, 1, 4]]
 
 
 def clamped_sums(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalizers: Normalizers,
+    normalizers: LogNormalizers,
     divergence: Divergence,
     *,
     num_valid: int,
@@ -121,25 +121,25 @@ def clamped_sums(
     form, shares = _form(divergence, beta)
     numbers = (*_factors(temperature), *_bounds(entry_clip, entry_floor), *shares)
 
-    def run(cut: Cut, rows: int) -> torch.Tensor:
-        parts, blocks = cut_rows(rows, num_valid, cut.block, student_logits.device)
+    def run(launch: LaunchConfig, rows: int) -> torch.Tensor:
+        parts, blocks = cut_rows(rows, num_valid, launch.block, student_logits.device)
         found = student_logits.new_empty(rows, parts, 3, dtype=torch.float32)
         with _device_of(student_logits):
             jit.sums_kernel[(rows, parts)](
                 student_logits, teacher_logits, *vectors, found,
                 student_logits.stride(0), teacher_logits.stride(0), num_valid, blocks, *numbers,
-                FORM=form, CLIPPED=entry_clip is not None, **_options(cut),
+                FORM=form, CLIPPED=entry_clip is not None, **_options(launch),
             )  # fmt: skip
         return found[:, 0] if parts == 1 else found.sum(1)
 
     key = ("clamped_sums", form, entry_clip is None, student_logits.dtype, teacher_logits.dtype, num_valid)
-    return run(choose_cut(key, rows, num_valid, student_logits.device, run), rows)
+    return run(choose_launch(key, rows, num_valid, student_logits.device, run), rows)
 
 
 def weighted_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalizers: Normalizers,
+    normalizers: LogNormalizers,
     divergence: Divergence,
     total_slope_N: torch.Tensor,
     scale_N: torch.Tensor,
@@ -165,28 +165,28 @@ def weighted_gradient(
     factor = (scale_N.float() / temperature).contiguous()
     numbers = (*_factors(temperature), *_bounds(entry_clip, entry_floor), *shares)
 
-    def run(cut: Cut, rows: int, into: torch.Tensor) -> torch.Tensor:
-        parts, blocks = cut_rows(rows, width, cut.block, student_logits.device)
+    def run(launch: LaunchConfig, rows: int, into: torch.Tensor) -> torch.Tensor:
+        parts, blocks = cut_rows(rows, width, launch.block, student_logits.device)
         with _device_of(student_logits):
             jit.gradient_kernel[(rows, parts)](
                 student_logits, teacher_logits, *vectors, total, factor, into,
                 student_logits.stride(0), teacher_logits.stride(0), into.stride(0), num_valid, width, blocks, *numbers,
-                FORM=form, CLIPPED=entry_clip is not None, **_options(cut),
+                FORM=form, CLIPPED=entry_clip is not None, **_options(launch),
             )  # fmt: skip
         return into
 
-    def trial(cut: Cut, rows: int) -> torch.Tensor:
-        return run(cut, rows, out.new_empty(rows, width))
+    def trial(launch: LaunchConfig, rows: int) -> torch.Tensor:
+        return run(launch, rows, out.new_empty(rows, width))
 
     dtypes = (student_logits.dtype, teacher_logits.dtype, out.dtype)
     key = ("weighted_gradient", form, entry_clip is None, *dtypes, width)
-    return run(choose_cut(key, rows, width, student_logits.device, trial), rows, out)
+    return run(choose_launch(key, rows, width, student_logits.device, trial), rows, out)
 
 
 def sums_and_gradient(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normalizers: Normalizers,
+    normalizers: LogNormalizers,
     divergence: Divergence,
     scale_N: torch.Tensor,
     out: torch.Tensor,
@@ -206,16 +206,18 @@ def scale_rows_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return gradient
     factor = factor.to(gradient.device, torch.float32)
 
-    def run(cut: Cut, rows: int, into: torch.Tensor) -> torch.Tensor:
-        parts, blocks = cut_rows(rows, width, cut.block, gradient.device)
+    def run(launch: LaunchConfig, rows: int, into: torch.Tensor) -> torch.Tensor:
+        parts, blocks = cut_rows(rows, width, launch.block, gradient.device)
         with _device_of(gradient):
-            jit.scale_kernel[(rows, parts)](into, factor, into.stride(0), width, blocks, **_options(cut))
+            jit.scale_kernel[(rows, parts)](into, factor, into.stride(0), width, blocks, **_options(launch))
         return into
 
-    def trial(cut: Cut, rows: int) -> torch.Tensor:
-        return run(cut, rows, gradient.new_empty(rows, width))
+    def trial(launch: LaunchConfig, rows: int) -> torch.Tensor:
+        return run(launch, rows, gradient.new_empty(rows, width))
 
-    return run(choose_cut(("scale_rows_", gradient.dtype, width), rows, width, gradient.device, trial), rows, gradient)
+    return run(
+        choose_launch(("scale_rows_", gradient.dtype, width), rows, width, gradient.device, trial), rows, gradient
+    )
 
 
 def _nothing_seen(logits: torch.Tensor) -> torch.Tensor:
@@ -225,7 +227,7 @@ def _nothing_seen(logits: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _merged(found: torch.Tensor, factors: tuple[float, float], cross_sign: int) -> torch.Tensor:
+def _merged(found: torch.Tensor, factors: tuple[float, float], cross_term_sign: int) -> torch.Tensor:
     """Statistics [N, 7] of rows from those of their parts [N, parts, 7]."""
     rows, parts, _ = found.shape
     if parts == 1:
@@ -233,7 +235,7 @@ def _merged(found: torch.Tensor, factors: tuple[float, float], cross_sign: int) 
     out = found.new_empty(rows, NUM_STATISTICS)
     with _device_of(found):
         jit.merge_parts_kernel[(rows,)](
-            found, out, parts, *factors, CROSS=cross_sign, PARTS=triton.next_power_of_2(parts), num_warps=1
+            found, out, parts, *factors, CROSS=cross_term_sign, PARTS=triton.next_power_of_2(parts), num_warps=1
         )
     return out
 
@@ -257,15 +259,15 @@ def _form(divergence: Divergence, beta: float) -> tuple[int, tuple[float, float]
     return form, (math.log1p(-beta) / math.log(2.0), math.log2(beta))
 
 
-def _vectors(normalizers: Normalizers) -> list[torch.Tensor]:
+def _vectors(normalizers: LogNormalizers) -> list[torch.Tensor]:
     """The normalisers as the kernels read them, fp32 [N] without gaps."""
     names = ("student_max", "student_log_sum", "teacher_max", "teacher_log_sum")
     return [getattr(normalizers, name).float().contiguous() for name in names]
 
 
-def _options(cut: Cut) -> dict[str, int]:
+def _options(launch: LaunchConfig) -> dict[str, int]:
     """A cut as arguments of a launch; products and sums are contracted, whatever Triton's default becomes."""
-    return {"BLOCK": cut.block, "STAGES": cut.stages, "num_warps": cut.warps, "enable_fp_fusion": True}
+    return {"BLOCK": launch.block, "STAGES": launch.stages, "num_warps": launch.warps, "enable_fp_fusion": True}
 
 
 def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

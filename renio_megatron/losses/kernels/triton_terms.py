@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on tensors of the CPU; Triton decides it where they are defined."""
 
-INTERPRETER = tl.constexpr(INTERPRETED)
+INTERPRETER = tl.constexpr(IS_INTERPRETED)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1000.0)  # a power of two that is 0 in fp32 and has finite products

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Cut:
+class LaunchConfig:
     """One way to run a kernel: `block` entries at once by `warps` warps, `stages` of loads under way (1: plain loads
     into registers; more go through shared memory)."""
 
@@ -27,25 +27,34 @@ class Cut:
     stages: int
 
 
-FIXED = Cut(2048, 8, 1)
+FIXED = LaunchConfig(2048, 8, 1)
 """Where nothing is timed: 8 entries a thread, so that all running sums stay in registers and 3 to 8 programs share a
 multiprocessor; their loads in flight are what hides the memory's latency."""
 
-OFFERED = (FIXED, Cut(1024, 4, 1), Cut(4096, 16, 1), Cut(4096, 8, 1), Cut(2048, 8, 3), Cut(4096, 8, 3))
+CANDIDATES = (
+    FIXED,
+    LaunchConfig(1024, 4, 1),
+    LaunchConfig(4096, 16, 1),
+    LaunchConfig(4096, 8, 1),
+    LaunchConfig(2048, 8, 3),
+    LaunchConfig(4096, 8, 3),
+)
 """What is timed. Larger blocks need more entries a thread and leave room for fewer warps: two models' sums at 32
 entries a thread fill a thread's registers."""
 
-INTERPRETED = Cut(32, 1, 1)
+INTERPRETER_LAUNCH = LaunchConfig(32, 1, 1)
 """In the interpreter: blocks so small that a few columns fill several."""
 
 TRIAL_ENTRIES = 1 << 26
 """Entries of a trial, and from how many on one is worth its seconds: 128 MB in half precision, more than the cache."""
 
-_fastest: dict[Hashable, Cut] = {}
+_fastest: dict[Hashable, LaunchConfig] = {}
 
 
-def choose_cut(key: Hashable, rows: int, width: int, device: torch.device, trial: Callable[[Cut, int], object]) -> Cut:
-    """The fastest of `OFFERED` on a CUDA device, timed at the first large call of each key; `FIXED` for small calls,
+def choose_launch(
+    key: Hashable, rows: int, width: int, device: torch.device, trial: Callable[[LaunchConfig, int], object]
+) -> LaunchConfig:
+    """The fastest of `CANDIDATES` on a CUDA device, timed at the first large call of each key; `FIXED` for small calls,
     under `torch.use_deterministic_algorithms` (another cut sums in another order) and inside a CUDA graph.
 
     Args:
@@ -55,7 +64,7 @@ def choose_cut(key: Hashable, rows: int, width: int, device: torch.device, trial
         trial: runs the kernel with a cut on so many of the rows; nothing but its time is used.
     """
     if device.type != "cuda":
-        return INTERPRETED
+        return INTERPRETER_LAUNCH
     if torch.are_deterministic_algorithms_enabled():
         return FIXED
     key = (device.index, key)
@@ -63,7 +72,7 @@ def choose_cut(key: Hashable, rows: int, width: int, device: torch.device, trial
         if rows * width < TRIAL_ENTRIES or torch.cuda.is_current_stream_capturing():
             return FIXED
         few = -(-TRIAL_ENTRIES // width)
-        _fastest[key] = min(OFFERED, key=lambda cut: _milliseconds(functools.partial(trial, cut, few)))
+        _fastest[key] = min(CANDIDATES, key=lambda launch: _milliseconds(functools.partial(trial, launch, few)))
         _log.debug("%s runs as %s", key, _fastest[key])
     return _fastest[key]
 

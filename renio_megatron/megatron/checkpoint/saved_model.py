@@ -69,7 +69,7 @@ def check_same_model(directory: Path, part: ModelPart, base: str | None = None) 
             "To start from its weights, give it as `pretrained_checkpoint`.",
             scope=Scope.ALL_RANKS,
         )
-    wanted = dataclasses.asdict(part.architecture)
+    saved, wanted = _in_names_of_now(saved), dataclasses.asdict(part.architecture)
     differing = [
         f"{key}: {saved.get(key)} there, {wanted[key]} here" for key in wanted if saved.get(key) != wanted[key]
     ]
@@ -113,6 +113,22 @@ def _check_rows(directory: Path, part: ModelPart) -> None:
             "with --fresh.",
             scope=Scope.ALL_RANKS,
         )
+
+
+_RENAMED_OF_EXPERTS = {"count": "num_experts", "chosen": "top_k"}
+"""Names of `Experts` in checkpoints that were written before 2026-11-27."""
+
+
+def _in_names_of_now(architecture: dict[str, Any]) -> dict[str, Any]:
+    """An architecture as `dataclasses.asdict` gives it today.
+
+    >>> _in_names_of_now({"num_layers": 2, "experts": {"count": 8, "chosen": 2, "normalized": True}})["experts"]
+    {'num_experts': 8, 'top_k': 2, 'normalized': True}
+    """
+    experts = architecture.get("experts")
+    if not isinstance(experts, dict):
+        return architecture
+    return {**architecture, "experts": {_RENAMED_OF_EXPERTS.get(name, name): value for name, value in experts.items()}}
 
 
 def _what_is_trained(lora: dict[str, Any] | None) -> str:

@@ -205,10 +205,12 @@ def megatron_settings(precision: PrecisionConfig, backend: str, *, trained: bool
     }
 
 
-def words(precision: PrecisionConfig, device: torch.device, *, bf16: bool, has_adapters: bool = False) -> str:
+def describe_backend(
+    precision: PrecisionConfig, device: torch.device, *, bf16: bool, has_adapters: bool = False
+) -> str:
     """What a model computes in, for a line about a run; why, where adapters decide it.
 
-    >>> words(PrecisionConfig(backend="local"), torch.device("cpu"), bf16=True)
+    >>> describe_backend(PrecisionConfig(backend="local"), torch.device("cpu"), bf16=True)
     'local bf16'
     """
     backend = resolve_backend(precision, device, bf16=bf16, has_adapters=has_adapters)

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 from renio_megatron.config import HeadConfig, LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
-from renio_megatron.data.batching.collate import Arrangement
+from renio_megatron.data.batching.collate import BatchLayout
 from renio_megatron.losses import kernels
 from renio_megatron.losses.tune_kernels import tune_scores
 from renio_megatron.megatron.model.backend import (
@@ -35,7 +35,7 @@ from renio_megatron.megatron.model.layer_specs import block_spec
 from renio_megatron.megatron.model.lora import add_lora, check_backend
 from renio_megatron.megatron.model.moe import (
     Routing,
-    check_mixture,
+    check_moe,
     mark_experts,
     watch_routers,
     whole_model_name,
@@ -44,7 +44,7 @@ from renio_megatron.megatron.model.te_modules import padded_rows, whole_sequence
 from renio_megatron.megatron.model.transformer_config import transformer_config
 from renio_megatron.models.architecture import Architecture, padded_vocab_size
 from renio_megatron.models.rope import set_rope
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.vocab import LmHead, VocabShard, gather_sequence, sum_gradient_over_shards
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
@@ -81,7 +81,7 @@ class ModelPart:
     config: TransformerConfig
     architecture: Architecture
     shard: VocabShard
-    layout: Layout
+    layout: ParallelLayout
     backend: str = "local"
     lora: LoraConfig = field(default_factory=LoraConfig)
     fp8_multiple: int = 1
@@ -99,7 +99,9 @@ class ModelPart:
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters of this rank; layers and experts have the numbers that they have in the whole model."""
-        first_expert = self.layout.expert.rank * ((self.config.num_moe_experts or 0) // self.layout.expert.size)
+        first_expert = self.layout.expert_model.rank * (
+            (self.config.num_moe_experts or 0) // self.layout.expert_model.size
+        )
         for stage, chunk in enumerate(self.chunks):
             offset = get_transformer_layer_offset(self.config, vp_stage=stage if len(self.chunks) > 1 else None)
             for name, parameter in chunk.named_parameters():
@@ -156,10 +158,10 @@ class ModelPart:
             dtype, device = self.config.params_dtype, self.layout.device
             tune_scores(self.shard, head, temperature, hidden_dtype=dtype, num_tokens=num_tokens, device=device)
 
-    def arrangement(self, pad_id: int, micro_batch_size: int, max_tokens: int | None) -> Arrangement:
+    def batch_layout(self, pad_id: int, micro_batch_size: int, max_tokens: int | None) -> BatchLayout:
         """How sequences must be arranged for this layout; `max_tokens` packs them."""
         layout = self.layout
-        return Arrangement(
+        return BatchLayout(
             pad_id=pad_id,
             micro_batch_size=micro_batch_size,
             max_tokens=max_tokens,
@@ -210,7 +212,7 @@ class ModelPart:
 
 def build_model(
     architecture: Architecture,
-    layout: Layout,
+    layout: ParallelLayout,
     parallel: ParallelConfig,
     train: TrainConfig,
     precision: PrecisionConfig | None = None,
@@ -242,7 +244,7 @@ def build_model(
     backend = resolve_backend(precision, layout.device, bf16=train.bf16, has_adapters=lora.r is not None)
     check_model(architecture, parallel, train, precision, backend, layout.device)
     check_backend(lora, backend)
-    check_mixture(architecture, precision, backend)
+    check_moe(architecture, precision, backend)
     config = transformer_config(
         architecture, parallel, train, precision, trained=trained, initialize=initialize, backend=backend
     )
@@ -288,7 +290,7 @@ def build_model(
 
 def _build_chunk(
     architecture: Architecture,
-    layout: Layout,
+    layout: ParallelLayout,
     config: TransformerConfig,
     stage: int,
     num_chunks: int,

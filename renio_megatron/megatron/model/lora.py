@@ -222,9 +222,9 @@ def _rows(target: str, config: TransformerConfig) -> int:
     }[target]
 
 
-def _initial_a(rank: int, width: int, stream: tuple[int, ...]) -> torch.Tensor:
+def _initial_a(rank: int, width: int, rng_stream: tuple[int, ...]) -> torch.Tensor:
     """A whole A, fp32 [r, in]: uniform in +-1 / sqrt(in), which is `kaiming_uniform_` with a = sqrt(5)."""
     generator = torch.Generator()
-    generator.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    generator.manual_seed(int(np.random.SeedSequence(rng_stream).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     bound = 1.0 / math.sqrt(width)
     return torch.empty(rank, width).uniform_(-bound, bound, generator=generator)

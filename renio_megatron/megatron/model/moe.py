@@ -23,21 +23,21 @@ from renio_megatron.megatron.runtime.mcore_compat import define_missing_gemm
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.param_map import is_expert
 from renio_megatron.objective.load_balance import load_balancing_loss, sum_by_sequence
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.types import MicroBatch
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.local_experts\.)(\d+)(\..+)")
 
 
-def mixture_settings(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+def moe_settings(architecture: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig that follow from a model's experts; none for a dense model."""
     experts = architecture.experts
     if experts is None:
         return {}
     return {
-        "num_moe_experts": experts.count,
-        "moe_router_topk": experts.chosen,
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.top_k,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         # The softmax over the chosen experts alone is the normalised one over all of them.
         "moe_router_pre_softmax": not experts.normalized,
@@ -49,7 +49,7 @@ def mixture_settings(architecture: Architecture, parallel: ParallelConfig) -> di
     }
 
 
-def check_mixture(architecture: Architecture, precision: PrecisionConfig, backend: str) -> None:
+def check_moe(architecture: Architecture, precision: PrecisionConfig, backend: str) -> None:
     """Raises `ConfigError` where a model with experts cannot be built of these layers; makes Megatron ready for one."""
     if architecture.experts is None:
         return
@@ -108,7 +108,7 @@ class Routing:
     """
 
     def __init__(
-        self, architecture: Architecture, layout: Layout, coefficient: float, *, sequence_parallel: bool
+        self, architecture: Architecture, layout: ParallelLayout, coefficient: float, *, sequence_parallel: bool
     ) -> None:
         """`coefficient` is c; the tensor ranks have different tokens where `sequence_parallel`."""
         assert architecture.experts is not None
@@ -120,7 +120,7 @@ class Routing:
         # micro-batches. In each layer those passes come in the order of the first ones.
         self._waiting: dict[int, deque[_Read]] = defaultdict(deque)
         # Of each layer: tokens of each expert; sums of entropy, of weight x loss, and of weights.
-        size = (architecture.num_layers, self._experts.count + 3)
+        size = (architecture.num_layers, self._experts.num_experts + 3)
         self._sums = torch.zeros(size, dtype=torch.float64, device=layout.device)
 
     def count_tokens(self) -> None:
@@ -165,7 +165,7 @@ class Routing:
         own_counts = sum_by_sequence(is_chosen.float(), read.sequence_T, count)
         counts = own_counts if self._pieces is None else sum_pieces(own_counts, self._pieces.group)
         counts = sum_pieces(counts, self._layout.context.group)
-        losses = load_balancing_loss(sum_by_sequence(scores, read.sequence_T, count), counts, self._experts.chosen)
+        losses = load_balancing_loss(sum_by_sequence(scores, read.sequence_T, count), counts, self._experts.top_k)
         total = (losses * read.weight_B).sum()
         self._count(layer, own_counts, scores.detach()[read.sequence_T >= 0], total.detach(), read.weight_B)
         if self._coefficient == 0:
@@ -182,7 +182,7 @@ class Routing:
             "moe/aux_loss": float(loss / weight),
             "moe/load_max_over_mean": float((load.amax(-1) / mean_load).max()),
             "moe/idle_frac": float((load == 0).double().mean()),
-            "moe/router_entropy": float(entropy / load.sum() * self._experts.chosen),
+            "moe/router_entropy": float(entropy / load.sum() * self._experts.top_k),
         }
 
     def _count(

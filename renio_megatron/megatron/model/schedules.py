@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from renio_megatron.megatron.model.attention import packing_of
 from renio_megatron.megatron.model.build import ModelPart
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.types import MicroBatch
 
@@ -62,15 +62,15 @@ def run_forward_backward(
     return _run(part, chunks, micro_batches, loss, forward_only=False, collect_non_loss_data=False)
 
 
-def broadcast_from_last_stage(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+def broadcast_from_last_stage(tensor: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
     """The last stage's `tensor`, on every stage; the others pass one of the same shape and dtype."""
     if layout.pipeline.size > 1:
         dist.broadcast(tensor, src=layout.pipeline.ranks[-1], group=layout.pipeline.group)
     return tensor
 
 
-def share_tokens(
-    collected: Sequence[torch.Tensor], micro_batches: Sequence[MicroBatch], layout: Layout
+def broadcast_token_values(
+    collected: Sequence[torch.Tensor], micro_batches: Sequence[MicroBatch], layout: ParallelLayout
 ) -> torch.Tensor:
     """One number for each completion token of the rank's rollouts, on every rank that shares them: fp32 [N].
 

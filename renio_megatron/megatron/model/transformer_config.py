@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig, TrainConfig
 from renio_megatron.megatron.model.backend import megatron_settings
-from renio_megatron.megatron.model.moe import mixture_settings
+from renio_megatron.megatron.model.moe import moe_settings
 from renio_megatron.models.architecture import Architecture
 
 WITHOUT_OTHER_PACKAGES: dict[str, Any] = {
@@ -62,7 +62,7 @@ def transformer_config(
         use_cpu_initialization=initialize and not quantized.get("fp8_param", False),
         **({} if initialize else dict.fromkeys(drawers, _leave)),
         **_of_layout(parallel, trained),
-        **mixture_settings(architecture, parallel),
+        **moe_settings(architecture, parallel),
         # Packed rows differ in length. Megatron allows that to this dispatcher only, also where there are no experts.
         variable_seq_lengths=train.max_tokens_per_micro_batch is not None,
         moe_token_dispatcher_type="alltoall",

@@ -1,4 +1,4 @@
-"""Joins the world: backend, process groups, seeds, and the `Layout` that the rest of the package sees."""
+"""Joins the world: backend, process groups, seeds, and the `ParallelLayout` that the rest of the package sees."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from renio_megatron.errors import ConfigError, LayoutError, Scope
 from renio_megatron.megatron.runtime import cpu_patches
 from renio_megatron.megatron.runtime.cudnn import torchs_cudnn
 from renio_megatron.megatron.runtime.process_groups import forget_groups, make_groups, present_layout
-from renio_megatron.parallel.layout import Layout, backend_and_device
+from renio_megatron.parallel.layout import ParallelLayout, backend_and_device
 from renio_megatron.parallel.worlds import Bridge, join_two_worlds
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ def start(
     *,
     seed: int,
     deterministic_mode: bool = False,
-    scorers: ParallelConfig | None = None,
-    num_scorers: int = 0,
-) -> Layout:
+    teacher_parallel: ParallelConfig | None = None,
+    num_teacher_ranks: int = 0,
+) -> ParallelLayout:
     """Initialises torch.distributed and Megatron's process groups; returns this rank's layout.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. May be called again in the
@@ -42,9 +42,9 @@ def start(
         parallel: sizes of the model axes; the data-parallel size is what remains of the world.
         seed: of Megatron's random-number trackers.
         deterministic_mode: let torch and the kernels of the loss choose nothing that differs from run to run.
-        scorers: layout of the last ranks, which only score, in a world of their own; the data-parallel size is what
-            remains of them.
-        num_scorers: how many they are; none where there is no such layout.
+        teacher_parallel: layout of the last ranks, which only score, in a world of their own; the data-parallel size
+            is what remains of them.
+        num_teacher_ranks: how many they are; none where there is no such layout.
 
     Raises:
         LayoutError: sizes that do not divide the world.
@@ -67,18 +67,18 @@ def start(
         _check_address()
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
         try:
-            if num_scorers:
-                _bridges[:] = [join_two_worlds(backend, timeout, num_scorers)]
+            if num_teacher_ranks:
+                _bridges[:] = [join_two_worlds(backend, timeout, num_teacher_ranks)]
             else:
                 dist.init_process_group(backend, timeout=timeout)
         except (dist.DistError, OSError, ValueError) as error:
             raise ConfigError(_no_meeting(error)) from error
     rendezvous_seconds = time.monotonic() - begin
-    world_size, is_scorer = dist.get_world_size(), False
-    if num_scorers:
-        assert scorers is not None
-        is_scorer = bridge().axis.rank >= bridge().axis.size - num_scorers
-        parallel = scorers if is_scorer else parallel
+    world_size, is_teacher_rank = dist.get_world_size(), False
+    if num_teacher_ranks:
+        assert teacher_parallel is not None
+        is_teacher_rank = bridge().axis.rank >= bridge().axis.size - num_teacher_ranks
+        parallel = teacher_parallel if is_teacher_rank else parallel
     if world_size % parallel.model_ranks:
         raise LayoutError(
             f"one copy of the model takes {parallel.model_ranks} ranks (tensor x pipeline x context), which does not "
@@ -87,7 +87,7 @@ def start(
     make_groups(parallel)
     # No layer draws random numbers in training (dropout is 0), so the null tracker serves, on the CPU as well.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
-    return replace(present_layout(device, rendezvous_seconds), is_scorer=is_scorer)
+    return replace(present_layout(device, rendezvous_seconds), is_teacher_rank=is_teacher_rank)
 
 
 _bridges: list[Bridge] = []

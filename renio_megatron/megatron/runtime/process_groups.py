@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import ParallelConfig
-from renio_megatron.parallel.layout import Axis, Layout
+from renio_megatron.parallel.layout import Axis, ParallelLayout
 
 _pristine: dict[str, Any] = {}
 _known: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -40,21 +40,21 @@ def make_groups(parallel: ParallelConfig) -> None:
     _initialize(parallel)
 
 
-def present_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> Layout:
+def present_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> ParallelLayout:
     """This rank's place by the groups in force."""
     from megatron.core import parallel_state
 
-    return Layout(
+    return ParallelLayout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
         data=_axis(parallel_state.get_data_parallel_group()),
         context=_axis(parallel_state.get_context_parallel_group()),
-        expert=_axis(parallel_state.get_expert_model_parallel_group()),
+        expert_model=_axis(parallel_state.get_expert_model_parallel_group()),
         expert_tensor=_axis(parallel_state.get_expert_tensor_parallel_group()),
         expert_data=_axis(parallel_state.get_expert_data_parallel_group()),
-        experts=_axis(parallel_state.get_expert_tensor_and_model_parallel_group()),
+        expert_tensor_and_model=_axis(parallel_state.get_expert_tensor_and_model_parallel_group()),
         device=device,
         rendezvous_seconds=rendezvous_seconds,
     )
@@ -69,7 +69,7 @@ class Place:
         state: Megatron's globals of it.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     state: dict[str, Any]
 
     @contextlib.contextmanager

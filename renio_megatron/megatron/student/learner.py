@@ -23,16 +23,16 @@ from renio_megatron.losses.tune_kernels import tune_cross_entropy, tune_loss
 from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.megatron.model.schedules import (
     broadcast_from_last_stage,
+    broadcast_token_values,
     run_forward,
     run_forward_backward,
-    share_tokens,
 )
 from renio_megatron.megatron.model.te_modules import slow_attention
 from renio_megatron.megatron.student.spare_rows import SpareRows
 from renio_megatron.models.param_map import is_expert
 from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.training.interfaces import ScoreMore, StepLoss
-from renio_megatron.training.metrics.accumulator import Tally, reduce_tally
+from renio_megatron.training.metrics.accumulator import MetricAccumulator, reduce_metrics
 from renio_megatron.types import MicroBatch, Rollout
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class MegatronLearner:
         self._head = head
         self._train = train
         self._temperature = temperature
-        self._arrangement = part.arrangement(pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch)
+        self._batch_layout = part.batch_layout(pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch)
         self._denominator = torch.zeros((), dtype=torch.float64, device=part.layout.device)
         config = part.config
         wrapping = DistributedDataParallelConfig(
@@ -104,9 +104,9 @@ class MegatronLearner:
         config = self.optimizer.config
         return {"parallel.use_distributed_optimizer": config.use_distributed_optimizer, "train.bf16": config.bf16}
 
-    def arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+    def make_micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """The rollouts as the student's micro-batches."""
-        micro_batches = collate(rollouts, view="student", arrangement=self._arrangement)
+        micro_batches = collate(rollouts, audience="student", batch_layout=self._batch_layout)
         return [micro_batch.to(self.part.layout.device) for micro_batch in micro_batches]
 
     def score(self, micro_batches: Sequence[MicroBatch], more: ScoreMore | None = None) -> dict[str, torch.Tensor]:
@@ -123,7 +123,8 @@ class MegatronLearner:
         part.train(False)
         columns = list(zip(*run_forward(part, micro_batches, scores_of), strict=True)) or [()] * len(names)
         return {
-            name: share_tokens(column, micro_batches, part.layout) for name, column in zip(names, columns, strict=True)
+            name: broadcast_token_values(column, micro_batches, part.layout)
+            for name, column in zip(names, columns, strict=True)
         }
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
@@ -132,7 +133,7 @@ class MegatronLearner:
         Raises:
             NumericsError: NaN or infinity in a loss or gradient; the weights are then left as they were.
         """
-        tallies = self._accumulate(micro_batches, loss, step)
+        accumulators = self._accumulate(micro_batches, loss, step)
         self._look_at_attention()
         skip = self._train.skip_nonfinite_steps
         bad = self._bad_gradient()
@@ -143,10 +144,10 @@ class MegatronLearner:
             group["lr"] = lr
         _, grad_norm, _ = self.optimizer.step()
         self._is_stale = True
-        total = Tally()
-        for tally in tallies:
-            total.merge(tally)
-        metrics = reduce_tally(total, self.part.layout)
+        total = MetricAccumulator()
+        for accumulator in accumulators:
+            total.merge(accumulator)
+        metrics = reduce_metrics(total, self.part.layout)
         if self.part.routing is not None:
             metrics |= self.part.routing.metrics()
         skipped = {"train/skipped_frac": 0.0} if skip else {}
@@ -193,8 +194,8 @@ class MegatronLearner:
             if is_own(name, parameter)
         }
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, step: int) -> list[Tally]:
-        """Leaves the step's gradient in each parameter's `main_grad`, reduced and divided; the tallies."""
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, step: int) -> list[MetricAccumulator]:
+        """Leaves the step's gradient in each parameter's `main_grad`, reduced and divided; the accumulators."""
         part = self.part
         part.train()
         for model in self.models:
@@ -203,24 +204,24 @@ class MegatronLearner:
         self.optimizer.zero_grad()
         self._denominator.zero_()
 
-        def loss_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[torch.Tensor, Tally]:
-            total, denominator, tally = loss(index, micro_batch, rows, part.head())
+        def loss_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[torch.Tensor, MetricAccumulator]:
+            total, denominator, accumulator = loss(index, micro_batch, rows, part.head())
             losses.append(total.detach())
             self._denominator += denominator
-            return total, tally
+            return total, accumulator
 
         losses: list[torch.Tensor] = []
         if part.routing is None:
-            tallies = run_forward_backward(part, self.models, micro_batches, loss_of)
+            accumulators = run_forward_backward(part, self.models, micro_batches, loss_of)
         else:
             part.routing.begin_step()
             try:
-                tallies = run_forward_backward(part, self.models, micro_batches, loss_of)
+                accumulators = run_forward_backward(part, self.models, micro_batches, loss_of)
             finally:
                 part.routing.end_step()
         if losses and not self._train.skip_nonfinite_steps:
             self._require_finite_losses(torch.stack(losses).tolist(), step)
-        return tallies
+        return accumulators
 
     def _require_finite_losses(self, losses: Sequence[float], step: int) -> None:
         """Stops this rank where a micro-batch's loss is not finite; looked at once, when the passes are under way."""

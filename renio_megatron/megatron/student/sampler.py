@@ -18,7 +18,7 @@ from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.megatron.model.schedules import broadcast_from_last_stage
 from renio_megatron.parallel.collectives import gather_objects
 from renio_megatron.parallel.vocab import gather_columns
-from renio_megatron.types import Decoding, Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout, SamplingParams
 
 
 class MegatronSampler:
@@ -54,32 +54,32 @@ class MegatronSampler:
     def sample(
         self,
         prompts: Sequence[Prompt],
-        decoding: Decoding,
+        sampling_params: SamplingParams,
         *,
-        stream: tuple[int, ...],
+        rng_stream: tuple[int, ...],
         on_group: Callable[[Sequence[Rollout]], None] | None = None,
     ) -> list[Rollout]:
         """One completion of each prompt, in order.
 
         Args:
             prompts: this rank's prompts.
-            decoding: how to draw.
-            stream: non-negative integers, for example (step,); another stream draws other completions.
+            sampling_params: how to draw.
+            rng_stream: non-negative integers, for example (step,); another stream draws other completions.
             on_group: shown every group of completions that were drawn together, before the next group is begun; once
                 all of them where other ranks take part in a group's drawing, which must not be held up.
         """
-        context, experts = self._part.layout.context, self._part.layout.experts
+        context, experts = self._part.layout.context, self._part.layout.expert_tensor_and_model
         is_shared = context.size > 1 or (self._part.architecture.experts is not None and experts.size > 1)
         # Neighbours in length decode together: less forced feeding of prompt tokens. Ranks that share the sequences
         # decode different ones, because nothing of a completion's draws depends on who draws it.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
         mine = order[context.rank :: context.size]
-        size = decoding.micro_batch_size or len(mine)
+        size = sampling_params.micro_batch_size or len(mine)
         rollouts: dict[int, Rollout] = {}
         with self._part.decoding():
             for start in range(0, len(mine), max(size, 1)):
                 chosen = mine[start : start + size]
-                decoded = self._decode([prompts[i] for i in chosen], decoding, stream)
+                decoded = self._decode([prompts[i] for i in chosen], sampling_params, rng_stream)
                 rollouts.update(zip(chosen, decoded, strict=True))
                 if on_group is not None and not is_shared:
                     on_group(decoded)
@@ -93,7 +93,7 @@ class MegatronSampler:
 
     def _any_goes_on(self, goes_on: bool) -> bool:
         """Whether a rank that shares experts with this one makes another pass; each asks before each of its passes."""
-        experts = self._part.layout.experts
+        experts = self._part.layout.expert_tensor_and_model
         if self._part.architecture.experts is None or experts.size == 1:
             return goes_on
         flag = torch.tensor(float(goes_on), device=self._part.layout.device)
@@ -108,16 +108,18 @@ class MegatronSampler:
             self._forward(nothing, 0, StaticInferenceContext(1, 2))
 
     @torch.no_grad()
-    def _decode(self, prompts: list[Prompt], decoding: Decoding, stream: tuple[int, ...]) -> list[Rollout]:
+    def _decode(
+        self, prompts: list[Prompt], sampling_params: SamplingParams, rng_stream: tuple[int, ...]
+    ) -> list[Rollout]:
         """Completions of prompts that share a cache."""
         part, device = self._part, self._part.layout.device
-        count, limit = len(prompts), decoding.max_completion_length
+        count, limit = len(prompts), sampling_params.max_completion_length
         lengths = torch.tensor([len(prompt.student_ids) for prompt in prompts], device=device)
         total = int(lengths.max()) + limit
         tokens = torch.full((count, total), self._pad_id, dtype=torch.int64, device=device)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt.student_ids)] = torch.tensor(prompt.student_ids, device=device)
-        uniform = torch.from_numpy(self._uniform(prompts, limit, stream)).to(device)
+        uniform = torch.from_numpy(self._uniform(prompts, limit, rng_stream)).to(device)
         logp = torch.zeros(count, total, dtype=torch.float32, device=device)
         ended = torch.zeros(count, dtype=torch.bool, device=device)
         in_text = torch.zeros(count, dtype=torch.bool, device=device)
@@ -132,7 +134,7 @@ class MegatronSampler:
             if hidden is not None:
                 logits = gather_columns(part.head_logits(hidden), part.shard).float()
                 position = (known - lengths).clamp(min=0, max=limit - 1)
-                drawn = draw(logits, uniform.gather(1, position[:, None])[:, 0], decoding)
+                drawn = draw(logits, uniform.gather(1, position[:, None])[:, 0], sampling_params)
                 logp[:, known] = (logits / self._temperature).log_softmax(-1).gather(1, drawn[:, None])[:, 0]
             drawn = broadcast_from_last_stage(drawn, part.layout)
             active = (known >= lengths) & ~ended
@@ -190,38 +192,38 @@ class MegatronSampler:
         cache.sequence_len_offset = start + length
         return output[:, -1] if part.chunks[-1].post_process else None
 
-    def _uniform(self, prompts: list[Prompt], count: int, stream: tuple[int, ...]) -> np.ndarray:
+    def _uniform(self, prompts: list[Prompt], count: int, rng_stream: tuple[int, ...]) -> np.ndarray:
         """Uniform numbers in [0, 1), fp64 [prompts, count]; the first n of a row do not depend on `count`."""
         rows = []
         for prompt in prompts:
-            entropy = np.random.SeedSequence([self._seed, *stream, prompt.index])
+            entropy = np.random.SeedSequence([self._seed, *rng_stream, prompt.index])
             rows.append(np.random.Generator(np.random.Philox(entropy)).random(count))
         return np.stack(rows)
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling_params: SamplingParams) -> torch.Tensor:
     """A token of each row by inverting the cumulative distribution.
 
     Args:
         logits: fp32 [b, V].
         uniform: [b] in [0, 1).
-        decoding: temperature (0: the largest logit), then top-k, then top-p.
+        sampling_params: temperature (0: the largest logit), then top-k, then top-p.
 
     Returns:
         int64 [b].
     """
-    if decoding.temperature == 0:
+    if sampling_params.temperature == 0:
         return logits.argmax(-1)
-    probability = (logits.double() / decoding.temperature).softmax(-1)
-    if decoding.top_k is None and decoding.top_p is None:
+    probability = (logits.double() / sampling_params.temperature).softmax(-1)
+    if sampling_params.top_k is None and sampling_params.top_p is None:
         return _invert(probability, uniform)
     probability, order = probability.sort(dim=-1, descending=True, stable=True)
-    if decoding.top_k is not None:
-        probability[:, decoding.top_k :] = 0.0
-    if decoding.top_p is not None:
+    if sampling_params.top_k is not None:
+        probability[:, sampling_params.top_k :] = 0.0
+    if sampling_params.top_p is not None:
         probability /= probability.sum(-1, keepdim=True)
         before = cumulative(probability) - probability
-        probability = torch.where(before < decoding.top_p, probability, 0.0)
+        probability = torch.where(before < sampling_params.top_p, probability, 0.0)
     return order.gather(1, _invert(probability, uniform)[:, None])[:, 0]
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from renio_megatron.errors import NumericsError
-from renio_megatron.megatron.model.schedules import share_tokens
+from renio_megatron.megatron.model.schedules import broadcast_token_values
 from renio_megatron.megatron.teacher.payload import ShardedPayload, gather_pieces
 from renio_megatron.megatron.teacher.scoring import ScoringEndpoint, ScoringRequest
 from renio_megatron.megatron.teacher.weights import Averages
-from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.row_exchange import RowExchange, RowsOf, sum_over
+from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.parallel.row_exchange import RowAllToAll, RowsOf, sum_over
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.training.targets import HiddenStateTargets
 from renio_megatron.types import MicroBatch, Rollout
@@ -64,13 +64,13 @@ class OwnLayoutTeacher(ScoringEndpoint):
         batches = list(student_batches) if student.pipeline.is_last else []
         first = index.first_completion_token(student.data.rank)
         pieces = [_piece(first + batch.token_index.cpu(), student) for batch in batches]
-        exchange = RowExchange(pieces, index.output_rank_of, self._rank_map.axis, self._device)
+        exchange = RowAllToAll(pieces, index.output_rank_of, self._rank_map.axis, self._device)
         logp = [exchange.fetch(number, logp_of, 1, torch.float32) for number in range(exchange.num_rounds)]
         whole = [
             gather_pieces(part, len(batch.token_index), student.tensor)[:, 0]
             for part, batch in zip(logp, batches, strict=False)
         ]
-        flat = share_tokens(whole, student_batches, student)
+        flat = broadcast_token_values(whole, student_batches, student)
         if not bool(torch.isfinite(flat).all()):
             raise NumericsError(
                 f"rank {student.rank}: the teacher's log-probabilities hold NaN or infinity. "
@@ -102,11 +102,11 @@ class OwnLayoutTeacher(ScoringEndpoint):
             self._bridge.call()
         return self._broadcast_request(request, rollouts)[1]
 
-    def _fetch_states(self, exchange: RowExchange, number: int, states_of: RowsOf) -> torch.Tensor:
+    def _fetch_states(self, exchange: RowAllToAll, number: int, states_of: RowsOf) -> torch.Tensor:
         return self._put(exchange.fetch(number, states_of, self._width, self._dtype))
 
 
-def _piece(numbers: torch.Tensor, student: Layout) -> torch.Tensor:
+def _piece(numbers: torch.Tensor, student: ParallelLayout) -> torch.Tensor:
     """What this tensor rank asks for; its peers ask for the rest."""
     size = -(-len(numbers) // student.tensor.size)
     return numbers[student.tensor.rank * size : (student.tensor.rank + 1) * size]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from renio_megatron.data.batching.packing import share_out
-from renio_megatron.parallel.layout import Axis, Layout
+from renio_megatron.parallel.layout import Axis, ParallelLayout
 from renio_megatron.parallel.row_exchange import gather_rows
 
 
@@ -27,7 +27,9 @@ class RankMap:
     teacher_output_ranks: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, axis: Axis, student: Layout | None, teacher: Layout | None, device: torch.device) -> RankMap:
+    def of(
+        cls, axis: Axis, student: ParallelLayout | None, teacher: ParallelLayout | None, device: torch.device
+    ) -> RankMap:
         """From every rank's places; two collectives. A rank that is no student, or no teacher, gives None."""
         row = [-1, -1, -1]
         if student is not None and student.tensor.is_first and student.context.is_first and student.pipeline.is_last:

@@ -22,8 +22,8 @@ from renio_megatron.megatron.model.schedules import run_forward
 from renio_megatron.megatron.runtime.process_groups import Place
 from renio_megatron.megatron.teacher.rank_map import PayloadIndex, RankMap, ScoringBatch
 from renio_megatron.megatron.teacher.weights import TeacherWeights
-from renio_megatron.parallel.layout import Layout
-from renio_megatron.parallel.row_exchange import RowExchange, RowsOf, gather_rows
+from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.parallel.row_exchange import RowAllToAll, RowsOf, gather_rows
 from renio_megatron.parallel.vocab import LmHead, VocabShard
 from renio_megatron.parallel.worlds import Bridge
 from renio_megatron.types import MicroBatch, Prompt, Rollout
@@ -103,7 +103,7 @@ class ScoringEndpoint:
     def __init__(
         self,
         reader: Reader | None,
-        student: Layout | None,
+        student: ParallelLayout | None,
         rank_map: RankMap,
         settings: ScoringSettings,
         *,
@@ -124,7 +124,7 @@ class ScoringEndpoint:
         self._settings, self._device = settings, settings.device
         self._width, self._dtype = settings.hidden_size, settings.dtype
         if reader is not None:
-            self._arrangement = reader.part.arrangement(
+            self._batch_layout = reader.part.batch_layout(
                 settings.pad_id, settings.train.micro_batch_size, settings.train.max_tokens_per_micro_batch
             )
         self._pending: list[_Pending] = []
@@ -150,13 +150,15 @@ class ScoringEndpoint:
         share = [] if reader is None else batch.shares[reader.part.layout.data.rank]
         if not batch.ids:
             return
-        exchange = RowExchange([batch.view_tokens(share)], batch.source_of, self._rank_map.axis, self._device)
+        exchange = RowAllToAll([batch.view_tokens(share)], batch.source_of, self._rank_map.axis, self._device)
         tokens = exchange.fetch(0, self._tokens_of(batch, rollouts), 1, torch.int64)[:, 0].tolist()
         if reader is None or not share:
             return
         micro_batches = [
             micro_batch.to(self._device)
-            for micro_batch in collate(_sequences(batch, share, tokens), view="teacher", arrangement=self._arrangement)
+            for micro_batch in collate(
+                _sequences(batch, share, tokens), audience="teacher", batch_layout=self._batch_layout
+            )
         ]
         part = reader.part
 
@@ -217,14 +219,14 @@ class ScoringEndpoint:
         row = [0, 0]
         if reader is not None and reader.part.layout.pipeline.is_last:
             row = [reader.part.shard.start, reader.part.shard.stop]
-        edges = torch.stack([part[0] for part in gather_rows(torch.tensor([row], device=self._device), axis)]).cpu()
+        bounds = torch.stack([part[0] for part in gather_rows(torch.tensor([row], device=self._device), axis)]).cpu()
         first_replica = torch.tensor(self._rank_map.teacher_output_ranks[0])
-        stops = edges[first_replica, 1].contiguous()
+        stops = bounds[first_replica, 1].contiguous()
         is_wanted = student is not None and shard is not None and student.pipeline.is_last
         columns = torch.arange(shard.start, shard.start + shard.num_valid) if is_wanted and shard else torch.empty(0)
         at_once = max(1, HEAD_BYTES // (self._width * self._dtype.itemsize))
         rounds = list(columns.long().split(at_once)) if len(columns) else []
-        exchange = RowExchange(
+        exchange = RowAllToAll(
             rounds, lambda rows: first_replica[torch.bucketize(rows, stops, right=True)], axis, self._device
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from renio_megatron.megatron.teacher.scoring import ScoringEndpoint, ScoringRequest
-from renio_megatron.parallel.row_exchange import RowExchange, sum_over
+from renio_megatron.parallel.row_exchange import RowAllToAll, sum_over
 
 
 class TeacherServer(ScoringEndpoint):
@@ -25,7 +25,7 @@ class TeacherServer(ScoringEndpoint):
         index, logp_of, states_of = self._collect(sequences)
         if not index.num_sequences:
             return True
-        exchange = RowExchange([], index.output_rank_of, self._rank_map.axis, self._device)
+        exchange = RowAllToAll([], index.output_rank_of, self._rank_map.axis, self._device)
         for number in range(exchange.num_rounds):
             exchange.fetch(number, logp_of, 1, torch.float32)
         before = exchange.bytes_sent

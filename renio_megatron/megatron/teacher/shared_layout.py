@@ -10,7 +10,7 @@ from renio_megatron.config import HeadConfig, TrainConfig
 from renio_megatron.data.batching.collate import collate
 from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
-from renio_megatron.megatron.model.schedules import run_forward, share_tokens
+from renio_megatron.megatron.model.schedules import broadcast_token_values, run_forward
 from renio_megatron.megatron.teacher.payload import RecomputedPayload, StoredPayload, align
 from renio_megatron.megatron.teacher.weights import Averages, TeacherWeights
 from renio_megatron.parallel.vocab import LmHead
@@ -46,7 +46,7 @@ class SharedLayoutTeacher:
         self._head_config = head
         self._temperature = temperature
         self._payload_device = payload_device
-        self._arrangement = part.arrangement(pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch)
+        self._batch_layout = part.batch_layout(pad_id, train.micro_batch_size, train.max_tokens_per_micro_batch)
 
     @property
     def averages(self) -> Averages:
@@ -85,7 +85,7 @@ class SharedLayoutTeacher:
 
         with self.weights.activated():
             kept = run_forward(part, micro_batches, keep)
-        logp = share_tokens([logp for logp, _ in kept], micro_batches, layout)
+        logp = broadcast_token_values([logp for logp, _ in kept], micro_batches, layout)
         if not bool(torch.isfinite(logp).all()):
             raise NumericsError(
                 f"rank {layout.rank}: the teacher's log-probabilities hold NaN or infinity. "
@@ -115,7 +115,7 @@ class SharedLayoutTeacher:
         """Nothing to do: nobody waits for this teacher."""
 
     def _arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        micro_batches = collate(rollouts, view="teacher", arrangement=self._arrangement)
+        micro_batches = collate(rollouts, audience="teacher", batch_layout=self._batch_layout)
         return [micro_batch.to(self._part.layout.device) for micro_batch in micro_batches]
 
     def _place(self, rows: torch.Tensor) -> torch.Tensor | None:

@@ -88,7 +88,7 @@ class Offloaded(TeacherWeights):
         return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda).copy_(values)
 
 
-class Present(TeacherWeights):
+class LiveStudent(TeacherWeights):
     """The student as it is in this step, which is what the loss's head is, too."""
 
     def __init__(self, part: ModelPart) -> None:
@@ -106,7 +106,7 @@ class Present(TeacherWeights):
             self.part.train(was_training)
 
 
-class WithoutAdapters(Present):
+class BaseModel(LiveStudent):
     """The frozen model that the student's adapters stand beside; the LM head has none."""
 
     @contextlib.contextmanager
@@ -116,7 +116,7 @@ class WithoutAdapters(Present):
             yield
 
 
-class MovingAverage(Present):
+class MovingAverage(LiveStudent):
     """The student under the moving average of what is trained of it, which begins as the student does.
 
     After each optimiser step average = decay x average + (1 - decay) x parameter, elementwise in fp32: a rank's part of
@@ -195,7 +195,7 @@ def separate(settings: TeacherConfig, student: ModelPart | None, build: Build) -
 
 def initial(settings: TeacherConfig, student: ModelPart | None, build: Build) -> TeacherWeights:
     """Of `kind=initial`."""
-    return WithoutAdapters(student) if student and student.lora.r else _own(settings, build())
+    return BaseModel(student) if student and student.lora.r else _own(settings, build())
 
 
 def ema(settings: EmaTeacher, student: ModelPart | None, build: Build) -> TeacherWeights:
@@ -205,7 +205,7 @@ def ema(settings: EmaTeacher, student: ModelPart | None, build: Build) -> Teache
 
 def current(settings: TeacherConfig, student: ModelPart | None, build: Build) -> TeacherWeights:
     """Of `kind=current`."""
-    return Present(_required(student))
+    return LiveStudent(_required(student))
 
 
 def _own(settings: TeacherConfig, part: ModelPart) -> TeacherWeights:

@@ -37,7 +37,7 @@ def load_weights(
     directory: Path,
     *,
     title: str = "model",
-    say: Callable[[str], None] | None = None,
+    report: Callable[[str], None] | None = None,
     change: Callable[[Slice, torch.Tensor], torch.Tensor] | None = None,
 ) -> int:
     """Fills this rank's parameters from a Hugging Face directory; adapters stay as they are.
@@ -49,7 +49,7 @@ def load_weights(
         part: the parameters, whatever they hold.
         directory: with config.json of the same architecture.
         title: of the progress line.
-        say: takes the progress line, every `LINE_INTERVAL_S` seconds and at the end; nothing where it takes less.
+        report: takes the progress line, every `LINE_INTERVAL_S` seconds and at the end; nothing where it takes less.
         change: (slice, its values) -> the values that are loaded in their place; called by several threads.
 
     Returns:
@@ -69,7 +69,7 @@ def load_weights(
         for file, slices in in_file.items():
             jobs[file].append((target, slices))
     num_bytes = sum(files.size_of(one) for target in targets for one in target.slices)
-    line = _Line(title, files, len(jobs), num_bytes, say)
+    line = _Line(title, files, len(jobs), num_bytes, report)
     read = functools.partial(_read_file, files, line, change or _as_they_are)
     with torch.no_grad():
         if any(target.is_quantized for target in targets):  # one at a time, and by the thread that chose the device
@@ -188,10 +188,10 @@ class _Line:
         files: WeightFiles,
         num_files: int,
         num_bytes: int,
-        say: Callable[[str], None] | None,
+        report: Callable[[str], None] | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._title, self._files, self._say, self._clock = title, files, say, clock
+        self._title, self._files, self._report, self._clock = title, files, report, clock
         self._num_files, self._num_bytes = num_files, num_bytes
         self._done = 0
         self._lock = Lock()
@@ -211,7 +211,7 @@ class _Line:
             self._show()
 
     def _show(self) -> None:
-        if self._say is not None:
+        if self._report is not None:
             read, total = self._files.bytes_read / 1e9, self._num_bytes / 1e9
-            self._say(f"{self._title}: {self._done} of {self._num_files} files, {read:.1f} of {total:.1f} GB")
+            self._report(f"{self._title}: {self._done} of {self._num_files} files, {read:.1f} of {total:.1f} GB")
         self._shown_at, self._is_shown = self._clock(), True

@@ -47,7 +47,7 @@ def load_pretrained(
     source: Path,
     *,
     title: str = "model",
-    say: Callable[[str], None] | None = None,
+    report: Callable[[str], None] | None = None,
     change: Change | None = None,
 ) -> None:
     """Fills this rank's parameters; adapters stay as they are. Of a checkpoint every rank must call it.
@@ -55,13 +55,13 @@ def load_pretrained(
     Args:
         part: the parameters, whatever they hold.
         source: a Hugging Face directory, or a checkpoint from `directory.find_pretrained`.
-        title, say, change: for a Hugging Face directory alone, see `hf.load_weights`.
+        title, report, change: for a Hugging Face directory alone, see `hf.load_weights`.
 
     Raises:
         ConfigError: tensors that are missing, surplus or of another shape, or files that cannot be read.
     """
     if not is_checkpoint(source):
-        load_weights(part, source, title=title, say=say, change=change)
+        load_weights(part, source, title=title, report=report, change=change)
         return
     assert change is None  # the recipe's rules see to it
     found = _tensors_of(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from renio_megatron.objective.divergences.zero_probability import drop_impossible_
+from renio_megatron.objective.divergences.zero_probability import mask_zero_probability_
 
 mean_under = "teacher"
 
@@ -19,7 +19,7 @@ def terms(
     (0.3466, -0.5)
     """
     teacher = teacher_logp.exp()
-    entry = drop_impossible_((teacher_logp - student_logp).mul_(teacher), teacher)
+    entry = mask_zero_probability_((teacher_logp - student_logp).mul_(teacher), teacher)
     return entry, teacher.neg_()
 
 

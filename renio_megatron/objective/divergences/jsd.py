@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from renio_megatron.objective.divergences.zero_probability import drop_impossible_
+from renio_megatron.objective.divergences.zero_probability import mask_zero_probability_
 
 
 def terms(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,6 +19,6 @@ def terms(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float) -
     """
     student, teacher = student_logp.exp().mul_(1.0 - beta), teacher_logp.exp().mul_(beta)
     mixture_logp = (student + teacher).log_()
-    slope = drop_impossible_((student_logp - mixture_logp).mul_(student), student)
-    entry = drop_impossible_((teacher_logp - mixture_logp).mul_(teacher), teacher).add_(slope)
+    slope = mask_zero_probability_((student_logp - mixture_logp).mul_(student), student)
+    entry = mask_zero_probability_((teacher_logp - mixture_logp).mul_(teacher), teacher).add_(slope)
     return entry, slope

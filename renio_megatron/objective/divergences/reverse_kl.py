@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from renio_megatron.objective.divergences.zero_probability import drop_impossible_
+from renio_megatron.objective.divergences.zero_probability import mask_zero_probability_
 
 mean_under = "student"
 
@@ -19,7 +19,7 @@ def terms(
     (0.3466, 0.8466)
     """
     student = student_logp.exp()
-    entry = drop_impossible_((student_logp - teacher_logp).mul_(student), student)
+    entry = mask_zero_probability_((student_logp - teacher_logp).mul_(student), student)
     return entry, student.add_(entry)
 
 

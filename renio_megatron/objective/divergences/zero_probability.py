@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 
-def drop_impossible_(entry: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+def mask_zero_probability_(entry: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
     """`entry` with 0 wherever `probability` (same shape) is 0, in place and returned.
 
     A mask is slow on the CPU, and a softmax that underflows nowhere needs none: there the smallest probability is asked
     first. On other devices the answer would have to be waited for.
 
-    >>> drop_impossible_(torch.tensor([1.0, float("nan")]), torch.tensor([0.5, 0.0])).tolist()
+    >>> mask_zero_probability_(torch.tensor([1.0, float("nan")]), torch.tensor([0.5, 0.0])).tolist()
     [1.0, 0.0]
     """
     if entry.device.type == "cpu" and entry.numel() and bool(probability.amin() > 0):

@@ -12,56 +12,56 @@ from __future__ import annotations
 from renio_megatron.config import ParallelConfig, TrainConfig
 from renio_megatron.tools.plan import moe
 from renio_megatron.tools.plan.models import PlannedModel
-from renio_megatron.tools.plan.workload import Pieces
+from renio_megatron.tools.plan.workload import PassShape
 
 
-def layer_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool = False, is_balanced: bool = False) -> int:
+def layer_bytes(model: PlannedModel, shape: PassShape, *, selective: bool = False, is_balanced: bool = False) -> int:
     """What one layer keeps for its backward pass; `selective` computes the core attention again.
 
     `is_balanced`: its experts have a load-balancing loss.
     """
-    it, tokens, element = model.architecture, pieces.tokens, pieces.element
-    queries, groups = _widths(model, pieces)
-    hidden, is_frozen = tokens * it.hidden_size // pieces.share, model.is_frozen
+    it, tokens, bytes_per_value = model.architecture, shape.tokens, shape.bytes_per_value
+    queries, groups = _widths(model, shape)
+    hidden, is_frozen = tokens * it.hidden_size // shape.share, model.is_frozen
     # Both norms' inputs, and their outputs as inputs of the two column-parallel layers.
-    kept = 2 * _norm_bytes(hidden, it.hidden_size, pieces, is_frozen=is_frozen)
+    kept = 2 * _norm_bytes(hidden, it.hidden_size, shape, is_frozen=is_frozen)
     # A router keeps its input in any case.
     is_read = model.experts is not None or _reads(model, "gate_proj", "up_proj")
-    kept += hidden * element * (_reads(model, "q_proj", "k_proj", "v_proj") + is_read)
+    kept += hidden * bytes_per_value * (_reads(model, "q_proj", "k_proj", "v_proj") + is_read)
     # The values are a view of the joint projection, which they keep alive.
-    kept += tokens * _projection_width(model, pieces) * element
+    kept += tokens * _projection_width(model, shape) * bytes_per_value
     if it.qk_layernorm:
-        copied = it.num_query_groups > pieces.tensor  # several groups' queries are not contiguous in the projection
-        kept += _norm_bytes(tokens * queries, it.kv_channels, pieces, is_copy=copied, is_frozen=is_frozen)
-        kept += _norm_bytes(tokens * groups, it.kv_channels, pieces, is_copy=False, is_frozen=is_frozen)
-    kept += 4 * pieces.row_length * it.kv_channels * element  # cosines and sines, for queries and for keys
-    kept += _attention_bytes(model, pieces, selective=selective)
+        copied = it.num_query_groups > shape.tensor  # several groups' queries are not contiguous in the projection
+        kept += _norm_bytes(tokens * queries, it.kv_channels, shape, is_copy=copied, is_frozen=is_frozen)
+        kept += _norm_bytes(tokens * groups, it.kv_channels, shape, is_copy=False, is_frozen=is_frozen)
+    kept += 4 * shape.row_length * it.kv_channels * bytes_per_value  # cosines and sines, for queries and for keys
+    kept += _attention_bytes(model, shape, selective=selective)
     if model.experts is None:
-        kept += _mlp_bytes(model, pieces)
+        kept += _mlp_bytes(model, shape)
     else:
-        kept += moe.kept_bytes(model, pieces, is_balanced=is_balanced)
-    return kept + _adapter_bytes(model, pieces)
+        kept += moe.kept_bytes(model, shape, is_balanced=is_balanced)
+    return kept + _adapter_bytes(model, shape)
 
 
-def untouched_bytes(model: PlannedModel, pieces: Pieces) -> int:
+def untouched_bytes(model: PlannedModel, shape: PassShape) -> int:
     """What the first layer's first norm would keep, and does not where the embedding before it is frozen."""
     if not model.is_frozen:
         return 0
-    hidden = pieces.tokens * model.architecture.hidden_size // pieces.share
-    return _norm_bytes(hidden, model.architecture.hidden_size, pieces, is_frozen=True)
+    hidden = shape.tokens * model.architecture.hidden_size // shape.share
+    return _norm_bytes(hidden, model.architecture.hidden_size, shape, is_frozen=True)
 
 
-def checkpoint_bytes(model: PlannedModel, pieces: Pieces) -> int:
+def checkpoint_bytes(model: PlannedModel, shape: PassShape) -> int:
     """A layer's input, all that full recomputation keeps of one or several layers."""
-    return tokens_bytes(model, pieces) // pieces.share
+    return tokens_bytes(model, shape) // shape.share
 
 
-def tokens_bytes(model: PlannedModel, pieces: Pieces) -> int:
+def tokens_bytes(model: PlannedModel, shape: PassShape) -> int:
     """Hidden states of all of a micro-batch's tokens."""
-    return pieces.tokens * model.architecture.hidden_size * pieces.element
+    return shape.tokens * model.architecture.hidden_size * shape.bytes_per_value
 
 
-def chunk_bytes(model: PlannedModel, pieces: Pieces, train: TrainConfig, num_layers: int) -> tuple[int, int]:
+def chunk_bytes(model: PlannedModel, shape: PassShape, train: TrainConfig, num_layers: int) -> tuple[int, int]:
     """What `num_layers` neighbouring layers keep of one micro-batch, and what recomputing them takes on top.
 
     Full recomputation (Megatron's `TransformerBlock._checkpointed_forward`): `uniform` keeps the input of every
@@ -70,25 +70,25 @@ def chunk_bytes(model: PlannedModel, pieces: Pieces, train: TrainConfig, num_lay
     """
     layer = layer_bytes(
         model,
-        pieces,
+        shape,
         selective=train.recompute_granularity == "selective",
         is_balanced=train.moe_aux_loss_coeff > 0,
     )
     if train.recompute_granularity != "full":
         return num_layers * layer, 0
     assert train.recompute_num_layers is not None  # the settings see to it
-    count, angles = min(train.recompute_num_layers, num_layers), 4 * pieces.row_length * model.architecture.kv_channels
-    checkpoint = checkpoint_bytes(model, pieces)  # the first computed layer's norm saves the same tensor again
+    count, angles = min(train.recompute_num_layers, num_layers), 4 * shape.row_length * model.architecture.kv_channels
+    checkpoint = checkpoint_bytes(model, shape)  # the first computed layer's norm saves the same tensor again
     if train.recompute_method == "uniform":
         return -(-num_layers // count) * checkpoint + angles, count * layer - checkpoint
     return count * checkpoint + (num_layers - count) * layer + angles, layer - checkpoint
 
 
-def final_norm_bytes(model: PlannedModel, pieces: Pieces) -> int:
+def final_norm_bytes(model: PlannedModel, shape: PassShape) -> int:
     """What the norm after the last layer keeps, and its output."""
-    hidden = tokens_bytes(model, pieces) // pieces.element // pieces.share
-    norm = _norm_bytes(hidden, model.architecture.hidden_size, pieces, is_frozen=model.is_frozen)
-    return norm + hidden * pieces.element
+    hidden = tokens_bytes(model, shape) // shape.bytes_per_value // shape.share
+    norm = _norm_bytes(hidden, model.architecture.hidden_size, shape, is_frozen=model.is_frozen)
+    return norm + hidden * shape.bytes_per_value
 
 
 def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, num_micro_batches: int) -> int:
@@ -110,86 +110,86 @@ def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, num_micro_bat
     return min(warm_up + 1, chunks * num_micro_batches)
 
 
-def forward_bytes(model: PlannedModel, pieces: Pieces) -> int:
+def forward_bytes(model: PlannedModel, shape: PassShape) -> int:
     """What the widest moment of a layer holds in a pass that keeps nothing: in its MLP or in its attention."""
-    it, tokens = model.architecture, pieces.tokens
-    queries, groups = _widths(model, pieces)
+    it, tokens = model.architecture, shape.tokens
+    queries, groups = _widths(model, shape)
     hidden = tokens * it.hidden_size
-    around = 2 * hidden // pieces.share
-    attention = around + tokens * (_projection_width(model, pieces) + 4 * queries + 2 * groups)
+    around = 2 * hidden // shape.share
+    attention = around + tokens * (_projection_width(model, shape) + 4 * queries + 2 * groups)
     if model.experts is not None:
-        return max(attention * pieces.element, moe.forward_bytes(model, pieces))
-    return max(attention, around + _mlp_entries(model, pieces) + hidden) * pieces.element
+        return max(attention * shape.bytes_per_value, moe.forward_bytes(model, shape))
+    return max(attention, around + _mlp_entries(model, shape) + hidden) * shape.bytes_per_value
 
 
-def backward_bytes(model: PlannedModel, pieces: Pieces) -> int:
+def backward_bytes(model: PlannedModel, shape: PassShape) -> int:
     """Gradients of a layer's tensors that are alive together in its backward pass: the MLP's and two hidden states'."""
     if model.experts is not None:
-        return moe.backward_bytes(model, pieces)
-    width = model.architecture.ffn_hidden_size // pieces.tensor
-    return pieces.tokens * (3 * width + 2 * model.architecture.hidden_size) * pieces.element
+        return moe.backward_bytes(model, shape)
+    width = model.architecture.ffn_hidden_size // shape.tensor
+    return shape.tokens * (3 * width + 2 * model.architecture.hidden_size) * shape.bytes_per_value
 
 
-def _widths(model: PlannedModel, pieces: Pieces) -> tuple[int, int]:
+def _widths(model: PlannedModel, shape: PassShape) -> tuple[int, int]:
     """Of this rank's queries, and of its keys."""
     it = model.architecture
     return (
-        it.num_attention_heads * it.kv_channels // pieces.tensor,
-        max(1, it.num_query_groups // pieces.tensor) * it.kv_channels,
+        it.num_attention_heads * it.kv_channels // shape.tensor,
+        max(1, it.num_query_groups // shape.tensor) * it.kv_channels,
     )
 
 
-def _projection_width(model: PlannedModel, pieces: Pieces) -> int:
+def _projection_width(model: PlannedModel, shape: PassShape) -> int:
     """Of queries, keys and values together; with fewer groups than tensor ranks Megatron gathers those of all."""
     it = model.architecture
-    queries, groups = _widths(model, pieces)
-    if it.num_query_groups < pieces.tensor:
+    queries, groups = _widths(model, shape)
+    if it.num_query_groups < shape.tensor:
         return (it.num_attention_heads + 2 * it.num_query_groups) * it.kv_channels
     return queries + 2 * groups
 
 
-def _norm_bytes(entries: int, width: int, pieces: Pieces, *, is_copy: bool = True, is_frozen: bool = False) -> int:
+def _norm_bytes(entries: int, width: int, shape: PassShape, *, is_copy: bool = True, is_frozen: bool = False) -> int:
     """What RMSNorm saves of `entries` numbers: its input, one scale a row, and where it is not fused the result before
     the weight, both in fp32. An input that something else keeps alive anyway (`is_copy=False`) costs nothing, nor does
     the result where the weight is frozen."""
     scales = 4 * (entries // width)
-    if pieces.fused_norm:
-        return scales + (entries * pieces.element if is_copy else 0)
-    is_widened = pieces.element < 4
+    if shape.fused_norm:
+        return scales + (entries * shape.bytes_per_value if is_copy else 0)
+    is_widened = shape.bytes_per_value < 4
     return scales + (0 if is_frozen else 4 * entries) + (4 * entries if is_copy or is_widened else 0)
 
 
-def _attention_bytes(model: PlannedModel, pieces: Pieces, *, selective: bool) -> int:
+def _attention_bytes(model: PlannedModel, shape: PassShape, *, selective: bool) -> int:
     """Rotated queries and keys, the output, and one fp32 sum a query and head; no matrix of scores (flash attention).
 
     Under context parallelism keys and values of the whole row, and a mask for each of this rank's two chunks, which
     torch turns into numbers of the model's.
     """
-    tokens, element = pieces.tokens, pieces.element
-    queries, groups = _widths(model, pieces)
+    tokens, bytes_per_value = shape.tokens, shape.bytes_per_value
+    queries, groups = _widths(model, shape)
     # The output, as the input of the projection; torch's attention keeps the same tensor, where it is not joined.
-    is_kept = _reads(model, "o_proj") or not (pieces.rows_joined or selective)
-    kept = tokens * queries * element if is_kept else 0
-    sums = 4 * tokens * model.architecture.num_attention_heads // pieces.tensor
-    own_output = tokens * queries * element if pieces.rows_joined else 0
-    if pieces.context == 1 or selective:
-        inputs, masks = tokens * (queries + groups) * element, 0
+    is_kept = _reads(model, "o_proj") or not (shape.rows_joined or selective)
+    kept = tokens * queries * bytes_per_value if is_kept else 0
+    sums = 4 * tokens * model.architecture.num_attention_heads // shape.tensor
+    own_output = tokens * queries * bytes_per_value if shape.rows_joined else 0
+    if shape.context == 1 or selective:
+        inputs, masks = tokens * (queries + groups) * bytes_per_value, 0
     else:
-        inputs = tokens * (queries + 2 * groups * pieces.context) * element
-        chunk = pieces.row_length // 2
-        masks = (2 * pieces.context + 1) * chunk * chunk * (element + 1)
+        inputs = tokens * (queries + 2 * groups * shape.context) * bytes_per_value
+        chunk = shape.row_length // 2
+        masks = (2 * shape.context + 1) * chunk * chunk * (bytes_per_value + 1)
     return kept + inputs + (0 if selective else sums + own_output + masks)
 
 
-def _mlp_entries(model: PlannedModel, pieces: Pieces) -> int:
+def _mlp_entries(model: PlannedModel, shape: PassShape) -> int:
     """Gate and up in one tensor, the activated gate, a copy of up, and their product."""
-    return pieces.tokens * 5 * model.architecture.ffn_hidden_size // pieces.tensor
+    return shape.tokens * 5 * model.architecture.ffn_hidden_size // shape.tensor
 
 
-def _mlp_bytes(model: PlannedModel, pieces: Pieces) -> int:
-    product = pieces.tokens * model.architecture.ffn_hidden_size // pieces.tensor
-    entries = _mlp_entries(model, pieces) - (0 if _reads(model, "down_proj") else product)
-    return entries * pieces.element
+def _mlp_bytes(model: PlannedModel, shape: PassShape) -> int:
+    product = shape.tokens * model.architecture.ffn_hidden_size // shape.tensor
+    entries = _mlp_entries(model, shape) - (0 if _reads(model, "down_proj") else product)
+    return entries * shape.bytes_per_value
 
 
 def _reads(model: PlannedModel, *targets: str) -> bool:
@@ -197,19 +197,19 @@ def _reads(model: PlannedModel, *targets: str) -> bool:
     return not model.is_frozen or any(name in model.lora.names for name in targets)
 
 
-def _adapter_bytes(model: PlannedModel, pieces: Pieces) -> int:
+def _adapter_bytes(model: PlannedModel, shape: PassShape) -> int:
     """A x of each adapter, and the joint A of those that read the same input."""
     if not model.is_frozen:
         return 0
     assert model.lora.r is not None
     it, rank, found = model.architecture, model.lora.r, 0
     joint = {
-        ("q_proj", "k_proj", "v_proj"): (it.hidden_size, pieces.tokens),
-        ("o_proj",): (it.num_attention_heads * it.kv_channels // pieces.tensor, pieces.tokens // pieces.share),
-        ("gate_proj", "up_proj"): (it.hidden_size, pieces.tokens),
-        ("down_proj",): (it.ffn_hidden_size // pieces.tensor, pieces.tokens // pieces.share),
+        ("q_proj", "k_proj", "v_proj"): (it.hidden_size, shape.tokens),
+        ("o_proj",): (it.num_attention_heads * it.kv_channels // shape.tensor, shape.tokens // shape.share),
+        ("gate_proj", "up_proj"): (it.hidden_size, shape.tokens),
+        ("down_proj",): (it.ffn_hidden_size // shape.tensor, shape.tokens // shape.share),
     }
     for targets, (width, tokens) in joint.items():
         count = sum(name in model.lora.names for name in targets)
-        found += count * rank * (width + tokens) * pieces.element
+        found += count * rank * (width + tokens) * shape.bytes_per_value
     return found

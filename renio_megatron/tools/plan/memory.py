@@ -13,7 +13,7 @@ from renio_megatron.tools.plan.moe import left_bytes
 from renio_megatron.tools.plan.parts import PlannedPart
 from renio_megatron.tools.plan.student import PlannedStudent
 from renio_megatron.tools.plan.teacher import PlannedOwnLayoutTeacher, PlannedSharedLayoutTeacher, PlannedTeacher
-from renio_megatron.tools.plan.workload import Workload, element_of, ranks_of, workload
+from renio_megatron.tools.plan.workload import Workload, bytes_per_value_of, ranks_of, workload
 
 RESERVE = 0.1
 """Share of a GPU's memory that is left for what is not counted: CUDA's context, NCCL's buffers, gaps."""
@@ -101,7 +101,7 @@ def plan_memory(
     trainers = world_size - config.num_teacher_ranks
     vocab_size = min(model.architecture.vocab_size for model in (student, *teachers.values()))
     num_rows = student.architecture.vocab_size
-    element, chunks = 2 if config.train.bf16 else 4, config.parallel.virtual_pipeline_model_parallel_size or 1
+    bytes_per_value, chunks = 2 if config.train.bf16 else 4, config.parallel.virtual_pipeline_model_parallel_size or 1
     teaching = []
     for spec in config.teachers:
         if spec.weights_of != spec.name:
@@ -112,12 +112,14 @@ def plan_memory(
         teaching.append(_Teaching(spec, teachers[spec.name], work, ranks_of(spec, ranks)[1], here))
 
     def student_part(stage: int) -> PlannedPart:
-        return PlannedPart(student, config.parallel, vocab_size, num_rows, element, trainers, stage, chunks)
+        return PlannedPart(student, config.parallel, vocab_size, num_rows, bytes_per_value, trainers, stage, chunks)
 
     def teacher_part(one: _Teaching, stage: int | None) -> PlannedPart | None:
         if stage is None:
             return None
-        return PlannedPart(one.model, one.spec.parallel, vocab_size, num_rows, element_of(one.spec), one.readers, stage)
+        return PlannedPart(
+            one.model, one.spec.parallel, vocab_size, num_rows, bytes_per_value_of(one.spec), one.readers, stage
+        )
 
     found = []
     for places in dict.fromkeys(zip(*(one.places for one in teaching), strict=True)):
@@ -151,23 +153,23 @@ def _rank_memory(
     """Of a rank that holds these parts, one for each teacher."""
     work = teaching[0].work
     learner = None if student is None else PlannedStudent(config, student, work)
-    scorers = [
-        _scorer(config, one, part, learner)
+    teachers = [
+        _planned_teacher(config, one, part, learner)
         for one, part in zip(teaching, parts, strict=True)
         if part is not None or one.spec.has_own_layout
     ]
     held = {} if learner is None else learner.held()
     phases: dict[str, dict[str, int]] = {}
-    for scorer in scorers:
-        for label, size in scorer.held().items():
+    for teacher in teachers:
+        for label, size in teacher.held().items():
             held[label] = held.get(label, 0) + size
-        for phase, sizes in scorer.phases().items():
+        for phase, sizes in teacher.phases().items():
             there = phases.setdefault(phase, {})
             there.update({label: max(size, there.get(label, 0)) for label, size in sizes.items()})
     held |= _left_over(student, teaching, parts)
     if learner is not None:
         phases["sampling"] = learner.sampling()
-        phases |= learner.update(lambda in_use: max(scorer.payload(in_use) for scorer in scorers))
+        phases |= learner.update(lambda in_use: max(teacher.payload(in_use) for teacher in teachers))
     own = [
         part.pipeline_rank
         for one, part in zip(teaching, parts, strict=True)
@@ -182,7 +184,7 @@ def _rank_memory(
     )
 
 
-def _scorer(
+def _planned_teacher(
     config: DistillationConfig, one: _Teaching, part: PlannedPart | None, learner: PlannedStudent | None
 ) -> PlannedTeacher:
     if one.spec.has_own_layout:
@@ -202,12 +204,12 @@ def _left_over(
 
     Only products whose weight is trained gather into a buffer that stays.
     """
-    found, reading = {}, teaching[0].work.student
-    if student is not None and reading.pieces.sequence_parallel and not student.model.is_frozen:
-        found["gathered sequence"] = tokens_bytes(student.model, reading.pieces)
-    routed = 0 if student is None else left_bytes(student.model, reading.pieces) * student.num_layers
+    found, forward = {}, teaching[0].work.student
+    if student is not None and forward.shape.sequence_parallel and not student.model.is_frozen:
+        found["gathered sequence"] = tokens_bytes(student.model, forward.shape)
+    routed = 0 if student is None else left_bytes(student.model, forward.shape) * student.num_layers
     for one, part in zip(teaching, parts, strict=True):
-        theirs = 0 if part is None else left_bytes(part.model, one.work.teacher.pieces) * part.num_layers
+        theirs = 0 if part is None else left_bytes(part.model, one.work.teacher.shape) * part.num_layers
         routed = max(routed, theirs) if one.spec.shares_student else routed + theirs
     if routed:
         found["routing of the last pass"] = routed

@@ -40,7 +40,7 @@ class PlannedPart:
         model, parallel: the whole model and its layout.
         vocab_size: V of the loss.
         num_rows: of the whole embedding and LM head, before padding: the student's.
-        element: bytes of a number of the model.
+        bytes_per_value: of the model.
         num_ranks: ranks that share it, copies included.
         pipeline_rank: this one.
         num_chunks: stages of each pipeline rank.
@@ -50,7 +50,7 @@ class PlannedPart:
     parallel: ParallelConfig
     vocab_size: int
     num_rows: int
-    element: int
+    bytes_per_value: int
     num_ranks: int
     pipeline_rank: int
     num_chunks: int = 1
@@ -154,7 +154,7 @@ def _layer_tensors(model: PlannedModel, parallel: ParallelConfig) -> list[int]:
     if it.qk_layernorm:
         found += [it.kv_channels, it.kv_channels]
     if model.experts is not None:
-        found.append(model.experts.count * it.hidden_size)
+        found.append(model.experts.num_experts * it.hidden_size)
     return found + _linear_tensors(model, parallel)
 
 
@@ -171,7 +171,7 @@ def _expert_tensors(model: PlannedModel, parallel: ParallelConfig) -> list[int]:
     if model.experts is None:
         return []
     width = model.experts.ffn_hidden_size // parallel.expert_tensor_ranks
-    here = model.experts.count // parallel.expert_model_parallel_size
+    here = model.experts.num_experts // parallel.expert_model_parallel_size
     return _mlp_tensors(model.architecture.hidden_size, width) * here
 
 

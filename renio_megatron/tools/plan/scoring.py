@@ -6,37 +6,37 @@ from renio_megatron.config import HeadConfig
 from renio_megatron.losses.chunk_size import chunk_size_for, token_bytes
 from renio_megatron.tools.plan.activations import forward_bytes, tokens_bytes
 from renio_megatron.tools.plan.parts import PlannedPart
-from renio_megatron.tools.plan.workload import Reading
+from renio_megatron.tools.plan.workload import ForwardWork
 
 
-def scoring_bytes(part: PlannedPart, reading: Reading, head: HeadConfig, *, num_models: int = 1) -> dict[str, int]:
+def scoring_bytes(part: PlannedPart, forward: ForwardWork, head: HeadConfig, *, num_models: int = 1) -> dict[str, int]:
     """A layer's pass, and on the last pipeline rank log-probabilities of the completion tokens that it ends with; or
     what follows from both models' logits."""
-    pieces = reading.pieces
-    found = {"a layer's pass": forward_bytes(part.model, pieces) + sent_bytes(part, reading)}
+    shape = forward.shape
+    found = {"a layer's pass": forward_bytes(part.model, shape) + sent_bytes(part, forward)}
     if part.is_last:
-        each = token_bytes(part.width, part.element, logit_bytes(part, head), num_models)
-        chunk = chunk_size_for(reading.rows, each, head.chunk_size)
-        hidden = part.model.architecture.hidden_size * part.element
-        found["logits"] = min(chunk, reading.rows) * part.width * logit_bytes(part, head) * num_models
-        found["rows for the head"] = reading.rows * hidden + gathered_bytes(part, reading)
+        each = token_bytes(part.width, part.bytes_per_value, logit_bytes(part, head), num_models)
+        chunk = chunk_size_for(forward.rows, each, head.chunk_size)
+        hidden = part.model.architecture.hidden_size * part.bytes_per_value
+        found["logits"] = min(chunk, forward.rows) * part.width * logit_bytes(part, head) * num_models
+        found["rows for the head"] = forward.rows * hidden + gathered_bytes(part, forward)
     return found
 
 
-def sent_bytes(part: PlannedPart, reading: Reading) -> int:
+def sent_bytes(part: PlannedPart, forward: ForwardWork) -> int:
     """A micro-batch's hidden states that go to the next stage, and are kept until their gradient comes back."""
     is_sender = part.num_pipeline_ranks > 1 and (part.num_chunks > 1 or not part.is_last)
-    return tokens_bytes(part.model, reading.pieces) // reading.pieces.share if is_sender else 0
+    return tokens_bytes(part.model, forward.shape) // forward.shape.share if is_sender else 0
 
 
-def gathered_bytes(part: PlannedPart, reading: Reading) -> int:
+def gathered_bytes(part: PlannedPart, forward: ForwardWork) -> int:
     """Hidden states of a whole micro-batch, where tensor-parallel ranks have shared them."""
-    return tokens_bytes(part.model, reading.pieces) if reading.pieces.sequence_parallel else 0
+    return tokens_bytes(part.model, forward.shape) if forward.shape.sequence_parallel else 0
 
 
 def logit_bytes(part: PlannedPart, head: HeadConfig) -> int:
     """Of a logit: fp32, or the model's where the recipe asks for it."""
-    return 4 if head.logits_dtype == "fp32" else part.element
+    return 4 if head.logits_dtype == "fp32" else part.bytes_per_value
 
 
 def with_scales(entries: int, recipe: str | None) -> int:

@@ -30,7 +30,7 @@ class PlannedStudent:
 
     def __init__(self, config: DistillationConfig, part: PlannedPart, work: Workload) -> None:
         self.part = part
-        self._config, self._work, self._reading = config, work, work.student
+        self._config, self._work, self._forward_work = config, work, work.student
 
     @property
     def trained(self) -> Tensors:
@@ -42,7 +42,7 @@ class PlannedStudent:
         trained, copies = self.trained, self._fp8_copies()
         states = 12 if self._config.train.bf16 else 8
         return {
-            "parameters": (self.part.tensors().count + self.part.adapters().count) * self.part.element,
+            "parameters": (self.part.tensors().count + self.part.adapters().count) * self.part.bytes_per_value,
             **({"parameters in FP8": copies} if copies else {}),
             "gradients": sum(self._buffer(*group) for group in self._groups(trained)) * 4,
             "optimiser": sum(self._optimized(*group) for group in self._groups(trained)) * states,
@@ -64,11 +64,11 @@ class PlannedStudent:
             count, length = max(
                 ((count, length), (decoded, config.data.max_prompt_length + answer)), key=lambda pair: math.prod(pair)
             )
-        pieces, prompt = self._reading.pieces, config.data.max_prompt_length
-        groups = max(1, it.num_query_groups // pieces.tensor) * it.kv_channels
-        whole = replace(pieces, tokens=count * prompt, row_length=prompt, context=1, sequence_parallel=False)
+        shape, prompt = self._forward_work.shape, config.data.max_prompt_length
+        groups = max(1, it.num_query_groups // shape.tensor) * it.kv_channels
+        whole = replace(shape, tokens=count * prompt, row_length=prompt, context=1, sequence_parallel=False)
         found = {
-            "key-value cache": 2 * count * length * groups * self.part.element * self.part.num_layers,
+            "key-value cache": 2 * count * length * groups * self.part.bytes_per_value * self.part.num_layers,
             "a layer's pass": forward_bytes(self.part.model, whole),
         }
         if self.part.is_last:
@@ -84,7 +84,7 @@ class PlannedStudent:
         if self._config.rollout.student_scores == "recompute" or wanted:
             reads_both = not wanted <= OF_STUDENT
             phases["scores"] = scoring_bytes(
-                self.part, self._reading, self._config.head, num_models=2 if reads_both else 1
+                self.part, self._forward_work, self._config.head, num_models=2 if reads_both else 1
             )
             if self.part.is_last:
                 phases["scores"]["payload"] = payload(reads_both)
@@ -126,27 +126,27 @@ class PlannedStudent:
 
     def _activations(self) -> tuple[int, int]:
         """What the layers keep in Megatron's schedule at the most, and what computing some again takes on top."""
-        config, reading, part = self._config, self._reading, self.part
-        flying = chunks_in_flight(config.parallel, part.pipeline_rank, reading.num_micro_batches)
-        each, again = chunk_bytes(part.model, reading.pieces, config.train, part.layers_of_chunk)
-        kept = flying * (each + sent_bytes(part, reading))
+        config, forward, part = self._config, self._forward_work, self.part
+        flying = chunks_in_flight(config.parallel, part.pipeline_rank, forward.num_micro_batches)
+        each, again = chunk_bytes(part.model, forward.shape, config.train, part.layers_of_chunk)
+        kept = flying * (each + sent_bytes(part, forward))
         if part.is_first:
-            kept += min(flying, reading.num_micro_batches) * reading.pieces.tokens * 8  # token ids
+            kept += min(flying, forward.num_micro_batches) * forward.shape.tokens * 8  # token ids
             if config.train.recompute_granularity != "full":
-                kept -= min(flying, reading.num_micro_batches) * untouched_bytes(part.model, reading.pieces)
+                kept -= min(flying, forward.num_micro_batches) * untouched_bytes(part.model, forward.shape)
         return kept, again
 
     def _loss(self, kept: int, payload: int) -> dict[str, int]:
         """The end of a micro-batch's forward pass on the last stage: `kept` of its layers, and the chunked loss."""
-        part, reading, head = self.part, self._reading, self._config.head
+        part, forward, head = self.part, self._forward_work, self._config.head
         hidden = part.model.architecture.hidden_size
-        rows = reading.rows * hidden * part.element
+        rows = forward.rows * hidden * part.bytes_per_value
         return {
-            "activations": kept + final_norm_bytes(part.model, reading.pieces),
-            "rows for the head": rows + gathered_bytes(part, reading),
+            "activations": kept + final_norm_bytes(part.model, forward.shape),
+            "rows for the head": rows + gathered_bytes(part, forward),
             "payload": payload,
             "buffers": loss_buffer_bytes(
-                reading.rows, part.width, part.element, logit_bytes(part, head), head.chunk_size
+                forward.rows, part.width, part.bytes_per_value, logit_bytes(part, head), head.chunk_size
             ),
             "results": rows + (0 if part.model.is_frozen else part.width * hidden * 4),
         }
@@ -156,13 +156,13 @@ class PlannedStudent:
         part, is_frozen = self.part, self.part.model.is_frozen
         # A tied head's meets the embedding's on one rank.
         tied = part.model.architecture.tied and part.num_pipeline_ranks == 1 and not is_frozen
-        weight = self.trained.largest * part.element * (2 if tied else 1)
+        weight = self.trained.largest * part.bytes_per_value * (2 if tied else 1)
         if part.is_last and not is_frozen:  # the loss has its own in fp32, and gives autograd zeros in its place
-            weight = max(weight, part.width * part.model.architecture.hidden_size * (4 + part.element))
+            weight = max(weight, part.width * part.model.architecture.hidden_size * (4 + part.bytes_per_value))
         return {
             "activations": kept,
             **({"layers again": again} if again else {}),
-            "gradients": backward_bytes(part.model, self._reading.pieces) + weight,
+            "gradients": backward_bytes(part.model, self._forward_work.shape) + weight,
             "payload": payload,
         }
 

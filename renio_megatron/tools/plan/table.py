@@ -8,7 +8,7 @@ from rich.table import Table
 
 from renio_megatron.tools.plan.memory import HELD, PHASES, RankMemory
 
-MOST_COLUMNS = 4
+MAX_COLUMNS = 4
 
 
 def plan_table(ranks: Sequence[RankMemory], memory: float | None, reserve: float) -> Table:
@@ -51,7 +51,7 @@ def _shown(ranks: Sequence[RankMemory]) -> list[RankMemory]:
 
     The last ranks that train have the loss, the last ones that score the teacher's logits.
     """
-    if len(ranks) <= MOST_COLUMNS:
+    if len(ranks) <= MAX_COLUMNS:
         return list(ranks)
     training = [rank for rank in ranks if rank.student_stage is not None]
     scoring = [rank for rank in ranks if rank.student_stage is None]

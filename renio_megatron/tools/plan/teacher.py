@@ -38,7 +38,7 @@ class PlannedSharedLayoutTeacher:
         work: Workload,
     ) -> None:
         self._config, self._spec, self._part, self._student, self._work = config, spec, part, student, work
-        self._row = part.model.architecture.hidden_size * part.element
+        self._row = part.model.architecture.hidden_size * part.bytes_per_value
 
     def held(self) -> dict[str, int]:
         """Its weights; none where it is the student's modules."""
@@ -48,7 +48,7 @@ class PlannedSharedLayoutTeacher:
         if teacher.kind == "current":
             return {}
         if teacher.kind == "ema":  # in fp32, and the head that the loss reads where it is trained and narrower
-            is_copied = self._part.element < 4 and not student.part.model.is_frozen
+            is_copied = self._part.bytes_per_value < 4 and not student.part.model.is_frozen
             return {"teacher's average": student.trained.count * 4 + (head_bytes(self._part) if is_copied else 0)}
         if teacher.offload is not None:
             return {"teacher's LM head": head_bytes(self._part)}
@@ -69,18 +69,18 @@ class PlannedSharedLayoutTeacher:
         """The step's, or only those of the micro-batch `in_use` and what makes them again."""
         if not self._part.is_last:
             return 0
-        kind, reading = self._spec.settings.payload_device, self._work.student
+        kind, forward = self._spec.settings.payload_device, self._work.student
         if kind == "device":  # all of them, until the end of the step
-            return reading.step_rows * self._row
+            return forward.step_rows * self._row
         if not in_use:
             return 0
-        again = forward_bytes(self._part.model, self._work.teacher.pieces) if kind == "recompute" else 0
-        return reading.rows * self._row + again
+        again = forward_bytes(self._part.model, self._work.teacher.shape) if kind == "recompute" else 0
+        return forward.rows * self._row + again
 
     def _moved(self) -> dict[str, int]:
         """What a pass puts into place."""
-        if self._spec.settings.kind == "ema" and self._part.element < 4:
-            return {"average in bf16": self._student.trained.count * self._part.element}
+        if self._spec.settings.kind == "ema" and self._part.bytes_per_value < 4:
+            return {"average in bf16": self._student.trained.count * self._part.bytes_per_value}
         return moved_bytes(self._spec, self._part)
 
 
@@ -99,7 +99,7 @@ class PlannedOwnLayoutTeacher:
     ) -> None:
         """A rank without a part of the teacher, or of the student, gives None; `hidden_size` is the teacher's."""
         self._config, self._spec, self._part, self._student, self._work = config, spec, part, student, work
-        self._row = hidden_size * work.teacher.pieces.element
+        self._row = hidden_size * work.teacher.shape.bytes_per_value
         self._waits_here = spec.settings.payload_device == "device"
         self._scores = part is not None and part.is_last
         self._trains = student is not None and student.is_last
@@ -141,12 +141,12 @@ class PlannedOwnLayoutTeacher:
         """This tensor rank's pieces of the step's, and all of the micro-batch `in_use`, gathered from the others."""
         if not self._trains:
             return 0
-        reading, tensor = self._work.student, self._config.parallel.tensor_model_parallel_size
+        forward, tensor = self._work.student, self._config.parallel.tensor_model_parallel_size
         is_packed = self._config.train.max_tokens_per_micro_batch is not None
-        pieces = -(-reading.step_rows // tensor) if is_packed else reading.num_micro_batches * self._piece
+        shape = -(-forward.step_rows // tensor) if is_packed else forward.num_micro_batches * self._piece
         is_whole = tensor == 1 and self._waits_here
-        used = reading.rows if in_use and not is_whole else 0
-        return (pieces * self._waits_here + used) * self._row
+        used = forward.rows if in_use and not is_whole else 0
+        return (shape * self._waits_here + used) * self._row
 
     @property
     def _piece(self) -> int:
@@ -165,16 +165,16 @@ def parameter_bytes(teacher: TeacherSpec, part: PlannedPart) -> int:
     """Weights of the teacher's own; in FP8 they are kept in FP8 alone, and never transposed."""
     precision = teacher.precision
     entries = part.fp8_entries(precision)
-    return (part.tensors().count - entries) * part.element + with_scales(entries, precision.fp8_recipe)
+    return (part.tensors().count - entries) * part.bytes_per_value + with_scales(entries, precision.fp8_recipe)
 
 
 def head_bytes(part: PlannedPart) -> int:
     """The LM head on a rank of the last stage; elsewhere none."""
-    return part.width * part.model.architecture.hidden_size * part.element * part.is_last
+    return part.width * part.model.architecture.hidden_size * part.bytes_per_value * part.is_last
 
 
 def moved_bytes(teacher: TeacherSpec, part: PlannedPart) -> dict[str, int]:
     """What a pass brings onto the device of weights that wait on the host: all but the LM head."""
     if teacher.settings.offload is None:
         return {}
-    return {"teacher's parameters": part.tensors().count * part.element - head_bytes(part)}
+    return {"teacher's parameters": part.tensors().count * part.bytes_per_value - head_bytes(part)}

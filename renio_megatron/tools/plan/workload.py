@@ -11,7 +11,7 @@ from renio_megatron.config.teachers import TeacherSpec
 
 
 @dataclass(frozen=True)
-class Pieces:
+class PassShape:
     """The shape of a pass on one rank.
 
     Attributes:
@@ -20,7 +20,7 @@ class Pieces:
         rows_joined: whether attention runs sequence by sequence and joins the outputs: packing, context parallelism.
         tensor, context: ranks of those axes.
         sequence_parallel: whether tensor-parallel ranks share the positions between their layers.
-        element: bytes of a number of the model.
+        bytes_per_value: of the model.
         fused_norm: whether the norm saves its input alone, as torch's CUDA kernel (2.9 and later) does. Elsewhere it is
             composed of operations in fp32, which save more.
         expert_model, expert_tensor: ranks that share the experts of a layer, and each expert.
@@ -32,7 +32,7 @@ class Pieces:
     tensor: int
     context: int
     sequence_parallel: bool
-    element: int
+    bytes_per_value: int
     fused_norm: bool = True
     expert_model: int = 1
     expert_tensor: int = 1
@@ -44,18 +44,18 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ForwardWork:
     """How one model reads the step's sequences, on one rank.
 
     Attributes:
-        pieces: of a micro-batch.
+        shape: of a micro-batch.
         rows: completion tokens of a micro-batch on this rank.
         num_micro_batches: of a step.
         step_tokens: completion tokens of the step's sequences that this data rank has.
         step_rows: those of them that this context rank has.
     """
 
-    pieces: Pieces
+    shape: PassShape
     rows: int
     num_micro_batches: int
     step_tokens: int
@@ -76,8 +76,8 @@ class Workload:
             micro-batch of each of the student's replicas: as many as the others.
     """
 
-    student: Reading
-    teacher: Reading
+    student: ForwardWork
+    teacher: ForwardWork
     sampled: int
     sampled_length: int
     is_realigned: bool
@@ -92,8 +92,8 @@ def workload(config: DistillationConfig, teacher: TeacherSpec, world_size: int, 
     parallel, rollout = config.parallel, config.rollout
     trainers, readers = ranks_of(teacher, world_size)
     theirs = teacher.parallel
-    student = _reading(config, parallel, trainers, element=2 if config.train.bf16 else 4, fused=fused_norm)
-    scoring = _reading(config, theirs, readers, element=element_of(teacher), fused=fused_norm)
+    student = _forward_work(config, parallel, trainers, bytes_per_value=2 if config.train.bf16 else 4, fused=fused_norm)
+    scoring = _forward_work(config, theirs, readers, bytes_per_value=bytes_per_value_of(teacher), fused=fused_norm)
     context = parallel.context_parallel_size
     share = -(-_sequences(config, parallel, trainers) // context)
     asking = trainers // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
@@ -112,7 +112,7 @@ def ranks_of(teacher: TeacherSpec, world_size: int) -> tuple[int, int]:
     return world_size - teacher.num_ranks, teacher.num_ranks or world_size
 
 
-def element_of(teacher: TeacherSpec) -> int:
+def bytes_per_value_of(teacher: TeacherSpec) -> int:
     """Bytes of a number of the teacher."""
     return 2 if teacher.bf16 else 4
 
@@ -122,14 +122,14 @@ def _sequences(config: DistillationConfig, parallel: ParallelConfig, num_ranks: 
     return -(-config.train.global_batch_size // (num_ranks // parallel.model_ranks))
 
 
-def _reading(
-    config: DistillationConfig, parallel: ParallelConfig, num_ranks: int, *, element: int, fused: bool
-) -> Reading:
+def _forward_work(
+    config: DistillationConfig, parallel: ParallelConfig, num_ranks: int, *, bytes_per_value: int, fused: bool
+) -> ForwardWork:
     """The passes of a model over its share of the sequences, whose view of them has the same bound for both models."""
     train, completion = config.train, config.rollout.max_completion_length
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     sequences = _sequences(config, parallel, num_ranks)
-    # The last token is not read. Rows are padded as `data.collate.Arrangement` does it.
+    # The last token is not read. Rows are padded as `data.collate.BatchLayout` does it.
     longest = config.data.max_prompt_length + completion - 1
     cut = tensor if parallel.sequence_parallel else 1
     multiple = cut if context == 1 else context * math.lcm(2, cut)
@@ -138,15 +138,15 @@ def _reading(
     row = -(-(train.max_tokens_per_micro_batch or longest) // multiple) * multiple // context
     share_of_rows = _most_rows(config.data.max_prompt_length - 1, completion, context, row if not is_packed else None)
     step_rows = sequences * share_of_rows
-    return Reading(
-        pieces=Pieces(
+    return ForwardWork(
+        shape=PassShape(
             tokens=together * row,
             row_length=row,
             rows_joined=is_packed or context > 1,
             tensor=tensor,
             context=context,
             sequence_parallel=parallel.sequence_parallel,
-            element=element,
+            bytes_per_value=bytes_per_value,
             fused_norm=fused,
             expert_model=parallel.expert_model_parallel_size,
             expert_tensor=parallel.expert_tensor_ranks,

@@ -24,9 +24,9 @@ from renio_megatron.runner.recipe import checked_recipe
 if TYPE_CHECKING:
     import torch
 
-    from renio_megatron.parallel.layout import Layout
+    from renio_megatron.parallel.layout import ParallelLayout
     from renio_megatron.parallel.vocab import LmHead
-    from renio_megatron.runner.inputs import Inputs
+    from renio_megatron.runner.inputs import RunInputs
     from renio_megatron.tools.precision.errors import Scores
     from renio_megatron.training.targets import TeacherTargets
     from renio_megatron.types import MicroBatch, Rollout
@@ -197,7 +197,7 @@ def _no_head() -> LmHead:
 class _Comparison:
     """One rank's share of it."""
 
-    def __init__(self, precisions: Precisions, inputs: Inputs, layout: Layout) -> None:
+    def __init__(self, precisions: Precisions, inputs: RunInputs, layout: ParallelLayout) -> None:
         """`inputs` are the baseline's."""
         self._precisions, self._inputs, self._layout = precisions, inputs, layout
         self._rollouts: list[Rollout] = []
@@ -205,15 +205,15 @@ class _Comparison:
 
     def run(self) -> dict[str, Any]:
         """Facts about the baseline's step, and the figures of each variant; the same on every rank."""
-        from renio_megatron.runner.build import build_student, decoding_of
+        from renio_megatron.runner.build import build_student, sampling_params_of
 
         at, layout = self._precisions, self._layout
         learner, sampler = build_student(at.baseline, self._inputs, layout)
         share = at.baseline.train.global_batch_size // layout.data.size
         prompts = self._inputs.stream.batch(layout.data.rank * share, share)
-        self._rollouts = sampler.sample(prompts, decoding_of(at.baseline), stream=(1,))
+        self._rollouts = sampler.sample(prompts, sampling_params_of(at.baseline), rng_stream=(1,))
         del sampler
-        self._batches = learner.arrange(self._rollouts)
+        self._batches = learner.make_micro_batches(self._rollouts)
         teacher, fp8_teacher = self._teacher(at.baseline), self._teacher(at.fp8)
         truth, gradients = self._step(learner, at.baseline, teacher, "baseline")
         variants = {"teacher FP8": self._errors(learner, at.baseline, fp8_teacher, "teacher FP8", truth, gradients)}
@@ -262,7 +262,7 @@ class _Comparison:
         from renio_megatron.config.sections.weighting import RenioWeighting
         from renio_megatron.data.batching.collate import flat_completions
         from renio_megatron.losses.sample_weights import sample_weights
-        from renio_megatron.megatron.model.schedules import share_tokens
+        from renio_megatron.megatron.model.schedules import broadcast_token_values
         from renio_megatron.models.param_map import local_name
         from renio_megatron.tools.precision.errors import Scores
         from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
@@ -283,7 +283,7 @@ class _Comparison:
         loss = WeightedLoss(teacher, sample, config.loss, config.head, on_divergence=seen.__setitem__)
         # In another dtype the layers may be another backend's, which names some parameters otherwise.
         gradients = {local_name(name): one for name, one in learner.gradients(self._batches, loss).items()}
-        divergence = share_tokens([seen[index] for index in sorted(seen)], self._batches, self._layout)
+        divergence = broadcast_token_values([seen[index] for index in sorted(seen)], self._batches, self._layout)
         renio = sample.renio
         assert renio is not None
         mine = Scores(student_logp, teacher.logp, divergence, renio.is_pivotal, renio.raw_weights, sample.weights)

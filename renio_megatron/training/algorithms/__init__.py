@@ -11,7 +11,7 @@ from renio_megatron.types import Prompt
 class Algorithm(Protocol):
     """What the trainer repeats."""
 
-    def tune(self, num_tokens: int, say: Callable[[str], None] | None = None) -> None:
+    def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
         """Tunes the kernels of the steps to come, for micro-batches of at most `num_tokens` completion tokens."""
         ...
 

@@ -15,7 +15,7 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.losses.tune_kernels import tuning_reported
 from renio_megatron.objective.statistics import auc
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import gather_batch
 from renio_megatron.training.algorithms.multi_teacher import names_metrics
 from renio_megatron.training.algorithms.weighing import Verdicts, Weighing
@@ -23,7 +23,7 @@ from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 from renio_megatron.training.interfaces import Learner, Sampler, Teacher
 from renio_megatron.training.metrics.weights import renio_metrics, token_weight_metrics, weight_metrics
 from renio_megatron.training.targets import TeacherTargets
-from renio_megatron.types import Decoding, Prompt, Rollout
+from renio_megatron.types import Prompt, Rollout, SamplingParams
 
 
 class Distillation:
@@ -39,8 +39,8 @@ class Distillation:
         teacher: Teacher,
         learner: Learner,
         *,
-        layout: Layout,
-        decoding: Decoding,
+        layout: ParallelLayout,
+        sampling_params: SamplingParams,
         weighing: Weighing,
         lr_at: Callable[[int], float],
         grader: Callable[[Rollout], bool | None] | None = None,
@@ -52,7 +52,7 @@ class Distillation:
         Args:
             sampler, teacher, learner: who plays them; several teachers as one.
             layout: this rank's place; weights are normalized over its data axis.
-            decoding: how completions are drawn.
+            sampling_params: how completions are drawn.
             weighing: the weights, and the divergence that they multiply.
             lr_at: learning rate of a step.
             grader: says whether a completion is right, for the metrics only; None where nothing can be graded.
@@ -60,31 +60,31 @@ class Distillation:
             on_rollouts: is shown (step, this rank's rollouts, their weights) after each step.
         """
         self.sampler, self.teacher, self.learner = sampler, teacher, learner
-        self._layout, self._decoding, self._weighing = layout, decoding, weighing
+        self._layout, self._sampling_params, self._weighing = layout, sampling_params, weighing
         self._lr_at, self._grader = lr_at, grader
         self._is_balanced, self._on_rollouts = is_balanced, on_rollouts
         self._weighting_state: torch.Tensor | None = None
 
-    def tune(self, num_tokens: int, say: Callable[[str], None] | None = None) -> None:
+    def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
         """Tunes the kernels of the steps to come, on a GPU. No collectives.
 
         The few rows of `renio/pivot_gradient_frac` are never timed.
 
         Args:
             num_tokens: the most completion tokens that a micro-batch can have.
-            say: takes a line about it; None: the log does.
+            report: takes a line about it; None: the log does.
         """
-        with tuning_reported(self._layout.device, say):
+        with tuning_reported(self._layout.device, report):
             self.teacher.tune(num_tokens)
             self.learner.tune(num_tokens, self._weighing.loss, scores=self._weighing.needs_pass)
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimiser step on this rank's prompts."""
         clock = [time.perf_counter()]
-        drawn = self.sampler.sample(prompts, self._decoding, stream=(step,), on_group=self.teacher.prefetch)
+        drawn = self.sampler.sample(prompts, self._sampling_params, rng_stream=(step,), on_group=self.teacher.prefetch)
         rollouts = self._balance(drawn)
         clock.append(time.perf_counter())
-        batches = self.learner.arrange(rollouts)
+        batches = self.learner.make_micro_batches(rollouts)
         targets = self.teacher.score(rollouts, batches)
         clock.append(time.perf_counter())
         weighing, verdicts = self._weighing, functools.cache(functools.partial(self._verdicts, rollouts))

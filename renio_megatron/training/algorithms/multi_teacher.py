@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import sum_over_ranks
 from renio_megatron.training.interfaces import Teacher
 from renio_megatron.training.targets import LossInputs, MicroBatchLoss, TeacherTargets
@@ -153,7 +153,7 @@ class MultiTeacherTargets(TeacherTargets):
             probe=torch.stack(probes).sum(0) if probes else None,
         )
 
-    def metrics(self, layout: Layout) -> dict[str, float]:
+    def metrics(self, layout: ParallelLayout) -> dict[str, float]:
         """The mean divergence for each teacher's name, over all ranks; those without a token are left out."""
         mine = torch.zeros(len(self.names), 2, dtype=torch.float64) if self._sums is None else self._sums
         sums = sum_over_ranks(mine.to(layout.device), layout).tolist()
@@ -168,7 +168,7 @@ def _select(student_batches: Sequence[MicroBatch], here: torch.Tensor) -> dict[i
     for index, batch in enumerate(student_batches):
         chosen = here.to(batch.sequence_index.device)[batch.sequence_index]
         if bool(chosen.any()):
-            found[index] = _Selection(*batch.of_sequences(chosen), len(found))
+            found[index] = _Selection(*batch.select_sequences(chosen), len(found))
     return found
 
 

@@ -10,24 +10,24 @@ import torch
 
 from renio_megatron.losses.token_logp import cross_entropy
 from renio_megatron.losses.tune_kernels import tuning_reported
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import gather_batch
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.training.interfaces import Learner
-from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.metrics.accumulator import MetricAccumulator
 from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 
 class Sft:
     """One optimiser step on the completions that the prompts bring; the loss is the mean over the batch's tokens."""
 
-    def __init__(self, learner: Learner, *, layout: Layout, lr_at: Callable[[int], float]) -> None:
+    def __init__(self, learner: Learner, *, layout: ParallelLayout, lr_at: Callable[[int], float]) -> None:
         """`layout` is this rank's place, `lr_at` gives a step's learning rate."""
         self.learner, self._layout, self._lr_at = learner, layout, lr_at
 
-    def tune(self, num_tokens: int, say: Callable[[str], None] | None = None) -> None:
+    def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
         """Tunes the kernels of the steps to come; as `Distillation.tune`."""
-        with tuning_reported(self._layout.device, say):
+        with tuning_reported(self._layout.device, report):
             self.learner.tune(num_tokens, None)
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
@@ -35,7 +35,7 @@ class Sft:
         start = time.perf_counter()
         rollouts = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
         metrics = self.learner.update(
-            self.learner.arrange(rollouts), token_cross_entropy, step=step, lr=self._lr_at(step)
+            self.learner.make_micro_batches(rollouts), token_cross_entropy, step=step, lr=self._lr_at(step)
         )
         seconds = time.perf_counter() - start
         lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts], device=self._layout.device)
@@ -55,11 +55,11 @@ class Sft:
 
 def token_cross_entropy(
     index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
-) -> tuple[torch.Tensor, float, Tally]:
+) -> tuple[torch.Tensor, float, MetricAccumulator]:
     """(sum of -log p over completion tokens, number of tokens, metrics) of a micro-batch."""
     logits = torch.nn.functional.linear(hidden, head.weight)
     total = cross_entropy(logits, micro_batch.target_ids, head.shard, overwrite_logits=True)
     tokens = len(micro_batch.target_ids)
-    tally = Tally()
-    tally.add("loss", total, tokens)
-    return total, float(tokens), tally
+    accumulator = MetricAccumulator()
+    accumulator.add("loss", total, tokens)
+    return total, float(tokens), accumulator

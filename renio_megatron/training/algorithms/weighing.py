@@ -16,7 +16,7 @@ from renio_megatron.data.prompts import number_in
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
 from renio_megatron.objective.weightings import COLUMN, LOGIT_INPUTS
 from renio_megatron.objective.weightings.strategy import seeded
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import of_first_model_rank
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.training.interfaces import Learner, ScoreMore
@@ -83,7 +83,7 @@ class Weighing:
         rollouts: Sequence[Rollout],
         scores: Mapping[str, torch.Tensor],
         targets: TeacherTargets,
-        layout: Layout,
+        layout: ParallelLayout,
         *,
         step: int,
         state: torch.Tensor | None,
@@ -118,7 +118,9 @@ class Weighing:
             report=self.report,
         )
 
-    def _inputs(self, rollouts: Sequence[Rollout], step: int, layout: Layout, verdicts: Verdicts) -> dict[str, Any]:
+    def _inputs(
+        self, rollouts: Sequence[Rollout], step: int, layout: ParallelLayout, verdicts: Verdicts
+    ) -> dict[str, Any]:
         """What the weighting needs that is known of the rollouts, and nothing else."""
         numbers = [rollout.prompt.index for rollout in rollouts]
         known: dict[str, Callable[[], Any]] = {
@@ -140,7 +142,7 @@ class Weighing:
         return {name: one.to(layout.device) if isinstance(one, torch.Tensor) else one for name, one in found.items()}
 
 
-def _agreed(verdicts: Sequence[bool | None], layout: Layout) -> torch.Tensor:
+def _agreed(verdicts: Sequence[bool | None], layout: ParallelLayout) -> torch.Tensor:
     """1 right, 0 wrong, NaN where the grader failed, fp32 [B]; of the first rank, for a grader may not say the same
     twice, and ranks that share sequences must weigh them alike."""
     numbers = [-1.0 if one is None else float(one) for one in verdicts]

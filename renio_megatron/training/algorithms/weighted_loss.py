@@ -10,7 +10,7 @@ from renio_megatron.config import HeadConfig, LossConfig
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.objective.reduce import token_scale
 from renio_megatron.parallel.vocab import LmHead
-from renio_megatron.training.metrics.accumulator import Tally
+from renio_megatron.training.metrics.accumulator import MetricAccumulator
 from renio_megatron.training.targets import LossInputs, TeacherTargets
 from renio_megatron.types import MicroBatch
 
@@ -44,7 +44,7 @@ class WeightedLoss:
 
     def __call__(
         self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
-    ) -> tuple[torch.Tensor, float, Tally]:
+    ) -> tuple[torch.Tensor, float, MetricAccumulator]:
         """(sum over sequences, number of sequences, metrics); of a rank's pieces where it holds only those."""
         sequences, tokens = micro_batch.sequence_index, micro_batch.token_index
         working = torch.promote_types(hidden.dtype, torch.float32)
@@ -69,15 +69,15 @@ class WeightedLoss:
         )
         if self._on_divergence is not None:
             self._on_divergence(index, found.token_divergence)
-        share = micro_batch.num_sequences / micro_batch.pieces  # all pieces together are the sequences
-        tally, count = Tally(), len(found.token_divergence)
-        tally.add("loss", found.loss_sum, share)
-        tally.add("loss/kl", found.divergence_sum, count)
+        share = micro_batch.num_sequences / micro_batch.cp_size  # all pieces together are the sequences
+        accumulator, count = MetricAccumulator(), len(found.token_divergence)
+        accumulator.add("loss", found.loss_sum, share)
+        accumulator.add("loss/kl", found.divergence_sum, count)
         if found.clipped_tokens is not None:
-            tally.add("loss/entry_clip_frac", found.clipped_tokens, count)
+            accumulator.add("loss/entry_clip_frac", found.clipped_tokens, count)
         if found.probe is not None:
-            tally.add("renio/pivot_gradient_frac", *found.probe)
-        tally.add_max("memory/teacher_payload_mb", self._targets.payload_bytes / 2**20)
+            accumulator.add("renio/pivot_gradient_frac", *found.probe)
+        accumulator.add_max("memory/teacher_payload_mb", self._targets.payload_bytes / 2**20)
         if self._targets.sent_bytes is not None:
-            tally.add_max("teacher/payload_sent_mb", self._targets.sent_bytes / 2**20)
-        return found.total, share, tally
+            accumulator.add_max("teacher/payload_sent_mb", self._targets.sent_bytes / 2**20)
+        return found.total, share, accumulator

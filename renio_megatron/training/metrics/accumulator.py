@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 import torch.distributed as dist
 
-from renio_megatron.parallel.layout import Layout
+from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import sum_over_ranks
 from renio_megatron.training.metrics.registry import MAXIMA, MEANS, METRICS, metric_of
 
@@ -31,13 +31,13 @@ def _on_host(values: Sequence[_Number]) -> list[float]:
     return [next(read) if isinstance(value, torch.Tensor) else value for value in values]
 
 
-class Tally:
+class MetricAccumulator:
     """A step's numbers as sums and maxima, complete enough to be joined with those of other ranks.
 
-    >>> tally = Tally()
-    >>> tally.add("rollout/accuracy", 3, 4)
-    >>> tally.add("rollout/accuracy", 0, 2)
-    >>> tally.result()
+    >>> accumulator = MetricAccumulator()
+    >>> accumulator.add("rollout/accuracy", 3, 4)
+    >>> accumulator.add("rollout/accuracy", 0, 2)
+    >>> accumulator.result()
     {'rollout/accuracy': 0.5}
     """
 
@@ -77,7 +77,7 @@ class Tally:
     @staticmethod
     def _require(name: str, reductions: tuple[str, ...], other_method: str) -> None:
         if (is_now := metric_of(name).reduction) not in reductions:
-            raise ValueError(f"metric {name!r} is reduced by {is_now}: use Tally.{other_method}.")
+            raise ValueError(f"metric {name!r} is reduced by {is_now}: use MetricAccumulator.{other_method}.")
 
     def sums(self) -> dict[str, tuple[float, float]]:
         """Numerator and denominator of every mean added so far; waits for tensors."""
@@ -88,7 +88,7 @@ class Tally:
         """Every maximum added so far; waits for tensors."""
         return dict(zip(self._maxima, _on_host(list(self._maxima.values())), strict=True))
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: MetricAccumulator) -> None:
         """Adds what another micro-batch or rank counted."""
         for name, (numerator, denominator) in other._sums.items():
             self.add(name, numerator, denominator)
@@ -106,22 +106,22 @@ class Tally:
         return sums, [largest.get(name, -math.inf) for name in MAXIMA]
 
     @classmethod
-    def unpack(cls, sums: Sequence[float], maxima: Sequence[float]) -> Tally:
-        """The tally of two lists in the order of `pack`.
+    def unpack(cls, sums: Sequence[float], maxima: Sequence[float]) -> MetricAccumulator:
+        """Of two lists in the order of `pack`.
 
-        >>> tally = Tally()
-        >>> tally.add("loss", 1.5, 2)
-        >>> Tally.unpack(*tally.pack()).sums()
+        >>> accumulator = MetricAccumulator()
+        >>> accumulator.add("loss", 1.5, 2)
+        >>> MetricAccumulator.unpack(*accumulator.pack()).sums()
         {'loss': (1.5, 2.0)}
         """
-        tally = cls()
+        accumulator = cls()
         for name, numerator, denominator in zip(MEANS, sums[::2], sums[1::2], strict=True):
             if denominator != 0.0:
-                tally.add(name, numerator, denominator)
+                accumulator.add(name, numerator, denominator)
         for name, value in zip(MAXIMA, maxima, strict=True):
             if value != -math.inf:
-                tally.add_max(name, value)
-        return tally
+                accumulator.add_max(name, value)
+        return accumulator
 
     def result(self) -> dict[str, float]:
         """Each metric's value, in the order of `METRICS`; a mean over nothing (denominator 0) is left out."""
@@ -133,14 +133,14 @@ class Tally:
         return {name: values[name] for name in METRICS if name in values}
 
 
-def reduce_tally(tally: Tally, layout: Layout) -> dict[str, float]:
-    """The finished metrics of all ranks' tallies, equal on every rank.
+def reduce_metrics(accumulator: MetricAccumulator, layout: ParallelLayout) -> dict[str, float]:
+    """The finished metrics of all ranks' accumulators, equal on every rank.
 
     Tensor ranks hold the same numbers, so the first one speaks for them; stages that computed nothing hold none.
     """
     if layout.world_size == 1:
-        return tally.result()
-    sums, maxima = (torch.tensor(part, dtype=torch.float64, device=layout.device) for part in tally.pack())
+        return accumulator.result()
+    sums, maxima = (torch.tensor(part, dtype=torch.float64, device=layout.device) for part in accumulator.pack())
     sums = sum_over_ranks(sums, layout)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    return Tally.unpack(sums.tolist(), maxima.tolist()).result()
+    return MetricAccumulator.unpack(sums.tolist(), maxima.tolist()).result()

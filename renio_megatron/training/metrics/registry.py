@@ -89,7 +89,7 @@ RENAMED_METRICS = {
 }
 """Name in runs of earlier versions -> name."""
 
-# Those with a part of the name left open stay out of tallies, whose ranks must all know the same names.
+# Those with a part of the name left open stay out of accumulators, whose ranks must all know the same names.
 MEANS = tuple(name for name, metric in METRICS.items() if metric.reduction in ("mean", "root_mean") and "*" not in name)
 MAXIMA = tuple(name for name, metric in METRICS.items() if metric.reduction == "max" and "*" not in name)
 ORDER = {name: number for number, name in enumerate(METRICS)}

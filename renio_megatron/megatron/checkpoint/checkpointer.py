@@ -57,7 +57,7 @@ _DISK_WORDS = ("PytorchStreamWriter", "inline_container", "iostream")
 _OPTIMIZER_SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
-class MegatronKeeper:
+class MegatronCheckpointer:
     """Saves and restores a learner and the run's own state. Every rank calls every method, in the same order."""
 
     def __init__(
