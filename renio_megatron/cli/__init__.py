@@ -1,1 +1,1 @@
-"""The command line: parses, checks and starts; holds no behaviour of its own."""
+"""The command line: parses, checks and starts; holds no behavior of its own."""

@@ -82,7 +82,7 @@ def _layout(config: DistillationConfig, ranks: int) -> str:
         text
         for text, is_so in (
             ("sequence parallelism", parallel.sequence_parallel),
-            ("distributed optimiser", parallel.use_distributed_optimizer),
+            ("distributed optimizer", parallel.use_distributed_optimizer),
             (_dtype(config.train.bf16), True),
             (f"recompute {config.train.recompute_granularity}", config.train.recompute_granularity is not None),
             (f"adapters of rank {config.lora.r} on {', '.join(config.lora.names)}", config.lora.r is not None),

@@ -18,7 +18,7 @@ from renio_megatron.errors import ConfigError
 
 # Settings that say how a run is computed and not what: a run may be continued with other values of them. The patterns
 # are fnmatch's; each with the reason why the run stays the same one. All other settings are the run's for good, also
-# parallel.use_distributed_optimizer: the results are the same, but the optimiser's state is written in another form.
+# parallel.use_distributed_optimizer: the results are the same, but the optimizer's state is written in another form.
 CHANGEABLE: dict[str, str] = {
     "parallel.*_parallel*": "the same sums in another order; checkpoints know no layout",
     "parallel.overlap_*": "the same sums, sent at another time",

@@ -46,7 +46,7 @@ class DistillationOutput:
             paper's bounds.
         token_divergence: divergence of each token after the entry bounds, unweighted, nats [N].
         clipped_entries: vocabulary entries of each token that `entry_clip` cut, [N]; zeros where nothing is clipped.
-        state: pass it to the next optimiser step's call (`normalize="ema"`).
+        state: pass it to the next optimizer step's call (`normalize="ema"`).
     """
 
     loss: torch.Tensor

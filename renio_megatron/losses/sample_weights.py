@@ -50,8 +50,8 @@ class SampleWeights:
         denominators: tokens that the mean over each whole sequence is over [B].
         is_capped: sequences to which a strategy gives its cap, bool [B].
         lengths: completion tokens of each whole sequence [B].
-        batch_size: sequences of the optimiser step over the batch group, fp64 scalar.
-        state: what the next optimiser step's call wants; None where nothing is averaged over steps.
+        batch_size: sequences of the optimizer step over the batch group, fp64 scalar.
+        state: what the next optimizer step's call wants; None where nothing is averaged over steps.
         renio: see `RenioReport`; None where nobody asks.
     """
 
@@ -80,7 +80,7 @@ def sample_weights(
     inputs: Mapping[str, Any] | None = None,
     report: RenioWeighting | None = None,
 ) -> SampleWeights:
-    """Weights of an optimiser step's sequences, on every rank.
+    """Weights of an optimizer step's sequences, on every rank.
 
     One strategy whose weights of sequences follow from sums takes at most one collective on `sequence_group` and one on
     `batch_group`; a product one more than its strategies together, and means of tokens, whole sequences and

@@ -1,6 +1,6 @@
 """The three passes and the two exchanges of a divergence over vocabulary shards; both forms of the loss are made of it.
 
-Pass 1 finds what normalises both distributions, pass 2 the totals of the clamped entries, pass 3 writes the gradient.
+Pass 1 finds what normalizes both distributions, pass 2 the totals of the clamped entries, pass 3 writes the gradient.
 After each of the first two the ranks of the tensor group exchange a handful of numbers a token; an unclipped KL needs
 neither pass 2 nor its exchange.
 """

@@ -312,7 +312,7 @@ def _experts(path: Path, config: Any) -> Experts:
     normalized = bool(config.norm_topk_prob) if is_qwen else True
     if top_k == 1 and normalized:
         raise ConfigError(
-            f"{path}: num_experts_per_tok=1 with normalised router probabilities: each is 1, and no gradient reaches "
+            f"{path}: num_experts_per_tok=1 with normalized router probabilities: each is 1, and no gradient reaches "
             "the router. Choose another model."
         )
     ffn_hidden_size = config.moe_intermediate_size if is_qwen else config.intermediate_size

@@ -95,7 +95,7 @@ def _load(gguf: Path) -> tuple[Any, Any]:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     set_special_tokens(tokenizer, gguf)
-    # save_pretrained refuses a model that still says it is quantised.
+    # save_pretrained refuses a model that still says it is quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

@@ -135,7 +135,7 @@ class WeightFiles:
         if kept_as not in _ITEM_BYTES:
             raise ConfigError(
                 f"{self._directory}: {name} is kept as {kept_as}; {', '.join(_ITEM_BYTES)} are read. Choose weights "
-                "that are not quantised."
+                "that are not quantized."
             )
         self._shapes[name], self._item_bytes[name] = shape, _ITEM_BYTES[kept_as]
 

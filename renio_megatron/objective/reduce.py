@@ -31,7 +31,7 @@ def token_scale(
         lengths_B: tokens that count of each whole sequence [B]; 0 only where `owner_N` names none.
         owner_N: sequence of each token, int64 [N].
         token_weights_N: weights of the tokens [N]; None: 1.
-        denominator: sequences of the optimiser step, whatever ranks they are on.
+        denominator: sequences of the optimizer step, whatever ranks they are on.
 
     Returns:
         [N], dtype of `weights_B`.

@@ -28,13 +28,13 @@ def reference_objective(
     cap: float | None = 10.0,
     uniform: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Loss of one optimiser step, and everything it is made of.
+    """Loss of one optimizer step, and everything it is made of.
 
     Args:
         student_logits, teacher_logits: [N, V], completion tokens only; the gradient flows to the student's.
         token_ids, owner: sampled token and its sequence, int64 [N].
         num_sequences: B.
-        beta: 0 forward KL(T||S), 1 reverse KL, between them generalised JSD.
+        beta: 0 forward KL(T||S), 1 reverse KL, between them generalized JSD.
         temperature: divides both models' logits.
         entry_clip, entry_floor: bounds of a vocabulary entry; entry_clip None: no bounds.
         threshold, ceiling, weight_temperature: tau, c and T_w of the paper.

@@ -44,10 +44,10 @@ def batch_mean(raw_B: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[to
 def group_means(
     raw_B: torch.Tensor, group_size: int, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean raw weight of each sequence's group of `group_size` neighbours in the global order; one collective.
+    """Mean raw weight of each sequence's group of `group_size` neighbors in the global order; one collective.
 
     The global order is rank after rank. A group may begin on one rank and end on another, so every rank publishes its
-    first and last `group_size` raw weights: whatever its offset turns out to be, its neighbours' share of its first and
+    first and last `group_size` raw weights: whatever its offset turns out to be, its neighbors' share of its first and
     last group is among them. The last group of the batch may be short.
 
     Args:

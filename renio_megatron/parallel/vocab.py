@@ -90,7 +90,7 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class LogNormalizers:
-    """Log-normalisers of both models and what follows from one pass over the logits, for the whole vocabulary.
+    """Log-normalizers of both models and what follows from one pass over the logits, for the whole vocabulary.
 
     The maximum and the logarithm of the sum stay apart: (z - maximum) - log_sum keeps the digits that
     z - (maximum + log_sum) would round away.

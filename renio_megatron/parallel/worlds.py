@@ -52,7 +52,7 @@ class Bridge:
 
 
 def join_two_worlds(backend: str, timeout: datetime.timedelta, num_teacher_ranks: int) -> Bridge:
-    """Initialises torch.distributed for this rank's half of the ranks; the last `num_teacher_ranks` only score."""
+    """Initializes torch.distributed for this rank's half of the ranks; the last `num_teacher_ranks` only score."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     num_trainers = size - num_teacher_ranks
     is_teacher_rank = rank >= num_trainers

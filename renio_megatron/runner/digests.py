@@ -13,7 +13,7 @@ from renio_megatron.models.hf_weights import description_files
 from renio_megatron.runner.inputs import RunInputs
 from renio_megatron.runner.run_directory import DATE
 
-_BLOCKS = 16  # of a file of weights; what is edited, trained or quantised differs nearly everywhere
+_BLOCKS = 16  # of a file of weights; what is edited, trained or quantized differs nearly everywhere
 _MAX_BYTES_READ = 2**30  # bytes of a file that are read whole
 
 

@@ -97,7 +97,7 @@ class StepLoss(Protocol):
 
 
 class Learner(Protocol):
-    """Holds the student's weights and optimiser."""
+    """Holds the student's weights and optimizer."""
 
     def make_micro_batches(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """The rollouts as micro-batches of this rank."""
@@ -109,7 +109,7 @@ class Learner(Protocol):
         ...
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
-        """One optimiser step; returns the step's loss metrics, equal on every rank."""
+        """One optimizer step; returns the step's loss metrics, equal on every rank."""
         ...
 
     def tune(self, num_tokens: int, loss: LossConfig | None, *, scores: bool = False) -> None:
@@ -122,7 +122,7 @@ class Checkpointer(Protocol):
     """Saves and restores everything a run needs to go on."""
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes weights, optimiser, random numbers and `state` as the checkpoint of `step`, or begins to.
+        """Writes weights, optimizer, random numbers and `state` as the checkpoint of `step`, or begins to.
 
         Does nothing where that checkpoint is in force already.
         """

@@ -8,7 +8,7 @@ from renio_megatron.config import TrainConfig
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Learning rate of optimiser step `step` = 1, 2, ..., train_iters.
+    """Learning rate of optimizer step `step` = 1, 2, ..., train_iters.
 
     Linear warm-up over `lr_warmup_iters` steps, then `lr_decay_style` from `lr` towards `min_lr`; the decay would reach
     `min_lr` one step after the last, so no step is spent on it.

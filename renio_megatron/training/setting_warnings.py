@@ -43,7 +43,7 @@ def weights_line(config: WeightingConfig, num_sequences: int, data_ranks: int) -
 
     Args:
         config: the weighting.
-        num_sequences: sequences of an optimiser step over all ranks.
+        num_sequences: sequences of an optimizer step over all ranks.
         data_ranks: data-parallel size.
     """
     parts = [part for part in config.parts if not isinstance(part, UniformWeighting)]

@@ -22,7 +22,7 @@ class Trainer:
     """Everything a run needs, and the loop over it.
 
     Attributes:
-        algorithm: one optimiser step.
+        algorithm: one optimizer step.
         prompts: (start, count) -> prompts of the run's endless order.
         checkpointer: of the run.
         train_iters, global_batch_size: steps of the run, sequences of a step.
@@ -32,7 +32,7 @@ class Trainer:
         evaluate_every: steps between evaluations; the start and the end are evaluated as well.
         observers: told of every step's metrics, and of the evaluation before the first step as step 0.
         stop_requested: asked after every step, on every rank, whether the run is to stop there; all get one answer.
-        step, cursor: optimiser steps done, prompts used.
+        step, cursor: optimizer steps done, prompts used.
         stopped: whether `run` ended because it was asked to.
     """
 

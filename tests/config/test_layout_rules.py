@@ -40,7 +40,7 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
         ),
         (["parallel.overlap_param_gather=true"], 2, ["needs parallel.use_distributed_optimizer=true"]),
         (["parallel.sequence_parallel=true"], 1, ["would be ignored", "tensor_model_parallel_size is 1"]),
-        (["train.global_batch_size=1"], 1, ["at least 2 sequences per optimiser step", "got 1.", "normalize=none"]),
+        (["train.global_batch_size=1"], 1, ["at least 2 sequences per optimizer step", "got 1.", "normalize=none"]),
         (["weighting.normalize=group", "weighting.group_size=3"], 1, ["group_size=3", "global_batch_size=32"]),
     ],
 )

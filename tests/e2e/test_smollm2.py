@@ -136,7 +136,7 @@ def test_adapters_save_the_memory_of_the_optimiser(whole: Run, adapted: Run, mod
         assert isinstance(config, DistillationConfig)
         read = read_model(config.model, "model")
         planned.append(plan_memory(config, replace(read, lora=config.lora), {ONLY: read}, 2, fused_norm=False))
-    optimizer = max(all_of.held["optimiser"] - few.held["optimiser"] for all_of, few in zip(*planned, strict=True))
+    optimizer = max(all_of.held["optimizer"] - few.held["optimizer"] for all_of, few in zip(*planned, strict=True))
     assert optimizer > 600e6
     assert whole.peak - adapted.peak > optimizer
 

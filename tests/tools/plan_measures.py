@@ -108,7 +108,7 @@ def _measured(config: DistillationConfig, folder: Path) -> dict[str, Any]:
         ),
         "parameters": sum(_bytes(p) for _, p in learner.part.named_parameters()),
         "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
-        "optimiser": _optimizer_bytes(learner),
+        "optimizer": _optimizer_bytes(learner),
     }
 
 

@@ -83,7 +83,7 @@ def test_a_hand_count_of_qwen3_32b_at_tp_8():
     assert rank.held == {
         "parameters": 2 * PARAMETERS,
         "gradients": 4 * PARAMETERS,
-        "optimiser": 12 * PARAMETERS,  # fp32 main parameters and two moments
+        "optimizer": 12 * PARAMETERS,  # fp32 main parameters and two moments
         "teacher's parameters": 2 * PARAMETERS,
         "gathered sequence": TOKENS * 5120 * 2,
     }
@@ -152,7 +152,7 @@ def test_adapters_of_qwen3_32b_at_tp_8(kind):
     assert rank.held == {
         "parameters": 2 * (PARAMETERS + ADAPTERS),
         "gradients": 4 * ADAPTERS,
-        "optimiser": 12 * ADAPTERS,
+        "optimizer": 12 * ADAPTERS,
         "teacher's parameters": 2 * PARAMETERS if kind == "separate" else 0,
     }
     low = (
@@ -180,7 +180,7 @@ def test_products_keep_their_input_for_adapters_alone():
 def test_the_distributed_optimiser_divides_over_data_and_context_ranks():
     parallel = ParallelConfig(tensor_model_parallel_size=4, context_parallel_size=2, use_distributed_optimizer=True)
     (rank,) = _plan(_config("Qwen3-1.7B", parallel=parallel), 16)
-    assert rank.held["optimiser"] == pytest.approx(6 * rank.held["parameters"] / 4, rel=1e-6)
+    assert rank.held["optimizer"] == pytest.approx(6 * rank.held["parameters"] / 4, rel=1e-6)
     assert rank.held["gradients"] == pytest.approx(2 * rank.held["parameters"], rel=1e-3)
 
 

@@ -39,7 +39,7 @@ def test_the_command_fits_or_not_by_its_exit_code(example, capsys):
     assert main(example) == 0
     out = capsys.readouterr().out
     assert "fit" not in out
-    assert "8 ranks: TP 8; sequence parallelism, distributed optimiser, bf16, recompute full" in out
+    assert "8 ranks: TP 8; sequence parallelism, distributed optimizer, bf16, recompute full" in out
 
 
 def test_adapters_are_named_and_make_room(example, capsys):

@@ -93,7 +93,7 @@ def test_a_hand_count_of_qwen3_235b_on_ranks_of_its_own_beside_qwen3_8b():
     assert training.held == {
         "parameters": 2 * OF_8B,
         "gradients": 4 * OF_8B,
-        "optimiser": 12 * OF_8B,
+        "optimizer": 12 * OF_8B,
         "teacher's LM head": 2 * 151_936 // 8 * 4096,
         "gathered sequence": 2 * tokens * 4096,
     }
@@ -285,7 +285,7 @@ def test_experts_of_a_student_and_the_shares_of_its_optimisers(expert, tensor, e
     (rank,) = _plan(_config("Qwen3-235B-A22B", parallel=parallel, own={}), 16)
     assert rank.held["parameters"] == 2 * (ATTENTION + 94 * experts)
     assert rank.held["gradients"] == pytest.approx(4 * (ATTENTION + 94 * experts), rel=1e-5)
-    assert rank.held["optimiser"] == 12 * (ATTENTION // 4 + 94 * experts // copies)
+    assert rank.held["optimizer"] == 12 * (ATTENTION // 4 + 94 * experts // copies)
     assert rank.phases["step"]["temporaries"] == 4 * max(ATTENTION // 4, 94 * experts // copies)
 
 

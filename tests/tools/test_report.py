@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from renio_megatron.errors import CheckpointError
-from renio_megatron.tools.report.curves import centred_mean, plot_curves
+from renio_megatron.tools.report.curves import centered_mean, plot_curves
 from renio_megatron.tools.report.table import NOTE, RunSummary, comparison_table, summarize
 from renio_megatron.training.metrics.progress import Progress, format_duration
 
@@ -190,9 +190,9 @@ def test_curves_that_cannot_be_written_leave_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_centred_mean_keeps_the_ends():
-    assert centred_mean([0.0, 4.0, 8.0, 0.0], 3) == [2.0, 4.0, 4.0, 4.0]
-    assert centred_mean([1.0, 5.0], 1) == [1.0, 5.0]
+def test_centered_mean_keeps_the_ends():
+    assert centered_mean([0.0, 4.0, 8.0, 0.0], 3) == [2.0, 4.0, 4.0, 4.0]
+    assert centered_mean([1.0, 5.0], 1) == [1.0, 5.0]
 
 
 def drawn(monkeypatch, tmp_path, runs):

@@ -129,7 +129,7 @@ def _check_precision(config: Any) -> None:
     if config.precision.fp8_param_gather:
         if not config.parallel.use_distributed_optimizer:
             raise ConfigError(
-                "precision.fp8_param_gather=true needs parallel.use_distributed_optimizer=true: that optimiser gathers "
+                "precision.fp8_param_gather=true needs parallel.use_distributed_optimizer=true: that optimizer gathers "
                 "the parameters. Set it, or precision.fp8_param_gather=false."
             )
         if not config.starts_from_weights:

@@ -18,7 +18,7 @@ class CheckpointConfig:
         async_save: write in a process of its own while training goes on. The memory of the state is needed twice
             until it is written. The last save of a run is waited for.
         load: where a run starts from that has no checkpoint of its own yet: another run's output_dir, its checkpoints
-            directory, or one iter_ directory, in any layout. Weights, optimiser, step, place in the data and moving
+            directory, or one iter_ directory, in any layout. Weights, optimizer, step, place in the data and moving
             averages are taken over.
     """
 

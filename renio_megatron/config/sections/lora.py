@@ -20,7 +20,7 @@ OF_ATTENTION = TARGETS[:4]
 class LoraConfig:
     """A trained pair A [r, in] and B [out, r] beside each chosen linear layer W, which computes W x + scale B A x.
 
-    Everything else is frozen: only adapters have gradients and an optimiser's state, and only they are in checkpoints.
+    Everything else is frozen: only adapters have gradients and an optimizer's state, and only they are in checkpoints.
 
     Attributes:
         r: rank of the adapters; null: there are none, and the whole student is trained.
@@ -43,7 +43,7 @@ class LoraConfig:
         if self.dropout != 0:
             raise ConfigError(
                 f"lora.dropout must be 0; got {self.dropout}. A mask that is the same in every layout, and once more "
-                "where activations are computed again, is not built. Regularise by a smaller lora.r or "
+                "where activations are computed again, is not built. Regularize by a smaller lora.r or "
                 "train.weight_decay."
             )
         if self.targets is None:

@@ -14,7 +14,7 @@ class LossConfig:
     """The divergence of a token, D(teacher, student).
 
     Attributes:
-        beta: 0 is forward KL(T||S), 1 is reverse KL(S||T), between them the generalised Jensen-Shannon divergence with
+        beta: 0 is forward KL(T||S), 1 is reverse KL(S||T), between them the generalized Jensen-Shannon divergence with
             the mixture (1 - beta) S + beta T.
         divergence: a divergence by its name in `objective.divergences`; null: the one that `beta` selects.
         temperature: both models' logits are divided by it; also the temperature of the log ratios.

@@ -23,8 +23,8 @@ class PrecisionConfig:
         fp8: `hybrid` (e4m3 forward, e5m2 gradients) or `e4m3` products of the decoder's linear layers, as Megatron's
             `--fp8-format`; null: none.
         fp8_recipe: how values are scaled into FP8's range, as Megatron's `--fp8-recipe`.
-        fp8_param_gather: as in Megatron; parameters are kept, and gathered by the distributed optimiser, in FP8. A
-            teacher's are kept so in any case: they are quantised once.
+        fp8_param_gather: as in Megatron; parameters are kept, and gathered by the distributed optimizer, in FP8. A
+            teacher's are kept so in any case: they are quantized once.
         first_last_layers_bf16, num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: as in Megatron: that many of the
             first and last layers stay out of FP8.
         emulate_fp8: round what FP8 products would read to the values that FP8 has, and multiply in the parameters'

@@ -1,4 +1,4 @@
-"""Settings of the optimiser and of the size of its steps. Megatron's own names are kept."""
+"""Settings of the optimizer and of the size of its steps. Megatron's own names are kept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from renio_megatron.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The optimiser and the size of its steps.
+    """The optimizer and the size of its steps.
 
     Attributes:
-        train_iters: optimiser steps of the whole run.
-        global_batch_size: sequences of one optimiser step over all ranks.
+        train_iters: optimizer steps of the whole run.
+        global_batch_size: sequences of one optimizer step over all ranks.
         micro_batch_size: sequences of one forward pass, each padded to the longest of the rank's.
         max_tokens_per_micro_batch: pack sequences into rows of at most this many tokens instead; null: do not pack.
         lr, min_lr, lr_warmup_iters, lr_decay_style (`constant`, `linear`, `cosine`), weight_decay, adam_beta1,

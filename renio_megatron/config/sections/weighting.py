@@ -96,7 +96,7 @@ class WeightingConfig(Tagged):
         return 1 if self.inner is None else self.inner.group
 
     def check_batch(self, num_sequences: int) -> None:
-        """Raises `ConfigError` where `num_sequences` of an optimiser step are not what the normalization needs."""
+        """Raises `ConfigError` where `num_sequences` of an optimizer step are not what the normalization needs."""
         if self.inner is not None:
             self.inner.check_batch(num_sequences)
 
@@ -120,7 +120,7 @@ class NormalizedWeighting(WeightingConfig):
     """What strategies have whose raw weights are divided by a mean.
 
     Attributes:
-        normalize: `batch` divides by the mean raw weight of all sequences of the optimiser step, or tokens where tokens
+        normalize: `batch` divides by the mean raw weight of all sequences of the optimizer step, or tokens where tokens
             are weighted; `none` keeps the raw weight; others are the strategy's.
         cap: upper bound of a sequence's weight after `batch`; None for no bound.
 
@@ -148,7 +148,7 @@ class NormalizedWeighting(WeightingConfig):
         """A mean over the batch needs two sequences."""
         if self.normalize == "batch" and num_sequences < 2:
             raise ConfigError(
-                f"weighting '{self.name}' needs at least 2 sequences per optimiser step to have a batch mean; got "
+                f"weighting '{self.name}' needs at least 2 sequences per optimizer step to have a batch mean; got "
                 f"{num_sequences}. Raise train.global_batch_size, or choose weighting.normalize=none."
             )
 
@@ -172,7 +172,7 @@ class RenioWeighting(NormalizedWeighting):
         threshold: tau of the paper, nats: a token is pivotal where its clipped log ratio is at least this.
         ceiling: c of the paper, nats: log ratios are clipped from above at this value.
         temperature: raw weight = exp(mean pivotal log ratio / temperature).
-        normalize: `batch` divides by the mean raw weight of all sequences of the optimiser step; `group` by the mean of
+        normalize: `batch` divides by the mean raw weight of all sequences of the optimizer step; `group` by the mean of
             `group_size` consecutive sequences of the global order (what the authors' release does for the sequences of
             one device); `ema` by a moving average of batch means; `none` keeps the raw weight.
         group_size: sequences that share a mean under `group`.
@@ -266,7 +266,7 @@ class StudentEntropyWeighting(NormalizedWeighting):
     Attributes:
         per: `token`; or `sequence`, the mean entropy of its tokens.
         normalize: `unit_mean` divides by the mean over a sequence's tokens, so that sequences count alike; `batch` by
-            the mean of all tokens, or sequences, of the optimiser step; `none` keeps the entropy.
+            the mean of all tokens, or sequences, of the optimizer step; `none` keeps the entropy.
         cap: upper bound of a sequence's weight after `batch`; None for no bound. Tokens are not bounded.
     """
 

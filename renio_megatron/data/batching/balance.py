@@ -19,7 +19,7 @@ def balance(items: Sequence[_Item], costs: Sequence[int], axis: Axis, *, unit: i
         items: this rank's; every rank has as many. Few and small: those that move are pickled.
         costs: of the items, at least 1 each.
         axis: the ranks that exchange.
-        unit: neighbours in the global order (rank after rank) that stay together. Where a unit lies on two ranks, or
+        unit: neighbors in the global order (rank after rank) that stay together. Where a unit lies on two ranks, or
             the units cannot be divided evenly, nothing moves.
 
     Returns:

@@ -15,7 +15,7 @@ from renio_megatron.errors import DataError
 SPLITS = ("train", "eval")
 
 
-EVAL_SEED_OFFSET = 2**31  # reasoning-gym seeds item i with seed + i: neighbouring seeds would share problems
+EVAL_SEED_OFFSET = 2**31  # reasoning-gym seeds item i with seed + i: neighboring seeds would share problems
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def _form(divergence: Divergence, beta: float) -> tuple[int, tuple[float, float]
 
 
 def _vectors(normalizers: LogNormalizers) -> list[torch.Tensor]:
-    """The normalisers as the kernels read them, fp32 [N] without gaps."""
+    """The normalizers as the kernels read them, fp32 [N] without gaps."""
     names = ("student_max", "student_log_sum", "teacher_max", "teacher_log_sum")
     return [getattr(normalizers, name).float().contiguous() for name in names]
 

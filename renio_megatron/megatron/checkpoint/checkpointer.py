@@ -1,4 +1,4 @@
-"""Checkpoints in Megatron's distributed format: weights, optimiser, random numbers, and the run's own state.
+"""Checkpoints in Megatron's distributed format: weights, optimizer, random numbers, and the run's own state.
 
 A checkpoint is written under a hidden name and renamed when it is whole; only then does
 `latest_checkpointed_iteration.txt` name it, so a job that dies while saving leaves the previous one in force. What is
@@ -53,7 +53,7 @@ _Value = TypeVar("_Value")
 # What torch's own writer says when the disk refuses; it raises plain RuntimeErrors, as a lost peer does.
 _DISK_WORDS = ("PytorchStreamWriter", "inline_container", "iostream")
 
-# Settings of the optimiser that belong to the run and not to its state, although torch saves them with it.
+# Settings of the optimizer that belong to the run and not to its state, although torch saves them with it.
 _OPTIMIZER_SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
@@ -189,12 +189,12 @@ class MegatronCheckpointer:
         }
 
     def _check_same_optimizer(self, directory: Path, saved: Any) -> None:
-        """Raises `CheckpointError` where the optimiser's state is written in another form than this run's."""
+        """Raises `CheckpointError` where the optimizer's state is written in another form than this run's."""
         wanted = self._learner.optimizer_form()
         differing = [f"{key}: {(saved or {}).get(key)} there, {wanted[key]} here" for key in wanted]
         if saved != wanted:
             raise CheckpointError(
-                f"the checkpoint {directory} holds the optimiser in another form ({'; '.join(differing)}). Set the "
+                f"the checkpoint {directory} holds the optimizer in another form ({'; '.join(differing)}). Set the "
                 "values that it was saved with, or start a new run from its weights: write them with `renio export`, "
                 "and give that directory as `model`.",
                 scope=Scope.ALL_RANKS,

@@ -1,4 +1,4 @@
-"""A learner's weights and optimiser state as Megatron's checkpoints hold them: by parameter, whatever the layout."""
+"""A learner's weights and optimizer state as Megatron's checkpoints hold them: by parameter, whatever the layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from renio_megatron.megatron.model.lora import is_adapter
 from renio_megatron.megatron.runtime.mcore_compat import make_adam_loadable, own_steps
 from renio_megatron.megatron.student.learner import MegatronLearner
 
-# The only form of a distributed optimiser's state that loads in any layout: each parameter's moments in its own shape.
+# The only form of a distributed optimizer's state that loads in any layout: each parameter's moments in its own shape.
 # Copied at every use, because Megatron adds the present groups to it.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -100,7 +100,7 @@ def restore_averages(part: ModelPart, averages: Averages, loaded: dict[str, Any]
 
 
 def sharded_state(learner: MegatronLearner, *, loading: bool) -> dict[str, Any]:
-    """What the ranks write, or with `loading` expect, of the model and the optimiser."""
+    """What the ranks write, or with `loading` expect, of the model and the optimizer."""
     make_adam_loadable(learner.optimizer)
     model = sharded_weights(learner.part)
     optimizer = learner.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))

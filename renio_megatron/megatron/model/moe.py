@@ -39,7 +39,7 @@ def moe_settings(architecture: Architecture, parallel: ParallelConfig) -> dict[s
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.top_k,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        # The softmax over the chosen experts alone is the normalised one over all of them.
+        # The softmax over the chosen experts alone is the normalized one over all of them.
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -67,7 +67,7 @@ def mark_experts(chunk: torch.nn.Module) -> None:
     """Has Megatron reduce every expert's gradient over the ranks that hold a copy of it.
 
     Megatron says so itself where different ranks have different experts, and not where tensor-parallel ranks have
-    copies of all of them: their gradients would lack the other ranks' tokens. It also makes the optimiser of the
+    copies of all of them: their gradients would lack the other ranks' tokens. It also makes the optimizer of the
     experts one of its own in all layouts, so that a checkpoint has the same form in all.
     """
     for name, parameter in chunk.named_parameters():

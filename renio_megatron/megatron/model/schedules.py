@@ -40,7 +40,7 @@ def run_forward_backward(
     micro_batches: Sequence[MicroBatch],
     loss_on_rows: Callable[[int, MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]],
 ) -> list[Any]:
-    """Forward and backward passes of one optimiser step, gradients reduced and scaled by the config's own hook.
+    """Forward and backward passes of one optimizer step, gradients reduced and scaled by the config's own hook.
 
     Args:
         part: the model.

@@ -87,7 +87,7 @@ def is_quantized(parameter: torch.nn.Parameter) -> bool:
 def fill(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     """Copies values into a parameter that is kept in FP8.
 
-    Transformer Engine keeps the random initial values of such a parameter, for Megatron's optimiser to begin its fp32
+    Transformer Engine keeps the random initial values of such a parameter, for Megatron's optimizer to begin its fp32
     copy with; they become these.
 
     Args:

@@ -5,10 +5,10 @@ needed one is counted in `CALLS`, so that a test notices when a new version asks
 
     A  functions of torch.cuda (current_device, synchronize, RNG state, streams) and Tensor.cuda
     B  literal device="cuda" and pin_memory=True in tensor factories: the listed modules see a stand-in for `torch`
-    C  the optimiser asks for type strings 'torch.cuda.FloatTensor': Tensor.type answers so, to that package alone
+    C  the optimizer asks for type strings 'torch.cuda.FloatTensor': Tensor.type answers so, to that package alone
     D  experts' token counts are copied to the host on a CUDA stream, and only where they are on a GPU
     E  tensor ranks of an expert gather and reduce-scatter pieces of different lengths, which gloo does not
-    F  the optimiser, its norm and scaling, and the router's products are Transformer Engine's or Apex's wherever one of
+    F  the optimizer, its norm and scaling, and the router's products are Transformer Engine's or Apex's wherever one of
        them imports, GPU or not, and theirs are CUDA kernels: modules get what Megatron takes where neither imports
 
 The patches change torch for the whole process. They are installed at program start, never on import.

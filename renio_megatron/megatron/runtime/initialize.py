@@ -33,7 +33,7 @@ def start(
     teacher_parallel: ParallelConfig | None = None,
     num_teacher_ranks: int = 0,
 ) -> ParallelLayout:
-    """Initialises torch.distributed and Megatron's process groups; returns this rank's layout.
+    """Initializes torch.distributed and Megatron's process groups; returns this rank's layout.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. May be called again in the
     same process: groups of another layout are then made anew.

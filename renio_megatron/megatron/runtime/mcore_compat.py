@@ -4,7 +4,7 @@
 |---|---|---|
 | patches of `cpu.py` | all but streams | streams, too: DDP's buffers ask for the current one |
 | `finalize_model_grads(num_tokens)` | divides by a float above 0 | clamps it at 1 first; never used here |
-| Adam's `step` in a distributed optimiser's checkpoint | see `make_adam_loadable`, `own_steps` | the same |
+| Adam's `step` in a distributed optimizer's checkpoint | see `make_adam_loadable`, `own_steps` | the same |
 | words on stderr about deprecation | few | more; `cli/launch.py` sets their loggers to errors |
 | what a checkpoint holds once, whatever its ranks | in `common.pt` | with the tensors, as `common_state` |
 | who writes an asynchronous checkpoint | Megatron itself | nvidia-resiliency-ext, unless told: `own_writer` |
@@ -40,11 +40,11 @@ def define_missing_gemm() -> None:
 
 
 def make_adam_loadable(optimizer: Any) -> None:
-    """Fills two gaps between Megatron's distributed optimiser and torch's AdamW, which serves where apex and TE lack.
+    """Fills two gaps between Megatron's distributed optimizer and torch's AdamW, which serves where apex and TE lack.
 
     Before the first step AdamW has no state, and Megatron asks for the `step` in it; and when loading, Megatron copies
     every entry of the state from tensors that do not hold `step`, which travels in the parameter groups instead. With
-    the optimisers of apex and Transformer Engine neither applies.
+    the optimizers of apex and Transformer Engine neither applies.
 
     Args:
         optimizer: what `get_megatron_optimizer` returned.
@@ -75,7 +75,7 @@ def own_steps(optimizer: Any) -> None:
 
 
 def _distributed_adams(optimizer: Any) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
-    """Megatron's distributed optimisers that are built on torch's AdamW, each with that."""
+    """Megatron's distributed optimizers that are built on torch's AdamW, each with that."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(one, "optimizer", None)
         is_distributed = hasattr(one, "_set_main_param_and_optimizer_states")

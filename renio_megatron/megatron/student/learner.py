@@ -1,4 +1,4 @@
-"""The student's weights and optimiser: Megatron's DDP, schedules and optimiser around our loss."""
+"""The student's weights and optimizer: Megatron's DDP, schedules and optimizer around our loss."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _DEFAULT_HEAD = HeadConfig()
 
 
 class MegatronLearner:
-    """One model, wrapped in Megatron's DDP, and its optimiser.
+    """One model, wrapped in Megatron's DDP, and its optimizer.
 
     The step's gradient is (sum of the micro-batches' losses) / (sum of their denominators) over the whole batch: DDP
     sums, and the division happens once, in `finalize_model_grads_func`, by a denominator kept in fp64.
@@ -49,7 +49,7 @@ class MegatronLearner:
     Attributes:
         part: this rank's part of the model.
         models: the DDP wrappers of its chunks.
-        optimizer: Megatron's optimiser.
+        optimizer: Megatron's optimizer.
         spare_rows: what its steps must not change.
     """
 
@@ -100,7 +100,7 @@ class MegatronLearner:
         self._has_looked = part.backend != "te" or not part.layout.is_main
 
     def optimizer_form(self) -> dict[str, bool]:
-        """What decides how the optimiser's state is written in a checkpoint; the layout does not."""
+        """What decides how the optimizer's state is written in a checkpoint; the layout does not."""
         config = self.optimizer.config
         return {"parallel.use_distributed_optimizer": config.use_distributed_optimizer, "train.bf16": config.bf16}
 
@@ -128,7 +128,7 @@ class MegatronLearner:
         }
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
-        """One optimiser step on this rank's share of the batch.
+        """One optimizer step on this rank's share of the batch.
 
         Raises:
             NumericsError: NaN or infinity in a loss or gradient; the weights are then left as they were.
@@ -169,10 +169,10 @@ class MegatronLearner:
             tune_loss(part.shard, loss, self._head, hidden_size=part.config.hidden_size, **shared)
 
     def gradients(self, micro_batches: Sequence[MicroBatch], loss: StepLoss) -> dict[str, torch.Tensor]:
-        """The gradient that `update` would hand to the optimiser, unclipped; the weights stay as they are.
+        """The gradient that `update` would hand to the optimizer, unclipped; the weights stay as they are.
 
         Every element of the whole model's is some rank's, once: a copy of each of this rank's parameters' gradients,
-        fp32 on the CPU, where this rank answers for it. Without the distributed optimiser only.
+        fp32 on the CPU, where this rank answers for it. Without the distributed optimizer only.
 
         Raises:
             NumericsError: NaN or infinity in a loss or gradient.

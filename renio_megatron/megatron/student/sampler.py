@@ -70,7 +70,7 @@ class MegatronSampler:
         """
         context, experts = self._part.layout.context, self._part.layout.expert_tensor_and_model
         is_shared = context.size > 1 or (self._part.architecture.experts is not None and experts.size > 1)
-        # Neighbours in length decode together: less forced feeding of prompt tokens. Ranks that share the sequences
+        # Neighbors in length decode together: less forced feeding of prompt tokens. Ranks that share the sequences
         # decode different ones, because nothing of a completion's draws depends on who draws it.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
         mine = order[context.rank :: context.size]

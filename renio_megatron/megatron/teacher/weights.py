@@ -47,7 +47,7 @@ class TeacherWeights:
         return self.part.head()
 
     def after_update(self, *, skipped: bool) -> None:
-        """What an optimiser step of the student changes; `skipped` where it was left out."""
+        """What an optimizer step of the student changes; `skipped` where it was left out."""
 
 
 class Offloaded(TeacherWeights):
@@ -119,9 +119,9 @@ class BaseModel(LiveStudent):
 class MovingAverage(LiveStudent):
     """The student under the moving average of what is trained of it, which begins as the student does.
 
-    After each optimiser step average = decay x average + (1 - decay) x parameter, elementwise in fp32: a rank's part of
+    After each optimizer step average = decay x average + (1 - decay) x parameter, elementwise in fp32: a rank's part of
     the average is that of its part of the model, in any layout, and data-parallel ranks have the same. With the
-    distributed optimiser the parameters are the gathered ones. The published implementation begins lazily with the
+    distributed optimizer the parameters are the gathered ones. The published implementation begins lazily with the
     weights after its first step, and before that its teacher is the student: after k steps the two averages differ by
     decay^k times what the first step changed.
     """

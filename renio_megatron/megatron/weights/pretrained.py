@@ -78,7 +78,7 @@ def load_pretrained(
     with torch.no_grad():
         for number, chunk in enumerate(part.chunks):
             for name, parameter in chunk.named_parameters():
-                if is_quantized(parameter):  # and remembers a value of before, which the optimiser would begin with
+                if is_quantized(parameter):  # and remembers a value of before, which the optimizer would begin with
                     fill(parameter, loaded["model"][str(number)][name].to(parameter.dtype))
     _clear_padding(part)
     for name, parameter in part.named_parameters():
@@ -97,7 +97,7 @@ def start_of(base: str | None) -> str | None:
 
 
 def fingerprint(source: Path, architecture: Architecture, start: str | None = None) -> str:
-    """A short name of a model's weights, which others that were trained, edited or quantised do not share.
+    """A short name of a model's weights, which others that were trained, edited or quantized do not share.
 
     Of a Hugging Face directory: the values of every vector and of eight rows of every matrix, so a copy with other
     files or in a wider dtype has the same one; a change in other rows alone is not seen. Of a checkpoint: the files'
@@ -154,7 +154,7 @@ def _blocks(directory: Path) -> Iterator[bytes]:
 
 
 def _tensors_of(source: Path) -> dict[str, tuple[int, ...]]:
-    """Name and whole shape of every tensor of a model in a checkpoint; optimisers' are left out."""
+    """Name and whole shape of every tensor of a model in a checkpoint; optimizers' are left out."""
     try:
         found = dist_checkpointing.load_tensors_metadata(str(source))
     except (Exception, CheckpointException) as error:

@@ -7,7 +7,7 @@ student's scaled logits z is, with `slope` = d entry / d log p_S and G = the slo
     d D / d z_j = slope_j - p_S(j) G
 
 because d log p_S(v) / d z_j = [v = j] - p_S(j). Clamping the entries replaces the slope of a clamped entry by 0 and
-changes nothing else: a clamped entry still carries -p_S(j) G through the normaliser.
+changes nothing else: a clamped entry still carries -p_S(j) G through the normalizer.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ DIVERGENCES: Mapping[str, Divergence] = _Divergences()
 
 
 def divergence_of(beta: float, name: str | None = None) -> Divergence:
-    """The divergence `name`; None: the one that `beta` selects, 0 forward KL, 1 reverse KL, else generalised JSD.
+    """The divergence `name`; None: the one that `beta` selects, 0 forward KL, 1 reverse KL, else generalized JSD.
 
     Raises:
         ConfigError: no such name.

@@ -1,4 +1,4 @@
-"""Generalised Jensen-Shannon divergence: beta KL(T||M) + (1 - beta) KL(S||M), M = (1 - beta) S + beta T."""
+"""Generalized Jensen-Shannon divergence: beta KL(T||M) + (1 - beta) KL(S||M), M = (1 - beta) S + beta T."""
 
 from __future__ import annotations
 

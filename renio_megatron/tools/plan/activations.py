@@ -62,7 +62,7 @@ def tokens_bytes(model: PlannedModel, shape: PassShape) -> int:
 
 
 def chunk_bytes(model: PlannedModel, shape: PassShape, train: TrainConfig, num_layers: int) -> tuple[int, int]:
-    """What `num_layers` neighbouring layers keep of one micro-batch, and what recomputing them takes on top.
+    """What `num_layers` neighboring layers keep of one micro-batch, and what recomputing them takes on top.
 
     Full recomputation (Megatron's `TransformerBlock._checkpointed_forward`): `uniform` keeps the input of every
     `recompute_num_layers` layers, and computes as many again at a time; `block` keeps that of each of the first

@@ -21,7 +21,7 @@ HELD = (
     "parameters",
     "parameters in FP8",
     "gradients",
-    "optimiser",
+    "optimizer",
     "teacher's parameters",
     "teacher's average",
     "teacher's LM head",

@@ -48,13 +48,13 @@ def forward_bytes(model: PlannedModel, shape: PassShape) -> int:
     rows, sent = _rows(model, shape), _tokens(shape) * experts.top_k
     around = 2 * _tokens(shape) * hidden * bytes_per_value
     # The rows as they leave, and as they arrive where that is not the same.
-    travelling = sent * hidden * bytes_per_value * (2 if shape.expert_model > 1 else 1)
+    traveling = sent * hidden * bytes_per_value * (2 if shape.expert_model > 1 else 1)
     here = experts.num_experts // shape.expert_model
     inside = rows * (2 * hidden + 5 * experts.ffn_hidden_size // shape.expert_tensor // here) * bytes_per_value
     joining = rows * 3 * hidden * bytes_per_value
     if shape.expert_tensor > 1:
         joining += (rows if bytes_per_value < 4 else 0) * hidden * 4 + sent * hidden * 4
-    return around + travelling + max(inside, joining)
+    return around + traveling + max(inside, joining)
 
 
 def backward_bytes(model: PlannedModel, shape: PassShape) -> int:

@@ -1,4 +1,4 @@
-"""What a rank holds of the student: its weights and their optimiser, and the phases in which it works."""
+"""What a rank holds of the student: its weights and their optimizer, and the phases in which it works."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PlannedStudent:
             "parameters": (self.part.tensors().count + self.part.adapters().count) * self.part.bytes_per_value,
             **({"parameters in FP8": copies} if copies else {}),
             "gradients": sum(self._buffer(*group) for group in self._groups(trained)) * 4,
-            "optimiser": sum(self._optimized(*group) for group in self._groups(trained)) * states,
+            "optimizer": sum(self._optimized(*group) for group in self._groups(trained)) * states,
         }
 
     def sampling(self) -> dict[str, int]:
@@ -78,7 +78,7 @@ class PlannedStudent:
         return found
 
     def update(self, payload: Payload) -> dict[str, dict[str, int]]:
-        """The phases from the student's own scores to the optimiser's step."""
+        """The phases from the student's own scores to the optimizer's step."""
         phases = {}
         wanted = self._config.weighting.needs & LOGIT_INPUTS
         if self._config.rollout.student_scores == "recompute" or wanted:
@@ -92,13 +92,13 @@ class PlannedStudent:
         if self.part.is_last:
             phases["loss"] = self._loss(kept, payload(True))
         phases["backward"] = self._backward(kept, again, payload(False))
-        # torch's AdamW makes the roots of all second moments at once; experts have an optimiser of their own.
+        # torch's AdamW makes the roots of all second moments at once; experts have an optimizer of their own.
         roots = max(self._optimized(*group) for group in self._groups(self.trained)) * 4
         phases["step"] = {"payload": payload(False), "temporaries": roots}
         return phases
 
     def _fp8_copies(self) -> int:
-        """What its weights take in FP8, as they are and transposed, beside those that the optimiser updates.
+        """What its weights take in FP8, as they are and transposed, beside those that the optimizer updates.
 
         With fp8_param_gather there are no others; two bytes of FP8 are then in the place of two of bf16.
         """
@@ -108,11 +108,11 @@ class PlannedStudent:
         return 2 * with_scales(self.part.fp8_entries(precision), precision.fp8_recipe)
 
     def _groups(self, trained: Tensors) -> list[tuple[Sequence[int], int]]:
-        """Parameters that share a gradient buffer and an optimiser, and how many ranks have copies of them."""
+        """Parameters that share a gradient buffer and an optimizer, and how many ranks have copies of them."""
         return [(trained.dense, self.part.copies), (trained.experts, self.part.expert_copies)]
 
     def _buffer(self, tensors: Sequence[int], copies: int) -> int:
-        """Entries of DDP's gradient buffer. For the distributed optimiser every tensor begins at a multiple of 64, and
+        """Entries of DDP's gradient buffer. For the distributed optimizer every tensor begins at a multiple of 64, and
         the end is one of 128 and of the ranks (Megatron's `_ParamAndGradBuffer`; one bucket)."""
         if not self._config.parallel.use_distributed_optimizer:
             return sum(tensors)

@@ -133,8 +133,8 @@ class PlannedOwnLayoutTeacher:
             exchange["payload"] = self.payload(False)
         if exchange:
             # Of one micro-batch: what this rank gives; what arrives, and again in the order that was asked for.
-            travelling = self._work.given_rows * self._scores + 2 * self._piece * self._trains
-            found["exchange"] = exchange | {"rows on their way": travelling * self._row}
+            traveling = self._work.given_rows * self._scores + 2 * self._piece * self._trains
+            found["exchange"] = exchange | {"rows on their way": traveling * self._row}
         return found
 
     def payload(self, in_use: bool) -> int:

@@ -25,7 +25,7 @@ class Scores:
         student_logp, teacher_logp: log-probability of each sampled token, nats [N].
         divergence: of each token's distributions, as the loss sums it, nats [N].
         is_pivotal: bool [N].
-        raw_weights, weights: of each sequence, before and after normalisation [B].
+        raw_weights, weights: of each sequence, before and after normalization [B].
     """
 
     student_logp: torch.Tensor

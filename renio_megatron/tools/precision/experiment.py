@@ -258,7 +258,7 @@ class _Comparison:
     def _step(
         self, learner: Any, config: DistillationConfig, teacher: TeacherTargets, name: str
     ) -> tuple[Scores, dict[str, torch.Tensor]]:
-        """A step as the trainer computes it, up to the optimiser: the whole batch's scores, this rank's gradients."""
+        """A step as the trainer computes it, up to the optimizer: the whole batch's scores, this rank's gradients."""
         from renio_megatron.config.sections.weighting import RenioWeighting
         from renio_megatron.data.batching.collate import flat_completions
         from renio_megatron.losses.sample_weights import sample_weights

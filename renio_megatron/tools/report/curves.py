@@ -17,7 +17,7 @@ from renio_megatron.errors import CheckpointError
 
 Runs: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]
 
-# Okabe and Ito's palette, which stays apart for colour-blind readers; a run keeps its colour in all panels.
+# Okabe and Ito's palette, which stays apart for color-blind readers; a run keeps its color in all panels.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LOG_SPREAD = 10.0
 SMOOTHING = 20
@@ -47,14 +47,14 @@ def plot_curves(runs: Runs, path: str | Path) -> None:
     for axes in panels.flat:
         axes.set_xlim(-0.02 * max(last_step, 1), 1.02 * max(last_step, 1))
     if any(_window(len(rows)) > 1 for rows in runs.values()):
-        figure.supxlabel(f"faint: single steps; strong: centred mean over 1/{SMOOTHING} of the run", fontsize=9)
+        figure.supxlabel(f"faint: single steps; strong: centered mean over 1/{SMOOTHING} of the run", fontsize=9)
     _save(figure, Path(path))
 
 
-def centred_mean(values: Sequence[float], window: int) -> list[float]:
+def centered_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of each value and up to `window` // 2 values on each side; fewer at the ends.
 
-    >>> centred_mean([1.0, 3.0, 8.0], 3)
+    >>> centered_mean([1.0, 3.0, 8.0], 3)
     [2.0, 4.0, 5.5]
     """
     reach = window // 2
@@ -82,7 +82,7 @@ def _colors(runs: Runs) -> dict[str, str]:
 def _line(
     axes: Axes, points: tuple[list[float], list[float]], *, color: str, label: str, style: str, smooth: bool
 ) -> None:
-    """One curve; a noisy one is drawn faint, with its centred mean on top. A single point gets a marker."""
+    """One curve; a noisy one is drawn faint, with its centered mean on top. A single point gets a marker."""
     steps, values = points
     if not steps:
         return
@@ -92,7 +92,7 @@ def _line(
     marker = "o" if len(steps) == 1 or not smooth else None
     axes.plot(
         steps,
-        centred_mean(values, window),
+        centered_mean(values, window),
         color=color,
         linestyle=style,
         marker=marker,

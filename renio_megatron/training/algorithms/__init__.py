@@ -16,7 +16,7 @@ class Algorithm(Protocol):
         ...
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
-        """One optimiser step on this rank's prompts; metrics, equal on every rank."""
+        """One optimizer step on this rank's prompts; metrics, equal on every rank."""
         ...
 
     def state(self) -> dict[str, Any]:

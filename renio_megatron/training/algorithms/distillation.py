@@ -27,7 +27,7 @@ from renio_megatron.types import Prompt, Rollout, SamplingParams
 
 
 class Distillation:
-    """One optimiser step of on-policy distillation with sample weights.
+    """One optimizer step of on-policy distillation with sample weights.
 
     The weights are finished before the pipeline starts, from the log-probabilities of the sampled tokens, and their
     mean is the whole batch's. So the micro-batch size and the layout change nothing.
@@ -79,7 +79,7 @@ class Distillation:
             self.learner.tune(num_tokens, self._weighing.loss, scores=self._weighing.needs_pass)
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
-        """One optimiser step on this rank's prompts."""
+        """One optimizer step on this rank's prompts."""
         clock = [time.perf_counter()]
         drawn = self.sampler.sample(prompts, self._sampling_params, rng_stream=(step,), on_group=self.teacher.prefetch)
         rollouts = self._balance(drawn)

@@ -19,7 +19,7 @@ from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 
 class Sft:
-    """One optimiser step on the completions that the prompts bring; the loss is the mean over the batch's tokens."""
+    """One optimizer step on the completions that the prompts bring; the loss is the mean over the batch's tokens."""
 
     def __init__(self, learner: Learner, *, layout: ParallelLayout, lr_at: Callable[[int], float]) -> None:
         """`layout` is this rank's place, `lr_at` gives a step's learning rate."""
@@ -31,7 +31,7 @@ class Sft:
             self.learner.tune(num_tokens, None)
 
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
-        """One optimiser step on this rank's prompts."""
+        """One optimizer step on this rank's prompts."""
         start = time.perf_counter()
         rollouts = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
         metrics = self.learner.update(

@@ -89,7 +89,7 @@ class Weighing:
         state: torch.Tensor | None,
         verdicts: Verdicts,
     ) -> SampleWeights:
-        """Weights of this rank's sequences, normalized over the optimiser step's.
+        """Weights of this rank's sequences, normalized over the optimizer step's.
 
         Args:
             rollouts: this rank's.

@@ -25,7 +25,7 @@ class Progress:
 
     Args:
         title: name of the run.
-        total: optimiser steps of the whole run.
+        total: optimizer steps of the whole run.
         console: where to write; None is standard output.
         clock: seconds, monotonic.
     """

@@ -23,7 +23,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "step": Metric("steps", "max", "optimiser steps done; 0 is the state before training"),
+    "step": Metric("steps", "max", "optimizer steps done; 0 is the state before training"),
     "loss": Metric("nats/token", "mean", "weighted divergence: mean over sequences of weight x mean over tokens"),
     "grad_norm": Metric("1", "mean", "norm of the whole gradient, before clipping"),
     "lr": Metric("1", "mean", "learning rate of the step"),
@@ -56,7 +56,7 @@ METRICS: dict[str, Metric] = {
     "time/rollout_s": Metric("s", "max", "sampling of the completions, on the first rank"),
     "time/teacher_s": Metric("s", "max", "scoring by the teacher after all are drawn, on the first rank"),
     "time/score_s": Metric("s", "max", "the student's pass over its completions before the update, where there is one"),
-    "time/train_s": Metric("s", "max", "forward, backward and optimiser, on the first rank"),
+    "time/train_s": Metric("s", "max", "forward, backward and optimizer, on the first rank"),
     "teacher/*/sequences_frac": Metric(
         "1", "mean", "of several teachers: share of the step's sequences that it scored"
     ),
