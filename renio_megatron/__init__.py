@@ -1,7 +1,7 @@
 """On-policy distillation with ReNIO sample weights on Megatron-core.
 
-The names below are the public interface for people with a training loop of their own; importing them does not import
-Megatron. They are looked up on first use, so that `renio --help` does not pay for torch.
+The names below are the public interface for custom training loops; importing them does not import Megatron. They are
+imported lazily, so that `renio --help` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each names what was wrong, what it got and what to do about it, and whose it is."""
+"""Errors shown to users. Each message names the problem, the actual value and a remedy; each has a scope."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _Error = TypeVar("_Error", bound="RenioError")
 
 
 class Scope(Enum):
-    """Whose error it is, so that one fault is reported once: which rank reports it is decided in `cli/worker.py`."""
+    """The ranks that an error belongs to, so that one fault is reported once; `cli/worker.py` picks the rank."""
 
     ONE_RANK = "one rank"
     """This rank's own, as far as it knows: it reports at once."""
     ALL_RANKS = "all ranks"
     """Every rank raises the same: the first one reports."""
     FOLLOWS = "follows"
-    """It is behind another rank's error, and reports only if nobody else does."""
+    """A consequence of another rank's error: it is reported only if no other rank reports."""
 
 
 class RenioError(Exception):
     """Base of every error raised on purpose by this package.
 
     Args:
-        message: what was wrong, what it got, what to do.
-        scope: whose error it is. It is kept where the error is sent to another process.
+        message: the problem, the actual value, and a remedy.
+        scope: the ranks that the error belongs to. It is kept where the error is sent to another process.
     """
 
     def __init__(self, message: str = "", *, scope: Scope = Scope.ONE_RANK) -> None:
@@ -34,14 +34,14 @@ class RenioError(Exception):
         self.scope = scope
 
     def scoped(self: _Error, scope: Scope) -> _Error:
-        """The same error, now of another scope."""
+        """Sets the error's scope, and returns the error."""
         self.scope = scope
         return self
 
 
 @contextlib.contextmanager
 def on_every_rank() -> Iterator[None]:
-    """Errors that are raised inside are every rank's: all of them read the same files and settings."""
+    """Gives errors raised inside the scope `ALL_RANKS`: all ranks read the same files and settings."""
     try:
         yield
     except RenioError as error:
@@ -62,7 +62,7 @@ class DataError(RenioError, ValueError):
 
 
 class NumericsError(RenioError, ArithmeticError):
-    """NaN or infinity where a number was due. Names the step, the rank and the tensor."""
+    """NaN or infinity where a finite number was expected. Names the step, the rank and the tensor."""
 
 
 class CheckpointError(RenioError, OSError):
@@ -70,7 +70,7 @@ class CheckpointError(RenioError, OSError):
 
 
 class RunStopped(Exception):
-    """A run that was asked to stop and did, its state saved; no error. `step` is the last one done."""
+    """A run that stopped on request with its state saved; not an error. `step` is the last completed step."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped by SIGTERM after step {step}; the same command goes on")

@@ -1,5 +1,4 @@
-"""Files that must survive a crash: replaced in one piece, on the disk, deleted without a trace, locked until their
-process ends; and files of JSON objects, one a line, each with its `step`."""
+"""Crash-safe files: atomic writes, fsync, deletion, locks, and JSON lines with a `step` each."""
 
 from __future__ import annotations
 
@@ -23,9 +22,9 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user writes it: `~` and environment variables stand for what they are.
+    """A path as given by a user, with `~` and environment variables expanded.
 
-    `$HOME`, `${HOME}`, and `${oc.env:HOME}` as recipes write it. A file whose own name holds a `$` is found as well.
+    `$HOME`, `${HOME}`, and `${oc.env:HOME}` as recipes write it. A file whose own name contains a `$` is found as well.
 
     Raises:
         ConfigError: a variable is not set.
@@ -43,13 +42,13 @@ def user_path(text: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Puts `content` (text: UTF-8) in the place of a file in one step.
+    """Replaces a file's content (text: UTF-8) atomically.
 
-    It goes through a hidden file beside it, so that no reader and no crash, of the process or of the machine, meets a
-    half-written one.
+    It writes a hidden file next to it first, so that neither a reader nor a crash, of the process or of the machine,
+    leaves or sees a half-written file.
 
     Raises:
-        OSError: the disk or the directory refuses; the old file is as it was.
+        OSError: the file cannot be written; the old file is unchanged.
     """
     partial = path.with_name(f".{path.name}.tmp")
     with partial.open("wb") as file:
@@ -61,10 +60,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Waits until the names in a directory are on the disk.
+    """Waits until the entries of a directory are on disk (fsync).
 
     Raises:
-        OSError: the disk refuses.
+        OSError: fsync fails.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -74,19 +73,19 @@ def sync_directory(directory: Path) -> None:
 
 
 def sync_files(directory: Path) -> None:
-    """Waits until every file directly in `directory`, and their names, are on the disk.
+    """Waits until every file directly in `directory`, and its entries, are on disk (fsync).
 
     Raises:
-        OSError: the disk refuses.
+        OSError: fsync fails.
     """
     for path in directory.iterdir():
         if path.is_file():
-            sync_directory(path)  # a file's descriptor serves as well
+            sync_directory(path)  # works for files, too
     sync_directory(directory)
 
 
 def sampled(path: Path, count: int) -> Iterator[bytes]:
-    """What tells one large file from another: its name and size, and `count` blocks of it, the first to the last.
+    """Samples that identify a large file: its name and size, and `count` evenly spaced blocks.
 
     Raises:
         OSError: it cannot be read.
@@ -100,24 +99,24 @@ def sampled(path: Path, count: int) -> Iterator[bytes]:
 
 
 def as_others_are(path: Path) -> None:
-    """Gives a file the permissions that a new one has; some libraries write files that nobody else may read."""
+    """Gives a file the permissions of a newly created one; some libraries write files that only the owner may read."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 
 class Lock:
-    """A file that one process at a time holds; it is free as soon as that process is gone, in whatever way.
+    """A lock file that one process at a time holds; it is released when that process ends, in whatever way.
 
     Attributes:
-        holder: who has it, where that is somebody else.
+        holder: the process that holds it, where it is another one; else None.
     """
 
     def __init__(self, path: Path) -> None:
-        """Takes the file, made where it is not there, unless another process has it.
+        """Locks the file, creating it if missing, unless another process holds it.
 
-        It is one of POSIX's locks, which go with the process: a child that writes a checkpoint does not inherit them.
-        They hold across the hosts of a shared file system; one that knows no locks refuses nobody.
+        It is a POSIX record lock, which belongs to the process: a child that writes a checkpoint does not inherit it.
+        It holds across the hosts of a shared file system; on one without locks it always succeeds.
 
         Raises:
             OSError: the file cannot be opened.
@@ -136,15 +135,15 @@ class Lock:
         self._file.flush()
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Releases the lock."""
         self._file.close()
 
 
 def remove_directory(directory: Path) -> None:
-    """Deletes a directory; it takes a hidden name first, so that what a crash leaves of it has not the old name.
+    """Deletes a directory; it is renamed to a hidden name first, so that a crash leaves nothing under the old name.
 
     Raises:
-        OSError: it cannot be renamed. What cannot be deleted afterwards stays under the hidden name.
+        OSError: it cannot be renamed. Files that cannot be deleted afterwards stay under the hidden name.
     """
     hidden = directory.with_name(f".{directory.name}.deleted")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -153,17 +152,17 @@ def remove_directory(directory: Path) -> None:
 
 
 class JsonLines:
-    """A file that grows by whole lines only; each is on the disk before `append` returns.
+    """A JSON lines file that grows by whole lines only; each is on disk before `append` returns.
 
-    An existing file is continued. A half-written last line, left by a run that was killed, is cut off.
+    An existing file is appended to. A half-written last line, left by a killed run, is cut off.
 
     Args:
-        path: the file; its directory is made.
-        purge_step: first step that a resumed run writes again; rows from there on are dropped. None keeps all.
+        path: the file; its directory is created.
+        purge_step: first step that a resumed run writes again; rows from that step on are dropped. None keeps all.
 
     Raises:
         CheckpointError: the file cannot be opened or written.
-        DataError: `purge_step` is given and the file is not one of ours.
+        DataError: `purge_step` is given and the file does not hold rows with a step.
     """
 
     def __init__(self, path: str | Path, *, purge_step: int | None = None) -> None:
@@ -177,10 +176,10 @@ class JsonLines:
             raise output_error(self.path, error) from error
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends the rows, all or, where the disk refuses, none.
+        """Appends all rows, or none if writing fails.
 
         Raises:
-            CheckpointError: the disk refuses.
+            CheckpointError: writing fails.
             ValueError: a number that is NaN or infinite.
         """
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
@@ -206,7 +205,7 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     """The JSON object of a line; `number` counts from 1.
 
     Raises:
-        DataError: it is none, or has no step.
+        DataError: it is not a JSON object, or has no step.
     """
     try:
         row = json.loads(line)
@@ -221,7 +220,7 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def output_error(path: Path, error: OSError) -> CheckpointError:
-    """The error of a file of metrics that the system refused."""
+    """The error for a metrics file that cannot be written."""
     return CheckpointError(
         f"cannot write metrics to {path}: {error.strerror or error}. "
         "Free space there or make it writable, or choose another output directory; the run can be resumed."
@@ -229,7 +228,7 @@ def output_error(path: Path, error: OSError) -> CheckpointError:
 
 
 def _drop_rows(path: Path, purge_step: int | None) -> None:
-    """Cuts off a half-written last line and, where `purge_step` is given, the rows from that step on; in one step."""
+    """Cuts off a half-written last line and, where `purge_step` is given, the rows from that step on; atomically."""
     content = path.read_bytes()
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     if purge_step is not None:

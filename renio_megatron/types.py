@@ -1,8 +1,8 @@
-"""The values that travel between the rooms of the package, and the legend of shapes.
+"""Data types shared by the subpackages, and the legend of shape suffixes.
 
-Legend, used as a suffix of tensor names all over the package:
+Legend of the suffixes of tensor names:
 
-    N   completion tokens of a batch, flat: sequence after sequence, no padding
+    N   completion tokens of a batch, flat: sequence after sequence, without padding
     B   sequences
     V   vocabulary, always the global one (without padding columns)
     L   local width of a vocabulary shard (padding columns included)
@@ -29,12 +29,12 @@ class Prompt:
     self-distillation ``teacher_ids`` also holds the worked solution and is longer.
 
     Attributes:
-        index: position in the run's endless order of prompts; with the seed it names the prompt.
+        index: position in the run's endless order of prompts; with the seed it identifies the prompt.
         student_ids, teacher_ids: token ids of the two views, without any completion.
-        answer: what the grader compares a completion with; None where completions cannot be graded.
+        answer: right answer, for the grader; None where completions cannot be graded.
         completion_ids: a given completion (end token included) for supervised fine-tuning; None otherwise.
-        metadata: whatever the grader needs beyond the answer.
-        teacher: which of several teachers scores the completions; empty where there is one.
+        metadata: additional data for the grader.
+        teacher: name of the teacher that scores the completions, of several; empty where there is one.
     """
 
     index: int
@@ -48,15 +48,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt and one completion of it.
+    """A prompt and one completion.
 
     Attributes:
         prompt: the prompt that was continued.
-        completion_ids: token ids, at least one; the end token is the last one where the sampler drew it.
-        logp: log-probability of each token under the student that drew it, at the loss temperature and before
+        completion_ids: token ids, at least one; the end token is the last one where it was sampled.
+        logp: log-probability of each token under the student that sampled it, at the loss temperature and before
             top-p and top-k, fp32 [len(completion_ids)] on the CPU; None where the completion was given.
-        finished: whether it came to an end (False: cut at ``max_completion_length``).
-        ended_by_string: whether a stop string was its end, which is a part of the answer; else an end token was.
+        finished: whether it ended by itself (False: cut at ``max_completion_length``).
+        ended_by_string: whether it ended with a stop string, which is part of the answer, rather than an end token.
     """
 
     prompt: Prompt
@@ -73,11 +73,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """Sampling parameters.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_p, top_k: None keeps every token.
+        top_p, top_k: nucleus and top-k sampling; None keeps every token.
         max_completion_length: tokens after which a completion is cut.
         micro_batch_size: sequences decoded at a time; None: all.
     """
@@ -91,26 +91,26 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some of a rank's sequences as the model reads them.
+    """Some of a rank's sequences as model inputs.
 
-    A sequence is ``prompt + completion`` without the last token, which nothing is predicted from. The sequences are
-    rows padded on the right [B, S], or stand one after the other in a single row [1, S] with `boundaries`. The
-    next-token shift happens once, here: the hidden state at flat position ``row_index[n]`` (row-major over `token_ids`)
+    A sequence is ``prompt + completion`` without the last token, from which nothing is predicted. The sequences are
+    rows padded on the right [B, S], or are packed into a single row [1, S] with `boundaries`. The next-token shift
+    happens once, here: the hidden state at flat position ``row_index[n]`` (row-major over `token_ids`)
     predicts ``target_ids[n]``, which belongs to sequence ``owner[n]`` of this micro-batch.
 
     Example: prompt (5, 6), completion (7, 8): the row is (5, 6, 7), row_index (1, 2), target_ids (7, 8).
 
-    Under context parallelism a rank holds a piece of every sequence: its positions and its completion tokens only.
+    Under context parallelism a rank holds a piece of every sequence: its own positions and completion tokens only.
 
     Attributes:
         token_ids, position_ids: int64 [B, S] or [1, S], padding included; positions count 0, 1, ... in each sequence.
         row_index, target_ids, owner: int64 [N].
-        token_index: place of each completion token in the flat order of all of the rank's rollouts, int64 [N].
-        sequence_index: which of the rank's rollouts the sequences are, int64 [B].
+        token_index: index of each completion token in the flat order of all of the rank's rollouts, int64 [N].
+        sequence_index: index of each sequence among the rank's rollouts, int64 [B].
         lengths: completion tokens of each whole sequence, int64 [B].
-        sequence_of: sequence of each of `token_ids`, -1 for padding, int64 of their shape.
-        boundaries: where the packed sequences begin and the last one ends, counted over all context-parallel ranks,
-            B + 1 numbers; None where each sequence has its own row.
+        sequence_of: sequence of each of `token_ids`, -1 for padding, int64 of the same shape.
+        boundaries: starts of the packed sequences and the end of the last one, over all context-parallel ranks, B + 1
+            numbers (cumulative lengths); None where each sequence has its own row.
         cp_size: context-parallel ranks that share the sequences.
     """
 
@@ -137,15 +137,15 @@ class MicroBatch:
         return self.token_ids.shape[1] * self.cp_size
 
     def select_sequences(self, chosen: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
-        """The completion tokens of some of its sequences, and which rows those are.
+        """Restricts the completion tokens to those of some sequences.
 
-        What the model reads stays as it is. `token_index` and `sequence_index` still count all of the rank's rollouts.
+        The model inputs are unchanged. `token_index` and `sequence_index` still count all of the rank's rollouts.
 
         Args:
-            chosen: which sequences, bool [B].
+            chosen: mask of the sequences, bool [B].
 
         Returns:
-            (the micro-batch of the chosen sequences, their rows in this one's [N], int64).
+            (the micro-batch of the chosen sequences, indices of their tokens in this one's [N], int64).
         """
         number = torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
         rows = chosen[self.owner].nonzero()[:, 0]

@@ -1,1 +1,1 @@
-"""The command line: parses, checks and starts; holds no behavior of its own."""
+"""The command line: parses arguments, checks settings and starts ranks; no logic of its own."""

@@ -1,4 +1,4 @@
-"""What a rank does for `renio doctor`: joins the world, and prints a verdict a line on the first rank."""
+"""`renio doctor` on one rank: joins the world, and prints one line per check on the first rank."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from renio_megatron.runner.device_env import compute_capability, hardware_variab
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What is examined.
+    """Settings that are checked.
 
     Attributes:
         parallel: the layout.
-        bf16: whether the loss's check has logits in bf16.
+        bf16: whether the check of the loss uses bf16 logits.
     """
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -27,7 +27,7 @@ class DoctorConfig:
 
 
 def read_settings(recipe: str | None, overrides: Sequence[str]) -> DoctorConfig:
-    """From a recipe of `renio train` and settings that replace the recipe's; without a recipe, from settings alone.
+    """Reads settings from a recipe of `renio train` and overrides, or from overrides alone.
 
     Raises:
         ConfigError: as for `renio train`; without a recipe, a key other than `parallel.*` and `bf16`.
@@ -39,10 +39,10 @@ def read_settings(recipe: str | None, overrides: Sequence[str]) -> DoctorConfig:
 
 
 def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
-    """The exit code on this rank: 0 where all verdicts are good, else 1; the same on every rank.
+    """Runs all checks; returns the exit code, 0 where all pass, else 1, the same on every rank.
 
     Raises:
-        ConfigError, LayoutError: settings that do not fit, or not this world.
+        ConfigError, LayoutError: invalid settings, or settings that do not fit this world.
     """
     with on_every_rank():
         settings = read_settings(recipe, overrides)

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine. Imports torch only when ranks are started."""
+"""Launcher of a run's ranks on this machine. Imports torch only when ranks are started."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 
 from renio_megatron.errors import ConfigError
 
-# Seconds that ranks which got SIGTERM have to finish a step and write a checkpoint, unless the user says otherwise.
+# Default seconds that ranks have after SIGTERM to finish a step and write a checkpoint.
 _SHUTDOWN_SECONDS = 3600
 
-# Tells ranks the process id of this one.
+# Variable that passes this process's id to the ranks.
 _LAUNCHER = "RENIO_LAUNCHER_PID"
 
-# What a rank's environment says unless the user says otherwise.
+# Defaults of a rank's environment, which the user may override.
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -43,10 +43,10 @@ def is_rank() -> bool:
 
 
 def quiet_environment() -> None:
-    """Sets the variables and the loggers' levels that keep libraries quiet, where the user has not set them."""
+    """Sets environment variables and logger levels that silence libraries, where the user has not set them."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    if os.environ["PYTHONWARNINGS"] == "ignore":  # which this process has read already
+    if os.environ["PYTHONWARNINGS"] == "ignore":  # this process has already read the variable
         warnings.simplefilter("ignore")
     for name in _QUIET_LOGGERS:
         if (library := logging.getLogger(name)).level == logging.NOTSET:
@@ -57,10 +57,10 @@ def quiet_environment() -> None:
 
 
 def become_single_rank() -> None:
-    """Sets the variables of the only rank of a world of 1, where they are not set.
+    """Sets the environment variables of a world of one rank, where they are not set.
 
     Raises:
-        ConfigError: the environment says that there are more ranks.
+        ConfigError: the environment describes more ranks.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
@@ -77,24 +77,24 @@ def become_single_rank() -> None:
 
 
 def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
-    """The exit code of `num_ranks` workers: 0, or that of the rank that failed first (128 + n for signal n).
+    """Starts `num_ranks` workers; returns 0, or the exit code of the rank that failed first (128 + n for signal n).
 
-    A failing rank ends the others and has printed its error itself, unless a signal ended it. Ctrl-C ends all ranks.
-    SIGTERM is passed on to them and their end waited for, at most TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (an hour).
+    A failing rank ends the others and prints its own error, unless a signal ended it. Ctrl-C ends all ranks. SIGTERM is
+    forwarded to them and their end waited for, at most TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (an hour).
 
     Args:
         arguments: the command line of `renio_megatron.cli.worker`.
         num_ranks: processes to start.
 
     Raises:
-        ConfigError: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is no number.
+        ConfigError: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is not a number.
         KeyboardInterrupt: Ctrl-C.
     """
     seconds = _shutdown_seconds()
     quiet_environment()
     logger = logging.getLogger("torch.distributed.elastic")
     logger.addHandler(logging.NullHandler())
-    logger.propagate = False  # its reports of failed ranks repeat what the rank has said
+    logger.propagate = False  # its reports of failed ranks repeat the rank's own message
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -129,7 +129,7 @@ def start_ranks(arguments: Sequence[str], num_ranks: int) -> int:
 
 @contextlib.contextmanager
 def _named_to_ranks() -> Iterator[None]:
-    """Ranks that are started inside know this process, and end with it."""
+    """Passes this process's id to ranks started inside, so that they end with it."""
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
         yield
@@ -139,9 +139,9 @@ def _named_to_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _threads_shared_by(num_ranks: int) -> Iterator[None]:
-    """The ranks' OMP_NUM_THREADS, where the user has not set it; only while they are started and run.
+    """Sets the ranks' OMP_NUM_THREADS, where the user has not, while they are started and run.
 
-    Whatever this process starts later shares the cores in another way, and too many threads wait for each other.
+    Processes that are started later share the cores differently, and too many threads slow each other down.
     """
     if "OMP_NUM_THREADS" in os.environ:
         yield
@@ -154,13 +154,13 @@ def _threads_shared_by(num_ranks: int) -> Iterator[None]:
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Asks the system to end this process with the one that started it, also where that is killed; on Linux only.
+    """Asks the system to end this process with its parent, even if the parent is killed; on Linux only.
 
-    Megatron's checkpoint writer starts a helper process, which would outlive a killed rank for good.
+    Megatron's checkpoint writer starts a helper process, which would outlive a killed rank forever.
 
     Args:
-        parent: process id of the one that started this one, where it is known: if that is gone already, this one ends
-            at once. The system tells only those that ask before.
+        parent: the parent's process id, where it is known: if the parent is already gone, this process ends at once,
+            because the system signals only processes that asked before.
     """
     with contextlib.suppress(AttributeError, OSError):
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
@@ -170,7 +170,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def launcher() -> int | None:
-    """Process id of the `renio` command that started this rank; None where torchrun or srun did."""
+    """Process id of the `renio` command that started this rank; None under torchrun or srun."""
     text = os.environ.get(_LAUNCHER, "")
     return int(text) if text.isdecimal() else None
 
@@ -179,7 +179,7 @@ def _shutdown_seconds() -> int:
     """Seconds from SIGTERM to SIGKILL for ranks.
 
     Raises:
-        ConfigError: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is no whole number.
+        ConfigError: TORCH_ELASTIC_SHUTDOWN_TIMEOUT is not an integer.
     """
     wanted = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
     if not wanted.isdecimal():
@@ -188,7 +188,7 @@ def _shutdown_seconds() -> int:
 
 
 def _report_signal(rank: int, number: int) -> int:
-    """The shell's exit code for a rank that a signal ended, which could say nothing itself; says it for the rank."""
+    """Prints the error of a rank that was ended by a signal, and returns the shell's exit code for it."""
     name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
     hint = " The system does this when memory runs out." if name == "SIGKILL" else ""
     print(f"error: rank {rank} was ended by signal {number} ({name}).{hint}", file=sys.stderr)

@@ -57,12 +57,11 @@ example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of the command: 0, 2 for a mistake that can be named, 3 for a plan that does not fit, or the
-    failed rank's.
+    """Runs the command; returns 0, 2 for a `RenioError`, 3 for a plan that does not fit, or the failed rank's code.
 
-    130 for Ctrl-C, and 143 for SIGTERM, after which the same command goes on where it stopped.
+    It is 130 for Ctrl-C, and 143 for SIGTERM, after which the same command resumes the run.
 
-    RENIO_TRACEBACK=1 shows where a named mistake was raised.
+    RENIO_TRACEBACK=1 shows the traceback of a `RenioError`.
     """
     parser = _parser()
     arguments, extra = parser.parse_known_args(argv)
@@ -213,7 +212,7 @@ def _gib(text: str) -> float:
 
 
 def _run_recipe(arguments: argparse.Namespace) -> int:
-    """Joins torchrun's or srun's ranks, or checks what can be checked cheaply and starts ranks of its own."""
+    """Runs as a rank of torchrun or srun, or does the cheap checks and starts ranks itself."""
     from renio_megatron.cli import launch
 
     overrides = [*arguments.overrides, *arguments.extra]
@@ -256,7 +255,7 @@ def _run_preview(arguments: argparse.Namespace) -> int:
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:
-    """Joins torchrun's or srun's ranks, or starts ranks of its own."""
+    """Runs as a rank of torchrun or srun, or starts ranks itself."""
     from renio_megatron.cli import launch
     from renio_megatron.cli.doctor import read_settings
 
@@ -273,7 +272,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _run_compare_precision(arguments: argparse.Namespace) -> int:
-    """Joins torchrun's or srun's ranks, or checks what can be checked cheaply and starts ranks of its own."""
+    """Runs as a rank of torchrun or srun, or does the cheap checks and starts ranks itself."""
     from renio_megatron.cli import launch
 
     overrides = [*arguments.overrides, *arguments.extra]
@@ -323,7 +322,7 @@ def _run_export(arguments: argparse.Namespace) -> int:
     from renio_megatron.runner.export import export_checkpoint
 
     destination = Path(arguments.destination)
-    written = destination.resolve()  # an export to `.` replaces the directory that this process stands in
+    written = destination.resolve()  # an export to `.` replaces the current directory
     step = export_checkpoint(run_dir, destination, arguments.step, merge=arguments.merge)
     what = "adapter" if (written / "adapter_config.json").is_file() else "model"
     print(f"{arguments.destination} holds the {what} of step {step}")

@@ -1,4 +1,4 @@
-"""`renio plan`: whether a recipe's run fits into memory, without a GPU."""
+"""`renio plan`: estimate, without a GPU, of whether a recipe's run fits into memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from renio_megatron.tools.plan.table import plan_table
 from renio_megatron.tools.plan.workload import workload
 
 DOES_NOT_FIT = 3
-"""The exit code where the largest rank needs more than there is."""
+"""Exit code where the rank with the largest need exceeds the given memory."""
 
 
 def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_gib: float | None) -> int:
-    """Prints the plan of a distillation recipe; 0 where it fits or no memory is given, otherwise `DOES_NOT_FIT`.
+    """Prints the plan of a distillation recipe; returns 0 where it fits or no memory is given, else `DOES_NOT_FIT`.
 
     Args:
         path, overrides: as for `renio train`.
-        world_size: GPUs of the job, those that only score included; None: one copy of each model.
-        memory_gib: of each GPU.
+        world_size: GPUs of the job, including those that only score; None: one copy of each model.
+        memory_gib: memory of each GPU.
     """
     recipe = load_recipe("train", path, overrides)
     config = recipe.config
@@ -111,7 +111,7 @@ def _work(config: DistillationConfig, ranks: int) -> str:
 
 
 def _notes(config: DistillationConfig, student: PlannedModel, teachers: Mapping[str, PlannedModel]) -> list[str]:
-    """What the reader must know of this plan."""
+    """Notes on the assumptions and limits of this plan."""
     notes = []
     if config.lora.r is not None and any(one.kind == "initial" for one in config.teachers):
         which = "teacher" if len(config.teachers) == 1 else "teacher of kind `initial`"

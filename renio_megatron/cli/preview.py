@@ -1,4 +1,4 @@
-"""`renio preview`: what the models of a recipe will read."""
+"""`renio preview`: the first prompts that the models of a recipe will read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from renio_megatron.runner.recipe import check_data
 
 
 def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool) -> None:
-    """Prints the first `count` prompts of a recipe, of either kind.
+    """Prints the first `count` prompts of a recipe of `renio train` or `renio sft`.
 
     Args:
         path, overrides: as for `renio train` and `renio sft`.
-        count: prompts.
-        as_json: for a program to read.
+        count: number of prompts.
+        as_json: print JSON.
     """
     recipe = load_recipe(kind_of(path, overrides), path, overrides)
     check_data(recipe.config)

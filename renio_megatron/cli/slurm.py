@@ -1,4 +1,4 @@
-"""Ranks that `srun` started without torchrun: their place in the world, from Slurm's variables. No torch here."""
+"""Rank and world size of tasks that `srun` started without torchrun, from Slurm's variables. No torch here."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Mapping
 from renio_megatron.errors import ConfigError
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""Batch scripts and interactive shells are steps of their own, with ids from here on; no rank runs in them."""
+"""First id of Slurm's special steps, such as batch scripts and interactive shells; no rank runs in them."""
 
 _TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 _TORCHRUN = ("RANK", "WORLD_SIZE")
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What has to be added to the environment so that this process is a rank; nothing where it is one, or is none.
+    """Environment variables to add so that this process is a rank; empty where it already is one, or is not a task.
 
-    torchrun's variables come first. Otherwise each task of an `srun` with more than one task is a rank and gets RANK,
-    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE where Slurm tells it, MASTER_ADDR (the step's first node) and MASTER_PORT
-    (from the job's number, so that two jobs on a node do not meet). MASTER_ADDR and MASTER_PORT that are set stay.
+    torchrun's variables take precedence. Otherwise each task of an `srun` with more than one task is a rank and gets
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE where Slurm reports it, MASTER_ADDR (the step's first node) and
+    MASTER_PORT (from the job id, so that two jobs on a node do not collide). MASTER_ADDR and MASTER_PORT are kept if
+    already set.
 
     Raises:
-        ConfigError: only some of the variables are there, they are no numbers, or no place in a world.
+        ConfigError: only some of the variables are set, or they are not numbers or not a valid place in a world.
 
     >>> task = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
     >>> found = rank_variables({**task, "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "77"})
@@ -63,7 +64,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_place(environment: Mapping[str, str]) -> None:
-    """Raises `ConfigError` where a rank's variables cannot be meant; torch would wait for ranks that never come."""
+    """Raises `ConfigError` where a rank's variables are inconsistent; torch would wait for ranks that never join."""
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if rank >= size:
         raise ConfigError(
@@ -82,7 +83,7 @@ def _check_place(environment: Mapping[str, str]) -> None:
 
 
 def _is_task(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several tasks; one task alone starts its ranks itself."""
+    """Whether srun started this process as one of several tasks; a single task starts its ranks itself."""
     step = environment.get("SLURM_STEP_ID", "")
     if not step.isdecimal() or int(step) >= _FIRST_SPECIAL_STEP:
         return False

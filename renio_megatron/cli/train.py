@@ -1,4 +1,4 @@
-"""What a rank does for `train` and `sft`: a run with its progress, and what is said at the end."""
+"""`renio train` and `renio sft` on one rank: the run with its progress bar, and the final message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from renio_megatron.runner.recipe import checked_recipe
 
 
 def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
-    """`renio train` and `renio sft` on this rank."""
+    """Runs `renio train` or `renio sft` on this rank."""
     from renio_megatron.runner.run import run_recipe
     from renio_megatron.training.metrics.progress import Progress
 

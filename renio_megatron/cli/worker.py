@@ -15,20 +15,20 @@ from typing import NoReturn
 
 from renio_megatron.errors import RenioError, RunStopped, Scope
 
-# Seconds that a rank keeps still with an error that is not its own to tell, or may follow from another rank's. If that
-# other rank ends first, whoever started the ranks ends this one, and one message is printed instead of many.
+# Seconds that a rank waits before it reports an error that another rank should report, or that may follow from another
+# rank's. If that rank ends first, the launcher ends this one, and one message is printed instead of many.
 _PATIENCE = 1.0
 
 _STOPPED = 128 + signal.SIGTERM
 
-# What gloo says where a peer is gone, or has closed its connections after waiting too long for a third rank.
+# gloo's messages where a peer is gone, or has closed its connections after a timeout on a third rank.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code of this rank: 0, 143 where SIGTERM stopped the run, 2 for a `RenioError`, 1 for any other error.
+    """Runs this rank; returns 0, 143 where SIGTERM stopped the run, 2 for a `RenioError`, 1 for any other error.
 
-    Errors are printed to stderr, the end by SIGTERM to stdout.
+    Errors are printed to stderr, the message about SIGTERM to stdout.
 
     Args:
         argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, `quickstart OUTPUT_DIR [--fresh]`,
@@ -45,11 +45,11 @@ def main(argv: Sequence[str]) -> int:
 def run_rank(argv: Sequence[str]) -> NoReturn:
     """Runs `main` and ends the process; a failed rank ends at once, without waiting for communicators to close.
 
-    Where all ranks end together, done or stopped, libraries may tidy up.
+    Where all ranks end together, finished or stopped, libraries may clean up.
     """
     from renio_megatron.cli.launch import end_with_parent, launcher, quiet_environment
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot end its ranks, which would train on
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed launcher cannot end its ranks, which would train on
         end_with_parent(launcher())
     quiet_environment()
     show_warnings()
@@ -62,15 +62,15 @@ def run_rank(argv: Sequence[str]) -> NoReturn:
 
 
 class _Console(logging.Handler):
-    """Prints warnings to what sys.stderr is at the time: a live progress line takes its place and prints above it."""
+    """Prints warnings to the current sys.stderr: a live progress bar replaces it and prints above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line, with the rank where it is not the first."""
+        """Prints one line, with the rank unless it is the first."""
         _say(f"{_prefix()}{record.levelname.lower()}: {record.getMessage()}")
 
 
 def show_warnings() -> None:
-    """Sends the package's own warnings to the user, once and in the words of its errors."""
+    """Shows the package's own warnings to the user, once and in the format of its errors."""
     logger = logging.getLogger("renio_megatron")
     logger.addHandler(_Console(logging.WARNING))
     logger.propagate = False  # a library may have given the root logger a handler, too
@@ -103,7 +103,7 @@ def _run_compare_precision(kind: str, target: str, overrides: Sequence[str], fre
 
 
 def _guard(run: Callable[[], int | None]) -> int:
-    """Runs it; turns an error into a message on the rank whose error it is, and an exit code."""
+    """Calls `run`; turns an error into an exit code and a message on the rank whose error it is."""
     code = None
     rank, prefix = _rank(), _prefix()
     try:
@@ -111,7 +111,7 @@ def _guard(run: Callable[[], int | None]) -> int:
     except RunStopped as stopped:
         if rank == 0:
             print(stopped, flush=True)
-            if path := os.environ.get("RENIO_STOP_FILE"):  # for a script that queues the run again
+            if path := os.environ.get("RENIO_STOP_FILE"):  # for a script that requeues the run
                 Path(path).touch()
         return _STOPPED
     except RenioError as error:
@@ -136,10 +136,10 @@ def _guard(run: Callable[[], int | None]) -> int:
 
 
 def _turn(rank: int, error: RenioError) -> float | None:
-    """Seconds before a rank tells its error, None for at once: the first to tell it ends the others.
+    """Seconds before a rank reports its error, None for at once: the first rank to report ends the others.
 
-    One of all ranks is told late, because the first rank has it, too; so is one that follows another rank's, on every
-    rank, because that one's own is behind it.
+    An error of all ranks is reported late, because the first rank has it, too; so is, on every rank, an error that
+    follows from another rank's, because that rank reports the cause.
     """
     if rank == 0 and error.scope is not Scope.FOLLOWS:
         return None
@@ -147,7 +147,7 @@ def _turn(rank: int, error: RenioError) -> float | None:
 
 
 def peer_problem(error: Exception) -> str | None:
-    """What a failed collective says about another rank; None where the error is something else.
+    """The message about another rank that a failed collective implies; None for any other error.
 
     >>> peer_problem(RuntimeError("Timed out waiting 60000ms for recv operation to complete"))[:42]
     'error: waited 60 s for another rank, which'
@@ -168,7 +168,7 @@ def peer_problem(error: Exception) -> str | None:
 
 
 def _say(text: str) -> None:
-    """Prints to stderr in one write, which another rank's cannot split."""
+    """Prints to stderr in one write, so that output of other ranks cannot split it."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
@@ -178,12 +178,12 @@ def _rank() -> int:
 
 
 def _prefix() -> str:
-    """The rank, where it is not the first and a launcher does not put it before each line anyway."""
+    """Prefix with the rank, where it is not the first and the launcher does not add it to each line."""
     return f"[rank {rank}] " if (rank := _rank()) > 0 and not _is_tagged() else ""
 
 
 def _is_tagged() -> bool:
-    """Whether torchrun puts the rank before each line."""
+    """Whether torchrun prefixes each line with the rank."""
     return "${rank}" in os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "")
 
 
@@ -197,5 +197,5 @@ if __name__ == "__mp_main__":  # imported by a helper process that a library sta
     end_with_parent()
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank without a traceback; the parent says so
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank without a traceback; the parent reports it
     run_rank(sys.argv[1:])

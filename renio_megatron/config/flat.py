@@ -1,4 +1,4 @@
-"""What a recipe and its command line set, one after the other, flat: dotted key -> (value, where it was given)."""
+"""Settings of a recipe and its command line in order, flat: dotted key -> (value, where it was given)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from renio_megatron.errors import ConfigError
 class FlatSettings:
     """Settings in the order in which they were given.
 
-    A mapping adds to what is there. A word, a list or null in the place of a section takes its place.
+    A mapping adds to the section that is there. A word, a list or null in place of a section replaces it.
 
     Attributes:
-        values: dotted key -> (value, where it was given), also of keys that only another tag has.
-        chosen: the sections of tables and lists, which are there also where nothing is set in them.
+        values: dotted key -> (value, where it was given), including keys that only another tag has.
+        chosen: the sections of tables and lists; they exist even where nothing is set in them.
     """
 
     def __init__(self, schema: type) -> None:
-        """None of `schema`'s keys is set."""
+        """Starts with none of `schema`'s keys set."""
         self.schema = schema
         self.values: dict[str, tuple[Any, str]] = {}
         self.chosen: dict[str, None] = {}
 
     def put(self, key: str, value: Any, source: str) -> None:
-        """What `source` says of a key; the whole recipe for none.
+        """Sets a key, or the whole recipe for an empty key, to the value that `source` gives.
 
         Raises:
-            ConfigError: there is no such key, or no such thing can stand there.
+            ConfigError: there is no such key, or it cannot hold a value of this kind.
         """
         place = place_of(self.schema, key) if key else Place("section", self.schema, "")
         if place is None:
@@ -41,7 +41,7 @@ class FlatSettings:
         self._put(place, key, value, source)
 
     def without(self, keys: Collection[str]) -> None:
-        """Leaves out values, and sections of a table or a list of which nothing is left."""
+        """Removes values, and sections of a table or a list that are empty afterwards."""
         emptied = {key.rpartition(".")[0] for key in keys & self.values.keys()}
         for key in keys:
             self.values.pop(key, None)
@@ -50,7 +50,7 @@ class FlatSettings:
                 del self.chosen[section]
 
     def keys(self) -> Keys:
-        """The keys that there are beside these settings."""
+        """The keys that exist under these settings."""
         return Keys(self.schema, self.tree())
 
     def tree(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class FlatSettings:
         self._put(inner, below, value, source)
 
     def _instead(self, place: Place, key: str, value: Any, source: str) -> Mapping[str, Any]:
-        """What something that is no mapping says in the place of a section, by the names inside."""
+        """The settings, by the names inside, that a value other than a mapping gives in place of a section."""
         tagged = place.hint if place.kind == "section" and is_tagged(place.hint) else None
         if value is None:
             return {}

@@ -1,4 +1,4 @@
-"""The dotted keys that one recipe may have, which follow from its schema and from what its tags pick."""
+"""The dotted keys that one recipe may have, from its schema and from the classes that its tags pick."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Keys:
 
     Attributes:
         values: the type of every plain value, in the order of the fields.
-        sections: what stands in every section, one before those inside it; the names of a table's sections and the
+        sections: the contents of every section, one before those inside it; the names of a table's sections and the
             numbers of a list's count as its keys.
-        schemas, places: of every section but tables and lists its class, and the name of the field that it is in.
+        schemas, places: for every section except tables and lists, its class and the name of the field that it is in.
         tables, lists: the sections whose keys are names that the recipe chooses, and those whose keys are numbers.
-        tags: (key that picks the class, what it picks) of sections that have such a key.
+        tags: (key that picks the class, the class picked) of sections that have such a key.
         top: the keys outside of all sections, and the sections there.
     """
 
     def __init__(self, schema: type, tree: Mapping[str, Any] | None = None) -> None:
-        """`tree` is what the recipe sets, sections as mappings.
+        """`tree` holds the recipe's settings, with sections as mappings.
 
         Raises:
             ConfigError: a tag that picks nothing, or a list with a gap.
@@ -71,7 +71,7 @@ class Keys:
         self._add(f"{key}.", schema, place.field, inside)
 
     def _resolved(self, key: str, tag: Any) -> str:
-        """A tag as text; one that is written as an interpolation is what that gives."""
+        """A tag as text; an interpolation is resolved."""
         if isinstance(tag, str) and "${" in tag:
             try:
                 tag = OmegaConf.select(OmegaConf.create(dict(self._tree)), key)
@@ -82,7 +82,7 @@ class Keys:
         return tag
 
     def misplaced(self, key: str) -> str | None:
-        """Why a key has no place that it would have beside another tag; None where it never has one."""
+        """Why a key is not valid here although it would be with another tag; None where it is never valid."""
         section = key
         while section:
             section, _, name = section.rpartition(".")
@@ -97,7 +97,7 @@ class Keys:
 
 
 def as_recipe(settings: Any, place: str = "") -> dict[str, Any]:
-    """Settings as a recipe has them: by key, in the order of the fields; sections are mappings, lists of them lists."""
+    """Settings as nested mappings by key, in the order of the fields, as a recipe holds them; lists stay lists."""
     found: dict[str, Any] = {}
     for name in keys_of(type(settings), place):
         value = getattr(settings, name)
@@ -112,17 +112,17 @@ def as_recipe(settings: Any, place: str = "") -> dict[str, Any]:
 
 
 def as_tree(below: Any) -> Mapping[str, Any]:
-    """What stands in a section: by key, a list's sections by number; nothing of anything else."""
+    """Contents of a section by key, or of a list by number; empty for anything else."""
     if isinstance(below, list):
         return {str(number): value for number, value in enumerate(below)}
     return below if isinstance(below, Mapping) else {}
 
 
 def nearest_key(key: str, keys: Iterable[str]) -> str | None:
-    """The valid key that a wrong one most likely stands for; None where no key is alike.
+    """The valid key that a wrong one most likely stands for; None where no key is similar.
 
-    Keys are alike by their last part or, in different sections, as a whole; so a key in the wrong section is found,
-    and a common section alone makes no likeness.
+    Keys are compared by their last part or, in different sections, as a whole; so a key in the wrong section is
+    found, and a common section alone does not count.
 
     >>> nearest_key("lr", ["train.lr", "train.seed"])
     'train.lr'
@@ -162,7 +162,7 @@ def refuse_unknown(key: str, keys: Keys, source: str) -> NoReturn:
 
 
 def _renamed(key: str, keys: Keys) -> str | None:
-    """The new name of a key, also in a section that stands elsewhere, as in a list."""
+    """The new name of a key, also for a section that is nested elsewhere, as in a list."""
     section, _, last = key.rpartition(".")
     home = getattr(keys.schemas.get(section), "SECTION", section)
     new = RENAMED.get(f"{home}.{last}" if home else last)
@@ -184,12 +184,12 @@ def _numbers(section: str, chosen: Iterable[str]) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, without its dot."""
+    """The first line of a message, without its final period."""
     return str(error).partition("\n")[0].rstrip(".")
 
 
 def listed(words: Sequence[str]) -> str:
-    """Words as a sentence has them.
+    """Words joined as an enumeration in a sentence.
 
     >>> listed(["ema"]), listed(["renio", "length", "ema"])
     ('ema', 'renio, length or ema')

@@ -1,4 +1,4 @@
-"""What is named by a table and imported when it is chosen: so a table's names are known without torch."""
+"""Lazy import of table entries by `module:name`, so that a table's names are known without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def imported(place: str) -> Any:
-    """What `module:name` names.
+    """Imports the object that `module:name` names.
 
     >>> imported("math:floor")(2.5)
     2

@@ -33,7 +33,7 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
     """The recipe of a YAML file and the `key=value` settings of a command line, checked.
 
     Args:
-        kind: the command, `train` or `sft`, which says what a recipe is that names no `algorithm`.
+        kind: the command, `train` or `sft`, which sets the algorithm of a recipe that names none.
         path: the YAML file.
         overrides: for example `["train.lr=1e-5", "weighting=uniform"]`; see `parser.read_recipe`.
 
@@ -58,10 +58,10 @@ def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> R
 
 
 def _algorithm_of(kind: str, path: str | Path, overrides: Sequence[str]) -> str:
-    """The algorithm that a recipe names, the command line last; the command's own where it names none.
+    """The algorithm that a recipe names (the command line takes precedence), or the command's own where it names none.
 
     Raises:
-        ConfigError: there is no such algorithm, or another command is for it.
+        ConfigError: there is no such algorithm, or it belongs to another command.
     """
     given = [text.partition("=")[2].strip() for text in overrides if text.partition("=")[0].strip() == "algorithm"]
     named = given[-1] if given else _top_of(path).get("algorithm")
@@ -73,9 +73,9 @@ def _algorithm_of(kind: str, path: str | Path, overrides: Sequence[str]) -> str:
 
 
 def _read(kind: str, algorithm: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe, without those of its own keys that have no effect because of the command line.
+    """The recipe without those of its own keys that the command line left without effect.
 
-    Keys without effect are an error where the command line gave them, and where the recipe alone has the mistake.
+    Keys without effect are an error if the command line set them, or if they have none in the recipe alone either.
     """
     dropped: dict[str, str] = {}
     while True:
@@ -90,7 +90,7 @@ def _read(kind: str, algorithm: str, path: str | Path, overrides: Sequence[str])
 
 
 def _mistakes_of(algorithm: str, path: str | Path, overrides: Sequence[str]) -> frozenset[str]:
-    """Keys of a recipe that have no effect without the command line; of that only keys outside of sections are used."""
+    """Keys of a recipe that have no effect by themselves; of the command line only its top-level keys are applied."""
     try:
         plain = [text for text in overrides if text.partition("=")[0].strip() in _PLAIN_KEYS]
         read = read_recipe(schema_of(algorithm), path, plain)
@@ -104,7 +104,7 @@ def _names_a_teacher(path: str | Path) -> bool:
 
 
 def _top_of(path: str | Path) -> dict[Any, Any]:
-    """What a recipe's file holds; nothing where it cannot be read, which `read_recipe` says."""
+    """Contents of a recipe's file; empty where it cannot be read, which `read_recipe` reports."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -113,7 +113,7 @@ def _top_of(path: str | Path) -> dict[Any, Any]:
 
 
 def kind_of(path: str | Path, overrides: Sequence[str] = ()) -> str:
-    """Which command a recipe is for: `sft` where it reads as one and names no teacher, else `train`."""
+    """The command of a recipe: `sft` where it is valid as one and names no teacher, else `train`."""
     return "sft" if _reads_as_sft(path, overrides) else "train"
 
 

@@ -1,6 +1,6 @@
-"""Reads a recipe (YAML) and the `key=value` settings of a command line into a dataclass; knows no key by name.
+"""Reader of a recipe (YAML) and of `key=value` settings into a dataclass; it knows no key by name.
 
-Which keys there are, `keys` says. Inside this file the settings are flat: dotted key -> (value, where it was given).
+`keys` defines which keys there are. Inside this file settings are flat: dotted key -> (value, where it was given).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _Flat = dict[str, tuple[Any, str]]
 
 @dataclass(frozen=True)
 class Read(Generic[_Schema]):
-    """What a recipe and its overrides say.
+    """The result of reading a recipe and its overrides.
 
     Attributes:
         config: the settings.
         explicit: dotted keys with a value other than null in the file or the overrides.
-        given: of them those that the overrides gave.
-        misplaced: keys with a value that there would be beside another tag, and why there is no place for them.
+        given: those of them that the overrides set.
+        misplaced: keys with a value that would be valid with another tag, and why they are not valid here.
     """
 
     config: _Schema
@@ -64,15 +64,15 @@ def read_recipe(
 ) -> Read[_Schema]:
     """The dataclass that a recipe and its overrides describe, and the keys they set.
 
-    An override is `key=value` with a dotted key and a value in YAML; for a key that holds text it is the text, letter
-    for letter, but for null and for text in YAML's quotes. A plain word for a section whose class a key picks
-    (`weighting=uniform`) starts that section afresh with it. Null for a key that cannot be null is its default.
+    An override is `key=value` with a dotted key and a value in YAML; for a key that holds text the value is taken
+    literally, except for null and for text in YAML quotes. A plain word for a section whose class is picked by a key
+    (`weighting=uniform`) resets that section to it. Null for a key that cannot be null means its default.
 
     Args:
         schema: the dataclass to build.
         path: the YAML file; None: there is none, only overrides.
         overrides: settings that replace those of the file, in the order of the command line.
-        without: dotted keys that are left out, whoever gave them.
+        without: dotted keys that are left out, from the file and from the overrides.
 
     Raises:
         ConfigError: the file cannot be read, or a key or a value is not one of the schema's.
@@ -100,7 +100,7 @@ def read_recipe(
 
 
 def _load(path: Path) -> Mapping[Any, Any]:
-    """The file's mapping, its interpolations unresolved."""
+    """The file's mapping, with interpolations unresolved."""
     if path.is_dir():
         raise ConfigError(f"the recipe {str(path)!r} is a directory; give the YAML file.")
     if not path.is_file():
@@ -125,7 +125,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
 
 
 def _apply_overrides(settings: FlatSettings, overrides: Sequence[str]) -> None:
-    """Puts the settings of the command line in the place of the file's."""
+    """Overrides the file's settings with those of the command line."""
     given: list[str] = []
     for text in overrides:
         key, equals, raw = text.partition("=")
@@ -150,7 +150,7 @@ def _apply_overrides(settings: FlatSettings, overrides: Sequence[str]) -> None:
 
 
 def _parse(key: str, raw: str, wanted: Any) -> Any:
-    """The value of an override: YAML, or where text is wanted the characters themselves, see `read_recipe`."""
+    """The value of an override: YAML, or for keys that hold text the characters themselves; see `read_recipe`."""
     if str in (wanted, *get_args(wanted)) and get_origin(wanted) is not list:
         return _parse_text(raw)
     try:
@@ -178,7 +178,7 @@ def _parse_text(raw: str) -> str | None:
 
 
 def literal(value: Any) -> Any:
-    r"""A value in which OmegaConf finds no interpolation: text stays what it is, also inside it, and all else.
+    r"""A value with text escaped, also in nested containers, so that OmegaConf finds no interpolation in it.
 
     >>> literal("Solve ${x}$"), literal(3)
     ('Solve \\${x}$', 3)
@@ -213,7 +213,7 @@ def _build(keys: Keys, flat: _Flat) -> Any:
 
 
 def _made(keys: Keys, values: Any, section: str = "") -> Any:
-    """A section as an object of its class, of its values; its own checks run here, and name the keys as they stand."""
+    """A section as an object of its class; the class's checks run here, and name the keys as the recipe has them."""
     schema, prefix = keys.schemas[section], f"{section}." if section else ""
     given: dict[str, Any] = {}
     for name in keys.sections[section] if section else keys.top:
@@ -236,7 +236,7 @@ def _made(keys: Keys, values: Any, section: str = "") -> Any:
 
 
 def _merge(keys: Keys, flat: _Flat, section: str = "") -> Any:
-    """The typed OmegaConf node of a section, of the whole for none, with the settings in it."""
+    """The typed OmegaConf node of a section, or of the whole recipe for an empty name, with the settings in it."""
     prefix = f"{section}." if section else ""
     node = OmegaConf.structured(keys.schemas[section])
     OmegaConf.set_readonly(node, False)  # frozen dataclasses arrive read-only

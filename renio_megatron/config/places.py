@@ -1,4 +1,4 @@
-"""What may stand at a dotted key of a recipe, whatever its tags pick.
+"""The kinds of value that a dotted key of a recipe may hold, whichever classes its tags pick.
 
 A schema is a dataclass whose fields are plain values (str, int, float, bool, or one of them or None), sections
 (dataclasses of the same kind, maybe `Tagged`), tables of sections under names that the recipe chooses
@@ -20,7 +20,7 @@ from renio_megatron.config.tagged import Tagged
 
 @dataclass(frozen=True)
 class Place:
-    """What stands at a key.
+    """The kind of value that a key holds.
 
     Attributes:
         kind: `value`, `section`, `table` or `list`.
@@ -33,7 +33,7 @@ class Place:
     field: str
 
     def inside(self, name: str) -> Place | None:
-        """What stands at a key in it; of a `Tagged` section at one that any of its classes has."""
+        """The place of a key inside it; in a `Tagged` section, of a key that any of its classes has."""
         if self.kind in ("table", "list"):
             return Place("section", self.hint, self.field)
         for schema in self.classes():
@@ -48,7 +48,7 @@ class Place:
 
 
 def place_of(schema: type, key: str) -> Place | None:
-    """What stands at a dotted key; None where nothing can."""
+    """The place of a dotted key; None where the schema has no such key."""
     place: Place | None = Place("section", schema, "")
     for name in key.split("."):
         place = None if place is None else place.inside(name)
@@ -56,7 +56,7 @@ def place_of(schema: type, key: str) -> Place | None:
 
 
 def place_of_field(schema: Any, name: str) -> Place:
-    """What a field holds."""
+    """The place of a field."""
     hint = _hints(schema)[name]
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return Place("section", hint, name)
@@ -68,8 +68,8 @@ def place_of_field(schema: Any, name: str) -> Place:
 
 
 def keys_of(schema: type, place: str) -> list[str]:
-    """The fields of a section's class that are keys of it where it stands in a field named `place`; those that are so
-    only there come last."""
+    """The fields of a section's class that are its keys in a field named `place`; those that are keys only there come
+    last."""
     fields = sorted(dataclasses.fields(schema), key=lambda field: "of" in field.metadata)
     return [field.name for field in fields if field.metadata.get("of", place) == place]
 

@@ -1,4 +1,4 @@
-"""Which settings a run may be resumed with, and how two runs' settings differ."""
+"""Settings with which a run may be resumed, and differences between two runs' settings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from renio_megatron.config.renamed import RENAMED
 from renio_megatron.config.schema import SECTIONS, JobConfig
 from renio_megatron.errors import ConfigError
 
-# Settings that say how a run is computed and not what: a run may be continued with other values of them. The patterns
-# are fnmatch's; each with the reason why the run stays the same one. All other settings are the run's for good, also
-# parallel.use_distributed_optimizer: the results are the same, but the optimizer's state is written in another form.
+# Settings that determine how a run is computed and not what: a run may be resumed with other values of them. fnmatch
+# patterns, each with the reason why the run stays the same one. All other settings are fixed for the whole run, also
+# parallel.use_distributed_optimizer: the results are the same, but the optimizer state is saved in another format.
 CHANGEABLE: dict[str, str] = {
     "parallel.*_parallel*": "the same sums in another order; checkpoints know no layout",
     "parallel.overlap_*": "the same sums, sent at another time",
@@ -46,7 +46,7 @@ CHANGEABLE: dict[str, str] = {
 
 
 _OF_REPORTS = ("weighting.threshold", "weighting.ceiling", "weighting.temperature")
-"""Settings that diagnostics had beside `weighting=uniform`, too."""
+"""Settings that diagnostics also had with `weighting=uniform`."""
 
 
 def to_yaml(config: JobConfig) -> str:
@@ -57,10 +57,10 @@ def to_yaml(config: JobConfig) -> str:
 
 
 def differences(old_yaml: str, config: JobConfig) -> list[str]:
-    """A line for each setting of what is computed that differs from those that `to_yaml` wrote, with both values.
+    """One line, with both values, per setting of what is computed that differs from those that `to_yaml` wrote.
 
-    Those that only say how it is computed are `changes`; `output_dir` is left out: a run directory may be moved. A
-    setting that is not there has its default: an earlier version wrote it.
+    Those that only determine how it is computed are in `changes`; `output_dir` is left out: a run directory may be
+    moved. A missing setting has its default: an earlier version wrote the file.
 
     Raises:
         ConfigError: `old_yaml` is not a mapping in YAML.
@@ -69,12 +69,12 @@ def differences(old_yaml: str, config: JobConfig) -> list[str]:
 
 
 def changes(old_yaml: str, config: JobConfig) -> list[str]:
-    """The same for the settings with which a run may be continued: `CHANGEABLE`."""
+    """One line per differing setting of those with which a run may be resumed: `CHANGEABLE`."""
     return [line for key, line in _differing(old_yaml, config).items() if is_changeable(key)]
 
 
 def of_before(old_yaml: str, config: JobConfig) -> str:
-    """What of the settings that an earlier version's `to_yaml` wrote is read otherwise now; empty where nothing is."""
+    """How settings written by an earlier version's `to_yaml` are read differently now; empty where none are."""
     written = _read(old_yaml)
     keys = Keys(type(config), as_recipe(config))
     left_out = [key for key in written if keys.misplaced(RENAMED.get(key, key)) is not None]
@@ -102,7 +102,7 @@ def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
     old = {RENAMED.get(key, key): value for key, value in old.items()}
     old = {key: value for key, value in old.items() if keys.misplaced(key) is None}
     sections = {key.rpartition(".")[0] for key in old}
-    for key in new.keys() - old.keys():  # a setting that is newer than what was written
+    for key in new.keys() - old.keys():  # a setting that is newer than the file
         if not _is_chosen(key.rpartition(".")[0], keys) or key.rpartition(".")[0] in sections:
             old[key] = _default_of(config, key)
     return {
@@ -113,7 +113,7 @@ def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
 
 
 def _is_chosen(section: str, keys: Keys) -> bool:
-    """Whether a section is there because a recipe lists or names it, not in every recipe."""
+    """Whether a section exists only because a recipe lists or names it."""
     return section.rpartition(".")[0] in keys.tables | keys.lists
 
 
@@ -139,5 +139,5 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_changeable(key: str) -> bool:
-    """Whether a run may be continued with another value of this dotted key; see `CHANGEABLE`."""
+    """Whether a run may be resumed with another value of this dotted key; see `CHANGEABLE`."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in CHANGEABLE)

@@ -1,4 +1,4 @@
-"""The whole of a run's settings as one dataclass a command."""
+"""All settings of a run, as one dataclass per command."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from renio_megatron.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """Settings that every command which trains has.
+    """Settings common to all commands that train.
 
     Attributes:
         model: the student's Hugging Face directory, or a model that ships with the package.
         pretrained_checkpoint: a checkpoint that Megatron wrote (torch_dist, of any layout), whose weights are the
             student's in place of those in `model`; null: `model`'s. config.json and the tokenizer are `model`'s.
-        algorithm: what a step does, a name of `ALGORITHMS`, which selects the keys of the recipe.
+        algorithm: the training algorithm, a name in `ALGORITHMS`, which selects the keys of the recipe.
         builder: `module:function` that makes the algorithm of `training.algorithms` from `runner.build.Parts`.
         data, parallel, precision, lora, train, checkpoint, evaluate: sections, see `config.sections`.
         output_dir: the run directory.
@@ -60,12 +60,12 @@ class JobConfig:
 
     @property
     def teachers(self) -> tuple[TeacherSpec, ...]:
-        """The teachers, none where nobody teaches."""
+        """The teachers; empty for runs without a teacher."""
         return ()
 
     @property
     def num_teacher_ranks(self) -> int:
-        """Ranks that only teachers have; they are the last of the world."""
+        """Ranks dedicated to teachers; they are the last of the world."""
         return 0
 
     @property
@@ -80,27 +80,27 @@ class JobConfig:
 
     @property
     def decoded_together(self) -> int | None:
-        """Sequences that are drawn at a time; None: all of a rank's."""
+        """Sequences that are sampled at a time; None: all of a rank's."""
         return None
 
     @property
     def loss_temperature(self) -> float:
-        """What the loss divides logits by."""
+        """Temperature by which the loss divides logits."""
         return 1.0
 
     @property
     def lm_head(self) -> HeadConfig:
-        """How the loss makes logits."""
+        """How the loss computes logits."""
         return HeadConfig()
 
     @property
     def starts_from_weights(self) -> bool:
-        """Whether the student's weights are read, and not drawn."""
+        """Whether the student's weights are loaded, not initialized at random."""
         return True
 
     @property
     def sample_needs(self) -> frozenset[str]:
-        """What is to be known of each sample, by the names of `objective.weightings`."""
+        """Inputs needed for each sample, by their names in `objective.weightings`."""
         return frozenset()
 
 
@@ -110,7 +110,7 @@ class DistillationConfig(JobConfig):
 
     Attributes:
         teacher, rollout, loss, head, weighting, teacher_precision: sections, see `config.sections`.
-        also_report: diagnostics that are wanted beside those of `weighting`: `[renio]`.
+        also_report: diagnostics in addition to those of `weighting`: `[renio]`.
     """
 
     builder: ClassVar[str] = "renio_megatron.runner.build:build_distillation"
@@ -131,13 +131,13 @@ class DistillationConfig(JobConfig):
 
     @property
     def renio_report(self) -> RenioWeighting | None:
-        """The bounds under which ReNIO tells of the sequences; None where nobody asks."""
+        """ReNIO's settings for the diagnostics `renio/...`; None where they are not reported."""
         asked = [one.weighting for one in self.also_report if isinstance(one, RenioReportConfig)]
         return renio_in(self.weighting) or next(iter(asked), None)
 
     @property
     def sample_needs(self) -> frozenset[str]:
-        """What the weighting declares."""
+        """Inputs that the weighting declares."""
         return self.weighting.needs
 
     @property
@@ -147,27 +147,27 @@ class DistillationConfig(JobConfig):
 
     @property
     def decoded_together(self) -> int | None:
-        """Sequences that are drawn at a time; None: all of a rank's."""
+        """Sequences that are sampled at a time; None: all of a rank's."""
         return self.rollout.micro_batch_size
 
     @property
     def loss_temperature(self) -> float:
-        """What the loss divides both models' logits by."""
+        """Temperature by which the loss divides both models' logits."""
         return self.loss.temperature
 
     @property
     def lm_head(self) -> HeadConfig:
-        """How the loss makes logits."""
+        """How the loss computes logits."""
         return self.head
 
     @cached_property
     def teachers(self) -> tuple[TeacherSpec, ...]:  # resolved once
-        """One for each of `teacher.routes`; a single one is named `ONLY`."""
+        """One teacher per entry of `teacher.routes`; a single teacher is named `ONLY`."""
         return resolve_teachers(self)
 
     @property
     def num_teacher_ranks(self) -> int:
-        """Ranks that only teachers have; they are the last of the world."""
+        """Ranks dedicated to teachers; they are the last of the world."""
         return num_teacher_ranks(self.parallel, self.teacher)
 
     @property
@@ -194,7 +194,7 @@ class SftConfig(JobConfig):
 
     @property
     def starts_from_weights(self) -> bool:
-        """Whether the student's weights are read, and not drawn."""
+        """Whether the student's weights are loaded, not initialized at random."""
         return self.init == "pretrained"
 
 
@@ -215,7 +215,7 @@ SECTIONS: tuple[str, ...] = (
     ),
     *("precision", "teacher_precision", "lora", "train", "checkpoint", "evaluate", "output_dir"),
 )
-"""Keys of a recipe in the order in which people read them."""
+"""Top-level keys of a recipe in the order in which they are written and documented."""
 
 COMMANDS = {"train": "distillation", "sft": "sft"}
 """Command -> the algorithm of a recipe that names none."""
@@ -227,7 +227,7 @@ ALGORITHMS = {
 
 
 def schema_of(algorithm: str) -> type[JobConfig]:
-    """The class of an algorithm's settings; raises `ConfigError` for a name that is not in the table."""
+    """The class of an algorithm's settings; raises `ConfigError` for an unknown name."""
     require_choice("algorithm", algorithm, ALGORITHMS)
     return imported(ALGORITHMS[algorithm])
 
@@ -240,7 +240,8 @@ class Recipe:
         config: the settings.
         explicit: dotted keys that the recipe or the command line set to something other than null.
         kind: `train` or `sft`.
-        dropped: the recipe's own keys that the command line left without effect, and why; they have their defaults.
+        dropped: the recipe's own keys that the command line left without effect, with the reason; they have their
+            defaults.
     """
 
     config: JobConfig
@@ -249,7 +250,7 @@ class Recipe:
     dropped: Mapping[str, str] = field(default_factory=dict)
 
     def dropped_lines(self) -> list[str]:
-        """A sentence for each reason why keys were dropped."""
+        """One sentence per reason why keys were dropped."""
         keys: dict[str, list[str]] = {}
         for key, because in self.dropped.items():
             keys.setdefault(because, []).append(key)

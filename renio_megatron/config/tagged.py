@@ -1,6 +1,7 @@
-"""Settings whose class is picked by one of them: `weighting: {name: renio, threshold: 0.8}` are those of ReNIO.
+"""Tagged unions of settings: `weighting: {name: renio, threshold: 0.8}` picks the class of ReNIO.
 
-So a setting stands only where it has an effect, has its own type and range, and what is new brings its own.
+So each class has only the settings that have an effect on it, with their types and ranges, and a new class adds its
+own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from renio_megatron.errors import ConfigError
 
 
 class Tagged:
-    """Base of the bases: dataclasses of which each has the tag as a field, with its own name as the default.
+    """Base class of tagged unions: dataclasses, each with the tag as a field whose default is its own name.
 
-    To call the base makes one of the classes: `WeightingConfig(name="length")` is a `LengthWeighting`.
+    Calling the base makes an object of one of the classes: `WeightingConfig(name="length")` is a `LengthWeighting`.
 
     Attributes:
         SECTION: the recipe's section; for messages.
@@ -47,12 +48,12 @@ class Tagged:
         return object.__new__(cls)
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that do nothing beside the others, and why."""
+        """Settings that have no effect together with the others, with the reason."""
         return {}
 
     @classmethod
     def variant(cls, tag: str, section: str = "") -> Any:
-        """The class of a tag; `section` is where it stands, for the message.
+        """The class of a tag; `section` is the recipe's section, for the message.
 
         Raises:
             ConfigError: there is none.

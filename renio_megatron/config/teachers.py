@@ -1,4 +1,4 @@
-"""Who the teachers of a run are, and how ranks share them: resolved once, and read as `TeacherSpec`s by everybody."""
+"""The teachers of a run and the ranks that hold them, resolved once into `TeacherSpec`s."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from renio_megatron.config import (
 from renio_megatron.files import user_path
 
 ONLY = ""
-"""The name of a run's teacher where there is one."""
+"""The name of a run's only teacher."""
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher of a run, with all that follows from the recipe.
+    """A teacher of a run, with all settings that follow from the recipe.
 
     Attributes:
-        name: of its route; `ONLY` where there is one teacher.
-        settings: the section `teacher` as it holds for this one alone, its route's keys in place; without routes.
-        precision: the section `teacher_precision`, as it holds for this one.
+        name: its route's name; `ONLY` where there is one teacher.
+        settings: the section `teacher` for this teacher alone, with the keys of its route and without routes.
+        precision: the section `teacher_precision` for this teacher.
         data: the section `data`, with this one's view of a problem.
         parallel: the layout that it is built in: its own, or the student's.
         bf16: whether it computes in bf16, else in fp32.
-        shares_student: whether it is the student's own modules, and so has no weights of its own.
-        has_own_layout: whether its ranks, or their places, are others than the student's.
-        num_ranks: ranks that only teachers have; 0 where it is on the student's.
+        shares_student: whether it uses the student's modules, and so has no weights of its own.
+        has_own_layout: whether its ranks, or their places on the mesh axes, differ from the student's.
+        num_ranks: ranks dedicated to teachers; 0 where it is on the student's.
         weights_of: the first teacher with the same weights, which are loaded once: two such teachers see problems
-            differently, which is said with each prompt.
+            differently, which each prompt carries.
     """
 
     name: str
@@ -55,7 +55,7 @@ class TeacherSpec:
 
     @property
     def title(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return "teacher" if self.name == ONLY else f"teacher {self.name}"
 
     def setting(self, key: str) -> str:
@@ -66,7 +66,7 @@ class TeacherSpec:
 def resolve_teachers(config: Any) -> tuple[TeacherSpec, ...]:
     """The teachers of a `DistillationConfig`, one for each of teacher.routes, or a single one.
 
-    A teacher that is the student's modules has the student's layout and dtype, whatever the others have.
+    A teacher that uses the student's modules has the student's layout and dtype, whatever the others have.
     """
     sections = _sections_of_each(config)
     made_of = {name: _made_of(teacher) for name, (teacher, _, _) in sections.items()}
@@ -91,7 +91,7 @@ def resolve_teachers(config: Any) -> tuple[TeacherSpec, ...]:
 
 
 def _sections_of_each(config: Any) -> dict[str, tuple[TeacherConfig, TeacherPrecisionConfig, DataConfig]]:
-    """By name, the sections teacher, teacher_precision and data as they hold for each teacher alone."""
+    """By name, the sections teacher, teacher_precision and data for each teacher alone."""
     shared: TeacherConfig = config.teacher
     if not shared.routes:
         return {ONLY: (shared, config.teacher_precision, config.data)}
@@ -117,7 +117,7 @@ def _sections_of_each(config: Any) -> dict[str, tuple[TeacherConfig, TeacherPrec
 
 
 def _is_of_all(one: Field[Any]) -> bool:
-    """Whether a setting is said once for all teachers."""
+    """Whether a setting is shared by all teachers."""
     return one.metadata.get("of") == "teacher" and one.name != "routes"
 
 
@@ -126,7 +126,7 @@ def _shares_student(teacher: TeacherConfig, config: Any) -> bool:
 
 
 def _made_of(teacher: TeacherConfig) -> TeacherConfig:
-    """What its weights follow from."""
+    """The settings that determine a teacher's weights."""
     if teacher.model is None:
         return teacher
     resolved: Any = {"model": str(user_path(teacher.model).resolve())}  # a field of every class that has one
@@ -136,7 +136,7 @@ def _made_of(teacher: TeacherConfig) -> TeacherConfig:
 def teacher_parallel(parallel: ParallelConfig, teacher: TeacherConfig) -> ParallelConfig:
     """How ranks share the teacher: the student's layout, or the teacher's own.
 
-    One of its own is neither interleaved nor context-parallel, and shares experts among its tensor ranks alone.
+    A layout of its own is neither interleaved nor context-parallel, and shares experts among its tensor ranks alone.
     """
     own = teacher.parallel
     tensor = own.tensor_model_parallel_size or parallel.tensor_model_parallel_size
@@ -158,7 +158,7 @@ def teacher_parallel(parallel: ParallelConfig, teacher: TeacherConfig) -> Parall
 
 
 def has_own_layout(parallel: ParallelConfig, teacher: TeacherConfig) -> bool:
-    """Whether the teacher's ranks, or their places, are others than the student's."""
+    """Whether the teacher's ranks, or their places on the mesh axes, differ from the student's."""
     resolved = teacher_parallel(parallel, teacher)
     return _is_given(teacher) and (
         teacher.ranks == "dedicated"
@@ -171,7 +171,7 @@ def has_own_layout(parallel: ParallelConfig, teacher: TeacherConfig) -> bool:
 
 
 def num_teacher_ranks(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
-    """Ranks that only teachers have; they are the last of the world."""
+    """Ranks dedicated to teachers; they are the last of the world."""
     if teacher.ranks != "dedicated":
         return 0
     return teacher_parallel(parallel, teacher).model_ranks * teacher.data_parallel_size
@@ -196,7 +196,7 @@ def teacher_words(parallel: ParallelConfig, teacher: TeacherConfig, student_rank
 
 
 def fewest_ranks(parallel: ParallelConfig, teacher: TeacherConfig) -> int:
-    """Ranks of the smallest world that can run it: one copy of the student, and the teacher's."""
+    """Ranks of the smallest world that can run it: one copy of the student, plus the teacher's own ranks."""
     if teacher.ranks == "dedicated":
         return parallel.model_ranks + num_teacher_ranks(parallel, teacher)
     return math.lcm(parallel.model_ranks, teacher_parallel(parallel, teacher).model_ranks)

@@ -1,4 +1,4 @@
-"""Templates of prompts as text: their fields, and whether they show anything of a record."""
+"""Prompt templates as text: their fields, and whether they use a record's contents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fields_of(template: str) -> list[str]:
 
 
 def filled(template: str, value_of: Callable[[str], str]) -> str:
-    """The template with a text in the place of each field; braces inside these texts stay as they are."""
+    """The template with each field replaced by its text; braces inside these texts stay as they are."""
     return _FIELD.sub(lambda match: value_of(match[1]) if match[1] else match[0][0], template)
 
 
@@ -37,9 +37,8 @@ def check_fields(setting: str, template: str) -> None:
 
 
 def check_template(setting: str, template: str, needed: tuple[str, ...]) -> None:
-    """Raises `ConfigError` where a template has an unknown field, or none of the `needed` ones.
-
-    Every prompt would then be the same text.
+    """Raises `ConfigError` where a template has an unknown field, or none of the `needed` ones: then every prompt
+    would be the same text.
     """
     check_fields(setting, template)
     if not set(needed) & set(fields_of(template)):

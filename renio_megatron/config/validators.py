@@ -1,4 +1,4 @@
-"""Checks that several settings share."""
+"""Checks shared by several settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def require_positive(section: str, **values: float | None) -> None:
 
 
 def require_countable(section: str, **values: int) -> None:
-    """Raises `ConfigError` for a number of sequences that no memory holds: their prompts are made together."""
+    """Raises `ConfigError` for a number of sequences too large for memory: their prompts are built together."""
     for name, value in values.items():
         if value > MAX_SEQUENCES:
             raise ConfigError(

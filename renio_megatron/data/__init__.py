@@ -1,1 +1,1 @@
-"""From data sets to prompts, and from rollouts to the micro-batches that the model reads."""
+"""Prompts from data sets, and micro-batches from rollouts."""

@@ -22,9 +22,9 @@ class PromptView:
     Attributes:
         template: text with the fields {problem} and {solution}; a double brace stands for a single one, and a brace
             that encloses no name, as in ``\\boxed{}``, for itself.
-        chat: wrap the text by the tokenizer's chat template, as the user's turn.
+        chat: wrap the text in the tokenizer's chat template, as the user's turn.
         enable_thinking: passed to the chat template; None leaves it out.
-        setting: where the template comes from, for error messages.
+        setting: the setting that holds the template, for error messages.
     Raises:
         ConfigError: an unknown field in the template.
     """
@@ -43,7 +43,7 @@ class PromptView:
         return "solution" in fields_of(self.template)
 
     def fill(self, record: Record) -> str:
-        """The template with the record's texts in it; braces inside these texts stay as they are.
+        """The template filled with the record's texts; braces inside these texts stay as they are.
 
         >>> PromptView("{problem} {{x}}", False, None, "template").fill(Record("{solution}?"))
         '{solution}? {x}'
@@ -60,7 +60,7 @@ def student_view(config: DataConfig) -> PromptView:
 
 
 def teacher_view(config: DataConfig, setting: str = "data.teacher_template") -> PromptView:
-    """The teacher's view of a problem: what is not set is the student's; `setting` is where its template comes from."""
+    """The teacher's view of a problem, with the student's for unset values; `setting` is the key of its template."""
     thinking = config.enable_thinking if config.teacher_enable_thinking is None else config.teacher_enable_thinking
     if config.teacher_template is None:
         return PromptView(config.student_template, config.chat, thinking, "data.student_template")
@@ -71,9 +71,9 @@ def chat_template_of(tokenizer: Any, config: DataConfig, now: datetime | None = 
     """The chat template of `data.chat`; None where none is applied.
 
     Args:
-        tokenizer: of Hugging Face.
+        tokenizer: a Hugging Face tokenizer.
         config: the settings.
-        now: the time that the template may write; None: the clock's.
+        now: the time that the template may insert; None: the clock's.
 
     Raises:
         ConfigError: the settings of the chat template and the tokenizer do not fit.
@@ -94,15 +94,15 @@ def encode_view(
 ) -> tuple[int, ...]:
     """Token ids of the prompt, without any completion.
 
-    With `chat` the chat template writes every special token. Without it the ids are those of the text, after the
-    beginning-of-text token where the tokenizer puts one before every text (Llama does; Qwen and modchain do not); an
-    end token is never added.
+    With `chat` the chat template adds all special tokens. Without it the ids are those of the text, after the
+    beginning-of-text token where the tokenizer adds one (Llama does; Qwen and modchain do not); an end token is never
+    added.
 
     Args:
-        view: of a model.
+        view: a model's view.
         record: the problem.
         tokenizer: the student's.
-        chat_template: of a view with `chat`; None: the tokenizer's.
+        chat_template: chat template for a view with `chat`; None: the tokenizer's.
 
     Raises:
         DataError: the record lacks a solution that the template uses, the chat template fails on it, or the tokenizer
@@ -121,7 +121,7 @@ def encode_view(
 
 
 def encode_text(text: str, tokenizer: Any, where: str) -> tuple[int, ...]:
-    """Token ids of the text and nothing else; raises `DataError` naming `where` if it cannot be encoded."""
+    """Token ids of the text without special tokens; raises `DataError` naming `where` if it cannot be encoded."""
     try:
         return tuple(tokenizer(text, add_special_tokens=False).input_ids)
     except Exception as error:  # the tokenizers library raises plain Exception

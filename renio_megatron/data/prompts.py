@@ -1,4 +1,4 @@
-"""Tokenizers, and the endless stream of prompts."""
+"""The endless stream of tokenized prompts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from renio_megatron.types import Prompt
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """Positions that the models were made for, and what completions take of them.
+    """Maximum positions of the models, and the positions that completions need.
 
     Attributes:
-        student: of the student.
-        teachers: of each teacher, by its name in the recipe.
-        completion: tokens of the longest completion; None: each record's own.
-        answer: of the longest answer in an evaluation.
+        student: positions of the student.
+        teachers: positions of each teacher, by its name in the recipe.
+        completion: tokens of the longest completion; None: the length of each record's own.
+        answer: tokens of the longest answer in an evaluation.
     """
 
     student: int
@@ -45,15 +45,15 @@ class PromptStream:
 
     Args:
         source: the training problems.
-        tokenizer: of the student; the teacher reads the same ids.
-        config: templates, chat and the limit of length; also names the evaluation problems.
-        teacher_views: how each of several teachers sees a problem, by the names that records call them; None: there is
-            one, and it sees what `config` says.
+        tokenizer: the student's tokenizer; the teacher reads the same ids.
+        config: templates, chat and the length limit; also names the evaluation problems.
+        teacher_views: how each of several teachers sees a problem, by the names used in records; None: there is one
+            teacher, with the view set in `config`.
         with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
-        length_limits: what the models can read; None: not looked at.
-        now: the time that a chat template may write; None: the clock's.
+        length_limits: limits of the models; None: not checked.
+        now: the time that a chat template may insert; None: the clock's.
     Attributes:
-        chat_template: that is applied; None where none is.
+        chat_template: the chat template that is applied; None where none is.
     Raises:
         ConfigError: templates or chat settings that cannot work with this tokenizer.
         DataError: a solution is needed, and a record has none.
@@ -82,7 +82,7 @@ class PromptStream:
         if with_completions:
             source.require_solutions("fine-tuning uses it as the completion")
         everyones = (self._student_view, *(() if self._is_routed else self._teacher_views.values()))
-        for view in everyones:  # the records of one of several teachers are looked at when their prompts are made
+        for view in everyones:  # with several teachers, each one's records are checked when their prompts are built
             if view.uses_solution:
                 source.require_solutions(f"{view.setting} uses {{solution}}")
 
@@ -152,7 +152,7 @@ class PromptStream:
 
 
 def _check_room(who: str, positions: int, prompt: int, completion: int, record: Record) -> None:
-    """Raises `DataError` where a sequence reads positions that its model does not know; the last token is not read."""
+    """Raises `DataError` where a sequence exceeds its model's positions; the last token is not read."""
     needed = prompt + completion - 1
     if needed > positions:
         raise DataError(
@@ -163,11 +163,11 @@ def _check_room(who: str, positions: int, prompt: int, completion: int, record: 
         )
 
 
-_LARGEST = 1e300  # beyond it are infinity, and integers that no float holds
+_LARGEST = 1e300  # excludes infinity, and integers that overflow a float
 
 
 def number_in(prompt: Prompt, column: str) -> float:
-    """What the record of a prompt holds in a column; raises `DataError` where that is no number."""
+    """The value of a column in a prompt's record; raises `DataError` where it is not a number."""
     value = prompt.metadata.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
         raise DataError(
@@ -178,9 +178,9 @@ def number_in(prompt: Prompt, column: str) -> float:
 
 
 def check_views_differ(prompts: list[Prompt], kind: str) -> None:
-    """Raises `ConfigError` where a model that teaches itself, `teacher.kind`, would see what the student sees.
+    """Raises `ConfigError` where a self-teacher, of `teacher.kind`, would see the same prompts as the student.
 
-    Teacher and student would be one distribution: every divergence and every log ratio starts at 0.
+    Teacher and student would be the same distribution: every divergence and every log ratio would start at 0.
     """
     if prompts and all(prompt.student_ids == prompt.teacher_ids for prompt in prompts):
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""How good the student's completions are."""
+"""Evaluation and grading of the student's completions."""

@@ -1,4 +1,4 @@
-"""Accuracy of the present student on held-out problems, greedy and sampled."""
+"""Accuracy of the current student on held-out problems, greedy and sampled."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from renio_megatron.training.interfaces import Sampler
 from renio_megatron.training.metrics.accumulator import MetricAccumulator, reduce_metrics
 from renio_megatron.types import Prompt, Rollout, SamplingParams
 
-# Evaluation draws from a stream of its own, the same every time, so that two evaluations differ by the model alone.
+# Evaluation has its own random stream, the same every time, so that two evaluations differ only by the model.
 _RNG_STREAM = (0, 1)
 
 
 class Evaluator:
-    """Samples one completion of each problem and counts the right ones."""
+    """Samples one completion per problem and counts the right ones."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Evaluator:
         sampling_params: SamplingParams,
         layout: ParallelLayout,
     ) -> None:
-        """`prompts` are all problems, the same on every rank; `sampling_params` are those of the sampled accuracy."""
+        """Takes all problems, the same on every rank, and the `sampling_params` of the sampled accuracy."""
         # Interleaved, so that ranks get equally long problems where the set is sorted by length.
         self._mine = list(prompts)[layout.data.rank :: layout.data.size]
         self._sampler, self._grader, self._sampling_params, self._layout = sampler, grader, sampling_params, layout
@@ -37,7 +37,7 @@ class Evaluator:
             ("eval/accuracy_greedy", replace(self._sampling_params, temperature=0.0)),
             ("eval/accuracy_sampled", self._sampling_params),
         ):
-            # Also without a problem of its own: a rank may hold experts that the others' passes go through.
+            # Also without problems of its own: a rank may hold experts that other ranks' forward passes need.
             rollouts = self._sampler.sample(self._mine, sampling_params, rng_stream=_RNG_STREAM)
             accumulator.add(name, sum(bool(self._grader(rollout)) for rollout in rollouts), len(rollouts))
         return reduce_metrics(accumulator, self._layout)

@@ -1,1 +1,1 @@
-"""The losses over sharded logits and hidden states: where the mathematics meets the shards."""
+"""Losses over vocabulary-parallel logits and over hidden states."""

@@ -1,4 +1,4 @@
-"""What the arguments of a loss must be to each other; every message names the culprit and what to do."""
+"""Checks of a loss's arguments against each other; every message names the wrong argument and the fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from renio_megatron.parallel.vocab import VocabShard
 
 
 def check_logits(student_logits: torch.Tensor, teacher_logits: torch.Tensor, shard: VocabShard) -> None:
-    """Raises `LayoutError` unless both are [N, L] with the shard's L columns, in one place."""
+    """Raises `LayoutError` unless both are [N, L] with the shard's L columns, on one device."""
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise LayoutError(
             "student_logits and teacher_logits must both be [N, L]: completion tokens only, flat, the same columns; "
@@ -69,7 +69,7 @@ def check_tokens(
 ) -> None:
     """Raises `LayoutError` unless these describe `rows` tokens of `num_sequences` sequences.
 
-    With `read_values` the indices are looked at, too; a GPU is waited for.
+    With `read_values` the values of the indices are checked, too, which synchronizes with a GPU.
     """
     if not isinstance(num_sequences, int) or num_sequences < 0:
         raise LayoutError(f"num_sequences must be a whole number of at least 0; got {num_sequences!r}.")

@@ -1,22 +1,22 @@
-"""How many tokens' logits exist at a time, and what their buffers take: arithmetic, for which plans need no torch."""
+"""Number of tokens whose logits exist at a time, and the bytes of their buffers: arithmetic without torch."""
 
 from __future__ import annotations
 
 from renio_megatron.errors import LayoutError
 
 LEAST_CHUNK = 2048
-"""Tokens below which a chunk's products no longer pay for reading the head, nor its exchanges for their latency."""
+"""Tokens of a chunk below which reading the head costs more than the products, and latency dominates the exchanges."""
 CHUNK_BYTES = 1 << 30
-"""What the buffers of a chunk may take where that allows `LEAST_CHUNK` tokens."""
+"""Bytes that the buffers of a chunk may take, where that allows `LEAST_CHUNK` tokens."""
 
 
 def token_bytes(width: int, hidden_bytes: int, logits_bytes: int, num_models: int = 2) -> int:
-    """What the buffers take for each token of a chunk: both models' logits [L], and the gradient where it is narrower
-    than the logits and so cannot take their place.
+    """Buffer bytes for each token of a chunk: both models' logits [L], and the gradient where it is narrower than the
+    logits and so cannot take their place.
 
     Args:
         width: L, columns of this rank.
-        hidden_bytes, logits_bytes: of a number of the hidden states and of the logits.
+        hidden_bytes, logits_bytes: bytes of an element of the hidden states and of the logits.
         num_models: 2 for the loss, 1 for scoring, which has no gradient.
 
     >>> token_bytes(1000, 2, 4), token_bytes(1000, 4, 4), token_bytes(1000, 2, 4, num_models=1)
@@ -49,8 +49,8 @@ def chunk_size_for(num_tokens: int, token_bytes: int, chunk_size: int | None = N
 def loss_buffer_bytes(
     num_tokens: int, width: int, hidden_bytes: int, logits_bytes: int, chunk_size: int | None = None
 ) -> int:
-    """What `linear_distillation_loss` takes beside its results, in bytes: logits of both models for a chunk of tokens,
-    and the gradient where it is narrower than they are.
+    """Bytes that `linear_distillation_loss` takes in addition to its results: logits of both models for a chunk of
+    tokens, and the gradient where it is narrower than they are.
 
     >>> round(loss_buffer_bytes(8192, 151_936, 2, 4) / 2**30, 2)    # 2048 tokens, fp32 logits, bf16 gradient
     2.9

@@ -1,4 +1,4 @@
-"""Logits a chunk of tokens at a time, in buffers that every chunk uses again."""
+"""Logits of one chunk of tokens at a time, in buffers that every chunk reuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logits_dtype_of(config: HeadConfig, hidden_dtype: torch.dtype) -> torch.dtyp
 
 
 def bytes_per_token(width: int, hidden_dtype: torch.dtype, logits_dtype: torch.dtype, num_models: int = 2) -> int:
-    """`chunk_size.token_bytes` of two dtypes."""
+    """Buffer bytes for each token of a chunk: `chunk_size.token_bytes` from dtypes."""
     return token_bytes(width, hidden_dtype.itemsize, logits_dtype.itemsize, num_models)
 
 

@@ -1,8 +1,8 @@
-"""The divergence from hidden states and LM heads, in passes over a chunk of tokens at a time.
+"""Divergence from hidden states and LM heads, in passes over one chunk of tokens at a time.
 
-A chunk's logits are made in buffers that the next chunk uses again; the three passes run over them; the gradient that
-takes the student logits' place is multiplied into those of the hidden states and of the head at once. So memory follows
-the chunk, not the batch.
+A chunk's logits are computed in buffers that the next chunk reuses; the three passes run over them; the gradient that
+overwrites the student logits is multiplied at once into the gradients of the hidden states and of the head. So memory
+follows the chunk, not the batch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from renio_megatron.parallel.vocab import VocabShard
 
 @dataclass(frozen=True)
 class LinearDivergence:
-    """Of each token, without gradient, and what ties them to one.
+    """Divergence of each token, without gradient, and their sum, whose gradients are already computed.
 
     Attributes:
-        total: sum over the tokens of scale x divergence, nats, scalar; its gradient is finished already.
+        total: sum over the tokens of scale x divergence, nats, scalar; its gradient is already computed.
         token_divergence: nats [N].
         clipped_entries: vocabulary entries that a bound of the loss cut [N].
         student_logp, teacher_logp: log-probability of each sampled token at the loss temperature, nats [N].
@@ -57,12 +57,13 @@ def linear_divergence(
     logits_dtype: torch.dtype | None = None,
     main_grad: torch.Tensor | None = None,
 ) -> LinearDivergence:
-    """The divergence of every token, and their sum under given factors; nothing is weighed, and nothing is read back.
+    """The divergence of every token, and their sum under given factors; computes no weights, reads nothing back to the
+    CPU.
 
     Args:
         student_hidden, student_head, teacher_hidden, teacher_head, token_ids, loss, shard, chunk_size, logits_dtype,
             main_grad: as in `linear_distillation_loss`; the hidden states' gradient is not summed over the shards.
-        token_scale: what each token's divergence is multiplied by in the sum [N].
+        token_scale: factor of each token's divergence in the sum [N].
     """
     check_heads(student_hidden, student_head, teacher_hidden, teacher_head, shard)
     chunked = ChunkedLoss(
@@ -103,7 +104,7 @@ def linear_token_inputs(
 
 
 class ChunkedLoss:
-    """The passes over one batch of tokens, and what they leave.
+    """The passes over one batch of tokens, and their results.
 
     Attributes:
         working_dtype: of the vectors [N]: at least fp32.
@@ -122,7 +123,7 @@ class ChunkedLoss:
         chunk_size: int | None,
         logits_dtype: torch.dtype | None,
     ) -> None:
-        """Makes the buffers of a chunk, of tensors that `check_heads` has looked at."""
+        """Allocates the buffers of a chunk; `check_heads` has checked the tensors."""
         if len(teacher_hidden) != len(student_hidden):
             raise LayoutError(
                 f"student_hidden has {len(student_hidden)} tokens, teacher_hidden {len(teacher_hidden)}; both must be "
@@ -163,7 +164,7 @@ class ChunkedLoss:
 
     @torch.no_grad()
     def differentiate(self, token_scale: torch.Tensor) -> None:
-        """Everything of every token, and the gradients of the sum of token_scale [N] x divergence."""
+        """Computes all attributes for every token, and the gradients of the sum of token_scale [N] x divergence."""
         hidden, head, scale_N = self._hidden.detach(), self._head.detach(), token_scale.to(self.working_dtype)
         if self._trains_hidden:
             self._hidden_gradient = torch.empty_like(hidden)
@@ -187,7 +188,8 @@ class ChunkedLoss:
                 kernels.add_outer_(self._head_gradient, gradient, hidden[rows])
 
     def tied(self, value: torch.Tensor, factor: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor:
-        """`value` as a function of the hidden states and the head, whose gradients are `factor` times those found."""
+        """`value` as a function of the hidden states and the head, whose gradients are `factor` times those
+        computed."""
         if not self.trains:
             return value
         return FinishedGradients.apply(
@@ -216,7 +218,7 @@ class FinishedGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients; they are handed over, so there is no second time."""
+        """The gradients; they are passed on without a copy, so backward runs only once."""
         if ctx.gradients is None:
             raise RuntimeError(RAN_TWICE)
         (hidden_gradient, head_gradient, factor, main_grad, head_dtype), ctx.gradients = ctx.gradients, None
@@ -225,7 +227,7 @@ class FinishedGradients(torch.autograd.Function):
             hidden_gradient = kernels.scale_rows_(hidden_gradient, scale)
         if head_gradient is not None and main_grad is not None:
             main_grad.addcmul_(head_gradient, scale.to(main_grad))
-            # Autograd must see a gradient, or Megatron's hook does not run and its bucket is never sent.
+            # Autograd must see a gradient, or Megatron's hook does not run and its bucket is never reduced.
             head_gradient = torch.zeros_like(head_gradient, dtype=head_dtype)
         elif head_gradient is not None:
             head_gradient = head_gradient.mul_(scale.to(head_gradient)).to(head_dtype)
@@ -233,7 +235,7 @@ class FinishedGradients(torch.autograd.Function):
 
 
 def check_main_grad(main_grad: torch.Tensor | None, head: torch.Tensor) -> None:
-    """Raises `LayoutError` where Megatron's gradient buffer is not like the head."""
+    """Raises `LayoutError` where Megatron's gradient buffer does not match the head."""
     if main_grad is not None and main_grad.dtype not in (torch.float32, torch.float64):
         raise LayoutError(f"main_grad must be fp32, so that long sums keep their digits; got {main_grad.dtype}.")
     if main_grad is not None and (main_grad.shape != head.shape or main_grad.device != head.device):

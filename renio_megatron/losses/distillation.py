@@ -1,8 +1,8 @@
-"""The public loss over logits: where the mathematics meets the shards.
+"""The public distillation loss over vocabulary-parallel logits.
 
 Three passes over the rows with two small exchanges over the tensor group (`vocab_passes.py`), and a gradient that is
-final when forward returns, because the sample weights need nothing that pass 1 does not know. `linear_distillation.py`
-is the same from hidden states and LM heads.
+final when forward returns, because the sample weights need only the results of pass 1. `linear_distillation.py`
+computes the same loss from hidden states and LM heads.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _PAPERS = RenioWeighting()
 
 @dataclass(frozen=True)
 class DistillationOutput:
-    """What `distillation_loss` returns; only `loss` carries a gradient.
+    """Result of `distillation_loss`; only `loss` carries a gradient.
 
     Attributes:
         loss: scalar, nats.
         weights: sample weights that were applied [B].
-        token_weights: what multiplies each token's divergence [N], 0 where one does not count; None: 1.
+        token_weights: factor of each token's divergence [N], 0 where a token does not count; None: 1.
         raw_weights: ReNIO's weights before normalization, whatever the weighting [B].
         log_ratio: log p_S - log p_T of each sampled token, unclipped, nats [N].
-        is_pivotal: whether each token is pivotal, bool [N]. Of a weighting without ReNIO these two are under the
-            paper's bounds.
+        is_pivotal: whether each token is pivotal, bool [N]. For a weighting without ReNIO, this and `raw_weights` use
+            the paper's bounds.
         token_divergence: divergence of each token after the entry bounds, unweighted, nats [N].
         clipped_entries: vocabulary entries of each token that `entry_clip` cut, [N]; zeros where nothing is clipped.
         state: pass it to the next optimizer step's call (`normalize="ema"`).
@@ -63,7 +63,7 @@ class DistillationOutput:
     def of(
         cls, loss: torch.Tensor, sample: SampleWeights, token_divergence: torch.Tensor, clipped_entries: torch.Tensor
     ) -> DistillationOutput:
-        """From weights with ReNIO's report."""
+        """The result from sample weights that include a `RenioReport`."""
         assert sample.renio is not None
         return cls(
             loss=loss,
@@ -79,7 +79,7 @@ class DistillationOutput:
 
 
 def renio_of(weighting: WeightingConfig) -> RenioWeighting:
-    """Bounds of the pivotal tokens that are reported: those of the weighting where ReNIO is in it, or the paper's."""
+    """Bounds for the reported pivotal tokens: those of the weighting where it includes ReNIO, else the paper's."""
     return renio_in(weighting) or _PAPERS
 
 
@@ -122,8 +122,8 @@ def distillation_loss(
         state: the previous step's `out.state` (`normalize="ema"`).
         inputs: what the weighting needs that does not follow from logits, by name: for example `finished` or `verdict`,
             see `objective.weightings.strategy.WeightingInputs`.
-        overwrite_logits: let the gradient be written where `student_logits` was; saves [N, L], and nobody may read the
-            logits afterwards. Without it no input is changed.
+        overwrite_logits: let the gradient be written where `student_logits` was; saves [N, L], and nothing may read
+            the logits afterwards. Without it no input is changed.
 
     Returns:
         `DistillationOutput`. Backward multiplies the finished gradient by a scalar; it runs once.
@@ -185,11 +185,11 @@ def weighted_divergence(
     loss: LossConfig,
     shard: VocabShard,
 ) -> torch.Tensor:
-    """Sum over tokens of token_scale x divergence, scalar, nats, where the factors are known: nothing is weighed.
+    """Sum over tokens of token_scale x divergence, scalar, nats, with given factors: computes no weights.
 
     Args:
         student_logits, teacher_logits, token_ids, loss, shard: as in `distillation_loss`.
-        token_scale: what the divergence of each token is multiplied by [N].
+        token_scale: factor of each token's divergence [N].
     Gradient: of the student's logits, finished in forward; backward multiplies it by a scalar, and runs once.
     Collectives on the tensor group: one for KL without bounds, two otherwise; none in backward.
 
@@ -216,8 +216,8 @@ def weighted_divergence(
 
 
 def mean_denominator(batch_size: torch.Tensor, batch_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """What the sum over this rank's sequences is divided by, so that the usual mean over data-parallel ranks is the
-    batch's: sequences of the whole batch over ranks, fp64 scalar; never 0."""
+    """Denominator of the sum over this rank's sequences, so that the usual mean over data-parallel ranks is the
+    batch's: sequences of the whole batch / ranks, fp64 scalar; never 0."""
     ranks = 1 if batch_group is None else batch_group.size()
     return (batch_size / ranks).clamp(min=1.0 / ranks)
 
@@ -234,7 +234,7 @@ class FinishedGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The gradient of the logits; it is handed over, so there is no second time."""
+        """The gradient of the logits; it is passed on without a copy, so backward runs only once."""
         if ctx.gradient is None:
             raise RuntimeError(RAN_TWICE)
         gradient, ctx.gradient = ctx.gradient, None

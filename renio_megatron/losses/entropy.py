@@ -1,4 +1,4 @@
-"""Entropy of a model's distribution over vocabulary shards, from logits and what normalizes them."""
+"""Entropy of a model's distribution over vocabulary shards, from logits and their log-normalizers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from renio_megatron.parallel.vocab import VocabShard, sum_in_rank_order
 
 BLOCK_BYTES = 16 * 2**20
-"""Of the log-probabilities that exist at a time, four times over with what is made of them."""
+"""Bytes of the log-probabilities that exist at a time; temporaries make the total about four times as much."""
 
 
 @torch.no_grad()

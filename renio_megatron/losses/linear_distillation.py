@@ -1,7 +1,7 @@
-"""The public loss from hidden states and LM heads: logits exist for a chunk of tokens at a time, never whole.
+"""The public loss from hidden states and LM heads, with logits for one chunk of tokens at a time.
 
-Weights, passes over chunks (`chunked_loss.py`), denominator. Nothing is computed twice where the sample weights are
-given.
+Steps: weights, passes over chunks (`chunked_loss.py`), denominator. Nothing is computed twice where the sample weights
+are given.
 """
 
 from __future__ import annotations
@@ -53,27 +53,27 @@ def linear_distillation_loss(
 ) -> DistillationOutput:
     """`distillation_loss` of the logits `student_hidden @ student_head.T` and `teacher_hidden @ teacher_head.T`.
 
-    With `weights` every chunk is read once. Without, the logits are made twice: the weights need every token's log
-    ratio before the first gradient.
+    With `weights` every chunk is read once. Without, the logits are computed twice: the weights need every token's
+    log ratio before the first gradient.
 
     Args:
         student_hidden: final hidden states at completion tokens, after the last norm, [N, H], the same on all ranks of
             `shard.group`. Under sequence parallelism gather them first: `parallel.vocab.gather_sequence`.
         student_head: this rank's rows of the LM head, or of a tied embedding, [L, H], dtype of the hidden states.
             Frozen where it does not require a gradient.
-        teacher_hidden: the teacher's at the same tokens, [N, H of the teacher]; no gradient flows.
-        teacher_head: the teacher's rows of the same columns, [L, H of the teacher]; `parallel.vocab.reshard_rows` cuts
-            a head again whose edges differ.
+        teacher_hidden: the teacher's hidden states at the same tokens, [N, H of the teacher]; no gradient flows.
+        teacher_head: the teacher's rows of the same columns, [L, H of the teacher]; `parallel.vocab.reshard_rows`
+            reshards a head with other boundaries.
         token_ids, owner, num_sequences, loss, weighting, shard, batch_group, sequence_group, weights, sequence_lengths,
             state, inputs: as in `distillation_loss`.
         chunk_size: tokens whose logits exist at a time; None: `chunk_size.chunk_size_for` chooses.
         logits_dtype: of the buffers of logits, fp32 or the dtype of the hidden states; None: fp32, and fp64 for fp64.
-            bf16 logits take half the memory, and a loss by entries that is clipped feels their rounding.
+            bf16 logits take half the memory, but their rounding affects a loss with clipped entries.
         sum_hidden_gradient: sum the hidden states' gradient over `shard.group` in backward, as a column-parallel head
-            must; False where the caller's own region does.
+            must; False where the caller's own autograd region does it.
         main_grad: fp32 [L, H], Megatron's gradient buffer of the student's head: backward adds the head's gradient to
             it at full precision and gives autograd zeros.
-        check_values: also look at the values of `token_ids` and `owner`; on a GPU that waits for it.
+        check_values: also check the values of `token_ids` and `owner`, which synchronizes with a GPU.
 
     Returns:
         `DistillationOutput`. Its gradients are finished in forward; backward multiplies by a scalar, and runs once.
@@ -143,8 +143,8 @@ def _scale(
     lengths: torch.Tensor,
     sample: SampleWeights | None,
 ) -> torch.Tensor:
-    """What each token's divergence is multiplied by before the number of sequences divides, of weights that are given
-    or that were found."""
+    """Factor of each token's divergence, before the division by the number of sequences, from given or computed
+    weights."""
     dtype = chunked.working_dtype
     if sample is None:
         assert weights is not None
@@ -159,8 +159,8 @@ def buffer_bytes(
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
 ) -> int:
-    """What `linear_distillation_loss` takes beside its results, in bytes: logits of both models for a chunk of tokens,
-    and the gradient where it is narrower than they are.
+    """Bytes that `linear_distillation_loss` takes in addition to its results: logits of both models for a chunk of
+    tokens, and the gradient where it is narrower than they are.
 
     >>> round(buffer_bytes(8192, 151_936, torch.bfloat16) / 2**30, 2)    # 2048 tokens, fp32 logits, bf16 gradient
     2.9

@@ -1,8 +1,8 @@
-"""From what is known of sampled tokens to the weights of sequences and tokens, before any logit is differentiated.
+"""Weights of sequences and tokens from the log-probabilities of sampled tokens, before any gradient.
 
-This is walk "I am a log-ratio": born as two log-probabilities, subtracted, clipped, asked whether it is pivotal, summed
-over its sequence, averaged over the batch, and finished as the weight of its sequence. What a strategy does alone is
-`weigh.py`; here are several of them, and what is said about the weights.
+The path of a log ratio: two log-probabilities are subtracted and clipped, the token is tested for being pivotal, the
+result is summed over the sequence, normalized over the batch, and becomes the weight of the sequence. A single strategy
+is `weigh.py`; this file combines several of them, and reports on the weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from renio_megatron.parallel.reductions import batch_mean, gather_shares, sum_pi
 
 @dataclass(frozen=True)
 class RenioReport:
-    """What ReNIO says of a rank's sequences, whatever they weigh.
+    """ReNIO's quantities for a rank's sequences, whatever strategy weights them.
 
     Attributes:
         raw_weights: weights before normalization [B].
@@ -42,17 +42,17 @@ class RenioReport:
 
 @dataclass(frozen=True)
 class SampleWeights:
-    """Weights of a rank's sequences, or of pieces of them.
+    """Weights of a rank's sequences, or of its context-parallel pieces of them.
 
     Attributes:
-        weights: what the loss multiplies each sequence by [B].
-        token_weights: what it multiplies each token's divergence by [N], 0 where one does not count; None: 1.
+        weights: factor of each sequence in the loss [B].
+        token_weights: factor of each token's divergence [N], 0 where a token does not count; None: 1.
         denominators: tokens that the mean over each whole sequence is over [B].
-        is_capped: sequences to which a strategy gives its cap, bool [B].
+        is_capped: whether a strategy's cap bounds the sequence's weight, bool [B].
         lengths: completion tokens of each whole sequence [B].
         batch_size: sequences of the optimizer step over the batch group, fp64 scalar.
-        state: what the next optimizer step's call wants; None where nothing is averaged over steps.
-        renio: see `RenioReport`; None where nobody asks.
+        state: input of the next optimizer step's call; None where nothing is averaged over steps.
+        renio: see `RenioReport`; None where no report is requested.
     """
 
     weights: torch.Tensor
@@ -83,24 +83,25 @@ def sample_weights(
     """Weights of an optimizer step's sequences, on every rank.
 
     One strategy whose weights of sequences follow from sums takes at most one collective on `sequence_group` and one on
-    `batch_group`; a product one more than its strategies together, and means of tokens, whole sequences and
-    permutations one or two each.
+    `batch_group`; a product takes one more than its strategies together, and means of tokens, whole sequences
+    and permutations one or two each.
 
     Args:
         student_logp, teacher_logp: log-probability of each sampled token at one temperature, nats [N].
         owner: sequence of each token, int64 [N] in [0, num_sequences), any order.
         num_sequences: B of this rank; sequences without tokens count.
         config: the weighting.
-        batch_group: data-parallel group of the batch; never holds context-parallel ranks. None: the batch is here.
+        batch_group: data-parallel group of the batch; never holds context-parallel ranks. None: this rank has the whole
+            batch.
         sequence_group: context-parallel group whose ranks hold pieces of the same sequences.
-        weights: finished weights [B]; nothing is weighed then.
+        weights: finished weights [B], which skip the weighting.
         sequence_lengths: tokens of each whole sequence [B]; None: counted.
         state: the `state` of the previous step's result (`ema`).
-        inputs: what else the weighting needs, by name; see `WeightingInputs`.
+        inputs: other inputs of the weighting, by name; see `WeightingInputs`.
         report: the bounds of `RenioReport`; None: those of the weighting where ReNIO is a part of it, else no report.
 
     Raises:
-        ConfigError: the weighting needs what is not there.
+        ConfigError: an input that the weighting needs is missing.
     Gradient: none flows.
     """
     values = {"student_logp": student_logp.detach(), "teacher_logp": teacher_logp.detach(), **(inputs or {})}
@@ -133,7 +134,7 @@ def sample_weights(
 
 
 def _reporter(report: RenioWeighting | None, weighers: Sequence[Weigher], given: WeightingInputs) -> Weigher | None:
-    """Who makes the report: a part of the weighting where it has the same bounds."""
+    """The weigher that makes the report: a part of the weighting where it has the same bounds."""
     if report is None:
         return None
     return next((one for one in weighers if one.config == report), None) or Weigher(report, given)
@@ -157,7 +158,8 @@ def _sums(
 def _product(
     found: Sequence[Finished], lengths: torch.Tensor, groups: Groups
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(weights [B], weights of tokens, sequences of the batch); several weights of sequences have the mean 1 again."""
+    """(weights [B], weights of tokens, sequences of the batch); products of several strategies are normalized to mean 1
+    again."""
     sequences = [one.sequences for one in found if one.sequences is not None]
     tokens = [one.tokens for one in found if one.tokens is not None]
     tokens += [one.kept.to(lengths.dtype) for one in found if one.kept is not None]
@@ -196,7 +198,7 @@ def _is_capped(weighers: Sequence[Weigher], found: Sequence[Finished], lengths: 
 
 
 def _split(state: torch.Tensor | None, weighers: Sequence[Weigher]) -> Iterator[torch.Tensor | None]:
-    """Of each strategy its average in a state; None of those that have none, and where there is no state."""
+    """Each strategy's moving average from a state; None for those that have none, and where there is no state."""
     count = sum(weigher.config.divisor == "ema" for weigher in weighers)
     if state is not None and weighers and state.numel() != count:
         raise LayoutError(

@@ -17,11 +17,11 @@ from renio_megatron.parallel.vocab import LmHead, VocabShard, gather_in_rank_ord
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model says of given tokens.
+    """A model's log-probabilities of given tokens, and entropies.
 
     Attributes:
         logp: log-probability of each, nats fp32 (fp64 for fp64 logits) [N].
-        entropy: of the distribution that it was one of, nats [N]; None where it was not asked for.
+        entropy: entropy of the distribution at each token, nats [N]; None where it was not requested.
     """
 
     logp: torch.Tensor
@@ -35,7 +35,7 @@ def linear_token_logp(
     config: HeadConfig,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """`token_logp` of hidden states [N, H] under an LM head, chunk by chunk; one collective each.
+    """`token_logp` of hidden states [N, H] under an LM head, chunk by chunk; one collective per chunk.
 
     Gradient: none flows.
     """
@@ -52,7 +52,7 @@ def linear_token_scores(
     *,
     with_entropy: bool = False,
 ) -> TokenScores:
-    """The same with entropies where they are asked for, which take one more collective a chunk.
+    """`TokenScores` of hidden states [N, H] under an LM head; entropies take one more collective per chunk.
 
     Gradient: none flows.
     """
@@ -113,7 +113,7 @@ def cross_entropy(
         valid = logits[:, : shard.num_valid].to(maximum.dtype)
         probability = valid.sub(maximum[:, None]).sub_(log_sum[:, None]).exp_()
         columns = shard.local_columns(token_ids)
-        if shard.num_valid:  # not by the rows of this shard's tokens: finding them would wait for a GPU
+        if shard.num_valid:  # not by the rows of this shard's tokens: finding them would synchronize with a GPU
             place = columns.clamp(min=0)[:, None]
             probability.scatter_(1, place, probability.gather(1, place) - (columns >= 0)[:, None].to(probability))
         gradient = logits.detach() if overwrite_logits else torch.empty_like(logits)

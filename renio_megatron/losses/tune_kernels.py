@@ -1,10 +1,10 @@
-"""Kernels tuned before a run's first step, so that no step pays for it.
+"""Kernel tuning before a run's first step, so that no step pays for it.
 
-On CUDA a kernel is compiled and timed, cut by cut, at its first large call of each kind (`kernels.tuning`). Here such
-calls are made beforehand, on random logits and through the functions that a step goes through, so that both ask for the
-same. Nothing happens where nothing would be timed: on the CPU, under `torch.use_deterministic_algorithms`, with
-`RENIO_KERNELS=torch`, and for calls that the run's micro-batches are too short for. No collectives; the state of the
-random numbers stays as it is.
+On CUDA a kernel is compiled and timed under each launch configuration at its first large call of each kind
+(`kernels.tuning`). Here such calls are made beforehand, on random logits and through the functions that a step calls,
+so that both need the same kernels. Nothing happens where nothing would be timed: on the CPU, under
+`torch.use_deterministic_algorithms`, with `RENIO_KERNELS=torch`, and for calls that the run's micro-batches are too
+short for. No collectives; the state of the random number generators is unchanged.
 
 A trial has no more entries than the calls that a step would time, and takes up to about 1 GB of the device's memory for
 the moment.
@@ -31,8 +31,8 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def tuning_reported(device: torch.device, report: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Afterwards the device's spare memory is given back, and `report`, or the log, is told what was tuned meanwhile
-    and how many seconds it took; nothing where nothing was."""
+    """A context after which torch's cached memory is freed, and the number of tuned kernels and the seconds are passed
+    to `report`, or logged; nothing where nothing was tuned."""
     if not kernels.tunes(device):
         yield
         return
@@ -57,11 +57,11 @@ def tune_loss(
     num_tokens: int,
     device: torch.device,
 ) -> None:
-    """Tunes what `linear_distillation_loss` will ask for, forward and backward.
+    """Tunes the kernels of `linear_distillation_loss`, forward and backward.
 
     Args:
         shard: the student's columns on this rank; its group is not used.
-        loss, head: the run's.
+        loss, head: the run's settings.
         hidden_dtype, hidden_size: of the student's final hidden states, [N, H].
         num_tokens: the most completion tokens that a micro-batch can have on this rank.
         device: where this rank computes.
@@ -93,8 +93,8 @@ def tune_scores(
     num_tokens: int,
     device: torch.device,
 ) -> None:
-    """Tunes what `linear_token_logp` will ask for, of the student or of a teacher whose columns here are `shard`; the
-    other arguments as in `tune_loss`."""
+    """Tunes the kernels of `linear_token_logp`, for the student or for a teacher whose columns on this rank are
+    `shard`; the other arguments as in `tune_loss`."""
     if not kernels.tunes(device):
         return
     rows = _trial_rows(shard.width, shard.num_valid, min(num_tokens, head.chunk_size or num_tokens))
@@ -104,7 +104,7 @@ def tune_scores(
 
 
 def tune_cross_entropy(shard: VocabShard, *, hidden_dtype: torch.dtype, num_tokens: int, device: torch.device) -> None:
-    """Tunes what `cross_entropy` will ask for, forward and backward; arguments as in `tune_loss`."""
+    """Tunes the kernels of `cross_entropy`, forward and backward; arguments as in `tune_loss`."""
     if not kernels.tunes(device):
         return
     rows = _trial_rows(shard.width, shard.num_valid, num_tokens)
@@ -116,7 +116,7 @@ def tune_cross_entropy(shard: VocabShard, *, hidden_dtype: torch.dtype, num_toke
 
 
 def _alone(shard: VocabShard) -> VocabShard:
-    """A whole vocabulary of as many columns, of which as many are padding: nobody else is asked."""
+    """A whole vocabulary with as many columns and as much padding: no other rank takes part."""
     return VocabShard(0, shard.width, shard.num_valid)
 
 
@@ -130,7 +130,7 @@ def _trial_rows(width: int, num_valid: int, most_rows: int) -> int:
 
 
 def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Standard normal numbers [rows, columns], from a generator of their own."""
+    """Standard normal numbers [rows, columns], from a separate generator."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(rows, columns, dtype=dtype, device=device).normal_(generator=generator)
 

@@ -1,8 +1,8 @@
-"""The three passes and the two exchanges of a divergence over vocabulary shards; both forms of the loss are made of it.
+"""The three passes and two exchanges of a divergence over vocabulary shards, which both forms of the loss use.
 
-Pass 1 finds what normalizes both distributions, pass 2 the totals of the clamped entries, pass 3 writes the gradient.
-After each of the first two the ranks of the tensor group exchange a handful of numbers a token; an unclipped KL needs
-neither pass 2 nor its exchange.
+Pass 1 finds the normalizers of both distributions, pass 2 the totals of the clamped entries, pass 3 writes the
+gradient. After each of the first two the ranks of the tensor group exchange a few numbers per token; an unclipped KL
+needs neither pass 2 nor its exchange.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from renio_megatron.parallel.vocab import (
 
 @dataclass(frozen=True)
 class Totals:
-    """What a token's divergence comes to over the whole vocabulary, [N] each.
+    """Each token's totals over the whole vocabulary, [N] each.
 
     Attributes:
         value: the divergence after the entry bounds, nats.
@@ -65,7 +65,7 @@ class VocabParallelPasses:
         """Pass 1 over logits [N, L], and the first exchange.
 
         Raises:
-            LayoutError: the group's shards are not the vocabulary, or of other tokens.
+            LayoutError: the group's shards do not make up the vocabulary, or are of different tokens.
         """
         columns = self._shard.local_columns(token_ids)
         local = kernels.statistics(
@@ -80,7 +80,7 @@ class VocabParallelPasses:
         teacher_logits: torch.Tensor,
         normalizers: LogNormalizers,
     ) -> dict[str, torch.Tensor]:
-        """What a weighting wants of logits [N, L]: those of `LOGIT_INPUTS` that are `wanted`, nats [N] each.
+        """Inputs of a weighting from logits [N, L]: those of `LOGIT_INPUTS` that are `wanted`, nats [N] each.
 
         Each takes one more exchange.
         """
@@ -106,13 +106,14 @@ class VocabParallelPasses:
         scale_N: torch.Tensor,
         out: torch.Tensor | None,
     ) -> Totals:
-        """Passes 2 and 3, and the second exchange, where pass 1 does not say it all.
+        """Passes 2 and 3, and the second exchange, where pass 1 is not enough.
 
         Args:
-            student_logits, teacher_logits, normalizers: of pass 1.
-            scale_N: what each token's divergence is multiplied by in the loss.
+            student_logits, teacher_logits: as in pass 1.
+            normalizers: result of pass 1.
+            scale_N: factor of each token's divergence in the loss.
             out: [N, L] for the gradient of sum(scale x divergence) in the student's logits, may be `student_logits`
-                itself; None: no gradient is wanted.
+                itself; None: no gradient is computed.
         """
         divergence, group = self._divergence, self._shard.group
         models = student_logits, teacher_logits, normalizers

@@ -1,7 +1,7 @@
-"""One strategy at work: its sums over pieces, its weights, and the means that they are divided by.
+"""The weights of one strategy: its sums over context-parallel pieces, and the means that normalize them.
 
-Strategies are plain mathematics on tokens that are here. What other ranks have of a sequence or of the batch is brought
-together in this file.
+Strategies are plain mathematics on local tokens. The collectives over ranks that share a sequence or the batch are in
+this file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from renio_megatron.objective.weightings.strategy import Strategy, WeightingInpu
 from renio_megatron.parallel.reductions import batch_mean, gather_shares, group_means, sum_pieces
 
 PER_TOKEN = INPUTS[: INPUTS.index("position") + 1]
-"""Inputs of which pieces of a sequence have those of their own tokens alone."""
+"""Inputs per token: a piece of a sequence has only those of its own tokens."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Ranks with other sequences of the batch, and ranks with other pieces of these; None: there are none."""
+    """Groups of ranks with other sequences of the batch, and with other pieces of the same ones; None: there are
+    none."""
 
     batch: dist.ProcessGroup | None = None
     sequence: dist.ProcessGroup | None = None
@@ -40,14 +41,14 @@ class Groups:
 
 @dataclass(frozen=True)
 class Finished:
-    """What one strategy says.
+    """Result of one strategy.
 
     Attributes:
         sequences: weights [B]; None: 1.
-        tokens: weights of the tokens that are here [N]; None: 1.
-        kept: which of them count at all, bool [N]; None: all.
-        batch_size: sequences of the batch, fp64 scalar, where it became known.
-        state: of a moving average, scalar; None where there is none.
+        tokens: weights of the local tokens [N]; None: 1.
+        kept: which of them count, bool [N]; None: all.
+        batch_size: sequences of the batch, fp64 scalar; None where it was not computed.
+        state: state of a moving average, scalar; None where there is none.
     """
 
     sequences: torch.Tensor | None
@@ -58,16 +59,16 @@ class Finished:
 
 
 def strategy_of(config: WeightingConfig) -> Strategy:
-    """The strategy of these settings, around another one where they say so."""
+    """The strategy of these settings; it may wrap another one."""
     of = () if config.inner is None else (strategy_of(config.inner),)
     return imported(config.strategy)(config, *of)
 
 
 class Weigher:
-    """A strategy, its settings, and what it sees."""
+    """A strategy, its settings, and its inputs."""
 
     def __init__(self, config: WeightingConfig, given: WeightingInputs) -> None:
-        """Raises `ConfigError` where the strategy needs what is not among those given."""
+        """Raises `ConfigError` where an input that the strategy needs is missing."""
         if missing := sorted(config.needs - given.values.keys()):
             raise ConfigError(
                 f"weighting '{config.name}' needs {', '.join(missing)}, and `inputs` has no such thing: give it as "
@@ -78,13 +79,13 @@ class Weigher:
     def finished(
         self, lengths: torch.Tensor, sums: Mapping[str, torch.Tensor], groups: Groups, state: torch.Tensor | None
     ) -> Finished:
-        """Its weights.
+        """The strategy's weights.
 
         Args:
-            lengths: of whole sequences.
-            sums: the same, by name, where the strategy's are additive.
-            groups: who has the other sequences, and the other pieces of these.
-            state: of a moving average, before this step.
+            lengths: tokens of each whole sequence.
+            sums: the strategy's sums over whole sequences, by name, where they are additive.
+            groups: ranks with the other sequences, and with the other pieces of these.
+            state: state of a moving average, before this step.
         """
         self.inputs.lengths = lengths
         if self.strategy.is_additive:
@@ -151,7 +152,7 @@ class Weigher:
         return torch.where(mean_N == 0, 1.0, raw / torch.where(mean_N == 0, 1.0, mean_N))
 
     def _undivided(self, raw: torch.Tensor) -> torch.Tensor:
-        """The weights as they are, where the settings say so."""
+        """The weights unnormalized; raises `ConfigError` where the settings name a mean that the strategy lacks."""
         if self.config.divisor != "none":
             raise ConfigError(
                 f"weighting '{self.config.name}' gives weights that have no mean called {self.config.divisor!r}: that "
@@ -165,7 +166,7 @@ def whole_sequences(inputs: WeightingInputs, groups: Groups) -> tuple[WeightingI
     """The tokens of all pieces of these sequences, rank after rank, and where this rank's are; two collectives.
 
     Raises:
-        LayoutError: nobody says where in its sequence a token is.
+        LayoutError: the position of tokens in their sequence is not given.
     """
     values = inputs.values
     if "position" not in values:

@@ -1,6 +1,7 @@
-"""The glue to megatron-core. The only folder that imports it; the rest of the package sees roles and layouts.
+"""The interface to megatron-core, which no other folder imports.
 
-The names below are for training loops of people's own; they are imported, and Megatron with them, when they are used.
+The rest of the package uses protocols and layouts. The names below are for custom training loops; they are imported,
+and Megatron with them, at first use.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["LoopBatch", "MegatronDistillation", "StepWeights", "TeacherHidden", 
 
 
 def run_on_cpu() -> None:
-    """Makes megatron-core run without a GPU, over gloo; call it before Megatron is imported. Nothing where CUDA is."""
+    """Makes megatron-core run without a GPU, over gloo; call it before Megatron is imported. A no-op with CUDA."""
     import_module("renio_megatron.megatron.runtime.cpu_patches").install()
 
 

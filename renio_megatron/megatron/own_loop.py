@@ -1,8 +1,8 @@
-"""The distillation loss in a loop that is not ours: a `forward_step` and a `loss_func` for Megatron's schedules.
+"""Distillation loss for custom Megatron training loops: `forward_step` and `loss_func` for Megatron's schedules.
 
-The model is a GPTModel that returns logits. Before the passes that train, the weights of the whole batch must be known:
-`weigh` makes them of log-probabilities, which it finds in forward-only passes where they are not given. Then the loss
-of each micro-batch is a sum over its tokens whose factors are known, and gradients are those of the whole batch
+The model is a GPTModel that returns logits. The weights of the whole batch are needed before the training passes:
+`weigh` computes them from log-probabilities, which it finds in forward-only passes where they are not given. Then the
+loss of each micro-batch is a sum over its tokens with known factors, and gradients are those of the whole batch
 whatever the number of micro-batches and ranks.
 """
 
@@ -36,11 +36,11 @@ _LOSS, _WEIGHTING = LossConfig(), WeightingConfig()
 
 @dataclass(frozen=True)
 class TeacherHidden:
-    """A teacher's answer as hidden states, of which logits are made where the loss is computed.
+    """A teacher's hidden states, from which logits are computed with the loss.
 
     Attributes:
-        states: final hidden states at the micro-batch's completion positions, as its LM head reads them [N, H].
-        head: this rank's rows of its LM head, cut as the student's is [L, H].
+        states: final hidden states at the micro-batch's completion positions, as input of its LM head [N, H].
+        head: this rank's rows of its LM head, sharded like the student's [L, H].
     """
 
     states: torch.Tensor
@@ -49,15 +49,15 @@ class TeacherHidden:
 
 @dataclass(frozen=True, eq=False)
 class LoopBatch:
-    """A micro-batch as Megatron's scripts have it, with the teacher's answer. A row is a sequence.
+    """A micro-batch in the format of Megatron's scripts, with the teacher's output. A row is a sequence.
 
     Attributes:
-        tokens, position_ids: what the model reads, of this context rank [b, s].
+        tokens, position_ids: the model's inputs on this context rank [b, s].
         labels: the next token of each position [b, s].
-        loss_mask: where `labels` is a token of the completion, [b, s]; anything but 0 is yes.
-        teacher: its logits at all positions [b, s, L] or at the completion positions in row-major order [N, L], this
-            rank's columns; or `TeacherHidden` of these positions. Only looked at on the last pipeline stage.
-        attention_mask: passed to the model; None: causal, as the model has it.
+        loss_mask: where `labels` is a token of the completion, [b, s]; any nonzero value counts.
+        teacher: the teacher's logits at all positions [b, s, L] or at the completion positions in row-major order [N,
+            L], this rank's columns; or `TeacherHidden` of these positions. Only read on the last pipeline stage.
+        attention_mask: passed to the model; None: the model's causal mask.
     """
 
     tokens: torch.Tensor
@@ -69,7 +69,7 @@ class LoopBatch:
 
     @functools.cached_property
     def places(self) -> torch.Tensor:
-        """Completion positions in row-major order over [b, s], int64 [N]; waits for the device once."""
+        """Completion positions in row-major order over [b, s], int64 [N]; synchronizes with the device once."""
         return self.loss_mask.flatten().nonzero()[:, 0]
 
     @property
@@ -88,11 +88,11 @@ class StepWeights:
     """Weights of the tokens of a step.
 
     Attributes:
-        sample: of this rank's sequences, in the order of the batches; None except on the last pipeline stage.
-        scales: what the divergence of each completion token is multiplied by, of each batch [N]; none except there.
+        sample: weights of this rank's sequences, in the order of the batches; None except on the last pipeline stage.
+        scales: for each batch the factor of each completion token's divergence [N]; empty on other stages.
         num_batches: micro-batches of this rank, all of which one call of the schedule takes.
-        num_positions: of all micro-batches of all data-parallel and context ranks; None except there.
-        drawn: batches that the schedule has taken.
+        num_positions: positions of all micro-batches of all data-parallel and context ranks; None on other stages.
+        drawn: batches that the schedule has consumed.
     """
 
     sample: SampleWeights | None
@@ -103,15 +103,15 @@ class StepWeights:
 
     @property
     def state(self) -> torch.Tensor | None:
-        """What `weigh` wants in the next step (`weighting.normalize=ema`)."""
+        """The `state` argument of `weigh` in the next step (`weighting.normalize=ema`)."""
         return None if self.sample is None else self.sample.state
 
 
 class MegatronDistillation:
-    """The loss of a student in Megatron's own loop.
+    """The distillation loss in a Megatron training loop.
 
     Groups are those of `megatron.core.parallel_state`. Weights and denominators are those of the whole batch, over the
-    data-parallel ranks and all micro-batches; pieces on context ranks are summed. A loop: `examples/megatron_loop.py`.
+    data-parallel ranks and all micro-batches; pieces on context ranks are summed. Example: `examples/megatron_loop.py`.
     """
 
     def __init__(self, vocab_size: int, loss: LossConfig = _LOSS, weighting: WeightingConfig = _WEIGHTING) -> None:
@@ -127,21 +127,21 @@ class MegatronDistillation:
         inputs: Mapping[str, Any] | None = None,
         state: torch.Tensor | None = None,
     ) -> StepWeights:
-        """Weights of the tokens of this rank's batches. Every rank calls it, and gives the same arguments or none.
+        """Weights of the tokens of this rank's batches. Every rank calls it, with the same optional arguments.
 
-        What the weighting needs of logits, log-probabilities included, and is not in `inputs`, a forward-only pass of
-        the student over all batches finds, in evaluation mode.
+        Inputs of the weighting that follow from logits, log-probabilities included, and are not in `inputs` are
+        computed in a forward-only pass of the student over all batches, in evaluation mode.
 
         Args:
             model: Megatron's module, or the list of them in an interleaved pipeline.
             batches: all micro-batches of the step, of one shape.
             weights: finished weights of this rank's sequences [B], in place of the weighting's.
-            inputs: what is known, by the names of `objective.weightings.strategy.WeightingInputs`: of all completion
-                tokens [N] or all sequences [B] of the batches, one after the other, row by row.
-            state: the `state` of the step before (`weighting.normalize=ema`).
+            inputs: known inputs, by the names of `objective.weightings.strategy.WeightingInputs`: of all completion
+                tokens [N] or all sequences [B] of the batches, concatenated row by row.
+            state: the `state` of the previous step (`weighting.normalize=ema`).
 
         Raises:
-            ConfigError: a model or a weighting that this does not fit.
+            ConfigError: a model or a weighting that is not supported here.
             LayoutError: batches or weights of shapes that do not fit together.
         """
         _check_model(model)
@@ -170,7 +170,7 @@ class MegatronDistillation:
             state=state,
             inputs=values,
         )
-        if weights is not None:  # nobody knows any log ratio
+        if weights is not None:  # log ratios are unknown
             sample = replace(sample, renio=None)
         scale = token_scale(sample.weights, sample.denominators, owner, sample.token_weights, denominator=1.0)
         parts = scale.split([len(batch.places) for batch in batches])
@@ -179,7 +179,7 @@ class MegatronDistillation:
         return StepWeights(sample, dict(zip(batches, parts, strict=True)), len(batches), int(positions))
 
     def forward_step(self, step: StepWeights) -> Callable[..., tuple[torch.Tensor, Callable[..., Any]]]:
-        """Megatron's `forward_step_func` of the step whose weights these are; its iterator gives the same batches."""
+        """Megatron's `forward_step_func` for the step with these weights; its iterator must yield the same batches."""
 
         def forward_step(iterator: Iterator[LoopBatch], model: Any, *_: Any) -> tuple[torch.Tensor, Any]:
             batch = next(iterator)
@@ -207,10 +207,10 @@ class MegatronDistillation:
             )
 
     def _loss_of(self, step: StepWeights, batch: LoopBatch, config: Any, output: torch.Tensor) -> tuple[Any, ...]:
-        """Megatron's `loss_func`: the loss as Megatron wants it, and its sum and its sequences as a metric.
+        """Megatron's `loss_func`: the loss as Megatron expects it, and its sum and number of sequences as a metric.
 
         Under `calculate_per_token_loss` Megatron divides the sums of all ranks by a count of all ranks, and has scaled
-        the losses of its own, of routers, for a count of all positions: so this count is theirs. Else it divides by the
+        its own router losses for a count of all positions: so this count is used here. Otherwise it divides by the
         number of micro-batches, and DDP by the number of ranks.
         """
         assert step.sample is not None and step.num_positions is not None
@@ -232,7 +232,7 @@ class MegatronDistillation:
         return found * (step.num_batches / mean).to(found), metrics
 
     def _scores(self, wanted: frozenset[str], batch: LoopBatch, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is wanted of logits at the completion tokens, [N] each."""
+        """The wanted inputs from logits at the completion tokens, [N] each."""
         student, teacher = self._rows(output, batch)
         passes = VocabParallelPasses(self._loss, self._shard(output))
         normalizers = passes.normalizers(student, teacher, batch.token_ids)
@@ -252,7 +252,7 @@ class MegatronDistillation:
                 "[sequences, positions, columns]. Call no labels, and leave the output as GPTModel has it."
             )
         student, teacher = output.flatten(0, 1)[batch.places], batch.teacher
-        if student.dtype == torch.float16:  # whose gradients, of one token, would be 0
+        if student.dtype == torch.float16:  # whose per-token gradients would underflow to 0
             student = student.float()
         if isinstance(teacher, TeacherHidden):
             dtype = torch.promote_types(teacher.states.dtype, torch.float32)
@@ -271,7 +271,7 @@ class MegatronDistillation:
 
 
 _OF_PASS = LOGIT_INPUTS | {"student_logp", "teacher_logp"}
-"""What a weighting may need that a pass of the student beside the teacher's answer tells."""
+"""Inputs of a weighting that follow from a student pass together with the teacher's output."""
 
 
 def _logits(model: Any, batch: LoopBatch) -> torch.Tensor:
@@ -281,7 +281,7 @@ def _logits(model: Any, batch: LoopBatch) -> torch.Tensor:
 def _forward_only(
     score: Callable[[LoopBatch, torch.Tensor], Any], model: Any, batches: Sequence[LoopBatch]
 ) -> list[Any]:
-    """Results of `score` of the logits of each batch, on the last stage."""
+    """Results of `score` on the logits of each batch, on the last stage."""
 
     def collect(batch: LoopBatch, output: torch.Tensor, non_loss_data: bool = True) -> Any:
         return score(batch, output)
@@ -307,7 +307,7 @@ def _forward_only(
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, in which nothing is dropped and no CUDA graph is recorded; each module is then as it was."""
+    """Context in evaluation mode, without dropout and CUDA-graph recording; restores each module's mode afterwards."""
     training = [one for chunk in _chunks(model) for one in chunk.modules() if one.training]
     for chunk in _chunks(model):
         chunk.eval()
@@ -337,7 +337,7 @@ def _context_group() -> Any:
 
 
 def _check_model(model: Any) -> None:
-    """Raises `ConfigError` for a model whose output is not what the loss reads."""
+    """Raises `ConfigError` for a model whose output the loss cannot read."""
     for chunk in _chunks(model):
         config, inner = get_model_config(chunk), chunk
         while hasattr(inner, "module"):

@@ -1,1 +1,1 @@
-"""The Hugging Face side of a model: its description, tokenizer and files; no Megatron."""
+"""Hugging Face model directories: config, tokenizer and weight files; no Megatron."""

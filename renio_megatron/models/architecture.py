@@ -30,7 +30,7 @@ _ROPE_KEYS = {
         "truncate",
     ),
 }
-"""What transformers reads of `rope_parameters`, beside theta, by kind."""
+"""Rope kind -> the entries of `rope_parameters` that transformers reads in addition to theta."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Experts:
     """The feed-forward networks of a layer with a router.
 
     Attributes:
-        num_experts: of a layer.
-        top_k: of them, how many a token goes through: those with the largest router probabilities.
-        ffn_hidden_size: of each.
+        num_experts: experts of a layer.
+        top_k: experts that a token is routed to: those with the largest router probabilities.
+        ffn_hidden_size: feed-forward width of each expert.
         normalized: whether the probabilities of a token's top-k experts are divided by their sum.
     """
 
@@ -52,14 +52,14 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What layouts depend on of a model, read without torch and transformers.
+    """Model dimensions that parallel layouts depend on, read without torch and transformers.
 
     Attributes:
-        file: the description, for messages.
+        file: path of config.json, for messages.
         family: one of `FAMILIES`.
         num_layers, num_attention_heads, num_query_groups: as in Megatron's TransformerConfig.
-        num_experts, expert_width: experts of a layer and columns of each; None for a dense model, and where config.json
-            holds no whole number, which `Architecture` says.
+        num_experts, expert_width: experts of a layer and feed-forward width of each; None for a dense model, and where
+            config.json holds no whole number, which `Architecture` reports.
     """
 
     file: Path
@@ -119,7 +119,7 @@ class ModelShape:
 
 
 def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of config.json and those that it leaves out; experts are counted under either of two names."""
+    """The keys of config.json, with defaults for missing ones; the number of experts has either of two names."""
     defaults = FAMILIES[content["model_type"]].defaults
     names = {"num_experts", "num_local_experts"}
     is_counted = bool(names & content.keys())
@@ -128,7 +128,7 @@ def _with_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model is made of, in Megatron's words.
+    """A model's architecture, in Megatron's terms.
 
     Attributes:
         family: one of `FAMILIES`.
@@ -137,8 +137,8 @@ class Architecture:
         vocab_size: rows of the embedding, without padding.
         tied: whether the LM head is the embedding.
         rope: its rotary position embeddings.
-        max_sequence_length: positions that the model was made for.
-        experts: in every layer, each of `ffn_hidden_size`; None for a dense model.
+        max_sequence_length: maximum number of positions of the model.
+        experts: the experts of every layer, each of `ffn_hidden_size`; None for a dense model.
     """
 
     family: str
@@ -160,7 +160,7 @@ class Architecture:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Architecture:
-        """Reads config.json of a Hugging Face model directory; where it ties the head, the weights have a say in it.
+        """Reads config.json of a Hugging Face model directory; where it ties the head, the weight files are read too.
 
         Raises:
             ConfigError: a family or a feature that is not supported, named.
@@ -174,12 +174,12 @@ class Architecture:
 
     @classmethod
     def from_description(cls, directory: Path) -> Architecture:
-        """The same of config.json alone."""
+        """Reads config.json alone, without the weight files."""
         return cls.from_values(directory / "config.json", _values(directory))
 
     @classmethod
     def from_values(cls, path: Path, values: dict[str, Any]) -> Architecture:
-        """The same, of what config.json holds, as transformers reads it; `path` is for the messages."""
+        """The architecture of the values of config.json, as transformers reads them; `path` is for messages."""
         family: Any = values.get("model_type")
         if not isinstance(family, str) or family not in FAMILIES:
             raise ConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
@@ -208,7 +208,7 @@ class Architecture:
 
 
 def notices(directory: Path) -> list[str]:
-    """A sentence for each thing in a supported model's config.json that another program may read otherwise."""
+    """One sentence per entry of a supported model's config.json that other programs may read differently."""
     path, values = directory / "config.json", _values(directory)
     found, old, new = [], values.get("rope_scaling"), values.get("rope_parameters")
     if old and new and old != new:
@@ -239,7 +239,7 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_size: int) -
 
 
 def _values(directory: Path) -> dict[str, Any]:
-    """What config.json holds."""
+    """Contents of config.json."""
     path = directory / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -259,7 +259,7 @@ def _read_by_transformers(path: Path, values: dict[str, Any]) -> Any:
     try:
         with _silence():
             return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
-    except Exception as error:  # whatever transformers makes of a wrong value: there is no common class
+    except Exception as error:  # whatever transformers raises for a wrong value: there is no common class
         raise ConfigError(
             f"{path}: transformers refuses it ({' '.join(str(error).split())}). Mend it, or save the model again with "
             "save_pretrained."
@@ -267,19 +267,19 @@ def _read_by_transformers(path: Path, values: dict[str, Any]) -> Any:
 
 
 def _refuse_unsupported(path: Path, config: Any) -> None:
-    """Raises `ConfigError` for what Megatron would silently compute otherwise than transformers."""
+    """Raises `ConfigError` for features that Megatron would silently compute differently from transformers."""
     family = config.model_type
     refused: dict[str, bool] = {
         "hidden_act": config.hidden_act not in ("silu", "swish"),
-        # No counterpart here to a bias on the output projection.
+        # A bias on the output projection has no counterpart here.
         "attention_bias": FAMILIES[family].reads_attention_bias and bool(config.attention_bias),
         "mlp_bias": FAMILIES[family].reads_mlp_bias and bool(config.mlp_bias),
-        # Layers with experts beside layers without.
+        # Layers with experts mixed with layers without.
         "decoder_sparse_step": family == "qwen3_moe" and config.decoder_sparse_step != 1,
         "mlp_only_layers": family == "qwen3_moe" and bool(config.mlp_only_layers),
         "router_jitter_noise": family == "mixtral" and config.router_jitter_noise != 0.0,
         "sliding_window": _has_window(config),
-        "layer_types": config.model_type != "llama"  # transformers runs into it
+        "layer_types": config.model_type != "llama"  # transformers fails on it
         and config.sliding_window is None
         and "sliding_attention" in (getattr(config, "layer_types", None) or ()),
         # Its attention derives a width from null, its rope does not.
@@ -320,7 +320,7 @@ def _experts(path: Path, config: Any) -> Experts:
 
 
 def _rope(path: Path, config: Any) -> Rope:
-    """What is left of either of transformers' ways to write it, once transformers has read it."""
+    """Rotary embeddings from either of transformers' formats, after transformers has normalized it."""
     parameters = config.rope_parameters
     kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta")
     if kind not in KINDS:
@@ -344,7 +344,7 @@ def _rope(path: Path, config: Any) -> Rope:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """transformers' own words about a config; what matters of them is said here."""
+    """Silences transformers' own messages about a config; the relevant ones are reported here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

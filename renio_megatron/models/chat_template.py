@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it makes of a problem, and what is odd about it."""
+"""A tokenizer's chat template: rendering, and warnings about its peculiarities."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _PROBLEM, _ANSWER = "What is 2 + 2?", "renio-answer"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template whose date stands still.
+    """A chat template with a fixed date.
 
     Attributes:
-        tokenizer: of Hugging Face.
-        text: the template, in Jinja; where the tokenizer's reads the clock, a date is written.
-        has_date: whether there is such a place.
+        tokenizer: the Hugging Face tokenizer.
+        text: the template, in Jinja; calls that read the clock are replaced by a fixed date.
+        has_date: whether it has such a call.
     """
 
     tokenizer: Any
@@ -29,14 +29,14 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any, now: datetime | None = None) -> ChatTemplate:
-        """The one that a tokenizer uses where none is chosen.
+        """The default template of a tokenizer.
 
         Args:
-            tokenizer: of Hugging Face.
-            now: what `strftime_now` formats; None: the clock's time.
+            tokenizer: a Hugging Face tokenizer.
+            now: the time that `strftime_now` formats; None: the clock's time.
 
         Raises:
-            ConfigError: it has none, several without a default, or one whose date cannot be held.
+            ConfigError: it has none, several without a default, or one whose date cannot be fixed.
         """
         if not tokenizer.chat_template:
             raise ConfigError(
@@ -61,7 +61,7 @@ class ChatTemplate:
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return _name(self.tokenizer)
 
     def render(self, turns: list[dict[str, str]], where: str, *, prompt: bool = True, **options: Any) -> str:
@@ -70,7 +70,7 @@ class ChatTemplate:
         Args:
             turns: its messages.
             where: the record, for the message.
-            prompt: end with the beginning of the assistant's turn.
+            prompt: end with the header of the assistant's turn (the generation prompt).
             options: passed to the template.
 
         Raises:
@@ -87,7 +87,7 @@ class ChatTemplate:
             ) from error
 
     def notices(self) -> list[str]:
-        """A sentence for each thing that makes prompts other than they are meant."""
+        """One sentence per peculiarity that makes prompts differ from what is expected."""
         found = []
         if self.has_date:
             found.append(
@@ -102,12 +102,12 @@ class ChatTemplate:
         return found
 
     def _missing_header(self) -> str | None:
-        """What the template writes before an answer and leaves out of a prompt that asks for one; None: nothing."""
+        """Text that the template writes before an answer but not at the end of a generation prompt; None: nothing."""
         turns = [{"role": "user", "content": _PROBLEM}]
         try:
             asked, not_asked = self.render(turns, "", prompt=True), self.render(turns, "", prompt=False)
             answered = self.render([*turns, {"role": "assistant", "content": _ANSWER}], "", prompt=False)
-        except DataError:  # the records will tell
+        except DataError:  # reported when records are rendered
             return None
         if asked != not_asked or not answered.startswith(asked):
             return None
@@ -125,5 +125,5 @@ def _words(error: Exception) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text as a literal of Jinja."""
+    """A text as a Jinja string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,4 +1,4 @@
-"""What ends a completion: tokens and texts, from a model's files and from the recipe."""
+"""Tokens and texts that end a completion, from a model's files and from the recipe."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any
 from renio_megatron.errors import ConfigError
 
 _TOKENS_AROUND = 8
-"""Tokens that are decoded with those that a stop string may consist of: the first of some decode to less than alone."""
+"""Extra tokens decoded before those that may form a stop string: at the start of a decoded span text may be lost."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What ends a completion.
+    """Tokens and texts that end a completion.
 
     Attributes:
-        token_ids: ascending.
-        strings: texts inside the completion, special tokens written out.
+        token_ids: end tokens, ascending.
+        strings: stop strings inside the completion, with special tokens decoded.
     """
 
     token_ids: tuple[int, ...]
     strings: tuple[str, ...] = ()
 
     def describe(self, tokenizer: Any) -> str:
-        """The ends as a person reads them."""
+        """The ends as readable text."""
         tokens = [f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in self.token_ids]
         return ", ".join([*tokens, *(f"the text {text!r}" for text in self.strings)])
 
     def in_text(self, tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
-        """Whether the last tokens of a completion hold one of `strings`; None where there are none.
+        """A function that tells whether a completion's last tokens hold one of `strings`; None where there are none.
 
-        It is asked after each token, so only the end is decoded: no token that decodes to something is shorter than a
-        byte.
+        It is called after each token, so it decodes only the last tokens: a token that decodes to any text gives at
+        least one byte.
         """
         if not self.strings:
             return None
@@ -54,14 +54,14 @@ def ends_of(
     stop_token_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] | None = None,
 ) -> Ends:
-    """Where transformers' `generate` would stop with a model, the tokenizer's end token, and what the recipe adds.
+    """The ends that transformers' `generate` uses for a model, the tokenizer's end token, and the recipe's stops.
 
     `generate` reads generation_config.json, and config.json only where there is no such file; never the tokenizer.
 
     Args:
-        directory: of the model.
-        tokenizer: its own.
-        stop_token_ids, stop_strings: `rollout`'s.
+        directory: the model's directory.
+        tokenizer: the model's tokenizer.
+        stop_token_ids, stop_strings: those of the section `rollout`.
 
     Raises:
         ConfigError: a file that cannot be read, or an id without a token.
@@ -90,7 +90,7 @@ def ends_of(
 
 
 def differing_ends(student: Ends, teacher: Ends, tokenizer: Any, who: str) -> str | None:
-    """A sentence about ends of a teacher at which the student's completions do not end; None where there are none."""
+    """A sentence about end tokens of a teacher that do not end the student's completions; None where there are none."""
     its_own = (token for token in teacher.token_ids if token < len(tokenizer))  # others the student cannot write
     missing = Ends(tuple(token for token in its_own if token not in student.token_ids))
     if not missing.token_ids:
@@ -103,7 +103,7 @@ def differing_ends(student: Ends, teacher: Ends, tokenizer: Any, who: str) -> st
 
 
 def _listed(value: Any, kind: type) -> list[Any]:
-    """One value or a list of them, each of a kind."""
+    """A value that may be a list, as a list of values of one type."""
     values = [] if value is None else value if isinstance(value, list) else [value]
     for one in values:
         if not isinstance(one, kind) or isinstance(one, bool):

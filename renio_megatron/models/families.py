@@ -1,6 +1,6 @@
-"""The families of models that are supported, in one table: what is special about each, and what its files call things.
+"""Table of the supported model families: defaults, biases, and tensor names in their files.
 
-No torch and no transformers here: a recipe is checked against its models before either is imported.
+No torch or transformers here: a recipe is checked against its models before either is imported.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """What a layer with experts is called in a Hugging Face directory.
+    """Names of a layer's router and experts in a Hugging Face directory.
 
     Attributes:
-        router, experts: below the layer.
-        parts: of an expert, by Megatron's name, whose rows they are one after the other.
-        count, width: keys of config.json: experts of a layer, and columns of each.
+        router, experts: prefixes below the layer.
+        parts: Megatron's name of an expert's matrix -> the tensors whose rows it concatenates.
+        count, width: keys of config.json for the number of experts of a layer and the feed-forward width of each.
     """
 
     router: str
@@ -32,13 +32,12 @@ class Family:
     """A `model_type` of config.json.
 
     Attributes:
-        defaults: what config.json may leave out of what layouts depend on: the numbers of transformers' own class, with
-            which a test compares them. One without `num_key_value_heads`, there or here, has as many as it has
-            attention heads.
+        defaults: defaults of keys that layouts depend on and config.json may leave out: those of transformers' config
+            class, checked by a test. Without `num_key_value_heads`, there or here, it is the number of attention heads.
         experts: names of its experts; None for a dense family.
         qk_layernorm, add_qkv_bias: as in Megatron's TransformerConfig.
         reads_attention_bias, reads_mlp_bias: whether the keys attention_bias and mlp_bias add biases, which are not
-            built.
+            supported.
     """
 
     defaults: Mapping[str, Any]
@@ -86,13 +85,13 @@ FAMILIES: Mapping[str, Family] = {
         experts=_MIXTRAL_EXPERTS,
     ),
 }
-"""By `model_type`."""
+"""`model_type` of config.json -> family."""
 
 MOE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.experts is not None)
 
 
 def experts_of(family: str) -> ExpertNames:
-    """Names of the experts of a family that has some."""
+    """Tensor names of the experts, for families with experts."""
     names = FAMILIES[family].experts
     assert names is not None
     return names

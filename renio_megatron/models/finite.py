@@ -1,4 +1,4 @@
-"""Weights that are read are numbers."""
+"""Check that loaded weights are finite."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from renio_megatron.errors import ConfigError
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:
-    """Raises `ConfigError`, which begins with `what`, where some value is NaN or inf.
+    """Raises `ConfigError`, whose message begins with `what`, where some value is NaN or inf.
 
-    One pass, without a copy: a NaN is the least and the greatest of all, an inf one of the two.
+    One pass, without a copy: NaN propagates to both minimum and maximum, an infinity is one of the two.
     """
     if values.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(values)):
         raise ConfigError(

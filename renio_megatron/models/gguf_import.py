@@ -1,4 +1,4 @@
-"""A small pretrained model out of a GGUF file: SmolLM2-135M-Instruct as a Hugging Face model directory.
+"""Import of SmolLM2-135M-Instruct from a GGUF file as a Hugging Face model directory.
 
 Run as ``python -m renio_megatron.models.gguf_import FILE.gguf DIRECTORY``; ``scripts/get_smollm2.sh`` fetches the file.
 """
@@ -23,13 +23,13 @@ SMOLLM2 = {
 }
 SMOLLM2_ROPE_THETA = 100_000.0
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-"""A tokenizer's attribute -> the file's name for it."""
+"""Attribute of a tokenizer -> its name in the GGUF file."""
 
 
 def import_gguf(gguf: str | Path, directory: str | Path) -> Path:
-    """The directory, with the model of a GGUF file in bfloat16, unpacked, and its tokenizer.
+    """Writes the model of a GGUF file, unpacked to bfloat16, and its tokenizer to `directory`, which it returns.
 
-    It is written under another name first and renamed when complete.
+    The directory is written under a temporary name and renamed when complete.
 
     Raises:
         ConfigError: the packages that read GGUF are missing. CheckpointError: no such file, the directory is there
@@ -51,7 +51,7 @@ def import_gguf(gguf: str | Path, directory: str | Path) -> Path:
 
 
 def check_smollm2(config: Any, tokenizer: Any) -> None:
-    """Raises `CheckpointError` naming every value in which the model is not SmolLM2-135M-Instruct."""
+    """Raises `CheckpointError` naming every value in which the model differs from SmolLM2-135M-Instruct."""
     found = {name: getattr(config, name, None) for name in SMOLLM2}
     wrong = [f"{name} {found[name]!r}, not {value!r}" for name, value in SMOLLM2.items() if found[name] != value]
     rope_theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
@@ -66,10 +66,10 @@ def check_smollm2(config: Any, tokenizer: Any) -> None:
 
 
 def set_special_tokens(tokenizer: Any, gguf: Path) -> None:
-    """Gives a tokenizer the special tokens that the file names by their ids.
+    """Sets a tokenizer's special tokens to those that the file names by their ids.
 
-    transformers 5.17 takes the first token of a text for the last one, too, and no padding; a run with that end token
-    would never end a completion.
+    transformers 5.17 uses the beginning-of-text token as the end token, too, and no padding token; with that end token
+    no completion would ever end.
     """
     from gguf import GGUFReader
 
@@ -89,13 +89,13 @@ def _load(gguf: Path) -> tuple[Any, Any]:
     import transformers
 
     options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
-    packed = getattr(transformers, "GgufConfig", None)  # newer transformers keep the weights packed unless told
+    packed = getattr(transformers, "GgufConfig", None)  # newer transformers keep the weights packed by default
     if packed is not None:
         options["quantization_config"] = packed(dequantize=True)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     set_special_tokens(tokenizer, gguf)
-    # save_pretrained refuses a model that still says it is quantized.
+    # save_pretrained refuses a model that is still marked as quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

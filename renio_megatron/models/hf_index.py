@@ -1,4 +1,4 @@
-"""Which tensors a Hugging Face directory's safetensors files hold, under the names that the families have here."""
+"""Index of the tensors in a Hugging Face directory's safetensors files, under uniform names per family."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _COMPARED_ROWS = 4096
 _FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
 _FUSED_AS = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}
-"""The fused tensors by Megatron's name of what they hold of each expert, in the same order of rows."""
+"""Fused tensor of all experts -> Megatron's name of each expert's part, whose rows have the same order."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as a part of what a file holds.
+    """A tensor as a view of a (possibly fused) tensor in a file.
 
     Attributes:
-        tensor: the name in the file.
-        expert: the number of the matrix in a tensor of three dimensions; None: the tensor is one already.
-        part: (which, of how many equal parts of that matrix's rows).
+        tensor: name in the file.
+        expert: index of the matrix in a three-dimensional tensor; None: the tensor is not fused over experts.
+        part: (index, number of equal parts) of that matrix's rows.
     """
 
     tensor: str
@@ -41,7 +41,7 @@ class View:
     part: tuple[int, int] = (0, 1)
 
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """Of the view; `whole` is the shape in the file. Empty where the file's is no shape of such a tensor.
+        """Shape of the view; `whole` is the shape in the file. Empty where that is not a valid shape for such a tensor.
 
         >>> View("a", 3, (1, 2)).shape((8, 6, 5))
         (3, 5)
@@ -53,7 +53,7 @@ class View:
         return whole[1] // self.part[1], whole[2]
 
     def read(self, handle: Any, rows: slice, columns: slice | None) -> torch.Tensor:
-        """Rows of the view, and columns where they are not all, from its open file."""
+        """Reads rows of the view, and a range of columns unless None, from its open file."""
         tensor = handle.get_slice(self.tensor)
         if self.expert is None:
             return tensor[rows] if columns is None else tensor[rows, columns]
@@ -63,15 +63,15 @@ class View:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether there are files that `TensorIndex` reads; those of a model may be elsewhere."""
+    """Whether there are files that `TensorIndex` reads; a model's weights may be elsewhere."""
     return (directory / SINGLE).is_file() or (directory / INDEX).is_file()
 
 
 class TensorIndex:
-    """The files of a directory. As in transformers, one whole file comes before an index of several.
+    """The weight files of a directory. As in transformers, a single file takes precedence over an index of several.
 
     Attributes:
-        files: tensor, as it is named in its file -> file.
+        files: tensor name in the file -> file.
 
     Raises:
         ConfigError: no file, or an index that cannot be read.
@@ -94,7 +94,7 @@ class TensorIndex:
             )
 
     def open(self, file: str) -> Any:
-        """A file as safetensors' handle, which is a context manager."""
+        """Opens a file as a safetensors handle, which is a context manager."""
         try:
             return safe_open(self.directory / file, "pt")
         except (SafetensorError, OSError) as error:
@@ -103,7 +103,7 @@ class TensorIndex:
             ) from error
 
     def is_tied(self) -> bool:
-        """Whether a model whose config.json ties its head to its embedding has one matrix of the two.
+        """Whether head and embedding are one matrix, for a model whose config.json ties them.
 
         transformers keeps both where both are there and differ.
         """
@@ -120,12 +120,12 @@ class TensorIndex:
             )
 
     def views(self, family: str, num_experts: int) -> dict[str, View]:
-        """The directory's tensors by the names that this package reads: each expert's matrices apart, and the embedding
-        where only the head that is tied to it was written.
+        """The directory's tensors by the names that this package reads: each expert's matrices separately, and the
+        embedding also where only the head tied to it was saved.
 
         Args:
-            family: the model's.
-            num_experts: of a layer; 0 without any.
+            family: the model's family.
+            num_experts: experts of a layer; 0 for a dense model.
         """
         found = {name: View(name) for name in self.files}
         if num_experts:

@@ -1,4 +1,4 @@
-"""The weight files of a Hugging Face directory: what must be in them, and reading one slice at a time."""
+"""Weight files of a Hugging Face directory: checking their tensors, and reading one slice at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_NAMED = 3
 
 
 def description_files(directory: Path) -> list[Path]:
-    """Everything in a model directory but weights: config, generation config, tokenizer, chat template."""
+    """All files of a model directory except weights: config, generation config, tokenizer, chat template."""
     return [
         path
         for path in sorted(directory.iterdir())
@@ -64,7 +64,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def _feed_forward_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The same of one layer's feed-forward network, or of its router and experts."""
+    """Name and shape of every tensor of one layer's feed-forward network, or of its router and experts."""
     hidden, ffn, experts = architecture.hidden_size, architecture.ffn_hidden_size, architecture.experts
     parameters: dict[str, tuple[int, ...]] = {
         "mlp.linear_fc1.weight": (ffn, hidden),
@@ -88,10 +88,10 @@ class WeightFiles:
     """A directory's safetensors files.
 
     Attributes:
-        bytes_read: of all slices that were read, in the files' dtypes; headers are not counted.
+        bytes_read: bytes of all slices read so far, in the files' dtypes; headers are not counted.
 
     Raises:
-        ConfigError: none there, one that is missing, or one that cannot be read.
+        ConfigError: there are no weight files, or one is missing or cannot be read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -103,9 +103,9 @@ class WeightFiles:
         self._lock = Lock()
 
     def check(self, architecture: Architecture) -> None:
-        """Raises `ConfigError` for tensors that are missing, not as config.json says, or that it does not ask for.
+        """Raises `ConfigError` for tensors that are missing, differ from config.json, or are unexpected.
 
-        Surplus tensors that change nothing are passed over: rotary frequencies, which config.json determines, and the
+        Unexpected tensors without effect are ignored: rotary frequencies, which config.json determines, and the
         LM head of a model whose head is the embedding. Reads the files' headers only.
         """
         shapes = hf_shapes(architecture)
@@ -151,19 +151,19 @@ class WeightFiles:
             )
 
     def size_of(self, one: Slice) -> int:
-        """Bytes of a slice, of a directory that `check` has passed."""
+        """Bytes of a slice; the directory must have passed `check`."""
         width = prod(self._shapes[one.tensor][1:]) if one.columns is None else one.columns[1] - one.columns[0]
         return one.num_rows * width * self._item_bytes[one.tensor]
 
     def read(self, handle: Any, one: Slice) -> torch.Tensor:
-        """A slice, as a view of the mapped file: the copy reads the disk, and no memory is used before.
+        """A slice as a view of the memory-mapped file: the disk is read, and memory used, when it is copied.
 
-        The disk is read in pages and ahead. Of rows that is little more than the slice; of columns, which have a piece
-        in most pages, it is nearly the whole tensor, once for all ranks of a host.
+        The disk is read in pages, with read-ahead. For rows that is little more than the slice; for columns, which have
+        a piece in most pages, it is nearly the whole tensor, once for all ranks of a host.
 
         Args:
-            handle: the open file that the slice's tensor is in.
-            one: rows, and columns where they are not all.
+            handle: the open file that holds the slice's tensor.
+            one: the rows, and columns if not all.
         """
         columns = None if one.columns is None else slice(*one.columns)
         values = self._views[one.tensor].read(handle, slice(one.start, one.stop), columns)
@@ -173,7 +173,7 @@ class WeightFiles:
         return values
 
     def place_of(self, name: str, order: Mapping[str, int]) -> tuple[int, int, int]:
-        """Where a tensor begins in its file, to compare; `order` numbers the file's tensors."""
+        """Sort key for the position of a tensor in its file; `order` numbers the file's tensors."""
         view = self._views[name]
         return order[view.tensor], view.expert or 0, view.part[0]
 
@@ -184,7 +184,7 @@ class WeightFiles:
         return self._index.files[self._views[name].tensor]
 
     def open(self, file: str) -> Any:
-        """A file as safetensors' handle, which is a context manager."""
+        """Opens a file as a safetensors handle, which is a context manager."""
         return self._index.open(file)
 
     def _missing(self, name: str) -> ConfigError:

@@ -1,6 +1,6 @@
-"""What a Megatron parameter of one tensor rank is made of: rows or columns of Hugging Face tensors.
+"""Mapping of one tensor rank's Megatron parameters to rows or columns of Hugging Face tensors.
 
-For all of `FAMILIES`, and for the parameters' names of both backends. Nothing here reads a file.
+It covers all of `FAMILIES`, and the parameter names of both backends. Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _IN_LAYER: dict[str, tuple[str, ...]] = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-    # Where Transformer Engine computes a norm together with the product after it, its weight is that layer's.
+    # Transformer Engine fuses a norm with the linear layer after it, which then holds the norm's weight.
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
     "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
     "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
@@ -44,11 +44,11 @@ _OUTSIDE: dict[str, tuple[str, ...]] = {
 
 _CUT_BY_COLUMNS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Parameters whose rows are tokens; they may have more rows than the vocabulary."""
+"""Parameters whose rows are tokens; with padding they may have more rows than the vocabulary."""
 
 
 def local_name(name: str) -> str:
-    """The name that a parameter has where the layers are Megatron's own, whichever they are here.
+    """A parameter's name with Megatron's local layers, from its name in either backend.
 
     >>> local_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight")
     'decoder.layers.3.pre_mlp_layernorm.weight'
@@ -63,7 +63,7 @@ def local_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows of a Hugging Face tensor, all their columns or some, and the rows of the parameter that they become.
+    """Rows (and optionally a range of columns) of a Hugging Face tensor, and the parameter rows that they become.
 
     Attributes:
         tensor: the Hugging Face name.
@@ -97,11 +97,11 @@ def hf_names(name: str, architecture: Architecture) -> tuple[str, ...]:
     """Hugging Face tensors that a Megatron parameter is made of.
 
     Args:
-        name: Megatron's name, with the layer's and the expert's number in the whole model.
+        name: Megatron's name, with the global numbers of the layer and the expert.
         architecture: the whole model.
 
     Raises:
-        ConfigError: a parameter without a counterpart.
+        ConfigError: a parameter without a Hugging Face counterpart.
     """
     match = _LAYER.fullmatch(name)
     if match and architecture.experts is not None:
@@ -131,18 +131,18 @@ def slices_of(
     size: int,
     num_rows: int,
 ) -> list[Slice]:
-    """The slices that one tensor rank's part of a Megatron parameter consists of; together they are all of its rows.
+    """The slices that make up one tensor rank's part of a Megatron parameter; together they are all of its rows.
 
     Query, key and value rows are interleaved by query group: [queries of group g, key g, value g] for each g, and a
     rank has consecutive rows of that: whole groups, where there are enough. Gate and up are cut separately, so that a
-    rank has matching rows of both. Rows of a padded vocabulary that the model lacks are in no slice: they are the last
-    `num_rows` less those of the slices.
+    rank has matching rows of both. Padding rows of the vocabulary are in no slice: they are the last ones, `num_rows`
+    minus the rows of the slices.
 
     Args:
-        name: Megatron's name, with the layer's number in the whole model.
+        name: Megatron's name, with the global number of the layer.
         architecture: the whole model.
-        shapes: of every Hugging Face tensor, from `hf_shapes`.
-        rank, size: place on the tensor axis, for an expert's parameter on that of the experts.
+        shapes: shapes of all Hugging Face tensors, from `hf_shapes`.
+        rank, size: place on the tensor-parallel axis; for an expert's parameter on the expert-tensor-parallel axis.
         num_rows: rows of this rank's part.
     """
     names = hf_names(name, architecture)
@@ -157,7 +157,7 @@ def slices_of(
         return [Slice(names[0], 0, shape[0])]
     num_blocks = architecture.num_query_groups if is_qkv(name) else size
     heights = [shapes[tensor][0] // num_blocks for tensor in names]
-    # Where there are fewer groups than ranks, a rank has a part of one: Megatron puts a group together in its forward.
+    # With fewer groups than ranks, a rank has a part of one: Megatron gathers the group in its forward pass.
     first, last = rank * num_rows, (rank + 1) * num_rows
     slices, row = [], 0
     for block in range(num_blocks):
@@ -171,15 +171,15 @@ def slices_of(
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter is one expert's, which other ranks share than the rest of its layer."""
+    """Whether a parameter belongs to an expert, which is sharded over other ranks than the rest of its layer."""
     return ".mlp.experts." in name
 
 
 def is_qkv(name: str) -> bool:
-    """Whether a parameter is the weight or bias of queries, keys and values, not of the norm that came into it."""
+    """Whether a parameter is the weight or bias of queries, keys and values, not the weight of a norm fused into it."""
     return "linear_qkv" in name and "layer_norm" not in name
 
 
 def is_gate_and_up(name: str) -> bool:
-    """The same of the first layer of the feed-forward network."""
+    """Whether a parameter is the weight or bias of the feed-forward network's first layer, not of a fused norm."""
     return "linear_fc1" in name and "layer_norm" not in name

@@ -1,4 +1,4 @@
-"""Rotary position embeddings as transformers computes them, given to Megatron's module."""
+"""Rotary position embeddings as transformers computes them, set in Megatron's module."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
-"""Dynamic rope is plain up to `max_position_embeddings`, beyond which no prompt goes."""
+"""Supported values of `rope_type`. Dynamic rope equals the default up to `max_position_embeddings`, which no sequence
+exceeds."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """What transformers' config says of a model's rotary position embeddings.
+    """A model's rotary position embeddings, from transformers' config.
 
     Attributes:
-        theta: the longest wavelength's base.
+        theta: base of the frequencies.
         kind: transformers' `rope_type`, one of `KINDS`.
         parameters: the other entries of its `rope_parameters`, by name.
     """
@@ -29,11 +30,11 @@ class Rope:
 
 
 def frequencies(rope: Rope, width: int, max_sequence_length: int) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies, fp32 [width / 2], and the factor on cosines and sines; by transformers' own functions.
+    """Inverse frequencies, fp32 [width / 2], and the factor on cosines and sines, from transformers' functions.
 
     Args:
         rope: the kind and its constants.
-        width: of a head.
+        width: width of a head.
         max_sequence_length: the model's `max_position_embeddings`.
     """
     from transformers import LlamaConfig
@@ -47,14 +48,14 @@ def frequencies(rope: Rope, width: int, max_sequence_length: int) -> tuple[torch
         rope_parameters={"rope_theta": rope.theta, "rope_type": rope.kind, **dict(rope.parameters)},
     )
     module = LlamaRotaryEmbedding(config)
-    return module.inv_freq.clone(), float(module.attention_scaling)  # a plain tensor; Megatron's is no buffer
+    return module.inv_freq.clone(), float(module.attention_scaling)  # a plain tensor; Megatron's is not a buffer
 
 
 def set_rope(chunk: Any, rope: Rope, width: int, max_sequence_length: int) -> None:
-    """Gives one of Megatron's GPTModels its frequencies, and its config the factor.
+    """Sets the frequencies of one of Megatron's GPTModels, and the factor in its config.
 
-    Attention asks the config for the factor of YaRN, 0.1 x mscale x ln(scaling) + 1, which with a scaling of e^10 is
-    mscale + 1: so any factor can be said, also the one that config.json gives outright.
+    Attention computes YaRN's factor from the config, 0.1 x mscale x ln(scaling) + 1, which with a scaling of e^10 is
+    mscale + 1: so any factor can be set, also one that config.json gives explicitly.
     """
     inv_freq, factor = frequencies(rope, width, max_sequence_length)
     module = chunk.rotary_pos_emb

@@ -1,4 +1,4 @@
-"""Tokenizers: loading, padding, and whether two are the same."""
+"""Tokenizers: loading, padding, and comparison of two."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The Hugging Face tokenizer of a model directory; never from the network.
+    """Loads the Hugging Face tokenizer of a model directory; never from the network.
 
     Raises:
-        ConfigError: no tokenizer there, one that cannot be loaded, or one without an end token.
+        ConfigError: there is no tokenizer, it cannot be loaded, or it has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -36,14 +36,14 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's padding token, else its end token. No mask ever looks at it."""
+    """The id to pad with: the tokenizer's padding token, else its end token. No mask depends on it."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def check_same_tokenizer(student: Any, teacher: Any) -> None:
     """Raises `ConfigError` unless every token of the student is the teacher's token of the same id.
 
-    The teacher may have more tokens, behind or between the student's.
+    The teacher may have additional tokens, after or between the student's.
     """
     student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
     differing = [(index, token) for token, index in student_vocab.items() if teacher_vocab.get(token) != index]
@@ -58,12 +58,12 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
 
 
 def check_embedding(tokenizer: Any, directory: Path, architecture: Architecture) -> None:
-    """Raises `ConfigError` where the tokenizer has ids that a model has no row for.
+    """Raises `ConfigError` where the tokenizer has ids without a row in the model's embedding.
 
     Args:
-        tokenizer: the student's.
-        directory: of the model.
-        architecture: the model's.
+        tokenizer: the student's tokenizer.
+        directory: the model's directory.
+        architecture: the model's architecture.
     """
     vocabulary = tokenizer.get_vocab()
     beyond = sorted((index, token) for token, index in vocabulary.items() if index >= architecture.vocab_size)

@@ -1,1 +1,1 @@
-"""The method as plain tensor mathematics. Read `reference.py` first; nothing here knows about ranks."""
+"""The method as plain tensor math. Read `reference.py` first; nothing here knows about ranks."""

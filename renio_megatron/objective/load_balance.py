@@ -1,4 +1,4 @@
-"""The load-balancing loss of a layer with experts, sequence by sequence; torch only."""
+"""The load-balancing loss of a layer with experts, per sequence; torch only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def sum_by_sequence(values_TE: torch.Tensor, sequence_T: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """Sums of the tokens' values over each sequence, [B, E]; padding is in none of them.
+    """Sums of the tokens' values over each sequence, [B, E]; padding is excluded.
 
     Args:
         values_TE: a number for each token and expert, [T, E].
@@ -23,18 +23,18 @@ def sum_by_sequence(values_TE: torch.Tensor, sequence_T: torch.Tensor, num_seque
 
 
 def load_balancing_loss(probability_BE: torch.Tensor, count_BE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Of each sequence: E sum_e f_e P_e, where f_e is the share of its choices that fell on expert e, and P_e its mean
-    router probability of e; fp32 [B].
+    """Loss of each sequence: E sum_e f_e P_e, where f_e is the share of its choices that fell on expert e, and P_e its
+    mean router probability of e; fp32 [B].
 
-    1 where either is even, E / top_k where all tokens are sure of the same experts. Additive in `probability_BE`:
-    with the counts of whole sequences, the losses of their pieces add up.
+    1 where either is uniform, E / top_k where all tokens choose the same experts with certainty. Additive in
+    `probability_BE`: with the counts of whole sequences, the losses of their pieces add up.
 
     Args:
         probability_BE: sums over the sequence's tokens, or over a piece of them, of the softmax over all experts.
-        count_BE: of the whole sequence's tokens, how many chose each expert.
-        top_k: experts that a token goes through.
+        count_BE: number of the whole sequence's tokens that chose each expert.
+        top_k: experts that a token is routed to.
     Gradient: flows to `probability_BE`; choices have none.
-    Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20, the sequence-wise balance loss without its factor; of
+    Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20, the sequence-wise balance loss without its factor; for
     one sequence it is the Switch Transformer's loss (arXiv 2101.03961), equation 4.
 
     >>> load_balancing_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[3.0, 1.0]]), top_k=1).tolist()  # 2 (9 + 1) / 16

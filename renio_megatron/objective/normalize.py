@@ -1,4 +1,4 @@
-"""From raw weights to weights, where the means are already known. Means over ranks are `parallel/reductions.py`'s."""
+"""Normalization of raw weights by means that are already known. `parallel/reductions.py` computes means over ranks."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def divide_and_cap(raw_B: torch.Tensor, mean: torch.Tensor, cap: float | None) -
 
 
 def moving_average(mean: torch.Tensor, state: torch.Tensor | None, decay: float) -> torch.Tensor:
-    """The moving average of batch means after this batch, which is also what this batch is divided by.
+    """The moving average of batch means including this batch, by which this batch is divided.
 
     Args:
         mean: this batch's mean raw weight, scalar.
-        state: the average before this batch; None before the first one, which the average then starts from.
+        state: the average before this batch; None before the first batch, whose mean the average starts from.
         decay: share of the old average that is kept.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From tokens to sequences to the batch. Denominators are arguments, never computed here."""
+"""Reductions from tokens to sequences to the batch. Denominators are arguments, never computed here."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def token_scale(
     *,
     denominator: torch.Tensor | float,
 ) -> torch.Tensor:
-    """What each token's divergence is multiplied by in the loss: weight / (tokens of its sequence x denominator), times
-    a weight of its own where it has one.
+    """Factor of each token's divergence in the loss: weight / (tokens of its sequence x denominator), times the token's
+    own weight where there are token weights.
 
     Args:
         weights_B: sample weights [B].
-        lengths_B: tokens that count of each whole sequence [B]; 0 only where `owner_N` names none.
+        lengths_B: counted tokens of each whole sequence [B]; 0 only for sequences without tokens in `owner_N`.
         owner_N: sequence of each token, int64 [N].
         token_weights_N: weights of the tokens [N]; None: 1.
-        denominator: sequences of the optimizer step, whatever ranks they are on.
+        denominator: sequences of the optimizer step over all ranks.
 
     Returns:
         [N], dtype of `weights_B`.

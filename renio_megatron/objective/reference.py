@@ -1,4 +1,4 @@
-"""The whole objective on one page, dense and in autograd: read this first.
+"""Reference implementation of the whole objective, dense and in autograd: read this first.
 
 It is the oracle of every parallel test, so it shares no formula with the fast path: probabilities come from
 `log_softmax`, divergences are written out, the gradient is autograd's.
@@ -28,7 +28,7 @@ def reference_objective(
     cap: float | None = 10.0,
     uniform: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Loss of one optimizer step, and everything it is made of.
+    """Loss of one optimizer step, and all its intermediate values.
 
     Args:
         student_logits, teacher_logits: [N, V], completion tokens only; the gradient flows to the student's.

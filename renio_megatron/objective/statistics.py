@@ -1,4 +1,4 @@
-"""How well a score finds the wrong completions, and whether two scores order samples alike."""
+"""AUC of a score for finding wrong completions, and rank correlation of two scores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def auc(score: ArrayLike, positive: ArrayLike) -> float:
 
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing their mean rank; NaN where one side has no order.
+    """Spearman's rank correlation, equal values sharing their mean rank; NaN where one side is constant.
 
     >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 9.0, 5.0]))
     0.5
@@ -46,7 +46,7 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Mean place of each value among all, from 0; fp64."""
+    """Rank of each value among all, from 0, ties sharing their mean rank; fp64."""
     _, place, counts = values.double().unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts.double() + 1) / 2)[place]

@@ -1,1 +1,1 @@
-"""Ranks: what each one holds, and every collective of the mathematics. Knows torch.distributed, not Megatron."""
+"""Layouts, shards, and every collective of the math, on torch.distributed; no Megatron."""

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside the mathematics: one does it and every one learns how it went; small objects.
+"""Collectives for control flow and small objects, such as sharing the result of an action on rank 0.
 
 The only file with collectives of pickled objects.
 """
@@ -18,7 +18,7 @@ _Value = TypeVar("_Value")
 
 
 def any_rank(layout: ParallelLayout, mine: bool) -> bool:
-    """Whether it is so on any rank; the same answer on all. One collective."""
+    """Whether `mine` is true on any rank; the same result on all. One collective."""
     count = torch.tensor(float(mine), device=layout.device)
     if layout.world_size > 1:
         dist.all_reduce(count)
@@ -26,10 +26,10 @@ def any_rank(layout: ParallelLayout, mine: bool) -> bool:
 
 
 def on_main_rank(layout: ParallelLayout, action: Callable[[], _Value]) -> _Value:
-    """The result of `action`, which the first rank alone runs; one collective.
+    """Runs `action` on the first rank only and returns its result on all; one collective.
 
     Raises:
-        RenioError: whatever `action` raised of this kind, on every rank and with the scope `ALL_RANKS`.
+        RenioError: any `RenioError` that `action` raised, on every rank and with the scope `ALL_RANKS`.
     """
     outcome: list[Any] = [None, None]
     if layout.is_main:
@@ -48,8 +48,8 @@ def gather_objects(mine: _Value, group: dist.ProcessGroup | None = None) -> list
     """Every rank's object, in the order of ranks; they are pickled, so they are few and small. One collective.
 
     Args:
-        mine: this rank's.
-        group: None: the whole world; of one rank where nobody has joined one.
+        mine: this rank's object.
+        group: None: the whole world; a single rank where torch.distributed is not initialized.
     """
     size = dist.get_world_size(group) if dist.is_initialized() else 1
     if size == 1:

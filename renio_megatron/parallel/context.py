@@ -1,7 +1,7 @@
 """Context parallelism: which positions of a sequence a rank holds.
 
 A sequence is cut into 2 x ranks equal chunks; rank r holds chunks r and 2 x ranks - 1 - r, so that under a causal mask
-every rank has as much to attend to (Megatron's order, and Transformer Engine's).
+every rank has the same amount of attention to compute (the order of Megatron and Transformer Engine).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def local_positions(boundaries: Sequence[int], size: int, rank: int) -> torch.Te
 
     Args:
         boundaries: where the row's sequences begin, and its length; each sequence is a multiple of 2 x size long.
-        size, rank: the context axis.
+        size, rank: place on the context axis.
     """
     pieces = []
     for start, stop in itertools.pairwise(boundaries):
@@ -30,7 +30,7 @@ def local_positions(boundaries: Sequence[int], size: int, rank: int) -> torch.Te
 
 
 def natural_order(boundaries: Sequence[int], size: int) -> torch.Tensor:
-    """Where each position of a row is among all ranks' positions, rank after rank: int64 [row length].
+    """Index of each position of a row among all ranks' positions, rank after rank: int64 [row length].
 
     >>> natural_order([0, 4], size=2).tolist()  # rank 0 holds 0 and 3, rank 1 holds 1 and 2
     [0, 2, 3, 1]

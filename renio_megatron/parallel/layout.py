@@ -1,4 +1,4 @@
-"""Who a rank is: its place on every mesh axis, its device and its backend. No Megatron here."""
+"""Parallel layout of a rank: its place on every mesh axis, its device and its backend. No Megatron here."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ class Axis:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank opens the axis."""
+        """Whether this rank is the first on the axis."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether this rank closes the axis."""
+        """Whether this rank is the last on the axis."""
         return self.rank == self.size - 1
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """The mesh around a rank.
+    """A rank's place in the world and on all mesh axes.
 
     Attributes:
-        rank, world_size: global.
+        rank, world_size: global rank, and number of ranks.
         tensor, pipeline, data, context: the axes; `data` never holds context-parallel ranks.
-        expert_model, expert_tensor, expert_data: the axes of a stage's experts: among different ones, within one, and
-            among copies of the same. They part the same ranks as tensor, context and data do.
+        expert_model, expert_tensor, expert_data: the axes of a stage's experts: over different experts, within one, and
+            over copies of the same. They partition the same ranks as tensor, context and data do.
         expert_tensor_and_model: all ranks that hold one copy of a stage's experts.
-        device: where this rank computes.
-        rendezvous_seconds: from this rank's call to join the world until all had come.
-        is_teacher_rank: whether this rank is one that only scores, in a world of such ranks.
+        device: the device on which this rank computes.
+        rendezvous_seconds: time from this rank's call to join the world until all ranks had joined.
+        is_teacher_rank: whether this rank only scores, in a world of such ranks.
     """
 
     rank: int = 0
@@ -65,7 +65,7 @@ class ParallelLayout:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for the job: logs, metrics, files."""
+        """Whether this rank reports for the job: logs, metrics, files."""
         return self.rank == 0 and not self.is_teacher_rank
 
 
@@ -77,7 +77,7 @@ def backend_and_device(local_rank: int) -> tuple[str, torch.device]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is called, with its memory in GiB where it is a GPU.
+    """Name of the device, with its memory in GiB where it is a GPU.
 
     >>> device_name(torch.device("cpu"))
     'cpu'
@@ -90,7 +90,7 @@ def device_name(device: torch.device) -> str:
 
 
 def device_identity(device: torch.device) -> str:
-    """What tells a GPU from the others of its node; empty on a CPU, which ranks may share.
+    """Identifier of a GPU within its node; empty on a CPU, which ranks may share.
 
     >>> device_identity(torch.device("cpu"))
     ''

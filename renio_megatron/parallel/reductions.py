@@ -47,8 +47,8 @@ def group_means(
     """Mean raw weight of each sequence's group of `group_size` neighbors in the global order; one collective.
 
     The global order is rank after rank. A group may begin on one rank and end on another, so every rank publishes its
-    first and last `group_size` raw weights: whatever its offset turns out to be, its neighbors' share of its first and
-    last group is among them. The last group of the batch may be short.
+    first and last `group_size` raw weights: whatever its offset, its neighbors' share of its first and last group is
+    among them. The last group of the batch may be short.
 
     Args:
         raw_B: this rank's raw weights, fp32 or fp64 [B].
@@ -81,7 +81,7 @@ def group_means(
 
 
 def _published(gathered: torch.Tensor, counts: list[int], ranks: range, start: int, group_size: int) -> torch.Tensor:
-    """What `ranks` published from column `start` on, end to end."""
+    """The values that `ranks` published from column `start` on, concatenated."""
     parts = [gathered[r, start : start + min(counts[r], group_size)] for r in ranks]
     return torch.cat(parts) if parts else gathered.new_zeros(0)
 
@@ -96,7 +96,7 @@ def gather_shares(values: torch.Tensor, group: dist.ProcessGroup | None) -> tupl
 
     Args:
         values: [n of this rank, ...].
-        group: who has the others; None: nobody.
+        group: ranks that hold the other shares; None: this rank holds all.
 
     Returns:
         ([sum of n, ...], this rank's rows).
@@ -112,7 +112,7 @@ def gather_shares(values: torch.Tensor, group: dist.ProcessGroup | None) -> tupl
 
 
 def of_first_model_rank(values_B: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
-    """Numbers as the first of the ranks that share these sequences has them; one small collective an axis."""
+    """Broadcasts values from the first of the ranks that share these sequences; one small collective per axis."""
     axes = (layout.tensor, layout.pipeline, layout.context)
     mine = values_B if all(axis.is_first for axis in axes) else torch.zeros_like(values_B)
     for axis in axes:
@@ -121,7 +121,7 @@ def of_first_model_rank(values_B: torch.Tensor, layout: ParallelLayout) -> torch
 
 
 def sum_over_ranks(values: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
-    """Sum over all ranks of numbers that the tensor ranks have alike, the first of which speaks; one collective."""
+    """Sum over all ranks of values that are equal on tensor ranks, counted once per tensor group; one collective."""
     total = values.clone() if layout.tensor.is_first else torch.zeros_like(values)
     if layout.world_size > 1:
         dist.all_reduce(total)

@@ -1,7 +1,7 @@
-"""Rows of a table that other ranks hold, fetched by their numbers; each travels once, whatever the ranks' layouts.
+"""Exchange of table rows between ranks by row number; each row is sent once, whatever the ranks' layouts.
 
-Tensors go through the group's own methods and not through `torch.distributed`, because a group may span two worlds that
-know nothing of each other.
+Tensors go through the group's own methods and not through `torch.distributed`, because a group may span two separate
+worlds.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch.distributed as dist
 from renio_megatron.parallel.layout import Axis
 
 RowsOf = Callable[[torch.Tensor], torch.Tensor]
-"""Numbers of rows, int64 [n] -> the rows [n, width]."""
+"""Row numbers, int64 [n] -> the rows [n, width]."""
 
 
 def gather_rows(rows: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
     """Every rank's rows [n of the rank, width], in rank order; the ranks may have different numbers of them, or none.
 
-    Two collectives. For a few small rows: every rank gets all.
+    Two collectives. Meant for a few small rows: every rank gets all.
     """
     if axis.group is None or axis.size == 1:
         return [rows]
@@ -36,21 +36,21 @@ def gather_rows(rows: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
 
 
 class RowAllToAll:
-    """What every rank wants to know of a table, agreed on once; the rows then travel in rounds.
+    """All-to-all exchange of table rows: requests are exchanged once, the rows are then sent in rounds.
 
     Attributes:
-        num_rounds: the same on every rank: that of the rank with the most.
-        bytes_sent: from this rank to others, so far.
+        num_rounds: the same on every rank: the number of the rank with the most.
+        bytes_sent: bytes sent from this rank to others so far.
     """
 
     def __init__(self, wanted: Sequence[torch.Tensor], holder_of: RowsOf, axis: Axis, device: torch.device) -> None:
-        """Tells the others what this rank wants; three collectives.
+        """Sends this rank's requests to the others; three collectives.
 
         Args:
-            wanted: numbers of rows, int64 [n] for each round; this rank may have fewer rounds than others, or none.
-            holder_of: which rank of the axis gives a row, for numbers [n].
-            axis: the ranks.
-            device: where tensors travel from and to.
+            wanted: row numbers, int64 [n] for each round; this rank may have fewer rounds than others, or none.
+            holder_of: row numbers [n] -> the rank of the axis that sends each row.
+            axis: the ranks that take part.
+            device: device of the sent and received tensors.
         """
         self.bytes_sent = 0
         self._axis, self._device = axis, device
@@ -69,21 +69,21 @@ class RowAllToAll:
         counts = self._exchange(self._counts.T.contiguous(), [1] * axis.size, [1] * axis.size)
         mine = torch.cat([part for parts in asked for part in parts] or [torch.empty(0, dtype=torch.int64)])
         theirs = self._exchange(mine[:, None], self._counts.sum(0).tolist(), counts.sum(1).tolist())[:, 0]
-        # [rank][round]: the rows of mine that a rank wants in a round.
+        # [rank][round]: this rank's rows that another rank requests in a round.
         self._given = [
             list(part.split(rounds))
             for part, rounds in zip(theirs.split(counts.sum(1).tolist()), counts.tolist(), strict=True)
         ]
 
     def fetch(self, number: int, rows_of: RowsOf, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """The rows that this rank wants in a round, in the order in which it named them: [n, width]; one collective.
+        """The rows that this rank requested in a round, in the order of its request: [n, width]; one collective.
 
         Every rank calls it, for each round in turn.
 
         Args:
-            number: of the round.
-            rows_of: gives this rank's rows by their numbers; not called where nobody wants any.
-            width, dtype: of the rows, the same on every rank.
+            number: number of the round.
+            rows_of: returns this rank's rows by their numbers; not called where no rank requests any.
+            width, dtype: width and dtype of the rows, the same on every rank.
         """
         given = [rounds[number] for rounds in self._given]
         numbers = torch.cat(given)
@@ -101,9 +101,9 @@ class RowAllToAll:
     def _exchange(
         self, rows: torch.Tensor, leaving: list[int], arriving: list[int], *, keep: bool = False
     ) -> torch.Tensor:
-        """Rows [sum of leaving, width] for the ranks in order; theirs for this one, on the CPU unless `keep`.
+        """Sends rows [sum of leaving, width] to the ranks in order; returns those received, on the CPU unless `keep`.
 
-        They travel as bytes, because not every backend knows every type.
+        They are sent as bytes, because not every backend supports every dtype.
         """
         sent = rows.to(self._device)
         if self._axis.group is None or self._axis.size == 1:
@@ -117,7 +117,7 @@ class RowAllToAll:
 
 
 def sum_over(value: int, axis: Axis, device: torch.device) -> int:
-    """A whole number, summed over the ranks; one collective."""
+    """Sum of an integer over the ranks; one collective."""
     return sum(int(part) for part in gather_rows(torch.tensor([value], device=device), axis))
 
 

@@ -1,11 +1,11 @@
 """Vocabulary shards, and every collective over them.
 
-A rank of the tensor-parallel group holds some columns of the logits. Everything the loss needs from the others is a
-handful of numbers a token; the logits themselves never travel (`gather_columns`, for the sampler's one position, is the
-exception and says so). Results are merged in rank order from an all-gather, so they have the same bits on every rank.
+A rank of the tensor-parallel group holds some columns of the logits. All the loss needs from the other ranks is a few
+numbers per token; the logits themselves are never sent (except by `gather_columns`, for the sampler's one position).
+Results are merged in rank order from an all-gather, so they are bitwise equal on every rank.
 
-None of these functions is differentiated: gradients are written by hand from the merged numbers, and a collective that
-autograd cannot see is how sharded losses with exact values and wrong gradients come about.
+None of these functions is differentiated: gradients are written by hand from the merged numbers. A collective that
+autograd cannot see typically gives a sharded loss with exact values and wrong gradients.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from renio_megatron.errors import LayoutError
 
 NUM_STATISTICS = 7
 """Columns of a rank's statistics, [N, 7]: student maximum and sum of exponentials, teacher maximum and sum, student and
-teacher logit of the sampled token (-inf where another rank has it), and the cross term of an unclamped KL."""
+teacher logit of the sampled token (-inf where another rank holds it), and the cross term of an unclamped KL."""
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The columns [start, stop) of the vocabulary that this rank's logits hold.
+    """The columns [start, stop) of the vocabulary in this rank's logits.
 
     Attributes:
-        start, stop: global columns; logits are [N, stop - start]. Shards may differ in width, also be empty.
+        start, stop: global columns; logits are [N, stop - start]. Shards may differ in width, and may be empty.
         vocab_size: V. Columns >= V are padding: probability 0, gradient 0.
         group: ranks that together hold the vocabulary; None: it is all here.
 
     Raises:
-        LayoutError: an impossible range, or columns missing where there is no group to hold them.
+        LayoutError: an invalid range, or missing columns where there is no group to hold them.
     """
 
     start: int
@@ -58,7 +58,7 @@ class VocabShard:
     def for_vocab(
         cls, vocab_size: int, group: dist.ProcessGroup | None = None, *, width: int | None = None
     ) -> VocabShard:
-        """This rank's shard where all ranks of a group hold equally many columns, in the order of ranks.
+        """This rank's shard where all ranks of a group hold the same number of columns, in rank order.
 
         Args:
             vocab_size: V, without padding.
@@ -83,16 +83,16 @@ class VocabShard:
         return max(0, min(self.stop, self.vocab_size) - self.start)
 
     def local_columns(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Local column of each global token id, int64; -1 where another rank has it."""
+        """Local column of each global token id, int64; -1 where another rank holds it."""
         here = (token_ids >= self.start) & (token_ids < self.start + self.num_valid)
         return torch.where(here, token_ids - self.start, -1)
 
 
 @dataclass(frozen=True)
 class LogNormalizers:
-    """Log-normalizers of both models and what follows from one pass over the logits, for the whole vocabulary.
+    """Log-normalizers of both models, and other results of one pass over the logits, for the whole vocabulary.
 
-    The maximum and the logarithm of the sum stay apart: (z - maximum) - log_sum keeps the digits that
+    The maximum and the logarithm of the sum are kept separate: (z - maximum) - log_sum keeps digits that
     z - (maximum + log_sum) would round away.
 
     Attributes:
@@ -122,17 +122,17 @@ def gather_in_rank_order(local: torch.Tensor, group: dist.ProcessGroup | None) -
 def gather_statistics(local: torch.Tensor, shard: VocabShard, token_ids: torch.Tensor) -> torch.Tensor:
     """Every rank's statistics [N, 7] in rank order, [R, N, 7]; one collective. Conjugate: none, no gradient.
 
-    A last row travels along that says which columns they are of, and of which sampled tokens. On a GPU it is read once
-    for each shard, so that a vocabulary with a gap is found where its first loss is computed, and nobody waits
-    afterwards: from then on the device itself asserts that the other ranks' columns are still those.
+    An additional last row identifies the columns and the sampled tokens. On a GPU the host reads it once per shard, so
+    that a gap in the vocabulary is found at the first loss, without later synchronization: from then on the device
+    itself asserts that the other ranks' columns are unchanged.
 
     Args:
         local: this rank's statistics.
-        shard: the columns that they are of.
+        shard: the columns of these statistics.
         token_ids: global ids of the sampled tokens, int64 [N].
 
     Raises:
-        LayoutError: the ranks' columns are not the whole vocabulary, some are there twice, or the ranks have different
+        LayoutError: the ranks' columns are not the whole vocabulary, some are held twice, or the ranks have different
             tokens.
     """
     if shard.group is None or shard.group.size() == 1:
@@ -160,13 +160,13 @@ def gather_statistics(local: torch.Tensor, shard: VocabShard, token_ids: torch.T
 
 
 def _checksum(token_ids: torch.Tensor) -> torch.Tensor:
-    """A whole number below 2^20, exact in fp32, that other tokens or another order hardly share; a scalar int64."""
+    """Order-dependent checksum of the tokens, below 2^20 so that it is exact in fp32; a scalar int64."""
     factors = torch.arange(1, len(token_ids) + 1, device=token_ids.device) * 40503 % 65521
     return ((token_ids + 1) * factors % 1048573).sum() % 1048573
 
 
 _KNOWN_SHARDS: dict[tuple[dist.ProcessGroup, int, int, int], torch.Tensor] = {}
-"""For a shard on a GPU the columns of all ranks of its group, once they were found to be the whole vocabulary."""
+"""Shard on a GPU -> the columns of all ranks of its group, once they were found to cover the whole vocabulary."""
 
 
 def _check_cover(bounds: list[list[int]], vocab_size: int) -> None:
@@ -192,7 +192,7 @@ def _check_cover(bounds: list[list[int]], vocab_size: int) -> None:
 
 
 def sum_in_rank_order(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum over the ranks, with the same bits on each; one collective. Conjugate: none, no gradient."""
+    """Sum over the ranks, bitwise equal on each; one collective. Conjugate: none, no gradient."""
     gathered = gather_in_rank_order(local, group)
     total = gathered[0].clone()
     for part in gathered[1:]:
@@ -225,9 +225,9 @@ class _SumGradient(torch.autograd.Function):
 
 
 def sum_gradient_over_shards(hidden: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """`hidden` itself, [N, H], about to meet a head that is cut over the group: each rank's gradient is a part.
+    """`hidden` itself, [N, H], as input of a head that is sharded over the group: each rank's gradient is partial.
 
-    Conjugate: the sum of the parts, one all-reduce in backward.
+    Conjugate: the sum of the partial gradients, one all-reduce in backward.
     """
     if group is None or group.size() == 1 or not hidden.requires_grad:
         return hidden
@@ -262,15 +262,15 @@ def gather_sequence(piece: torch.Tensor, group: dist.ProcessGroup | None) -> tor
 
 
 def reshard_rows(rows: torch.Tensor, have: VocabShard, want: VocabShard) -> torch.Tensor:
-    """A head whose rows are cut at `have`'s edges, cut at `want`'s: a teacher's, at its student's. [L, H] -> [L', H].
+    """Reshards a head from the rows of `have` to those of `want`, a teacher's to its student's: [L, H] -> [L', H].
 
-    Rows that `have` lacks, such as padding, are 0; rows that `want` has no place for are dropped. A collective of as
-    many broadcasts as the group has ranks, for set-up. Conjugate: none, for frozen heads.
+    Rows that `have` lacks, such as padding, are 0; rows outside of `want` are dropped. One broadcast per rank of the
+    group, meant for setup. Conjugate: none, for frozen heads.
 
     Args:
         rows: this rank's rows, without gradient.
-        have: which rows these are.
-        want: which this rank shall hold; `want.group` must hold the same ranks as `have.group`.
+        have: the rows that this rank holds.
+        want: the rows that it should hold; `want.group` must have the same ranks as `have.group`.
     """
     result = rows.new_zeros(want.width, *rows.shape[1:])
     group = have.group
@@ -336,8 +336,8 @@ class LmHead:
 
     Attributes:
         weight: [L, H].
-        shard: which columns of the logits they make.
-        main_grad: Megatron's fp32 gradient buffer of `weight`, where it is trained.
+        shard: the columns of the logits that these rows compute.
+        main_grad: Megatron's fp32 gradient buffer of `weight`; None where it is not trained.
     """
 
     weight: torch.Tensor

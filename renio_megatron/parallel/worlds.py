@@ -1,6 +1,6 @@
-"""Two worlds under one launcher: ranks that train, and ranks that only score, each a world of torch.distributed.
+"""Two torch.distributed worlds under one launcher: ranks that train, and ranks that only score.
 
-Whatever asks torch for the world, Megatron above all, sees its own half; a group that torch's registry does not know
+Code that asks torch for the world, mainly Megatron, sees its own half; a process group that is not in torch's registry
 spans both.
 """
 
@@ -16,16 +16,16 @@ from renio_megatron.parallel.layout import Axis
 from renio_megatron.parallel.row_exchange import axis_of
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
-"""Seconds between two looks at the store."""
+"""Seconds between two polls of the store."""
 
 
 @dataclass
 class Bridge:
-    """What joins the two worlds.
+    """The connection between the two worlds.
 
     Attributes:
         axis: all ranks, those that train first.
-        store: where the ranks that train say that they want something.
+        store: the store in which the ranks that train announce a call.
     """
 
     axis: Axis
@@ -33,16 +33,16 @@ class Bridge:
     _calls: int = field(default=0, init=False)
 
     def call(self) -> None:
-        """Wakes the ranks that only score; on every rank that trains, of which the first one speaks."""
+        """Wakes the ranks that only score; called on every rank that trains, of which the first writes to the store."""
         if self.axis.is_first:
             self.store.set(f"call/{self._calls}", "")
         self._calls += 1
 
     def wait_for_call(self) -> None:
-        """Until the others want something, however long that takes; whoever started the ranks ends this one with them.
+        """Waits for the other ranks' next call, without timeout; the launcher ends this rank together with them.
 
-        The collective that follows has the world's timeout, because then everybody is on the way to it. The store is
-        asked again and again: its own waiting prints a warning whenever its time is up.
+        The collective that follows has the world's timeout, because then all ranks are about to enter it. The store is
+        polled, because its own wait prints a warning at each timeout.
         """
         pause = _SHORTEST_PAUSE
         while not self.store.check([f"call/{self._calls}"]):

@@ -1,1 +1,1 @@
-"""One run: from a recipe to its finished directory."""
+"""One run, from a recipe to its finished directory."""

@@ -1,4 +1,4 @@
-"""Settings -> models -> algorithm -> Trainer: the only file that knows both the loop and Megatron."""
+"""Assembly of models, algorithm and Trainer; the only file that knows both the training loop and Megatron."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from renio_megatron.types import Rollout, SamplingParams
 
 @dataclass(frozen=True)
 class Parts:
-    """What an algorithm is built from, on one rank.
+    """The parts from which an algorithm is built on one rank.
 
     Attributes:
-        config: all settings, of the algorithm's own class.
-        inputs: what was read.
-        layout: this rank's place.
+        config: all settings, of the algorithm's class.
+        inputs: models' descriptions, data and graders, from `read_inputs`.
+        layout: this rank's place in the world.
         learner, sampler: the student's `MegatronLearner` and `MegatronSampler`.
         lr_at: step -> learning rate.
-        on_rollouts: is shown (step, this rank's rollouts, their weights) after each step; None: nobody is.
-        report: takes progress lines of weights that take long to load; None: nobody does.
+        on_rollouts: called with (step, this rank's rollouts, their weights) after each step; None: not called.
+        report: called with progress lines while weights are loaded; None: no reports.
     """
 
     config: Any
@@ -53,7 +53,7 @@ class Parts:
 
 
 Averages: TypeAlias = Sequence[Any]
-"""Moving averages of weights that an algorithm keeps, and that are saved beside the learner."""
+"""Moving averages of weights that an algorithm keeps, and that are saved along with the learner."""
 
 
 def build_trainer(
@@ -66,16 +66,16 @@ def build_trainer(
     stop_requested: Callable[[], bool] = lambda: False,
     report: Callable[[str], None] | None = None,
 ) -> Trainer:
-    """Builds the models on this rank, the algorithm around them, and the loop around that.
+    """Builds the models on this rank, the algorithm, and the training loop.
 
     Args:
         config: all settings.
         inputs: `read_inputs(config)`.
-        layout: this rank's place, from `megatron.runtime.initialize.start`.
-        checkpoints: where they go.
-        log: takes every step's metrics, and its rollouts with their weights; None: nobody does.
-        stop_requested: asked after every step, on every rank, whether the run is to stop there; all get one answer.
-        report: takes the progress lines of weights that take long to load, and a line about kernels that were tuned.
+        layout: this rank's place in the world, from `megatron.runtime.initialize.start`.
+        checkpoints: directory of the checkpoints.
+        log: receives every step's metrics, and its rollouts with their weights; None: no log.
+        stop_requested: called after every step on every rank; whether to stop there, the same result on all ranks.
+        report: called with progress lines while weights are loaded, and with a line about tuned kernels.
     """
     from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.weights.pretrained import fingerprint
@@ -107,7 +107,7 @@ def build_trainer(
 
 
 def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
-    """On-policy distillation, with its teachers."""
+    """Builds on-policy distillation with its teachers."""
     config: DistillationConfig = parts.config
     teacher = build_teacher(config, parts.inputs, parts.layout, parts.learner.part, parts.report)
     algorithm = Distillation(
@@ -133,14 +133,14 @@ def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
 
 
 def build_sft(parts: Parts) -> tuple[Algorithm, Averages]:
-    """Supervised fine-tuning."""
+    """Builds supervised fine-tuning."""
     return Sft(parts.learner, layout=parts.layout, lr_at=parts.lr_at), ()
 
 
 def build_student(
     config: JobConfig, inputs: RunInputs, layout: ParallelLayout, report: Callable[[str], None] | None = None
 ) -> tuple[Any, Any]:
-    """(learner, sampler) of one model with its initial weights: `MegatronLearner`, `MegatronSampler`."""
+    """(`MegatronLearner`, `MegatronSampler`) of the student, with its initial weights."""
     from renio_megatron.megatron.model.build import build_model
     from renio_megatron.megatron.student.learner import MegatronLearner
     from renio_megatron.megatron.student.sampler import MegatronSampler
@@ -188,7 +188,7 @@ def build_student(
 
 
 def sampling_params_of(config: DistillationConfig) -> SamplingParams:
-    """How a recipe's completions are drawn."""
+    """Sampling parameters of a recipe's rollouts."""
     rollout = config.rollout
     return SamplingParams(
         rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length, rollout.micro_batch_size
@@ -201,6 +201,6 @@ def _evaluator(
     if not config.evaluate.every or inputs.eval_grader is None:
         return None
     limit = config.evaluate.max_completion_length or config.longest_completion
-    assert limit is not None  # the recipe's rules see to it
+    assert limit is not None  # guaranteed by the recipe's rules
     sampling_params = SamplingParams(config.evaluate.temperature, None, None, limit, config.decoded_together)
     return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, sampling_params, layout)

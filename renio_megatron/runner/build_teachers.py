@@ -1,4 +1,4 @@
-"""Config -> the teacher, or several: which kind, in which layout, on which ranks."""
+"""Construction of one or several teachers: kind, layout and ranks from the settings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def build_teacher(
     student: Any = None,
     report: Callable[[str], None] | None = None,
 ) -> Any:
-    """`SharedLayoutTeacher`, `OwnLayoutTeacher` where it has a layout of its own, or `MultiTeacher` of several.
+    """Builds a `SharedLayoutTeacher`, an `OwnLayoutTeacher` for a layout of its own, or a `MultiTeacher` of several.
 
-    Some kinds are `student`, the `ModelPart`, and have no weights of their own.
+    Some kinds use the modules of `student`, a `ModelPart`, and have no weights of their own.
     """
     built = {one.name: _build_one(config, one, inputs, layout, student, report) for one in _with_weights(config)}
     if not config.teacher.routes:
@@ -67,7 +67,7 @@ def _build_one(
 def build_teacher_servers(
     config: DistillationConfig, inputs: RunInputs, layout: ParallelLayout, report: Callable[[str], None] | None = None
 ) -> list[Any]:
-    """The `TeacherServer`s of a rank that only teachers have, in the order in which they are asked."""
+    """Builds the `TeacherServer`s of a dedicated teacher rank, in the order in which they are called."""
     built = [_own_layout(config, one, inputs, layout, None, report) for one in _with_weights(config) if one.num_ranks]
     with tuning_reported(layout.device):
         for teacher in built:
@@ -136,7 +136,7 @@ def _teacher_part(
     layout: ParallelLayout,
     report: Callable[[str], None] | None,
 ) -> Any:
-    """The frozen `ModelPart` of a teacher with weights of its own, whose groups are in force."""
+    """Builds the frozen `ModelPart` of a teacher with weights of its own, in the current process groups."""
     from renio_megatron.megatron.model.build import build_model
     from renio_megatron.megatron.weights.merge_adapter import Merger
     from renio_megatron.megatron.weights.pretrained import load_pretrained

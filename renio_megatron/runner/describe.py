@@ -1,4 +1,4 @@
-"""What a run says about itself at its start and its end."""
+"""Messages about a run at its start and its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from renio_megatron.config.teachers import teacher_words
 
 
 def finished_message(config: JobConfig) -> str:
-    """What is said where there is nothing left to do."""
+    """The message about a run that is already complete."""
     return (
         f"{config.output_dir} is finished: all {config.train.train_iters} steps are done. "
         "Export it with `renio export`, or run it again with --fresh."
@@ -18,7 +18,7 @@ def finished_message(config: JobConfig) -> str:
 
 
 def describe_run(config: JobConfig) -> str:
-    """One line about a run: what learns from what, on how many ranks."""
+    """One line about a run: student, teachers, and numbers of ranks."""
     parallel, train = config.parallel, config.train
     sizes = {
         f"TP {parallel.tensor_model_parallel_size}": True,
@@ -40,7 +40,7 @@ def describe_run(config: JobConfig) -> str:
 
 
 def _teachers(config: DistillationConfig) -> str:
-    """Who teaches, in words."""
+    """The teachers, in words."""
 
     def words(teacher: Any) -> str:
         return teacher.model or f"itself ({teacher.kind}), shown more"
@@ -58,7 +58,7 @@ def _trainers(config: JobConfig) -> int:
 
 
 def print_weights(config: JobConfig) -> None:
-    """Prints which weights are in force, and over how many sequences their mean is taken; none in fine-tuning."""
+    """Prints which weighting is used, and over how many sequences its mean is taken; nothing in fine-tuning."""
     from renio_megatron.training.setting_warnings import weights_line, weights_price
 
     if isinstance(config, DistillationConfig):

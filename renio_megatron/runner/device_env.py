@@ -1,7 +1,7 @@
-"""Environment variables of CUDA and NCCL that follow from the hardware and the layout, each with its reason.
+"""CUDA and NCCL environment variables for the hardware and the layout, each with its reason.
 
-CUDA reads them when it is first used, so they are set before anything touches a GPU, and the GPU's generation is asked
-of the driver's management library, which creates no CUDA context.
+CUDA reads them on first use, so they are set before any code uses a GPU, and the compute capability is queried from
+the driver's management library (NVML), which creates no CUDA context.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from renio_megatron.config.schema import JobConfig
 
 logger = logging.getLogger(__name__)
 BLACKWELL = (10, 0)
-"""Compute capability from which on CUDA keeps the order of launches without help."""
+"""Compute capability from which on CUDA keeps the order of kernel launches without CUDA_DEVICE_MAX_CONNECTIONS=1."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Variable:
     """One environment variable.
 
     Attributes:
-        name, value: what is set; value None: it must not be "1".
-        reason: why, in words for the user.
+        name, value: the variable and its value; value None: it must not be "1".
+        reason: the reason, for the user.
     """
 
     name: str
@@ -45,9 +45,9 @@ def hardware_variables(
 
     Args:
         capability: compute capability of the GPUs, for example (9, 0) for an H100; None: there is no GPU.
-        tensor_size, context_size: ranks of the two axes.
+        tensor_size, context_size: tensor-parallel and context-parallel size.
         uses_fsdp: whether parameters are sharded by FSDP, which gathers them while it computes.
-        is_deterministic: whether a run has to give the same bits again.
+        is_deterministic: whether runs must be bitwise reproducible.
     Source: the checks of Megatron-LM's arguments, and its comments on overlap in the tensor-parallel layers.
 
     >>> [(v.name, v.value) for v in hardware_variables((9, 0), tensor_size=2, context_size=1)]
@@ -74,7 +74,7 @@ def hardware_variables(
 
 
 def set_variables(variables: tuple[Variable, ...], environment: MutableMapping[str, str]) -> list[str]:
-    """Sets what is not set yet; what the user has set otherwise stays, and is named in a returned warning each.
+    """Sets the unset variables; different values set by the user are kept, with a returned warning for each.
 
     >>> wanted, mine = (Variable("NCCL_ALGO", "^NVLS", "the bits differ"),), {"NCCL_ALGO": "Ring"}
     >>> set_variables(wanted, mine)
@@ -96,7 +96,7 @@ def set_variables(variables: tuple[Variable, ...], environment: MutableMapping[s
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """Of the machine's first GPU, without touching CUDA; None without a GPU or its driver. GPUs of a node are alike."""
+    """Compute capability of the machine's first GPU, without initializing CUDA; None without a GPU or driver."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
         if library.nvmlInit_v2() != 0:
@@ -114,7 +114,7 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def set_hardware_variables_of(config: JobConfig) -> None:
-    """Before CUDA is touched: CUDA's and NCCL's variables that the user has not set; a contradiction is a warning."""
+    """Sets CUDA's and NCCL's variables that the user has not set, before CUDA is used; warns about conflicts."""
     variables = hardware_variables(
         compute_capability(),
         tensor_size=config.parallel.tensor_model_parallel_size,

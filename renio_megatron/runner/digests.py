@@ -1,4 +1,4 @@
-"""Which files a run reads, by their contents: a run that goes on must find what it began with."""
+"""Digests of the files that a run reads, which must be unchanged when it resumes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from renio_megatron.models.hf_weights import description_files
 from renio_megatron.runner.inputs import RunInputs
 from renio_megatron.runner.run_directory import DATE
 
-_BLOCKS = 16  # of a file of weights; what is edited, trained or quantized differs nearly everywhere
+_BLOCKS = 16  # of a weight file; edited, trained or quantized weights differ nearly everywhere
 _MAX_BYTES_READ = 2**30  # bytes of a file that are read whole
 
 
 def origins(config: JobConfig, inputs: RunInputs) -> dict[str, str]:
-    """A digest of every file or directory that the rest of a run depends on, by the setting that names it; and the date
-    that its prompts hold, where they hold one.
+    """Digests of all files and directories that the rest of a run depends on, by the setting that names them; and the
+    date in its prompts, where they contain one.
 
-    Left out is what a checkpoint holds: the student's weights, a moving average of them, and adapters with the
-    fingerprint of their base. Files of data are read whole up to a gigabyte; of larger ones, and of weights, the size
-    and blocks from the first to the last.
+    Contents of checkpoints are left out: the student's weights, their moving average, and adapters with the fingerprint
+    of their base. Data files are read whole up to 1 GiB; of larger ones, and of weights, the size and evenly spaced
+    blocks are read.
 
     Raises:
         ConfigError: a file that cannot be read.
@@ -59,21 +59,21 @@ def _digest(parts: Iterator[bytes]) -> str:
 
 
 def _descriptions(directory: Path) -> Iterator[bytes]:
-    """What is beside a model's weights."""
+    """Contents of a model's files other than weights."""
     for file in description_files(directory):
         yield file.name.encode()
         yield file.read_bytes()
 
 
 def _weights(directory: Path) -> Iterator[bytes]:
-    """Files of weights, in Hugging Face's, PEFT's and Megatron's directories."""
+    """Samples of the weight files in Hugging Face, PEFT and Megatron directories."""
     for file in sorted(directory.iterdir()):
         if file.suffix in (".safetensors", ".distcp"):
             yield from sampled(file, _BLOCKS)
 
 
 def _files(path: Path) -> Iterator[bytes]:
-    """A file, or what is in a directory and those in it."""
+    """A file, or all files below a directory."""
     for file in [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()):
         if file.stat().st_size > _MAX_BYTES_READ:
             yield from sampled(file, _BLOCKS)

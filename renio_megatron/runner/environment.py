@@ -1,4 +1,4 @@
-"""One line about the world that a run found at its start, and what is odd about it."""
+"""Description of the world at a run's start, and warnings about differences between nodes."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from renio_megatron.parallel.layout import ParallelLayout, device_name
 
 
 def describe_world(layout: ParallelLayout) -> tuple[str, list[str]]:
-    """The line, and a warning for each thing in which nodes differ that should be alike; the same on every rank.
+    """One line about the world, and a warning for each unexpected difference between nodes; the same on every rank.
 
-    One collective, of a few words from each rank.
+    One collective of short strings.
 
     Args:
-        layout: this rank's, in the world that was just joined.
+        layout: this rank's layout, in the world that was just joined.
     """
     reports = gather_objects(rank_report(layout))
     return world_line(layout, reports), differences(reports)
 
 
 def rank_report(layout: ParallelLayout) -> tuple[str, str, str]:
-    """This rank's node, versions and device, in words."""
+    """(node, versions, device) of this rank, as text."""
     return _node(), versions(), device_name(layout.device)
 
 
 def world_line(layout: ParallelLayout, reports: list[tuple[str, str, str]]) -> str:
-    """The line.
+    """The line about the world.
 
     Args:
-        layout: the first rank's.
+        layout: the first rank's layout.
         reports: (node, versions, device) of each rank.
 
     >>> world_line(ParallelLayout(), [("a", "torch 2.13.0", "cpu")])
@@ -46,7 +46,7 @@ def world_line(layout: ParallelLayout, reports: list[tuple[str, str, str]]) -> s
     """
     nodes = len({node for node, _, _ in reports})
     axes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "DP": layout.data}
-    if layout.expert_model.size > 1:  # among the ranks of the others
+    if layout.expert_model.size > 1:  # within the ranks of the other axes
         axes["EP"] = layout.expert_model
     sizes = " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
     backend = dist.get_backend() if dist.is_initialized() else "no backend"
@@ -65,15 +65,15 @@ def describe_layers(
     teacher_bf16: bool | None = None,
     has_adapters: bool = False,
 ) -> str:
-    """What the models' layers are made of and compute in, sampling and scoring included.
+    """Backend and precision of the models' layers, also in sampling and scoring.
 
     Args:
-        student: its precision.
-        teacher: the teacher's; None where there is none, or where it is the student without its adapters.
-        device: where both compute.
+        student: precision of the student.
+        teacher: precision of the teacher; None where there is none, or where it is the student without its adapters.
+        device: device of both models.
         bf16: whether the student's parameters are bf16.
-        teacher_bf16: the same of the teacher; None: as the student's.
-        has_adapters: whether the student has some.
+        teacher_bf16: whether the teacher's parameters are bf16; None: as the student's.
+        has_adapters: whether the student has adapters.
 
     >>> emulated = PrecisionConfig(fp8="e4m3", emulate_fp8=True)
     >>> describe_layers(PrecisionConfig(), emulated, torch.device("cpu"), bf16=False)
@@ -89,7 +89,7 @@ def describe_layers(
 
 
 def describe_trained(lora: LoraConfig) -> str:
-    """What of the student is trained.
+    """The trained parameters of the student, in words.
 
     >>> describe_trained(LoraConfig(r=8, targets=["v_proj", "q_proj"]))
     'adapters alone are trained: r 8, scale 2, on q_proj, v_proj'
@@ -102,7 +102,7 @@ def describe_trained(lora: LoraConfig) -> str:
 
 
 def differences(reports: list[tuple[str, str, str]]) -> list[str]:
-    """A warning for versions, and one for devices, that are not the first rank's.
+    """A warning for versions, and one for devices, that differ from the first rank's.
 
     >>> differences([("a", "torch 1", "cpu"), ("b", "torch 2", "cpu")])
     ['rank 1 on b has torch 2, rank 0 has torch 1: install the same on all nodes.']
@@ -118,7 +118,7 @@ def differences(reports: list[tuple[str, str, str]]) -> list[str]:
 
 
 def versions() -> str:
-    """Of this package and of those that decide what it computes."""
+    """Versions of this package and of the packages that it computes with."""
     found = {"renio": renio_megatron.__version__, "torch": torch.__version__}
     for package in ("megatron-core", "transformer-engine", "triton"):
         try:
@@ -131,7 +131,7 @@ def versions() -> str:
 
 
 def _node() -> str:
-    """The host, and the launcher's number where several launchers share it."""
+    """The host name, with the launcher's number where several launchers share the host."""
     number = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or "0"
     return f"{socket.gethostname()} (node {number})"
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face model directory."""
+"""Export of a checkpoint as a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def export_checkpoint(run_directory: Path, destination: Path, step: int | None, *, merge: bool = False) -> int:
-    """Writes a checkpoint's weights, with the model's config and tokenizer, to `destination`; the step it is of.
+    """Writes a checkpoint's weights, with the model's config and tokenizer, to `destination`; returns its step.
 
-    The weights keep the type of the model that the run started from where every one of them survives the cast, else
-    they are written in the type that they were trained in: nothing is rounded. Of a run with adapters only these are
-    written, as a PEFT directory; or with `merge` the whole model with the adapters in its weights.
+    The weights have the dtype of the model that the run started from if the cast is exact for all of them, else the
+    dtype that they were trained in: nothing is rounded. Of a run with adapters only the adapters are written, as a PEFT
+    directory; or with `merge` the whole model with the adapters merged into its weights.
 
     Args:
         run_directory: output_dir of a run.
         destination: a directory that does not exist yet, or is empty.
         step: which checkpoint; None: the newest.
-        merge: add the adapters to the weights that they stand beside, each sum rounded to the type of training.
+        merge: add the adapters to their layers' weights, each sum rounded to the dtype of training.
 
     Raises:
         CheckpointError, ConfigError: no such run, no such checkpoint, or a destination in use.
@@ -57,7 +57,7 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
         )
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"the destination {str(destination)!r} exists already. Choose another, or remove it.")
-    destination = destination.resolve()  # `.` has no name of its own to write beside
+    destination = destination.resolve()  # `.` has no name from which to derive a sibling's
     checkpoint = _checkpoint(run.checkpoints, step)
     config = _settings(run.config)
     lora = _adapters_of(config)
@@ -100,7 +100,7 @@ def _state_of(
 ) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors by Hugging Face's names, or by PEFT's where adapters are not merged. One rank.
 
-    `weights` is where those beside adapters are, less what `removed` says.
+    `weights` holds the base weights of adapters, without those in `removed`.
     """
     layout = start(ParallelConfig(), seed=0)
     part = build_model(
@@ -121,12 +121,12 @@ def _state_of(
     state = dict(hf_state(part)) if lora.r is None or merge else adapter_state(part)
     if merge:
         state = merged(state, part)
-    stop()  # from here on nothing can be asked of the model
+    stop()  # the model cannot be used from here on
     return state
 
 
 def _publish(destination: Path, write: Callable[[Path], None]) -> None:
-    """What `write` puts into a directory stands at the destination when it is whole."""
+    """Creates the destination by `write` in a temporary directory, which is renamed when complete."""
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -142,7 +142,7 @@ def _publish(destination: Path, write: Callable[[Path], None]) -> None:
 
 
 def _settings(path: Path) -> Any:
-    """What `config.yaml` of a run holds.
+    """Contents of `config.yaml` of a run.
 
     Raises:
         CheckpointError: it is damaged.
@@ -158,7 +158,7 @@ def _settings(path: Path) -> Any:
 
 
 def _adapters_of(config: Any) -> LoraConfig:
-    """The section `lora` of a run's settings; one that is older than the section has no adapters."""
+    """The section `lora` of a run's settings; runs older than the section have no adapters."""
     section: Any = OmegaConf.to_container(config.lora) if "lora" in config else {}
     return LoraConfig(**section)
 
@@ -174,7 +174,7 @@ def _checkpoint(root: Path, step: int | None) -> Path:
 
 
 def _untie(architecture: Architecture, config_path: Path) -> None:
-    """Lets config.json say so where the head is not the embedding: transformers looks at both, others at this alone."""
+    """Marks an untied head in config.json: transformers also checks the weights, other programs read only this."""
     config = json.loads(config_path.read_text())
     if not architecture.tied and config.get("tie_word_embeddings") is not False:
         config["tie_word_embeddings"] = False
@@ -182,7 +182,7 @@ def _untie(architecture: Architecture, config_path: Path) -> None:
 
 
 def _lossless(state: dict[str, torch.Tensor], config_path: Path) -> dict[str, torch.Tensor]:
-    """The weights in the source model's type where that rounds none, else as they are; config.json says which."""
+    """The weights in the source model's dtype where that is exact, else unchanged; config.json records the dtype."""
     config = json.loads(config_path.read_text())
     key = "dtype" if "dtype" in config else "torch_dtype"
     wanted = getattr(torch, str(config.get(key)), None)
@@ -195,12 +195,12 @@ def _lossless(state: dict[str, torch.Tensor], config_path: Path) -> dict[str, to
 
 
 def _write_weights(state: dict[str, torch.Tensor], directory: Path) -> None:
-    """Safetensors files of at most `MAX_SHARD_SIZE`, with an index where there are several."""
+    """Writes safetensors files of at most `MAX_SHARD_SIZE`, with an index where there are several."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
     for filename, names in shards.filename_to_tensors.items():
-        # Copies, because safetensors refuses tensors that share storage, as slices of a padded embedding do.
+        # Copies, because safetensors refuses tensors that share storage, such as slices of a padded embedding.
         tensors = {name: state[name].cpu().contiguous().clone() for name in names}
         save_file(tensors, directory / filename, metadata={"format": "pt"})
         as_others_are(directory / filename)

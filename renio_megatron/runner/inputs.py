@@ -1,4 +1,4 @@
-"""What a run has read and checked before any model is built."""
+"""Inputs of a run, read and checked before any model is built."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from renio_megatron.types import Prompt, Rollout
 
 _MAX_NAMED = 3
 Grader = Callable[[Rollout], bool | None]
-"""Whether a completion is right; None where that cannot be told."""
+"""Whether a completion is right; None where the grader failed."""
 
 
 @dataclass(frozen=True)
 class TeacherInputs:
-    """What is known of a teacher.
+    """Files of a teacher.
 
     Attributes:
         directory: its Hugging Face directory.
-        weights: where its weights are: there, or a checkpoint that Megatron wrote.
-        architecture: its own.
-        ends: what ends its own completions.
+        weights: location of its weights: that directory, or a Megatron checkpoint.
+        architecture: the teacher's architecture.
+        ends: tokens and texts that end its own completions.
     """
 
     directory: Path
@@ -53,23 +53,23 @@ class TeacherInputs:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """A run's models, data and graders. No collective is needed for them.
+    """A run's models, data and graders, read without collectives.
 
     Attributes:
         model: the student's Hugging Face directory.
-        weights: where its weights are: there, or a checkpoint that Megatron wrote.
-        architecture: its own.
-        adapter: that it starts with; None where it has none, or new ones.
-        teachers: by the names of `JobConfig.teachers`; none in fine-tuning.
+        weights: location of its weights: that directory, or a Megatron checkpoint.
+        architecture: the student's architecture.
+        adapter: the adapter that it starts with; None where it has none, or new ones.
+        teachers: teachers by the names of `JobConfig.teachers`; empty in fine-tuning.
         vocab_size: V of the loss: the columns that all models have.
         stream: the prompts.
-        evaluation: the problems of the evaluation; none where there is none.
-        grader, eval_grader: of training and evaluation problems; None where nothing can be graded.
-        ends: what ends a completion.
-        tokenizer: the student's.
+        evaluation: prompts of the evaluation; empty where nothing is evaluated.
+        grader, eval_grader: graders of training and evaluation problems; None where nothing can be graded.
+        ends: tokens and texts that end a completion.
+        tokenizer: the student's tokenizer.
         pad_id: fills rows on the right.
-        notices: sentences for the user, about what is not wrong and may be another than was meant.
-        date: that the chat template writes, in ISO's format; None where it writes none.
+        notices: sentences for the user about valid inputs that may not be intended.
+        date: ISO date that the chat template inserts; None where it inserts none.
     """
 
     model: Path
@@ -90,37 +90,36 @@ class RunInputs:
 
 
 def max_completion_tokens(config: JobConfig, inputs: RunInputs) -> int:
-    """Completion tokens that no micro-batch exceeds, of either model: a packed row's, or those of sequences as long as
-    they may be."""
+    """Upper bound of the completion tokens of a micro-batch, for both models: a packed row's, or those of sequences of
+    maximum length."""
     if config.train.max_tokens_per_micro_batch is not None:
         return config.train.max_tokens_per_micro_batch
     return config.train.micro_batch_size * (config.longest_completion or inputs.architecture.max_sequence_length)
 
 
 def stops_of(config: JobConfig) -> tuple[list[int], list[str]]:
-    """Token ids and texts that end completions beside those of the model."""
+    """Token ids and texts that end completions in addition to those of the model."""
     if not isinstance(config, DistillationConfig):
         return [], []
     return list(config.rollout.stop_token_ids or ()), list(config.rollout.stop_strings or ())
 
 
 def weights_of(model: Path, checkpoint: str | None, setting: str) -> Path:
-    """Where a model's weights are: in its directory, unless the setting names a checkpoint."""
+    """Location of a model's weights: its directory, unless the setting names a checkpoint."""
     return model if checkpoint is None else find_pretrained(checkpoint, setting)
 
 
 def read_teachers(config: JobConfig, student: Path, weights: Path, tokenizer: Any) -> dict[str, TeacherInputs]:
-    """What is known of each teacher, by name.
+    """Reads and checks each teacher's files; the result is by name.
 
     Args:
         config: the settings.
         student: the student's directory.
-        weights: where the student's weights are, which are those of a teacher that is the student.
-        tokenizer: the student's.
+        weights: location of the student's weights, also used for teachers that are the student.
+        tokenizer: the student's tokenizer.
 
     Raises:
-        ConfigError, CheckpointError: a model that is not there or does not fit the student's tokens; the setting is
-            named.
+        ConfigError, CheckpointError: a model is missing or does not fit the student's tokens; names the setting.
     """
     found = {}
     for one in config.teachers:
@@ -140,7 +139,7 @@ def read_teachers(config: JobConfig, student: Path, weights: Path, tokenizer: An
         if teacher.adapter is not None:
             from renio_megatron.megatron.weights.merge_adapter import Merger
 
-            Merger(user_path(teacher.adapter), architecture, own)  # refuses what cannot be merged
+            Merger(user_path(teacher.adapter), architecture, own)  # refuses adapters that cannot be merged
         found[one.name] = TeacherInputs(directory, own, architecture, ends_of(directory, its_tokenizer))
     return found
 
@@ -165,14 +164,14 @@ def teacher_views(config: JobConfig, tokenizer: Any) -> dict[str, PromptView] | 
 def notices_of_prompts(
     stream: PromptStream, prompts: Sequence[Prompt], ends: Ends, teacher_ends: Mapping[str, Ends], tokenizer: Any
 ) -> list[str]:
-    """Sentences about prompts and ends that may be other than they are meant.
+    """Sentences about prompts and ends that may not be intended.
 
     Args:
-        stream: where the prompts come from.
-        prompts: the first ones.
-        ends: of the student's completions.
-        teacher_ends: of each teacher's own, by its name.
-        tokenizer: the student's.
+        stream: the stream of prompts.
+        prompts: its first prompts.
+        ends: ends of the student's completions.
+        teacher_ends: ends of each teacher's own completions, by its name.
+        tokenizer: the student's tokenizer.
     """
     found = list(stream.source.notices)
     who_ends: dict[Ends, list[str]] = {}
@@ -196,10 +195,10 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
 
     Args:
         config: all settings.
-        now: the time that a chat template may write; None: the clock's.
+        now: the time that a chat template may insert; None: the clock's.
 
     Raises:
-        ConfigError, DataError: whatever does not fit together, named.
+        ConfigError, DataError: settings, models or data that do not fit together.
     """
     model = model_directory(config.model, "model")
     architecture = Architecture.from_directory(model)
@@ -210,7 +209,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
     if weights == model and config.starts_from_weights:
         WeightFiles(model).check(architecture)
     teachers = read_teachers(config, model, weights, tokenizer)
-    # Rows beyond a tokenizer's tokens differ between models of a family; no model may be asked about them.
+    # The number of rows beyond the tokenizer's tokens differs between models of a family; those rows are not used.
     vocab_size = min(one.vocab_size for one in (architecture, *(teacher.architecture for teacher in teachers.values())))
     adapter = _adapter(config.lora, model, weights)
     source = build_source(config.data, "train")
@@ -257,7 +256,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
 
 
 def _evaluation(config: JobConfig, stream: PromptStream, tokenizer: Any) -> tuple[list[Prompt], Grader | None]:
-    """The prompts of an evaluation, and their grader; none where nothing is evaluated."""
+    """The prompts of an evaluation, and their grader; empty and None where nothing is evaluated."""
     if not config.evaluate.every:
         return [], None
     prompts = stream.evaluation(config.evaluate.samples)
@@ -271,7 +270,7 @@ def _evaluation(config: JobConfig, stream: PromptStream, tokenizer: Any) -> tupl
 
 
 def _check_samples(needs: Collection[str], prompts: Sequence[Prompt], *, is_graded: bool) -> None:
-    """Raises `ConfigError` or `DataError` where the weighting needs what nobody can tell it."""
+    """Raises `ConfigError` or `DataError` where an input that the weighting needs is not available."""
     if unknown := sorted(name for name in needs if name not in INPUTS and not name.startswith(COLUMN)):
         raise ConfigError(
             f"the weighting needs {', '.join(unknown)}, which nothing is called. There are {', '.join(INPUTS)}, and "
@@ -321,9 +320,9 @@ def _length_limits(config: JobConfig, student: Architecture, teachers: Mapping[s
 
 
 def _num_checked(source: Source, train: TrainConfig, has_records: bool) -> int:
-    """Prompts that are built once at setup, so that a bad one is found before step 1.
+    """Number of prompts that are built at setup, so that a bad one is found before step 1.
 
-    Of a file's records all that the run will use; of generated problems, which are all alike, a few.
+    All that the run will use of a file's records; a few of generated problems, which are all similar.
     """
     used = train.train_iters * train.global_batch_size
     if source.size is None or not has_records:

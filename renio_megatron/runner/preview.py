@@ -17,18 +17,18 @@ from renio_megatron.runner.inputs import notices_of_prompts, stops_of, teacher_v
 from renio_megatron.types import Prompt
 
 _SHOWN = 1500
-"""Characters of a text at a run's start; of a longer one the beginning and the end."""
+"""Characters shown of a text at a run's start; longer texts are shortened in the middle."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run will read first.
+    """The first prompts of a run, and the ends of its completions.
 
     Attributes:
-        prompts: in the order of training.
-        tokenizer: the student's.
-        student_ends, teacher_ends: what ends completions, and what ends each teacher's own, by its name.
-        notices: sentences about what may be another than was meant.
+        prompts: the prompts in training order.
+        tokenizer: the student's tokenizer.
+        student_ends, teacher_ends: ends of completions, and of each teacher's own, by its name.
+        notices: sentences about valid inputs that may not be intended.
     """
 
     prompts: Sequence[Prompt]
@@ -38,7 +38,7 @@ class Preview:
     notices: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: texts with special tokens written out, token ids; ends as a list of token ids and texts."""
+        """JSON-serializable values: texts with special tokens, token ids; ends as a list of token ids and texts."""
         teachers = {name: [*ends.token_ids, *ends.strings] for name, ends in self.teacher_ends.items()}
         return {
             "prompts": [self._prompt(prompt) for prompt in self.prompts],
@@ -64,7 +64,7 @@ class Preview:
         return found
 
     def lines(self) -> list[str]:
-        """The same for a person."""
+        """The preview as lines of text."""
         found = []
         for prompt in self.prompts:
             found += [*prompt_lines(prompt, self.tokenizer, is_taught=bool(self.teacher_ends), limit=None), ""]
@@ -75,7 +75,7 @@ class Preview:
 
 
 def preview(config: JobConfig, count: int) -> Preview:
-    """The first `count` prompts of a recipe, and what ends its completions; of models only tokenizers are read.
+    """The first `count` prompts of a recipe, and the ends of its completions; reads only the models' tokenizers.
 
     Raises:
         ConfigError, DataError: as at the start of a run.
@@ -103,13 +103,13 @@ def preview(config: JobConfig, count: int) -> Preview:
 
 
 def prompt_lines(prompt: Prompt, tokenizer: Any, *, is_taught: bool, limit: int | None = _SHOWN) -> list[str]:
-    """A prompt for a person: both views with special tokens written out, lengths, the answer.
+    """A prompt as lines of text: both views with special tokens, lengths, the answer.
 
     Args:
-        prompt: of a stream.
-        tokenizer: the student's.
+        prompt: a prompt of the stream.
+        tokenizer: the student's tokenizer.
         is_taught: whether a teacher reads it.
-        limit: characters of a text that are shown; None: all.
+        limit: characters shown of a text; None: all.
     """
     views = [("student", prompt.student_ids)]
     if is_taught:
@@ -128,7 +128,7 @@ def prompt_lines(prompt: Prompt, tokenizer: Any, *, is_taught: bool, limit: int 
 
 
 def decoded(token_ids: Sequence[int], tokenizer: Any) -> str:
-    """The text of tokens, as they are: with special tokens, and no space taken out."""
+    """The text of tokens unchanged: with special tokens, and without cleanup of spaces."""
     return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 

@@ -1,4 +1,4 @@
-"""A recipe, checked against this machine and this world."""
+"""Checks of a recipe against this machine and this world."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from renio_megatron.errors import on_every_rank
 
 
 def check_data(config: JobConfig) -> None:
-    """Raises `ConfigError` or `DataError` where a file of records is not there, or not what it should be."""
+    """Raises `ConfigError` or `DataError` where a file of records is missing or invalid."""
     check_files(config.data, "train")
     if config.evaluate.every:
         check_files(config.data, "eval")
 
 
 def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe, checked against this world; its errors are marked as every rank's."""
+    """Loads a recipe and checks it against this world; errors have the scope `ALL_RANKS`."""
     with on_every_rank():
         recipe = load_recipe(kind, path, overrides)
         check_world(recipe.config, int(os.environ.get("WORLD_SIZE", "1")))

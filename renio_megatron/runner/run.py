@@ -38,14 +38,14 @@ def run_recipe(
     progress: ProgressMaker | None = None,
     report: Callable[[str], None] = print,
 ) -> str:
-    """Carries a run to its end, from its start or its newest checkpoint.
+    """Runs a recipe to its end, from the start or the newest checkpoint.
 
     Args:
         recipe: checked settings.
         fresh: move an earlier run in the same directory aside first.
-        title: for the progress line.
+        title: title of the progress bar.
         progress: shows the run's progress, on the first rank.
-        report: takes the one line about the world, and progress lines of long loading, on the first rank.
+        report: called on the first rank with a line about the world, and with progress lines while weights are loaded.
 
     Returns:
         `finished` where the run was complete before this call, `resumed` or `new` where this call completed it.
@@ -70,7 +70,7 @@ def run_recipe(
 
 @dataclass(frozen=True)
 class _Run:
-    """This rank's part of a run: its settings, what it has read, its place in the world, and where it writes."""
+    """This rank's part of a run: settings, inputs, layout and output directory."""
 
     config: JobConfig
     inputs: RunInputs
@@ -79,7 +79,7 @@ class _Run:
 
 
 def _join(recipe: Recipe, fresh: bool) -> _Run:
-    """Reads what needs no other rank, and joins the world."""
+    """Reads the inputs, which needs no other rank, and joins the world."""
     config, directory = recipe.config, RunDirectory(recipe.config.output_dir)
     inputs = _read(config, None if fresh else directory.date())
     layout = start(
@@ -95,7 +95,7 @@ def _join(recipe: Recipe, fresh: bool) -> _Run:
 
 
 def _report_start(run: _Run, report: Callable[[str], None]) -> None:
-    """What the first rank says of the world, the models and the first prompt."""
+    """Reports the world, the models and the first prompt on the first rank."""
     config, inputs = run.config, run.inputs
     line, warnings = describe_world(run.layout)
     with on_every_rank():
@@ -112,7 +112,7 @@ def _report_start(run: _Run, report: Callable[[str], None]) -> None:
 
 
 def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], report: Callable[[str], None]) -> str:
-    """The steps that are left, and the end of the run: `resumed` or `new`."""
+    """Runs the remaining steps and finishes the run; returns `resumed` or `new`."""
     layout, sigterm = run.layout, StopSignal()
     trainer = build_trainer(
         run.config,
@@ -123,7 +123,7 @@ def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], report: Ca
         stop_requested=lambda: any_rank(layout, sigterm.received),
         report=report if layout.is_main else None,
     )
-    # Nothing is written before the models are there: a directory with a config.yaml is a run that could start.
+    # Nothing is written before the models are built: a directory with a config.yaml is a run that could start.
     on_main_rank(layout, open_directory)
     first = trainer.resume()
     with log.opened(first), sigterm:
@@ -137,13 +137,13 @@ def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], report: Ca
 
 
 def _read(config: JobConfig, date: str | None) -> RunInputs:
-    """The inputs, with `date` for what a chat template writes; their errors are every rank's."""
+    """Reads the inputs, with `date` for chat templates; errors have the scope `ALL_RANKS`."""
     with on_every_rank():
         return read_inputs(config, None if date is None else datetime.fromisoformat(date))
 
 
 def on_the_same_day(config: JobConfig, inputs: RunInputs, layout: ParallelLayout) -> RunInputs:
-    """The inputs with the first rank's date, where their prompts hold one; clocks and time zones may differ."""
+    """The inputs with the first rank's date, where prompts contain one; clocks and time zones may differ."""
     if inputs.date is None:
         return inputs
     date = on_main_rank(layout, lambda: inputs.date)
@@ -151,7 +151,7 @@ def on_the_same_day(config: JobConfig, inputs: RunInputs, layout: ParallelLayout
 
 
 def _models_line(config: JobConfig, layout: ParallelLayout) -> str:
-    """What the models are made of, and what of the student is trained."""
+    """Backend and precision of the models, and the trained parameters of the student, in words."""
     of_their_own = [one for one in config.teachers if not one.shares_student]  # one precision for all of them
     text = describe_layers(
         config.precision,
@@ -168,7 +168,7 @@ def _models_line(config: JobConfig, layout: ParallelLayout) -> str:
 
 
 def _serve_teachers(run: _Run) -> str:
-    """A run on a rank that only scores: it serves until the others are done. They save, and answer SIGTERM."""
+    """Serves on a rank that only scores until the training ranks are done, which save and handle SIGTERM."""
     assert isinstance(run.config, DistillationConfig)
     if tell_teacher_ranks(False, run.layout):
         return "finished"
@@ -180,13 +180,13 @@ def _serve_teachers(run: _Run) -> str:
 
 
 def _serve(teachers: Sequence[Any]) -> bool:
-    """One call of each; at the end every one of them is told."""
+    """Serves one call of each teacher; False once all are closed."""
     answers = [teacher.serve() for teacher in teachers]
     return all(answers)
 
 
 def tell_teacher_ranks(is_finished: bool, layout: ParallelLayout) -> bool:
-    """Whether there is nothing to do, as the ranks that train say; one collective with those that only score."""
+    """Tells the ranks that only score whether the run is finished already; one collective over both worlds."""
     flags = gather_rows(torch.tensor([[int(is_finished)]], device=layout.device), bridge().axis)
     return any(int(flag) for flag in flags)
 

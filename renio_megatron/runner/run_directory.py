@@ -20,20 +20,20 @@ from renio_megatron.megatron.checkpoint.directory import find_checkpoint, latest
 logger = logging.getLogger(__name__)
 
 DATE = "date in the prompts"
-"""The key of `origins.json` under which a date stands that a chat template writes."""
+"""Key in `origins.json` of the date that a chat template inserts."""
 
 
 class RunDirectory:
-    """Paths and small files of one run; every file is written in one piece or not at all.
+    """Paths and small files of one run; every file is written atomically.
 
     Attributes:
         path: the directory.
         config: `config.yaml`, every setting of the run.
-        metrics: `metrics.jsonl`, one record a line, each with its `step`.
-        rollouts: `rollouts.jsonl`, under `rollout.log` one completion a line.
-        checkpoints, tensorboard: directories, made by those who write them.
+        metrics: `metrics.jsonl`, one record per line, each with its `step`.
+        rollouts: `rollouts.jsonl`, under `rollout.log` one completion per line.
+        checkpoints, tensorboard: directories, created by their writers.
         origins: `origins.json`, digests of the files that the run began with, by the setting that names them.
-        finished: `finished.json`, there once the run is complete.
+        finished: `finished.json`, present once the run is complete.
         lock: `.lock`, held by the job that writes here, from `open` until its process ends.
     """
 
@@ -50,18 +50,18 @@ class RunDirectory:
         self._lock: Lock | None = None
 
     def state(self, recipe: Recipe, fresh: bool, origins: Mapping[str, str] | None = None) -> str:
-        """The state of the run: `new`, `unfinished` (to be continued) or `finished`; writes nothing.
+        """The state of the run: `new`, `unfinished` (to be resumed) or `finished`; writes nothing.
 
         Args:
-            recipe: the present recipe; an existing directory must hold the same settings, but for those of
+            recipe: the current recipe; an existing directory must hold the same settings, except those of
                 `config.resume.CHANGEABLE`.
             fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
-            origins: digests from `digests.origins`, which a run that goes on from its checkpoint must find unchanged;
-                None: not looked at.
+            origins: digests from `digests.origins`, which must be unchanged where a run resumes from its checkpoint;
+                None: not checked.
 
         Raises:
-            ConfigError: the directory belongs to a run with other settings or other files behind them, or nothing is
-                left to do after the checkpoint that the run would start from.
+            ConfigError: the directory belongs to a run with other settings or input files, or nothing is left to do
+                after the checkpoint that the run would start from.
             CheckpointError: the directory cannot be made, read or written, another job writes to it, or there is no
                 such checkpoint.
         """
@@ -84,10 +84,10 @@ class RunDirectory:
             return "unfinished"
 
     def open(self, recipe: Recipe, fresh: bool, origins: Mapping[str, str] | None = None) -> str:
-        """`state`, and a new run's directory with its `config.yaml`; an unfinished one's is brought up to date.
+        """Returns `state`, and writes `config.yaml`: of a new run with its directory, of an unfinished one updated.
 
-        Parents are made for a relative path only: a missing parent of an absolute one is more likely a typo or a disk
-        that is not mounted. Arguments and errors as in `state`.
+        Parents are created for a relative path only: a missing parent of an absolute one is more likely a typo or a
+        disk that is not mounted. Arguments and errors as in `state`.
         """
         state = self.state(recipe, fresh, origins)
         with self._explained():
@@ -105,11 +105,11 @@ class RunDirectory:
         return state
 
     def date(self) -> str | None:
-        """The date that the prompts of the run hold, in ISO's format; None where they hold none, or there is no run."""
+        """The ISO date in the prompts of the run; None where they contain none, or there is no run."""
         try:
             date = json.loads(self.origins.read_text(encoding="utf-8")).get(DATE)
             return None if date is None else datetime.fromisoformat(date).isoformat()
-        except (OSError, ValueError, TypeError, AttributeError):  # `state` says what is wrong with the file
+        except (OSError, ValueError, TypeError, AttributeError):  # `state` reports what is wrong with the file
             return None
 
     def is_finished(self) -> bool:
@@ -121,13 +121,13 @@ class RunDirectory:
         _write(self.finished, json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Lets other jobs write here."""
+        """Releases the lock, so that other jobs may write here."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _hold(self) -> None:
-        """Makes this process the only one that writes here; raises `CheckpointError` where another one does."""
+        """Takes the lock, so that only this process writes here; raises `CheckpointError` where another holds it."""
         if self._lock is None:
             self._lock = Lock(self.lock)
         if (holder := self._lock.holder) is not None:
@@ -139,7 +139,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns what the file system says into a `CheckpointError` about this directory."""
+        """Turns errors of the file system into a `CheckpointError` about this directory."""
         try:
             yield
         except CheckpointError:
@@ -151,7 +151,7 @@ class RunDirectory:
             ) from error
 
     def _check_place(self) -> None:
-        """Raises `CheckpointError` where the directory exists and is none of ours, or has no place to be made."""
+        """Raises `CheckpointError` where the directory exists and is not a run's, or cannot be created."""
         parent = self.path.parent
         if self.path.is_dir():
             strangers = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
@@ -175,7 +175,7 @@ class RunDirectory:
             )
 
     def _check_same(self, recipe: Recipe) -> None:
-        """Raises `ConfigError` where the directory's settings are not the recipe's."""
+        """Raises `ConfigError` where the directory's settings differ from the recipe's."""
         try:
             changed = differences(self.config.read_text(encoding="utf-8"), recipe.config)
         except (ConfigError, UnicodeDecodeError) as error:
@@ -197,7 +197,7 @@ class RunDirectory:
             )
 
     def _check_origins(self, origins: Mapping[str, str]) -> None:
-        """Raises `ConfigError` where a file behind the settings is another than when the run began."""
+        """Raises `ConfigError` where an input file has changed since the run began."""
         try:
             begun = json.loads(self.origins.read_text(encoding="utf-8"))
             changed = [setting for setting, digest in origins.items() if begun.get(setting, digest) != digest]
@@ -216,7 +216,7 @@ class RunDirectory:
             )
 
     def _check_start(self, recipe: Recipe, fresh: bool) -> None:
-        """Raises where the checkpoint that a run without one of its own starts from is not there, or too late."""
+        """Raises where the checkpoint that a run without its own starts from is missing, or past the last step."""
         load, train_iters = recipe.config.checkpoint.load, recipe.config.train.train_iters
         if load is None:
             return
@@ -233,7 +233,7 @@ class RunDirectory:
             )
 
     def _note_changes(self, recipe: Recipe) -> None:
-        """Writes `config.yaml` anew where the run goes on with other settings of how it is computed, and names them."""
+        """Rewrites `config.yaml` where the run resumes with changed `CHANGEABLE` settings, and names them."""
         new = to_yaml(recipe.config)
         old = self.config.read_text(encoding="utf-8")
         changed, before = changes(old, recipe.config), of_before(old, recipe.config)

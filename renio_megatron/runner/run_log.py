@@ -1,4 +1,4 @@
-"""What a run writes and shows while it trains: metrics, TensorBoard, rollouts, progress, warnings about settings."""
+"""Outputs of a run while it trains: metrics, TensorBoard, rollouts, progress, warnings about settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ProgressMaker = Callable[[str, int], AbstractContextManager[Any]]
 
 
 class RunLog:
-    """Takes every step's metrics and rollouts; what it does with them begins when it is opened, on the first rank."""
+    """Receives every step's metrics and rollouts; writes and shows them while it is open, on the first rank."""
 
     def __init__(
         self,
@@ -30,11 +30,11 @@ class RunLog:
         title: str,
         progress: ProgressMaker | None = None,
     ) -> None:
-        """Makes no file yet.
+        """Creates no file yet.
 
         Args:
             config: the settings.
-            directory: where files go.
+            directory: directory of the files.
             is_main: whether this is the first rank; the others write and show nothing.
             title, progress: shows the run's progress under this title; None: nothing is shown.
         """
@@ -44,21 +44,21 @@ class RunLog:
         self._rollout_observers: list[RolloutObserver] = []
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Of a step, all of them."""
+        """Passes all metrics of a step to the outputs."""
         for observer in self._observers:
             observer(step, values)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout], sample: SampleWeights) -> None:
-        """Of a step, this rank's, with their weights."""
+        """Passes this rank's rollouts of a step, with their weights, to the outputs."""
         for observer in self._rollout_observers:
             observer(step, rollouts, sample.weights.tolist())
 
     @contextmanager
     def opened(self, resumed_from: int) -> Iterator[None]:
-        """While it lasts, steps after `resumed_from` are written; later rows of an earlier start are dropped.
+        """Writes steps after `resumed_from` while the context lasts; later rows of an earlier start are dropped.
 
         Raises:
-            CheckpointError, DataError: a file that cannot be written, or is not one of ours.
+            CheckpointError, DataError: a file that cannot be written, or was not written by a run.
         """
         purge_step = resumed_from + 1 if resumed_from else 0
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""SIGTERM as a request: the present step is finished, its state saved, and the run ends so that it can go on."""
+"""SIGTERM as a stop request: the current step is finished, its state saved, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from renio_megatron.errors import RenioError
 
 REPEAT_SECONDS = 5.0
-"""A SIGTERM to a whole process group comes twice, once from its sender and once through the launcher. Only one that
-comes later than this after the first, in seconds, is a second request."""
+"""Seconds after the first SIGTERM from which on another one counts as a second request: a SIGTERM to a whole process
+group arrives twice, once from its sender and once through the launcher."""
 
 
 class StopSignal:
-    """While it is entered, the first SIGTERM is noted and a second one ends the process at once.
+    """Context in which the first SIGTERM is recorded and a second one ends the process at once.
 
     Only the main thread of a process can handle signals; elsewhere it does nothing. An unexpected RuntimeError that
     leaves it after a SIGTERM is most likely a collective whose peer the launcher has ended already; the process then
@@ -38,7 +38,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Puts the former handler back."""
+        """Restores the previous handler."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
         if self.received and isinstance(error, RuntimeError) and not isinstance(error, RenioError):

@@ -1,1 +1,1 @@
-"""What people ask of a recipe beside training it: memory, a fit machine, FP8, tables and curves, the quickstart."""
+"""Commands other than training: memory plan, machine check, FP8 comparison, reports, quickstart."""

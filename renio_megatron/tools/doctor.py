@@ -1,4 +1,4 @@
-"""Is this machine, or this cluster, fit for a run? Each check gives verdicts, the same on every rank."""
+"""Checks of a machine or cluster before a run; each check yields verdicts that are the same on every rank."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SIZES = {"gloo": (1 << 16, 1 << 20, 1 << 23), "nccl": (1 << 20, 1 << 24, 1 << 28
 REPEATS = 5
 SLOWEST_SHARE = 0.5
 """Least share of the fastest group's bandwidth that every group of its axis must have over NCCL. Gloo's ranks share
-cores and memory, so nothing is said about theirs."""
+cores and memory, so theirs is not judged."""
 
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-5, 2.0**-7)}
 """Allowed errors of the loss and of its gradients, relative to the largest entry. Gradients of bf16 tensors are rounded
-to bf16, the hidden states' on every tensor rank before they are added up."""
+to bf16, those of the hidden states on every tensor rank before they are summed."""
 
 BETAS = {"forward KL": 0.0, "JSD": 0.5, "reverse KL": 1.0}
 _VOCABULARY, _SEQUENCES, _TOKENS = 101, 3, 12
@@ -42,12 +42,12 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the doctor's.
+    """One line of the report of `renio doctor`.
 
     Attributes:
         is_good: whether a run may rely on it.
-        what: the thing that was looked at.
-        found: what was seen, and what to do where it is not good.
+        what: the thing that was checked.
+        found: the observation, and the fix where it is not good.
     """
 
     is_good: bool
@@ -55,7 +55,7 @@ class Verdict:
     found: str
 
     def __str__(self) -> str:
-        """The line.
+        """The verdict as one line.
 
         >>> print(Verdict(True, "devices", "1 x cpu"))
         ok    devices                  1 x cpu
@@ -67,9 +67,9 @@ def examine(layout: ParallelLayout, *, dtype: torch.dtype, warnings: Sequence[st
     """All verdicts, one after the other; every rank must take them all, because the checks are collective.
 
     Args:
-        layout: this rank's, in a world that was joined.
+        layout: this rank's layout; process groups are initialized.
         dtype: of logits, hidden states and heads in the loss's check, fp32 or bf16.
-        warnings: what this rank has found about its environment variables.
+        warnings: this rank's warnings about its environment variables.
     """
     said = [warning for found in gather_objects(list(warnings)) for warning in found]
     yield Verdict(not said, "environment", said[0] if said else "no variable contradicts the layout")
@@ -84,7 +84,7 @@ def examine(layout: ParallelLayout, *, dtype: torch.dtype, warnings: Sequence[st
 
 
 def check_world(layout: ParallelLayout) -> Iterator[Verdict]:
-    """Versions and devices: alike on all ranks, and each GPU one rank's."""
+    """Checks that versions and devices are alike on all ranks, and that no two ranks share a GPU."""
     mine = (*rank_report(layout), device_identity(layout.device))
     reports = gather_objects(mine)
     odd = differences([report[:3] for report in reports])
@@ -104,7 +104,7 @@ def check_world(layout: ParallelLayout) -> Iterator[Verdict]:
 
 
 def check_groups(layout: ParallelLayout) -> Iterator[Verdict]:
-    """Each axis adds up exactly the ranks that it should hold."""
+    """Checks that an all-reduce over each axis sums exactly the ranks that belong to it."""
     for name, axis in _axes(layout).items():
         numbers = torch.tensor([1.0, layout.rank], device=layout.device)
         if axis.size > 1:
@@ -119,7 +119,7 @@ def check_groups(layout: ParallelLayout) -> Iterator[Verdict]:
 
 
 def measure_groups(layout: ParallelLayout) -> Iterator[Verdict]:
-    """Bandwidth of an all-reduce in each group with more than one rank: the slowest group's of each axis."""
+    """All-reduce bandwidth of each axis with more than one rank: that of its slowest group."""
     backend = dist.get_backend() if dist.is_initialized() else "gloo"
     for name, axis in _axes(layout).items():
         if axis.size > 1:
@@ -133,12 +133,12 @@ def measure_groups(layout: ParallelLayout) -> Iterator[Verdict]:
 
 
 def bandwidth_verdict(name: str, shown: str, rates: list[float], backend: str) -> Verdict:
-    """Not good where one group is much slower than another of the same axis, over NCCL.
+    """The verdict on an axis: not good where, over NCCL, one of its groups is much slower than another.
 
     Args:
         name: of the axis.
-        shown: what was measured, in words.
-        rates: of each rank in the largest all-reduce, GB/s.
+        shown: the measurements as text.
+        rates: bandwidth of each rank in the largest all-reduce, GB/s.
         backend: `nccl` or `gloo`.
 
     >>> bandwidth_verdict("data", "256 MiB 40 GB/s", [200.0, 40.0], "nccl").is_good
@@ -162,12 +162,12 @@ def bus_bandwidth(size: int, ranks: int, seconds: float) -> float:
 
 
 def check_loss(layout: ParallelLayout, name: str, beta: float, dtype: torch.dtype) -> Verdict:
-    """The sharded loss of a small problem against the dense one in fp64: value, gradient and weights.
+    """Compares the sharded loss of a small problem with the dense one in fp64: value, gradient and weights.
 
     Args:
         layout: its tensor ranks share the vocabulary, its context ranks each sequence, its data ranks the batch.
         name, beta: of the divergence.
-        dtype: of the logits; both sides see the same rounded ones.
+        dtype: of the logits; both losses read the same rounded ones.
     """
     problem = _Problem.make(layout, dtype)
     student, teacher = problem.logits()
@@ -191,7 +191,8 @@ def check_loss(layout: ParallelLayout, name: str, beta: float, dtype: torch.dtyp
 
 
 def check_linear_loss(layout: ParallelLayout, name: str, beta: float, dtype: torch.dtype) -> Verdict:
-    """The same from hidden states and LM heads, as the trainer computes it: value, both gradients and weights."""
+    """Compares the loss from hidden states and LM heads, as the trainer computes it, with the dense one: value, both
+    gradients and weights."""
     problem = _Problem.make(layout, dtype)
     hidden, head = problem.hidden.double().requires_grad_(), problem.head.double().requires_grad_()
     teacher = problem.teacher_hidden.double() @ problem.teacher_head.double().T
@@ -221,7 +222,7 @@ def check_linear_loss(layout: ParallelLayout, name: str, beta: float, dtype: tor
 
 
 def _expected(problem: _Problem, student: torch.Tensor, teacher: torch.Tensor, beta: float) -> dict[str, torch.Tensor]:
-    """The dense objective of the whole batch's logits; its gradient is left at the leaves."""
+    """The dense objective of the whole batch's logits; its gradient is in `.grad` of the leaves."""
     expected = reference_objective(
         student,
         teacher,
@@ -257,7 +258,7 @@ def _errors(
 
 
 def _summed(layout: ParallelLayout, values: torch.Tensor) -> torch.Tensor:
-    """Over the pieces of sequences and over the batch's shares."""
+    """The values summed over context-parallel and data-parallel ranks."""
     for axis in (layout.context, layout.data):
         if axis.size > 1:
             dist.all_reduce(values, group=axis.group)
@@ -265,12 +266,12 @@ def _summed(layout: ParallelLayout, values: torch.Tensor) -> torch.Tensor:
 
 
 def loss_verdict(name: str, dtype: torch.dtype, errors: list[float]) -> Verdict:
-    """The line of a loss.
+    """The verdict on a loss.
 
     Args:
         name: of the loss and its divergence.
         dtype: of the logits.
-        errors: of the value, the gradient and the weights, each relative to the largest expected entry.
+        errors: errors of the value, the gradient and the weights, each relative to the largest expected entry.
 
     >>> loss_verdict("loss, JSD", torch.float32, [1e-7, 1e-3, 0.0]).is_good
     False
@@ -289,16 +290,16 @@ def loss_verdict(name: str, dtype: torch.dtype, errors: list[float]) -> Verdict:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A batch that every rank knows whole, on the CPU, and its share of it.
+    """A batch that every rank holds whole, on the CPU, and the rank's share of it.
 
     Attributes:
-        layout: this rank's.
+        layout: this rank's layout.
         hidden, head: the student's final hidden states [N, H] and LM head [V, H] in the dtype of the check.
-        teacher_hidden, teacher_head: the teacher's, of another H.
+        teacher_hidden, teacher_head: those of the teacher, with another H.
         token_ids, owner: int64 [N].
-        rows: indices of this rank's tokens: its data rank's sequences, every so many of their tokens.
+        rows: indices of this rank's tokens: its data rank's sequences, strided over context ranks.
         first: the first of its sequences.
-        shard: its columns; the last rank's end in padding where the ranks do not divide V.
+        shard: its columns; those of the last rank end in padding where the ranks do not divide V.
     """
 
     layout: ParallelLayout
@@ -335,11 +336,11 @@ class _Problem:
 
     @property
     def num_sequences(self) -> int:
-        """Of the whole batch."""
+        """Sequences of the whole batch."""
         return _SEQUENCES * self.layout.data.size
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's and the teacher's of the whole batch, [N, V] in the dtype of the check."""
+        """The student's and the teacher's logits of the whole batch, [N, V] in the dtype of the check."""
         return self.hidden @ self.head.T, self.teacher_hidden @ self.teacher_head.T
 
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -359,7 +360,7 @@ def _axes(layout: ParallelLayout) -> dict[str, Axis]:
 
 
 def _seconds_of_all_reduce(layout: ParallelLayout, axis: Axis, size: int) -> float:
-    """The median of a few, after one that does not count; reading an element waits for a GPU."""
+    """Median time of several all-reduces after a warm-up; reading an element synchronizes with a GPU."""
     values = torch.ones(size // 4, device=layout.device)
     times = []
     for _ in range(REPEATS + 1):

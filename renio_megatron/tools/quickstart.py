@@ -1,4 +1,4 @@
-"""The quickstart: both runs on the modular chain, then a table and a picture."""
+"""The quickstart: two runs on the modular chain, then a table and a plot."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ QUICKSTART_VARIANTS: dict[str, tuple[str, ...]] = {
     "opd": ("weighting=uniform", "also_report=[renio]"),
     "renio": (),
 }
-"""The quickstart's runs: name, and what it changes in the recipe."""
+"""The quickstart's runs: name, and its overrides of the recipe."""
 
 
 _TITLES = {"opd": "OPD", "renio": "ReNIO"}
 
 
 def quickstart(output_dir: Path, *, fresh: bool) -> None:
-    """Plain OPD and ReNIO on the modular chain, then a table and a picture of both."""
+    """Runs plain OPD and ReNIO on the modular chain, then writes a table and a plot of both."""
     from renio_megatron.runner.run import run_recipe
     from renio_megatron.training.metrics.progress import Progress
 
@@ -45,7 +45,7 @@ def quickstart(output_dir: Path, *, fresh: bool) -> None:
 
 
 def _make(directory: Path) -> None:
-    """Makes the directory that both runs go to."""
+    """Creates the directory that both runs go to."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,7 +56,7 @@ def _make(directory: Path) -> None:
 
 
 def _report(directories: dict[str, Path], recipe: Recipe, output_dir: Path) -> None:
-    """The table and the picture of the quickstart."""
+    """Prints the table and writes the plot of the quickstart."""
     from rich.console import Console
 
     from renio_megatron.tools.report.curves import plot_curves

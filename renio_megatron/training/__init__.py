@@ -1,1 +1,1 @@
-"""The loop, the algorithms of one step, and what a run reports"""
+"""The training loop, the algorithms of one step, and the metrics of a run."""

@@ -1,4 +1,4 @@
-"""The parts of a training step, as protocols: what an algorithm may ask of whoever plays them.
+"""Protocols of the parts of a training step: sampler, teacher, learner, loss, checkpointer.
 
 Sequences are a rank's own (its data-parallel share); every rank that shares them calls the same methods in the same
 order and gets the same values, whichever stage computed them.
@@ -20,7 +20,7 @@ from renio_megatron.types import MicroBatch, Prompt, Rollout, SamplingParams
 
 
 class Sampler(Protocol):
-    """Draws completions from the present student."""
+    """Draws completions from the current student."""
 
     def sample(
         self,
@@ -32,7 +32,7 @@ class Sampler(Protocol):
     ) -> list[Rollout]:
         """One completion of each prompt, in order; a pure function of the weights, the prompts and `rng_stream`.
 
-        `on_group` is shown parts of them as soon as they are there.
+        `on_group` is called with parts of them as soon as they are drawn.
         """
         ...
 
@@ -41,7 +41,7 @@ class Teacher(Protocol):
     """Scores completions."""
 
     def prefetch(self, rollouts: Sequence[Rollout]) -> None:
-        """Told of a part of a step's rollouts, which may be read at once; `score` is asked about all of them later."""
+        """Receives a part of a step's rollouts, which may be read at once; `score` is called with all of them later."""
         ...
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> TeacherTargets:
@@ -49,16 +49,17 @@ class Teacher(Protocol):
         ...
 
     def close(self) -> None:
-        """Lets go ranks that only score: nothing more will be asked."""
+        """Releases ranks that only score: no more requests follow."""
         ...
 
     @property
     def averages(self) -> tuple[tuple[Any, torch.Tensor], ...]:
-        """What a checkpoint must hold of it: values in fp32, each with the parameter that it is of."""
+        """State for a checkpoint: fp32 averages, each with the parameter that it belongs to."""
         ...
 
     def after_update(self, *, skipped: bool) -> None:
-        """Told after each of the student's steps, which a teacher may follow; `skipped` where it was left out."""
+        """Called after each of the student's steps, which a teacher may follow; `skipped` where the step was
+        skipped."""
         ...
 
     def tune(self, num_tokens: int) -> None:
@@ -68,12 +69,13 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class ScoreMore:
-    """What is wanted of a scoring pass in the place of log-probabilities.
+    """Values that a scoring pass computes instead of log-probabilities.
 
     Attributes:
-        names: of the values.
-        values_of: (number of the micro-batch, itself, the final hidden states at its completion rows [N, H], the
-            student's LM head) -> the values of its completion tokens by name, [N] each; called where the head is.
+        names: names of the values.
+        values_of: (index of the micro-batch, the micro-batch, the final hidden states at its completion rows [N, H],
+            the student's LM head) -> the values of its completion tokens by name, [N] each; called on the stage that
+            has the head.
     """
 
     names: tuple[str, ...]
@@ -81,15 +83,15 @@ class ScoreMore:
 
 
 class StepLoss(Protocol):
-    """The loss of one micro-batch; called where the student's LM head is."""
+    """The loss of one micro-batch; called on the stage that has the student's LM head."""
 
     def __call__(
         self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
     ) -> tuple[torch.Tensor, float, MetricAccumulator]:
         """(sum of the loss, its share of the step's denominator, metrics) of micro-batch `index`.
 
-        `hidden` are the final hidden states at its completion rows [N, H]; their gradient is summed over the tensor
-        group by whoever made them.
+        `hidden` are the final hidden states at its completion rows [N, H]; the caller sums their gradient over
+        the tensor group.
 
         The gradient of the step is that of (all sums) / (all denominators), over every micro-batch and rank.
         """
@@ -104,8 +106,8 @@ class Learner(Protocol):
         ...
 
     def score(self, micro_batches: Sequence[MicroBatch], more: ScoreMore | None = None) -> dict[str, torch.Tensor]:
-        """`student_logp` of each sampled token at the loss temperature, forward-only, nats fp32 [N]; and by name what
-        `more` finds beside it."""
+        """`student_logp` of each sampled token at the loss temperature, forward-only, nats fp32 [N]; and by name the
+        values of `more`."""
         ...
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, *, step: int, lr: float) -> dict[str, float]:
@@ -119,23 +121,23 @@ class Learner(Protocol):
 
 
 class Checkpointer(Protocol):
-    """Saves and restores everything a run needs to go on."""
+    """Saves and restores everything that a run needs to resume."""
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes weights, optimizer, random numbers and `state` as the checkpoint of `step`, or begins to.
 
-        Does nothing where that checkpoint is in force already.
+        Does nothing where that checkpoint is already the current one.
         """
         ...
 
     def poll(self) -> None:
-        """Puts a checkpoint in force that was written meanwhile; never waits."""
+        """Publishes an asynchronous checkpoint that is completely written; never waits."""
         ...
 
     def finish(self) -> None:
-        """Waits until every checkpoint that was begun is in force."""
+        """Waits until every checkpoint that was begun is published."""
         ...
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """Restores the newest whole checkpoint; its step and state, or None where there is none."""
+        """Restores the newest complete checkpoint; returns its step and state, or None where there is none."""
         ...

@@ -1,4 +1,4 @@
-"""The learning rate of a step, in Megatron's terms."""
+"""Learning-rate schedule, with Megatron's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rollouts.jsonl`: what the student wrote at each step, and what it weighed."""
+"""`rollouts.jsonl`: the student's completions of each step, and their weights."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from renio_megatron.files import JsonLines
 from renio_megatron.types import Rollout
 
 RolloutObserver = Callable[[int, Sequence[Rollout], Sequence[float]], None]
-"""(step, this rank's rollouts, their weights) -> nothing."""
+"""(step, this rank's rollouts, their weights) -> None."""
 
 
 class RolloutSink:
-    """One JSON object a line and a line a sequence: step, prompt (its index), completion_ids, weight, finished; and the
+    """Writes one JSON object per line and sequence: step, prompt (its index), completion_ids, weight, finished; and the
     teacher's name, where there are several.
 
     An existing file is continued, as `JsonlSink` continues its own.
 
     Args:
-        path: the file; its directory is made.
+        path: the file; its directory is created.
         purge_step: first step that a resumed run writes again; rows from there on are dropped. None keeps all.
 
     Raises:
         CheckpointError: the file cannot be opened or written.
-        DataError: `purge_step` is given and the file is not one of ours.
+        DataError: `purge_step` is given and the file was not written by this class.
     """
 
     def __init__(self, path: str | Path, *, purge_step: int | None = None) -> None:

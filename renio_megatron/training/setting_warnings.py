@@ -1,4 +1,4 @@
-"""Settings that act otherwise than they read: what the weights are divided by, and warnings from the steps' metrics."""
+"""Checks for settings without the intended effect: a line on weight normalization, warnings from step metrics."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from renio_megatron.objective.weightings import LOGIT_INPUTS, OF_STUDENT
 logger = logging.getLogger(__name__)
 
 STEADY_STEPS = 5
-"""Consecutive steps that must all show what is exact in each of them. One small batch without a pivotal token is
-chance; five in a row are a setting, or a student that has learned what there was."""
+"""Consecutive steps that must all meet a condition that is exact in each step. One small batch without a pivotal token
+is chance; five in a row are due to a setting, or to a student that already agrees with its teacher."""
 
 WINDOW_STEPS = 20
-"""Steps whose mean is looked at where single steps scatter."""
+"""Steps whose mean is used where single steps are noisy."""
 
 CAP_SHARE = 0.2
-"""Part of the largest possible share of capped weights that is worth a warning. Of weights with mean 1 at most one in
-`cap` can reach the cap, so the default cap of 10 warns at 2 % of the sequences."""
+"""Fraction of the largest possible share of capped weights above which a warning is given. Of weights with mean 1 at
+most one in `cap` can reach the cap, so the default cap of 10 warns at 2 % of the sequences."""
 
 PIVOT_GRADIENT_SHARE = 0.5
-"""Part of the gradient's norm at pivotal tokens below which the entry bounds have removed most of it."""
+"""Fraction of the gradient's norm at pivotal tokens below which the entry bounds have removed most of it."""
 
 CUT_SHARE, CUT_STEPS = 0.95, 3
-"""Share of completions that are cut in each of so many consecutive steps. Where a limit is too short, or the student
-never writes an end, it shows in all of them."""
+"""Share of completions that are cut off, and the number of consecutive steps in which it must be reached. A limit that
+is too short, or a student that never ends, shows in all of them."""
 
 _Row = tuple[int, Mapping[str, float]]
 
 
 def weights_line(config: WeightingConfig, num_sequences: int, data_ranks: int) -> str:
-    """One line: what a raw weight is divided by, how many sequences that mean holds, and the bound afterwards.
+    """One line: the mean that a raw weight is divided by, its number of sequences, and the bound afterwards.
 
     >>> weights_line(WeightingConfig(normalize="group", group_size=8, cap=None), num_sequences=32, data_ranks=1)
     'weights: renio, divided by the mean of each group of 8 consecutive sequences (4 groups a step), not capped'
@@ -55,7 +55,7 @@ def weights_line(config: WeightingConfig, num_sequences: int, data_ranks: int) -
 
 
 def _weights_of(config: WeightingConfig, num_sequences: int, data_ranks: int) -> str:
-    """What one strategy's weights are divided by, and their bound."""
+    """Normalization of one strategy's weights, and their bound, as text."""
     settings: Any = config.normalized
     name = config.name if config.inner is None else f"{config.name} {config.inner.name}"
     what = " of each token" if config.weighs_tokens else ""
@@ -86,9 +86,9 @@ def _weights_of(config: WeightingConfig, num_sequences: int, data_ranks: int) ->
 
 
 def weights_price(weighting: WeightingConfig, *, teacher_reads_again: bool = False) -> str | None:
-    """A line about what the weighting needs beyond what a step has anyway; None where that is nothing.
+    """One line about the extra passes that the weighting needs in a step; None where it needs none.
 
-    `teacher_reads_again`: its hidden states wait nowhere, but are computed where they are wanted.
+    `teacher_reads_again`: the teacher's hidden states are not stored, but recomputed where they are needed.
     """
     wanted = sorted(weighting.needs & LOGIT_INPUTS)
     if not wanted:
@@ -102,9 +102,9 @@ def weights_price(weighting: WeightingConfig, *, teacher_reads_again: bool = Fal
 
 
 class SettingWarnings:
-    """An observer of a run's metrics that warns where a setting does nothing, or undoes another; once for each cause.
+    """An observer of a run's metrics that warns where a setting has no effect, or cancels another; once for each cause.
 
-    A warning says what was seen, why it matters and which setting changes it.
+    A warning contains the observation, why it matters and which setting changes it.
     """
 
     def __init__(
@@ -115,13 +115,14 @@ class SettingWarnings:
         *,
         prefix: bool = False,
     ) -> None:
-        """`weighting` and `loss` are the run's; `report` gets each warning; `prefix`: completions are to be cut."""
+        """`weighting` and `loss` are the run's; `report` receives each warning; `prefix`: completions are cut off on
+        purpose."""
         self._weighting, self._loss, self._report = weighting, loss, report
         self._recent: deque[_Row] = deque(maxlen=WINDOW_STEPS)
         self._waiting = [check for check in _CHECKS if not (prefix and check is _nearly_all_cut)]
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes a step's metrics; step 0, the evaluation before training, and steps left out tell nothing."""
+        """Takes a step's metrics; step 0 (the evaluation before training) and skipped steps are ignored."""
         if step == 0 or metrics.get("train/skipped_frac"):
             return
         self._recent.append((step, metrics))
@@ -252,6 +253,6 @@ def _steps(rows: Sequence[_Row]) -> str:
 
 
 def _divergence(rows: Sequence[_Row]) -> str:
-    """The last step's divergence in brackets, where it is known: it tells agreement from a threshold too high."""
+    """The last step's divergence in brackets, where it is known: it separates agreement from too high a threshold."""
     kl = rows[-1][1].get("loss/kl")
     return "" if kl is None else f" (divergence in step {rows[-1][0]}: {kl:.3g} nats/token)"

@@ -1,7 +1,7 @@
-"""What a teacher answers: log-probabilities of the sampled tokens, and its part of the loss, which it makes itself.
+"""Teacher targets: log-probabilities of the sampled tokens, and the loss against the teacher.
 
-The algorithm knows no kind of answer: hidden states, several teachers' hidden states, the most likely tokens of a
-server, or the sampled tokens alone are all `TeacherTargets`.
+The algorithm does not depend on the kind of targets: hidden states, several teachers' hidden states, the most likely
+tokens from a server, or the sampled tokens alone are all `TeacherTargets`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.types import MicroBatch
 
 MAX_PIVOTAL_TOKENS = 64
-"""Tokens at which the gradient under the entry clip is measured, so that their whole logits take little memory."""
+"""Tokens at which the gradient under the entry clip is measured, few, so that their full logits take little memory."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,11 @@ class LossInputs:
     """The student's side of a micro-batch's loss.
 
     Attributes:
-        hidden: final hidden states at its completion rows [N, H]; their gradient is summed over the tensor group by
-            whoever made them.
+        hidden: final hidden states at its completion rows [N, H]; the caller sums their gradient over the tensor group.
         head: the student's LM head.
-        token_scale: what each token's divergence is multiplied by: weight over tokens of its sequence [N].
+        token_scale: factor of each token's divergence: weight / tokens of its sequence [N].
         sampler_logp: log-probability of each token when it was drawn, nats [N]; None where it is not known.
-        loss, head_config: the divergence, and how logits are made.
+        loss, head_config: the divergence, and how logits are computed.
         probe: tokens at which `MicroBatchLoss.probe` is wanted, bool [N]; None: nowhere.
     """
 
@@ -53,15 +52,15 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class MicroBatchLoss:
-    """What targets make of it; nothing of it is read by the host.
+    """The loss of a micro-batch and its statistics; all on the device, nothing is read by the host.
 
     Attributes:
         total: sum over tokens of token_scale x divergence, scalar, differentiable by the hidden states and the head.
         token_divergence: nats [N], without gradient.
-        loss_sum, divergence_sum: `total` and the sum of `token_divergence` as numbers to be counted, fp64.
+        loss_sum, divergence_sum: `total` and the sum of `token_divergence` for the metrics, fp64.
         clipped_tokens: tokens at which a bound cut a vocabulary entry; None where there are no bounds.
-        probe: squared gradient by the logits at some of the probed tokens, under the loss as it is and without its
-            entry clip, two numbers of the whole tensor group; None where targets cannot say.
+        probe: squared gradient with respect to the logits at some of the probed tokens, under the loss as it is and
+            without its entry clip, two numbers of the whole tensor group; None where the targets cannot compute it.
     """
 
     total: torch.Tensor
@@ -79,7 +78,7 @@ class MicroBatchLoss:
         clipped_entries: torch.Tensor | None = None,
         probe: torch.Tensor | None = None,
     ) -> MicroBatchLoss:
-        """The loss of targets that are one piece; `clipped_entries` are vocabulary entries that were cut [N]."""
+        """The loss from per-token divergences; `clipped_entries` are vocabulary entries that were cut [N]."""
         return cls(
             total,
             token_divergence,
@@ -91,16 +90,17 @@ class MicroBatchLoss:
 
 
 class TeacherTargets(ABC):
-    """A teacher's answer about a rank's rollouts.
+    """A teacher's targets for a rank's rollouts.
 
     Attributes:
         logp: log-probability of each sampled token under the teacher at the loss temperature, nats fp32 [N], equal on
             all ranks that share the sequences.
-        has_logp: where it is known, bool [N]; None: everywhere. Elsewhere `logp` is the student's own: a ratio of 0.
-        payload_bytes: what waits for the loss on the device at a time.
-        sent_bytes: hidden states that went from a rank to another, over all ranks; None where none had to.
-        names, name_of: of several teachers their names, and the place of each sequence's among them, int64 [B]; none
-            where there is one.
+        has_logp: where it is known, bool [N]; None: everywhere. Elsewhere `logp` is the student's own: a log ratio of
+            0.
+        payload_bytes: bytes that are stored for the loss on the device at a time.
+        sent_bytes: bytes of hidden states sent between ranks, over all ranks; None where none were sent.
+        names, name_of: for several teachers their names, and the index of each sequence's teacher in them, int64 [B];
+            None where there is one.
     """
 
     logp: torch.Tensor
@@ -113,12 +113,12 @@ class TeacherTargets(ABC):
     def token_inputs(
         self, wanted: frozenset[str], index: int, micro_batch: MicroBatch, inputs: LossInputs
     ) -> dict[str, torch.Tensor]:
-        """What is wanted of logits before the loss, `student_logp` and those of `LOGIT_INPUTS`, nats [N] each.
+        """Inputs of weightings from logits before the loss: `student_logp` and those of `LOGIT_INPUTS`, nats [N] each.
 
-        Called where the student's LM head is, in order; `inputs.token_scale` is not looked at.
+        Called on the stage that has the student's LM head, in order; `inputs.token_scale` is not used.
 
         Raises:
-            ConfigError: these targets cannot say.
+            ConfigError: these targets cannot compute them.
         """
         if rest := sorted(wanted - OF_STUDENT):
             raise ConfigError(
@@ -129,10 +129,11 @@ class TeacherTargets(ABC):
 
     @abstractmethod
     def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
-        """The loss of the student's micro-batch `index`; called where the student's LM head is, once, in order."""
+        """The loss of the student's micro-batch `index`; called once, in order, on the stage with the student's LM
+        head."""
 
     def metrics(self, layout: ParallelLayout) -> dict[str, float]:
-        """After the step's last micro-batch: metrics of its own, equal on every rank. Collective."""
+        """Additional metrics after the step's last micro-batch, equal on every rank. Collective."""
         return {}
 
 
@@ -148,14 +149,14 @@ class HiddenStateTargets(TeacherTargets):
         payload_bytes: int = 0,
         sent_bytes: int | None = None,
     ) -> None:
-        """Keeps them until the loss.
+        """Keeps the hidden states until the loss.
 
         Args:
             logp, payload_bytes, sent_bytes: see `TeacherTargets`.
             payload: for each of the student's micro-batches the hidden states at its completion rows, [N of the
-                micro-batch, H of the teacher]; it may be fetched or computed where it is asked for. Empty on ranks that
-                compute no loss.
-            head: gives the teacher's LM head, cut at the student's columns; asked where the loss is computed.
+                micro-batch, H of the teacher]; it may be fetched or computed on access. Empty on ranks that compute no
+                loss.
+            head: returns the teacher's LM head, sharded like the student's; called where the loss is computed.
         """
         self.logp, self.payload, self.head = logp, payload, head
         self.payload_bytes, self.sent_bytes = payload_bytes, sent_bytes
@@ -163,7 +164,7 @@ class HiddenStateTargets(TeacherTargets):
     def token_inputs(
         self, wanted: frozenset[str], index: int, micro_batch: MicroBatch, inputs: LossInputs
     ) -> dict[str, torch.Tensor]:
-        """All of them, from both models' logits."""
+        """All inputs, from both models' logits."""
         if wanted <= OF_STUDENT:
             return super().token_inputs(wanted, index, micro_batch, inputs)
         return linear_token_inputs(
@@ -222,7 +223,8 @@ def _clipped_gradient(
     teacher_hidden: torch.Tensor,
     teacher_head: torch.Tensor,
 ) -> torch.Tensor:
-    """Squared gradient by the logits at evenly chosen tokens of `probe`, with the entry clip and without, fp64 [2]."""
+    """Squared gradient with respect to the logits at evenly chosen tokens of `probe`, with the entry clip and without,
+    fp64 [2]."""
     rows, is_one = evenly_chosen(probe, MAX_PIVOTAL_TOKENS)
     dtype = logits_dtype_of(inputs.head_config, inputs.hidden.dtype)
     student, teacher = (
@@ -240,10 +242,10 @@ def _clipped_gradient(
 
 
 def evenly_chosen(mask: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most `most` places where a mask holds, evenly among them, without waiting for the device.
+    """At most `most` positions where a mask is True, evenly spaced among them, without synchronizing with the device.
 
     Returns:
-        (places, which of them are chosen): int64 and bool, [min(most, N)]; the places that are not fill the rest.
+        (positions, which of them are chosen): int64 and bool, [min(most, N)]; the others fill the rest.
 
     >>> places, is_one = evenly_chosen(torch.tensor([True, False, True, True, True, True]), 3)
     >>> places[is_one].tolist()    # every second of five

@@ -1,4 +1,4 @@
-"""The loop: prompts, the algorithm's step, metrics, evaluation, checkpoints. Knows no Megatron; runs on fakes."""
+"""The training loop: prompts, the algorithm's step, metrics, evaluation, checkpoints; independent of Megatron."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from renio_megatron.training.metrics.sinks import Observer
 from renio_megatron.types import Prompt
 
 MAX_SKIPPED_STEPS = 10
-"""Steps in a row that may be left out. Where three of ten are, by chance, ten in a row come once in 170,000 steps."""
+"""Steps in a row that may be skipped. Where 30% are, by chance, ten in a row come once in 170,000 steps."""
 
 
 @dataclass
@@ -24,16 +24,16 @@ class Trainer:
     Attributes:
         algorithm: one optimizer step.
         prompts: (start, count) -> prompts of the run's endless order.
-        checkpointer: of the run.
+        checkpointer: saves and restores the run.
         train_iters, global_batch_size: steps of the run, sequences of a step.
         data_rank, data_size: this rank's share of each step: consecutive sequences.
         save_interval: steps between checkpoints; the last step is saved in any case.
-        evaluate: accuracies of the present student; None: no evaluation.
+        evaluate: accuracies of the current student; None: no evaluation.
         evaluate_every: steps between evaluations; the start and the end are evaluated as well.
-        observers: told of every step's metrics, and of the evaluation before the first step as step 0.
-        stop_requested: asked after every step, on every rank, whether the run is to stop there; all get one answer.
+        observers: called with every step's metrics, and with the evaluation before the first step as step 0.
+        stop_requested: called after every step, on every rank, whether the run must stop; all ranks get one answer.
         step, cursor: optimizer steps done, prompts used.
-        stopped: whether `run` ended because it was asked to.
+        stopped: whether `run` ended because a stop was requested.
     """
 
     algorithm: Algorithm
@@ -54,7 +54,7 @@ class Trainer:
     _skipped: int = field(default=0, init=False)
 
     def resume(self) -> int:
-        """Takes up the newest checkpoint, where there is one; the step it is of, 0 for a new run.
+        """Restores the newest checkpoint, where there is one; returns its step, 0 for a new run.
 
         Raises:
             CheckpointError: it is of another kind of run.
@@ -73,10 +73,10 @@ class Trainer:
         return self.step
 
     def run(self) -> dict[str, float]:
-        """The rest of the run, or of its part until it is asked to stop; the last step's metrics.
+        """Runs the remaining steps, or until a stop is requested; returns the last step's metrics.
 
         Raises:
-            NumericsError: a metric that is not finite, or `MAX_SKIPPED_STEPS` steps in a row that were left out.
+            NumericsError: a metric that is not finite, or `MAX_SKIPPED_STEPS` steps in a row that were skipped.
             CheckpointError: the state cannot be written.
         """
         metrics: dict[str, float] = {}
@@ -109,7 +109,7 @@ class Trainer:
         return metrics
 
     def _check_progress(self, metrics: dict[str, float]) -> None:
-        """Raises `NumericsError` where steps are left out one after the other: what is wrong does not go away."""
+        """Raises `NumericsError` after too many consecutive skipped steps: the cause is persistent."""
         self._skipped = self._skipped + 1 if metrics.get("train/skipped_frac") == 1.0 else 0
         if self._skipped and self._skipped >= min(MAX_SKIPPED_STEPS, self.train_iters):
             raise NumericsError(

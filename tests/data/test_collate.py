@@ -156,7 +156,7 @@ def test_all_pieces_together_hold_every_completion_token_once(view, context_size
     seen, rows = [], set()
     for rank in range(context_size):
         batch_layout = BatchLayout(0, 2, max_tokens, tensor_pieces, context_size, rank)
-        for batch in collate(THREE, view=view, batch_layout=batch_layout):
+        for batch in collate(THREE, audience=view, batch_layout=batch_layout):
             assert torch.equal(token_ids[batch.token_index], batch.target_ids)
             assert batch.token_ids.shape[1] % tensor_pieces == 0
             assert batch.token_ids.shape[1] * context_size == batch.row_length

@@ -69,7 +69,7 @@ def _one(config: Any, folder: Path) -> dict[str, Any]:
 
     trainer, inputs, layout = built(replace(config, teacher=TeacherConfig(kind="current")), folder)
     algorithm = trainer.algorithm
-    rollouts = algorithm.sampler.sample(inputs.stream.batch(0, 8), algorithm._decoding, rng_stream=(1,))
+    rollouts = algorithm.sampler.sample(inputs.stream.batch(0, 8), algorithm._sampling_params, rng_stream=(1,))
     batches = algorithm.learner.make_micro_batches(rollouts)
     before = live_bytes()
     teacher = build_teacher(config, read_inputs(config), layout, algorithm.learner.part)

@@ -80,7 +80,7 @@ def test_each_row_is_its_tokens_on_context_ranks() -> None:
 def test_a_packing_in_which_the_views_differ_is_among_them() -> None:
     batch_layout = BatchLayout(0, max_tokens=34)
     orders = [
-        torch.cat([batch.token_index for batch in collate(ROLLOUTS, view=view, batch_layout=batch_layout)]).tolist()
+        torch.cat([batch.token_index for batch in collate(ROLLOUTS, audience=view, batch_layout=batch_layout)]).tolist()
         for view in ("student", "teacher")
     ]
     assert orders[0] != orders[1]

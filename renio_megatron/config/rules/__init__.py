@@ -1,1 +1,1 @@
-"""Rules about settings that several sections or models make together."""
+"""Rules about combinations of settings of several sections or models."""

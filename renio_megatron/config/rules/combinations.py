@@ -1,4 +1,4 @@
-"""Settings of a recipe that cannot work together, each with what to do."""
+"""Settings of a recipe that cannot work together, each with a remedy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_combinations(config: Any) -> None:
 
 
 def _check_routes(config: Any) -> None:
-    """What several teachers ask of a run."""
+    """Checks that the settings allow several teachers."""
     routes, parallel = config.teacher.routes, config.parallel
     if not routes:
         return

@@ -1,4 +1,4 @@
-"""What models with experts ask of a run: rules that need config.json of the models, and those that need the ranks."""
+"""Rules for models with experts: those that need the models' config.json, and those that need the number of ranks."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def check_expert_ranks(parallel: ParallelConfig, train: TrainConfig, world_size:
 
 
 def check_experts(config: Any, models: Mapping[str, ModelShape], layouts: Mapping[str, ParallelConfig]) -> None:
-    """Raises `ConfigError` for settings that do not fit the models' experts, or have no effect without any.
+    """Raises `ConfigError` for settings that do not fit the models' experts, or have no effect without experts.
 
     Args:
         config: a DistillationConfig or SftConfig.
         models: by the setting that names the model: `model` is the student.
-        layouts: of each model.
+        layouts: the layout of each model, by the same names.
     """
     parallel, train = config.parallel, config.train
     moe_models = {setting: model for setting, model in models.items() if model.has_experts}

@@ -1,6 +1,6 @@
-"""Which settings a recipe must give, and which have no effect beside others: tables of rules.
+"""Rules about settings that a recipe must give, and settings that have no effect together with others.
 
-A setting that would be ignored is an error, because whoever wrote it believes that it acts.
+A setting that would be ignored is an error, because the recipe's author expects it to have an effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
 from renio_megatron.objective.divergences import DIVERGENCE_INFO
 
-# Names that tables know. Of modules which import torch they are repeated here, so that a typo is found without it.
+# Names in the tables. Names from modules that import torch are repeated here, so that a typo is found without torch.
 CHOICES: dict[str, Collection[str]] = {
     "loss.divergence": DIVERGENCE_INFO,
     "data.source": SOURCES,
@@ -217,7 +217,7 @@ _IGNORED_BY_SFT = (
     ),
 )
 _IGNORED = {"distillation": _IGNORED_BY_DISTILLATION, "sft": _IGNORED_BY_SFT}
-"""Algorithm -> its own rules, which come before everybody's."""
+"""Algorithm -> its own rules, which come before the common ones."""
 
 _NEEDED_BY_ALL = (
     _Needed("data.path", _reads_files, "the sources jsonl and datasets read records from it"),
@@ -247,11 +247,11 @@ _NEEDED_BY_DISTILLATION = (
     ),
 )
 _NEEDED = {"distillation": _NEEDED_BY_DISTILLATION, "sft": _NEEDED_BY_SFT}
-"""The same of keys that are needed, which come after everybody's."""
+"""Algorithm -> its own rules of required keys, which come after the common ones."""
 
 
 def check_settings(config: Any) -> None:
-    """Raises `ConfigError` for names that no table knows, and settings that are missing.
+    """Raises `ConfigError` for names that are in no table, and for missing settings.
 
     Args:
         config: a JobConfig.
@@ -263,7 +263,7 @@ def check_settings(config: Any) -> None:
 
 
 def refuse_ignored(reasons: Mapping[str, str]) -> None:
-    """Raises `ConfigError` for settings without effect; by key, why."""
+    """Raises `ConfigError` for settings without effect; `reasons` maps each key to the reason."""
     if reasons:
         raise ConfigError(
             "\n".join(
@@ -280,9 +280,9 @@ def _check_needed(config: Any) -> None:
 
 
 def ignored_settings(config: Any, explicit: frozenset[str]) -> dict[str, str]:
-    """Every key that was set and has no effect, each with the first reason that holds.
+    """Every key that was set and has no effect, each with the first reason that applies.
 
-    What several teachers share has no effect where it has none on any of them.
+    A setting that several teachers share has no effect only where it has none on any of them.
 
     Args:
         config: a JobConfig.
@@ -328,7 +328,7 @@ def _tagged_sections(settings: Any, prefix: str = "") -> Iterator[tuple[str, Tag
 
 
 def _with_one_teacher(config: Any, one: TeacherSpec) -> Any:
-    """The settings of a run in which this teacher is the only one: what rules about a teacher are asked with."""
+    """The settings of a run with this teacher alone, to which rules about one teacher are applied."""
     return dataclasses.replace(config, teacher=one.settings, teacher_precision=one.precision, data=one.data)
 
 

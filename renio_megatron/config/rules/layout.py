@@ -1,4 +1,4 @@
-"""What a layout asks of a run: rules that need the number of ranks, and those that need the models' descriptions."""
+"""Rules for parallel layouts: those that need the number of ranks, and those that need the models' config.json."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def check_cut(
 
     Args:
         setting: where the model is named; for the message.
-        model: what of it is cut.
+        model: the model's dimensions.
         parallel: the layout.
-        trained: False for a model without interleaved stages.
+        trained: False for a model without interleaved (virtual pipeline) stages.
         section: where the layout is set; for the message.
     """
     tensor, file = parallel.tensor_model_parallel_size, model.file
@@ -111,7 +111,7 @@ def check_adapters_cut(student: ModelShape, parallel: ParallelConfig) -> None:
 def check_recomputation(num_layers: int, parallel: ParallelConfig, train: TrainConfig) -> None:
     """Raises `ConfigError` where a stage of the trained model does not hold whole groups of recomputed layers.
 
-    Megatron does not look, and asks for a layer that is not there in its first forward pass.
+    Megatron does not check this, and accesses a missing layer in its first forward pass.
     """
     group = train.recompute_num_layers
     if train.recompute_method != "uniform" or group is None or train.recompute_granularity != "full":

@@ -1,4 +1,4 @@
-"""Settings of what is saved, and what a new run is loaded from."""
+"""Settings of checkpoints: what is saved, and what a new run is loaded from."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from renio_megatron.config.validators import require_choice, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved, into `output_dir/checkpoints`, and where a new run takes it from.
+    """When the state is saved to `output_dir/checkpoints`, and which checkpoint a new run starts from.
 
     Attributes:
-        save_interval: steps between checkpoints; the last step is saved in any case.
+        save_interval: steps between checkpoints; the last step is always saved.
         ckpt_format: `torch_dist`, Megatron's distributed format.
         keep_last: checkpoints that are kept, the newest ones; null keeps all.
-        async_save: write in a process of its own while training goes on. The memory of the state is needed twice
-            until it is written. The last save of a run is waited for.
-        load: where a run starts from that has no checkpoint of its own yet: another run's output_dir, its checkpoints
-            directory, or one iter_ directory, in any layout. Weights, optimizer, step, place in the data and moving
-            averages are taken over.
+        async_save: write in a separate process while training continues. The state takes twice its memory until it is
+            written. The last save of a run is waited for.
+        load: checkpoint that a run without one of its own starts from: another run's output_dir, its checkpoints
+            directory, or one iter_ directory, in any layout. Weights, optimizer, step, position in the data and moving
+            averages are loaded.
     """
 
     save_interval: int = 100

@@ -1,4 +1,4 @@
-"""Settings of weightings that are made of others: a permuted one, and a product."""
+"""Settings of weightings that are composed of others: a permuted one, and a product."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from renio_megatron.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class PermutedWeighting(WeightingConfig):
-    """Another strategy's finished weights, handed to other sequences of the same batch: a control, which has the same
-    weights and looks at nothing. Tokens' weights are permuted inside each sequence.
+    """Another strategy's final weights, permuted among the sequences of the batch: a control with the same weights that
+    ignores the data. Token weights are permuted inside each sequence.
 
     Attributes:
-        of: the strategy.
+        of: the strategy whose weights are permuted.
     """
 
     strategy: ClassVar[str] = "renio_megatron.objective.weightings.permuted:Permuted"
@@ -27,17 +27,17 @@ class PermutedWeighting(WeightingConfig):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the strategy needs, and who is who."""
+        """The inner strategy's inputs, and the sequence numbers."""
         return self.of.needs | {"sequence", "generator"} | ({"position"} if self.weighs_tokens else frozenset())
 
     @property
     def inner(self) -> WeightingConfig | None:
-        """The strategy."""
+        """The strategy whose weights are permuted."""
         return self.of
 
     @property
     def weighs_tokens(self) -> bool:
-        """As the strategy does."""
+        """Whether the inner strategy weights tokens."""
         return self.of.weighs_tokens
 
     def __post_init__(self) -> None:
@@ -49,14 +49,14 @@ class PermutedWeighting(WeightingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProductWeighting(WeightingConfig):
-    """Several strategies, whose weights are multiplied: what a list of them in a recipe is.
+    """Several strategies whose weights are multiplied, written as a list in a recipe.
 
     Attributes:
-        factors: the strategies, each normalized alone; the product of the weights of sequences once more, to the mean 1
-            of the batch, where several weigh sequences.
+        factors: the strategies, each normalized alone; where several weight sequences, the product of the sequence
+            weights is normalized again, to a batch mean of 1.
 
     Raises:
-        ConfigError: none, or a product inside of it.
+        ConfigError: no strategy, or a product inside of it.
     """
 
     name: str = "product"
@@ -64,32 +64,32 @@ class ProductWeighting(WeightingConfig):
 
     @property
     def parts(self) -> tuple[WeightingConfig, ...]:
-        """The strategies."""
+        """The strategies whose weights are multiplied."""
         return self.factors
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether any of them does."""
+        """Whether any of the strategies weights tokens."""
         return any(factor.weighs_tokens for factor in self.factors)
 
     @property
     def bound(self) -> float | None:
-        """The lowest of theirs."""
+        """The lowest bound of the strategies."""
         return min((one.bound for one in self.factors if one.bound is not None), default=None)
 
     @property
     def group(self) -> int:
-        """What is whole for all of them."""
+        """Neighbors of the global order that must stay together for all of the strategies."""
         return math.lcm(*(factor.group for factor in self.factors))
 
     def check_batch(self, num_sequences: int) -> None:
-        """What each of them needs."""
+        """Checks each of the strategies."""
         for factor in self.factors:
             factor.check_batch(num_sequences)
 
     @property
     def needs(self) -> frozenset[str]:
-        """What any of them needs."""
+        """Inputs that any of the strategies needs."""
         return frozenset().union(*(factor.needs for factor in self.factors))
 
     def __post_init__(self) -> None:

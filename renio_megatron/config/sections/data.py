@@ -10,14 +10,14 @@ from renio_megatron.config.validators import require_choice, require_positive
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What is known of a source before its data is touched.
+    """Properties of a source that are known before its data is read.
 
     Attributes:
         opener: `module:function`, (DataConfig, split) -> Source.
         settings: keys of this section that it reads and others do not.
-        has_records: whether people bring its records, with columns: then all that a run will use are looked at before
-            it starts, and a column may name a record's teacher.
-        check: `module:function`, (DataConfig, split) -> None, which looks at the files before a rank starts; or None.
+        has_records: whether the user supplies its records, with columns: then all that a run will use are checked
+            before it starts, and a column may name a record's teacher.
+        check: `module:function`, (DataConfig, split) -> None, which checks the files before a rank starts; or None.
     """
 
     opener: str
@@ -40,7 +40,7 @@ SOURCES: dict[str, SourceInfo] = {
     ),
     "reasoning_gym": SourceInfo(f"{_SOURCES}.generated:reasoning_gym_source", ("task", "size")),
 }
-"""By the name in `data.source`: a line for each."""
+"""Name in `data.source` -> its properties."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +49,20 @@ class DataConfig:
 
     Attributes:
         source: `modchain`, `jsonl`, `datasets` or `reasoning_gym`.
-        seed: order of the problems, and their choice where they are generated.
+        seed: seed of the problems' order, and of the problems themselves where they are generated.
         path: file (`jsonl`) or directory written by `datasets.save_to_disk` (`datasets`).
-        eval_path: the same for evaluation; the generated sources need none.
+        eval_path: file or directory of the evaluation problems; the generated sources need none.
         task: generator of `reasoning_gym`, for example `gsm_symbolic`.
         size: number of problems that `reasoning_gym` generates before they repeat.
-        problem_key, solution_key, answer_key: columns of a record. The solution and the answer may be missing.
+        problem_key, solution_key, answer_key: columns of a record. Solution and answer are optional.
         teacher_key: column that names which of teacher.routes scores a record's completions.
         student_template, teacher_template: text of the prompt, with the fields {problem} and {solution}; a null
             teacher_template is the student's, which must have {problem}.
-        chat: wrap the prompt by the tokenizer's chat template.
+        chat: wrap the prompt in the tokenizer's chat template.
         enable_thinking: passed to the chat template of tokenizers that know it; null leaves it out.
-        teacher_enable_thinking: the same for the teacher's view; null follows enable_thinking.
-        grader: `modchain`, `number` (the last number of the completion), `reasoning_gym`, `none`, or null: what the
-            source brings.
+        teacher_enable_thinking: enable_thinking of the teacher's view; null follows enable_thinking.
+        grader: `modchain`, `number` (the last number of the completion), `reasoning_gym`, `none`, or null: the source's
+            own grader.
         grader_errors: what an exception in the grader does: `raise` stops the run and names the prompt, `count_wrong`
             counts the completion as wrong, which `rollout/grader_error_frac` shows.
         max_prompt_length: longer prompts are refused, in tokens.
@@ -89,7 +89,7 @@ class DataConfig:
 
     @property
     def source_info(self) -> SourceInfo:
-        """What is known of the source; raises `ConfigError` for a name that is not in `SOURCES`."""
+        """Properties of the source; raises `ConfigError` for a name that is not in `SOURCES`."""
         require_choice("data.source", self.source, SOURCES)
         return SOURCES[self.source]
 

@@ -1,4 +1,4 @@
-"""Settings of the accuracy on held-out problems."""
+"""Settings of the evaluation on held-out problems."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class EvaluateConfig:
     """Accuracy on held-out problems, greedy and sampled.
 
     Attributes:
-        every: steps between evaluations; 0 evaluates never. The start and the end are evaluated as well.
-        samples: problems.
-        temperature: of the sampled accuracy.
+        every: steps between evaluations; 0 never evaluates. The start and the end are evaluated as well.
+        samples: number of problems.
+        temperature: temperature of the sampled accuracy.
         max_completion_length: tokens after which an answer is cut; null: rollout.max_completion_length.
     """
 

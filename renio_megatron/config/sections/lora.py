@@ -1,4 +1,4 @@
-"""Settings of low-rank adapters: what of a student is trained where not all of it is. PEFT's own names are kept."""
+"""Settings of low-rank adapters (LoRA), under PEFT's names."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 OF_ATTENTION = TARGETS[:4]
-"""Those in a layer's attention; the others are in its feed-forward network."""
+"""Targets in a layer's attention; the others are in its feed-forward network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """A trained pair A [r, in] and B [out, r] beside each chosen linear layer W, which computes W x + scale B A x.
+    """A trained pair A [r, in] and B [out, r] for each chosen linear layer W, which computes W x + scale B A x.
 
-    Everything else is frozen: only adapters have gradients and an optimizer's state, and only they are in checkpoints.
+    Everything else is frozen: only adapters have gradients and optimizer state, and only they are in checkpoints.
 
     Attributes:
-        r: rank of the adapters; null: there are none, and the whole student is trained.
+        r: rank of the adapters; null: no adapters, the whole student is trained.
         alpha: numerator of the scale, PEFT's `lora_alpha`.
         dropout: PEFT's `lora_dropout`; only 0.
         use_rslora: the scale is alpha / sqrt(r) in place of alpha / r.
@@ -69,7 +69,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by.
+        """Factor by which B A x is multiplied.
 
         >>> LoraConfig(r=4, alpha=8.0).scale, LoraConfig(r=4, alpha=8.0, use_rslora=True).scale
         (2.0, 4.0)

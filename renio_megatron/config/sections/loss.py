@@ -16,11 +16,11 @@ class LossConfig:
     Attributes:
         beta: 0 is forward KL(T||S), 1 is reverse KL(S||T), between them the generalized Jensen-Shannon divergence with
             the mixture (1 - beta) S + beta T.
-        divergence: a divergence by its name in `objective.divergences`; null: the one that `beta` selects.
-        temperature: both models' logits are divided by it; also the temperature of the log ratios.
+        divergence: name of a divergence in `objective.divergences`; null: the one that `beta` selects.
+        temperature: divides both models' logits; also the temperature of the log ratios.
         entry_clip: upper bound, in nats, of every vocabulary entry of the divergence before the sum over the
-            vocabulary; None switches both bounds off. The authors' release uses 0.05.
-        entry_floor: lower bound of every entry, in force together with `entry_clip`; None bounds from above only. The
+            vocabulary; None disables both bounds. The authors' release uses 0.05.
+        entry_floor: lower bound of every entry, used together with `entry_clip`; None bounds from above only. The
             release uses 0, which also drops the entries where the student is surer than the teacher (forward KL).
 
     Raises:
@@ -34,7 +34,7 @@ class LossConfig:
     entry_floor: float | None = 0.0
 
     def __post_init__(self) -> None:
-        info = DIVERGENCE_INFO.get(self.divergence or "")  # an unknown name is refused with the others
+        info = DIVERGENCE_INFO.get(self.divergence or "")  # an unknown name is refused together with the others
         if info is not None and info.takes_beta and self.beta in (0.0, 1.0):
             raise ConfigError(
                 f"loss.divergence={self.divergence} needs loss.beta strictly between 0 and 1; got {self.beta}."
@@ -57,12 +57,12 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """How logits are made from hidden states and LM heads, a chunk of tokens at a time.
+    """How logits are computed from hidden states and LM heads, a chunk of tokens at a time.
 
     Attributes:
         logits_dtype: `fp32`, or `bf16` for half the memory where the models are bf16. Rounded logits cost a loss with
             `entry_clip` much of its gradient's precision.
-        chunk_size: tokens whose logits exist at a time; null: as many as 1 GiB holds, at least 2048.
+        chunk_size: tokens whose logits are in memory at a time; null: as many as 1 GiB holds, at least 2048.
 
     Raises:
         ConfigError: a value out of its range.

@@ -1,4 +1,4 @@
-"""Settings of how the ranks share the model. Megatron's own names are kept."""
+"""Settings of the parallel layout, under Megatron's names."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from renio_megatron.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the ranks share the model. The data-parallel size is what remains of the world.
+    """How the ranks share the model. The data-parallel size follows from the world size.
 
     Attributes:
         tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size (stages of each
             pipeline rank; null: one), context_parallel_size, sequence_parallel, use_distributed_optimizer,
             overlap_grad_reduce, overlap_param_gather: as in Megatron.
         expert_model_parallel_size, expert_tensor_parallel_size (null: the tensor-parallel size): as in Megatron: ranks
-            that share the experts of a layer, and each expert. They are among the tensor, context and data ranks.
+            that share the experts of a layer, and that share each expert. They are among the tensor, context and data
+            ranks.
         make_vocab_size_divisible_by: as in Megatron; the padded vocabulary is a multiple of this times the
             tensor-parallel size.
-        distributed_timeout_minutes: after this long a rank that waits for a dead one gives up.
+        distributed_timeout_minutes: timeout of collectives, after which a rank stops waiting for a dead one.
     """
 
     tensor_model_parallel_size: int = 1

@@ -1,4 +1,4 @@
-"""Settings of what a model's layers are built of and compute in. Megatron's own names are kept where it has one."""
+"""Settings of the layers' backend and of FP8, under Megatron's names where there are any."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Layers of one model: the student's in the section `precision`, the teacher's in `teacher_precision`.
+    """Backend and precision of one model's layers: `precision` for the student, `teacher_precision` for the teacher.
 
     The dtype of the parameters is `train.bf16`. The LM head stays out of FP8: its logits decide the weights.
 
@@ -22,13 +22,13 @@ class PrecisionConfig:
             on a GPU where Transformer Engine imports, else local; local for a student with adapters.
         fp8: `hybrid` (e4m3 forward, e5m2 gradients) or `e4m3` products of the decoder's linear layers, as Megatron's
             `--fp8-format`; null: none.
-        fp8_recipe: how values are scaled into FP8's range, as Megatron's `--fp8-recipe`.
-        fp8_param_gather: as in Megatron; parameters are kept, and gathered by the distributed optimizer, in FP8. A
-            teacher's are kept so in any case: they are quantized once.
+        fp8_recipe: how values are scaled into the range of FP8, as Megatron's `--fp8-recipe`.
+        fp8_param_gather: as in Megatron: parameters are stored, and gathered by the distributed optimizer, in FP8. A
+            teacher's are always stored in FP8: they are quantized once.
         first_last_layers_bf16, num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: as in Megatron: that many of the
             first and last layers stay out of FP8.
-        emulate_fp8: round what FP8 products would read to the values that FP8 has, and multiply in the parameters'
-            dtype. It needs neither Transformer Engine nor a GPU, saves nothing, and shows what FP8 does to a run.
+        emulate_fp8: round the inputs of FP8 products to FP8 values, and multiply in the parameters' dtype. Needs
+            neither Transformer Engine nor a GPU, saves no time or memory, and shows the numerical effect of FP8.
     """
 
     backend: str = "auto"
@@ -83,7 +83,7 @@ class PrecisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPrecisionConfig(PrecisionConfig):
-    """The same settings for the teacher."""
+    """Backend and precision of the teacher's layers."""
 
     section: ClassVar[str] = "teacher_precision"
 

@@ -1,4 +1,4 @@
-"""Settings of diagnostics that a run may have beside those of its weighting."""
+"""Settings of diagnostics in addition to those of the weighting."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class ReportConfig(Tagged):
 
 @dataclass(frozen=True, kw_only=True)
 class RenioReportConfig(ReportConfig):
-    """What ReNIO says of the sequences, whatever they weigh.
+    """ReNIO's diagnostics of the sequences, under any weighting.
 
     Attributes:
-        threshold, ceiling, temperature: as in the weighting of this name.
+        threshold, ceiling, temperature: as in the weighting `renio`.
     """
 
     name: str = "renio"
@@ -44,7 +44,7 @@ class RenioReportConfig(ReportConfig):
 
     @property
     def weighting(self) -> RenioWeighting:
-        """The weighting that is reported."""
+        """The ReNIO weighting whose diagnostics are reported."""
         return RenioWeighting(threshold=self.threshold, ceiling=self.ceiling, temperature=self.temperature)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings of how the student writes its completions."""
+"""Settings of rollouts: how the student samples its completions."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from renio_megatron.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How the student writes its completions.
+    """How the student samples its completions.
 
     Attributes:
         temperature: divides the logits before sampling.
         top_p: keep the smallest set of tokens with at least this probability; null keeps all.
         top_k: keep this many tokens; null keeps all.
         max_completion_length: tokens after which a completion is cut.
-        prefix: the run trains on prefixes, completions that are cut on purpose; nothing is said about them.
-        stop_token_ids, stop_strings: tokens, and texts inside a completion, that end it beside those of the model;
-            null: none.
+        prefix: the run trains on prefixes, completions that are cut on purpose; no warnings about cut completions.
+        stop_token_ids, stop_strings: tokens, and texts inside a completion, that end it in addition to those of the
+            model; null: none.
         student_scores: `sampler` takes the student's log-probabilities from sampling, `recompute` from a forward-only
             pass before the update.
         micro_batch_size: sequences sampled at a time, null: all of the rank's.
-        log: write what the first data-parallel rank's share of each step was, to `rollouts.jsonl` in output_dir.
+        log: write the first data-parallel rank's rollouts of each step to `rollouts.jsonl` in output_dir.
     """
 
     temperature: float = 1.0

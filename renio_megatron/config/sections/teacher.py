@@ -1,4 +1,4 @@
-"""Settings of who scores the student's completions."""
+"""Settings of the teacher, which scores the student's completions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ TEACHER_KINDS: dict[str, str] = {
     "ema": f"{_HERE}:EmaTeacher",
     "current": f"{_HERE}:CurrentTeacher",
 }
-"""Kind -> `module:class` of its settings: a line for each."""
+"""Kind -> `module:class` of its settings."""
 
 ROUTE_NAME = re.compile(r"[A-Za-z0-9_-]+")
-"""What several teachers may be called: the names stand in dotted keys and in the names of metrics."""
+"""Valid names of several teachers: they are used in dotted keys and in the names of metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherParallelConfig:
-    """How ranks share the teacher. Its data-parallel size is what remains of them; context parallelism is the student's
-    alone, where the teacher has a layout of its own.
+    """How ranks share the teacher. Its data-parallel size follows from the number of ranks; a teacher with a layout of
+    its own has no context parallelism.
 
     Attributes:
         tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel: as in `parallel`; null: the
@@ -48,33 +48,34 @@ class TeacherParallelConfig:
 
 
 def _of(place: str, default: Any) -> Any:
-    """A field that is a key of the section `teacher` alone, or of its routes."""
+    """A field that is a key only of the section `teacher`, or only of its routes."""
     return field(default=default, metadata={"of": place})
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class TeacherConfig(Tagged):
-    """Who scores the student's completions: `TeacherConfig(kind="ema", ema_decay=0.99)` makes the settings of `ema`.
+    """The teacher, which scores the student's completions: `TeacherConfig(kind="ema", ema_decay=0.99)` makes the
+    settings of `ema`.
 
-    Several teachers are routes: each has its kind and that kind's settings, and its view of a problem; what else there
-    is to say of a teacher is said here for all of them.
+    Several teachers are routes: each has its kind, the settings of that kind, and its view of a problem; all other
+    settings of the section apply to all of them.
 
     Attributes:
         kind: `separate`, a frozen model of its own. All others are the student itself, reading the teacher's view of
-            the prompt (`data.teacher_template`): `initial`, as the run's `model` is: without its adapters (`lora.r`),
-            or a frozen copy where the whole student is trained; `ema`, the moving average of the student's trained
-            parameters, the others being the student's; `current`, the student of this step.
+            the prompt (`data.teacher_template`): `initial`, with the weights of the run's `model`: without its adapters
+            (`lora.r`), or a frozen copy where the whole student is trained; `ema`, with a moving average of its
+            trained parameters; `current`, with the weights of this step.
         bf16: dtype of the weights of a teacher that has its own; null: train.bf16.
-        offload: `host`, the weights of a teacher that has its own wait in (pinned) host memory between its passes,
+        offload: `host`, the weights of a teacher that has its own are kept in (pinned) host memory between its passes,
             except the LM head, which the loss reads; null: they stay on the device.
-        payload_device: where its final hidden states at completion tokens wait for the loss: `device`, all of the
+        payload_device: where its final hidden states at completion tokens are kept for the loss: `device`, all of the
             step's; `host`, in pinned memory, one micro-batch's at a time on the device; `recompute`, nowhere: the
             teacher reads each micro-batch a second time.
         parallel: its layout, where it is not the student's.
-        ranks: `colocated`, the student's; `dedicated`, the last ranks of the world, which only score.
+        ranks: `colocated`, the student's ranks; `dedicated`, the last ranks of the world, which only score.
         data_parallel_size: copies of the teacher on dedicated ranks.
         routes: several teachers by name; data.teacher_key is the column that names one for each record.
-        template, enable_thinking: of a route, its view of a problem; null: data.teacher_template,
+        template, enable_thinking: a route's view of a problem; null: data.teacher_template,
             data.teacher_enable_thinking.
     """
 
@@ -82,12 +83,12 @@ class TeacherConfig(Tagged):
     TAG: ClassVar[str] = "kind"
     VARIANTS: ClassVar[Mapping[str, str]] = TEACHER_KINDS
     weights: ClassVar[str] = ""
-    """`module:function`, (settings, the student's `ModelPart` or None, what builds a model of the teacher's own) ->
+    """`module:function`, (settings, the student's `ModelPart` or None, builder of a model of the teacher's own) ->
     `TeacherWeights`."""
     is_averaged: ClassVar[bool] = False
-    """Whether it is an average of the student, so that a checkpoint must hold it."""
+    """Whether it is a moving average of the student, which a checkpoint must hold."""
     follows_student: ClassVar[bool] = False
-    """Whether it changes with the student."""
+    """Whether it changes as the student is trained."""
 
     kind: str = "separate"
     bf16: bool | None = _of("teacher", None)
@@ -102,21 +103,21 @@ class TeacherConfig(Tagged):
 
     @property
     def model(self) -> str | None:
-        """Hugging Face directory of a model of its own; None: the student's."""
+        """Hugging Face directory of the teacher's own model; None: the student's."""
         return None
 
     @property
     def pretrained_checkpoint(self) -> str | None:
-        """Where the weights of a model of its own are, in place of its directory."""
+        """Megatron checkpoint with the weights of the teacher's own model, in place of its directory."""
         return None
 
     @property
     def adapter(self) -> str | None:
-        """What is merged into the weights of a model of its own."""
+        """PEFT adapter that is merged into the weights of the teacher's own model."""
         return None
 
     def shares_student(self, *, has_adapters: bool) -> bool:
-        """Whether it is the student's own modules; `has_adapters`: of the student only adapters are trained."""
+        """Whether it uses the student's modules; `has_adapters`: of the student only adapters are trained."""
         return True
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ class SeparateTeacher(TeacherConfig):
 
     Attributes:
         model: its Hugging Face directory.
-        pretrained_checkpoint: where its weights come from in place of `model`'s, see the student's.
+        pretrained_checkpoint: a Megatron checkpoint with its weights in place of those in `model`; see the student's.
         adapter: directory of a PEFT adapter that is merged into its weights as they are loaded.
     """
 
@@ -168,7 +169,7 @@ class SeparateTeacher(TeacherConfig):
     adapter: str | None = None
 
     def shares_student(self, *, has_adapters: bool) -> bool:
-        """Never."""
+        """Never: a separate teacher has weights of its own."""
         return False
 
     def __post_init__(self) -> None:
@@ -184,20 +185,20 @@ class SeparateTeacher(TeacherConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InitialTeacher(TeacherConfig):
-    """The student as the run's `model` is."""
+    """The student with its initial weights, those of the run's `model`."""
 
     weights: ClassVar[str] = f"{_WEIGHTS}:initial"
 
     kind: str = "initial"
 
     def shares_student(self, *, has_adapters: bool) -> bool:
-        """Without adapters it is a copy."""
+        """With adapters it is the student without them; otherwise it is a frozen copy."""
         return has_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmaTeacher(TeacherConfig):
-    """The moving average of the student.
+    """Teacher weights of kind=ema: a moving average of the student's.
 
     Attributes:
         ema_decay: after each step the average becomes this share of itself and the rest of the student.
@@ -221,7 +222,7 @@ class EmaTeacher(TeacherConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CurrentTeacher(TeacherConfig):
-    """The student of this step."""
+    """The student itself, with its current weights."""
 
     weights: ClassVar[str] = f"{_WEIGHTS}:current"
     follows_student: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Settings of the optimizer and of the size of its steps. Megatron's own names are kept."""
+"""Settings of the optimizer and of batch sizes, under Megatron's names."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from renio_megatron.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The optimizer and the size of its steps.
+    """Optimizer, batch sizes and activation recomputation.
 
     Attributes:
         train_iters: optimizer steps of the whole run.
         global_batch_size: sequences of one optimizer step over all ranks.
-        micro_batch_size: sequences of one forward pass, each padded to the longest of the rank's.
+        micro_batch_size: sequences of one forward pass, each padded to the longest of the rank.
         max_tokens_per_micro_batch: pack sequences into rows of at most this many tokens instead; null: do not pack.
         lr, min_lr, lr_warmup_iters, lr_decay_style (`constant`, `linear`, `cosine`), weight_decay, adam_beta1,
             adam_beta2, adam_eps, clip_grad (0: no clipping), bf16: as in Megatron.
         recompute_granularity (`full`, `selective` or null), recompute_method (`uniform`, `block`) and
             recompute_num_layers: activations that are computed again in the backward pass, as in Megatron.
-        moe_aux_loss_coeff: c of a student with experts: c times each layer's load-balancing loss, the mean over the
-            sequences, is added to the objective. 0: none, because a student that follows its teacher should route as
-            that asks for, and config.json's router_aux_loss_coef is meant for pretraining.
+        moe_aux_loss_coeff: coefficient of the load-balancing loss of a student with experts: this times each layer's
+            loss, the mean over the sequences, is added to the objective. 0: no such loss, because a student that
+            follows its teacher should route as that requires, and config.json's router_aux_loss_coef is meant for
+            pretraining.
         skip_nonfinite_steps: leave out a step whose gradient holds NaN or infinity, and count it in
             `train/skipped_frac`, instead of stopping. Ten in a row stop the run.
-        deterministic_mode: as in Megatron, and torch's: the same bits from run to run in one layout, at some cost in
-            speed on a GPU. On a CPU they are the same anyway.
-        seed: of the sampler's draws and of random weights.
+        deterministic_mode: as in Megatron, and torch's deterministic algorithms: bitwise reproducible runs in one
+            layout, at some cost in speed on a GPU. On a CPU runs are reproducible anyway.
+        seed: seed of sampling and of random weights.
     """
 
     train_iters: int = 100

@@ -1,6 +1,6 @@
-"""Settings of the weights of sequences and tokens: a class for each strategy, picked by its name.
+"""Settings of the weights of sequences and tokens: one class per strategy, picked by its name.
 
-A new one is its class here, a line in `WEIGHTINGS`, and a file of `objective/weightings`.
+A new strategy needs a class here, a line in `WEIGHTINGS`, and a file in `objective/weightings`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ WEIGHTINGS: dict[str, str] = {
     "permuted": f"{_COMBINED}:PermutedWeighting",
     "product": f"{_COMBINED}:ProductWeighting",
 }
-"""Name -> `module:class` of its settings: a line for each."""
+"""Name -> `module:class` of its settings."""
 
 MAX_EXPONENT = 80.0
-"""Largest logarithm of a raw weight: e^80 is 5.5e34, and a batch's sum of such is still a number in fp32."""
+"""Largest logarithm of a raw weight: e^80 is 5.5e34, and the sum over a batch is still finite in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class WeightingConfig(Tagged):
-    """Settings of a strategy: `WeightingConfig(name="length", cap=5.0)` makes those of `length`.
+    """Settings of a weighting strategy: `WeightingConfig(name="length", cap=5.0)` makes those of `length`.
 
     Attributes:
         name: `renio`; `uniform`, every weight 1: plain distillation; `length`; `student_entropy`; `permuted`; or
-            `product`, which a list is.
+            `product`, written as a list.
     """
 
     SECTION: ClassVar[str] = "weighting"
@@ -50,44 +50,44 @@ class WeightingConfig(Tagged):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What of `objective.weightings.INPUTS` the strategy reads; nothing else is computed for it."""
+        """Names in `objective.weightings.INPUTS` that the strategy reads; no other inputs are computed for it."""
         return frozenset()
 
     @property
     def parts(self) -> tuple[WeightingConfig, ...]:
-        """The strategies whose weights are multiplied; itself where it is one."""
+        """The strategies whose weights are multiplied; a single strategy is its own only part."""
         return (self,)
 
     @property
     def everything(self) -> tuple[WeightingConfig, ...]:
-        """The strategies, and those that they are around."""
+        """The multiplied strategies and the strategies that they wrap."""
         return tuple(
             itertools.chain.from_iterable((one, *(one.inner.everything if one.inner else ())) for one in self.parts)
         )
 
     @property
     def inner(self) -> WeightingConfig | None:
-        """The strategy that this one is around."""
+        """The strategy that this one wraps; None where it wraps none."""
         return None
 
     @property
     def normalized(self) -> WeightingConfig:
-        """Whose `divisor` and `bound` hold: its own, or those of the strategy that this one is around."""
+        """The settings whose `divisor` and `bound` apply: its own, or those of the strategy that it wraps."""
         return self if self.inner is None else self.inner.normalized
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether tokens have weights, and not sequences alone."""
+        """Whether tokens have weights, not only sequences."""
         return False
 
     @property
     def divisor(self) -> str:
-        """What raw weights are divided by, a name of `normalize`; `none` where they are not."""
+        """Normalization of raw weights, a value of `normalize`; `none` where they are not divided."""
         return "none" if self.inner is None else self.inner.divisor
 
     @property
     def bound(self) -> float | None:
-        """The largest weight, where one is in force."""
+        """The upper bound of a weight in effect; None for no bound."""
         return None if self.inner is None else self.inner.bound
 
     @property
@@ -96,13 +96,13 @@ class WeightingConfig(Tagged):
         return 1 if self.inner is None else self.inner.group
 
     def check_batch(self, num_sequences: int) -> None:
-        """Raises `ConfigError` where `num_sequences` of an optimizer step are not what the normalization needs."""
+        """Raises `ConfigError` where a step of `num_sequences` sequences does not fit the normalization."""
         if self.inner is not None:
             self.inner.check_batch(num_sequences)
 
 
 def renio_in(weighting: WeightingConfig) -> RenioWeighting | None:
-    """ReNIO's settings where it is a part of a weighting, or what one of them is around."""
+    """ReNIO's settings where it is a part of a weighting, or wrapped by one of the parts; None elsewhere."""
     return next((one for one in weighting.everything if isinstance(one, RenioWeighting)), None)
 
 
@@ -117,11 +117,11 @@ class UniformWeighting(WeightingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NormalizedWeighting(WeightingConfig):
-    """What strategies have whose raw weights are divided by a mean.
+    """Base of strategies whose raw weights are divided by a mean.
 
     Attributes:
         normalize: `batch` divides by the mean raw weight of all sequences of the optimizer step, or tokens where tokens
-            are weighted; `none` keeps the raw weight; others are the strategy's.
+            are weighted; `none` keeps the raw weight; some strategies have further values.
         cap: upper bound of a sequence's weight after `batch`; None for no bound.
 
     Raises:
@@ -136,12 +136,12 @@ class NormalizedWeighting(WeightingConfig):
 
     @property
     def divisor(self) -> str:
-        """What raw weights are divided by."""
+        """Normalization of raw weights."""
         return self.normalize
 
     @property
     def bound(self) -> float | None:
-        """The cap, where it is in force."""
+        """The cap, where it is in effect."""
         return self.cap if self.normalize in self.CAPPED else None
 
     def check_batch(self, num_sequences: int) -> None:
@@ -153,7 +153,7 @@ class NormalizedWeighting(WeightingConfig):
             )
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that do nothing beside the others, and why."""
+        """Settings that have no effect together with the others, with the reason."""
         if self.normalize in self.CAPPED:
             return {}
         return {"cap": f"weights are capped only after weighting.normalize={' or '.join(self.CAPPED)}"}
@@ -203,11 +203,11 @@ class RenioWeighting(NormalizedWeighting):
 
     @property
     def group(self) -> int:
-        """Those of a group."""
+        """Sequences of a normalization group, which must stay together."""
         return (self.group_size or 1) if self.normalize == "group" else 1
 
     def check_batch(self, num_sequences: int) -> None:
-        """Groups must be whole, too."""
+        """The batch must also consist of whole groups."""
         super().check_batch(num_sequences)
         if num_sequences % self.group:
             raise ConfigError(
@@ -216,7 +216,7 @@ class RenioWeighting(NormalizedWeighting):
             )
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that do nothing beside the others, and why."""
+        """Settings that have no effect together with the others, with the reason."""
         found = super().without_effect()
         if self.normalize != "group":
             found["group_size"] = "weighting.normalize is not group"
@@ -252,7 +252,7 @@ class RenioWeighting(NormalizedWeighting):
 
 @dataclass(frozen=True, kw_only=True)
 class LengthWeighting(NormalizedWeighting):
-    """A sequence weighs as many tokens as it has: with the mean over its tokens in the loss, all tokens count alike."""
+    """Weights each sequence by its number of tokens: with the loss's mean over tokens, all tokens count equally."""
 
     strategy: ClassVar[str] = f"{_STRATEGIES}.length:Length"
 
@@ -261,13 +261,13 @@ class LengthWeighting(NormalizedWeighting):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentEntropyWeighting(NormalizedWeighting):
-    """A token, or a sequence, weighs the entropy of the student's distribution, nats.
+    """Weights each token, or sequence, by the entropy of the student's distribution, nats.
 
     Attributes:
         per: `token`; or `sequence`, the mean entropy of its tokens.
-        normalize: `unit_mean` divides by the mean over a sequence's tokens, so that sequences count alike; `batch` by
+        normalize: `unit_mean` divides by the mean over a sequence's tokens, so that sequences count equally; `batch` by
             the mean of all tokens, or sequences, of the optimizer step; `none` keeps the entropy.
-        cap: upper bound of a sequence's weight after `batch`; None for no bound. Tokens are not bounded.
+        cap: upper bound of a sequence's weight after `batch`; None for no bound. Token weights are not bounded.
     """
 
     strategy: ClassVar[str] = f"{_STRATEGIES}.student_entropy:StudentEntropy"
@@ -279,17 +279,17 @@ class StudentEntropyWeighting(NormalizedWeighting):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The entropies."""
+        """The student's entropies, and no other input."""
         return frozenset(("student_entropy",))
 
     @property
     def weighs_tokens(self) -> bool:
-        """As `per` says."""
+        """Whether `per` is `token`."""
         return self.per == "token"
 
     @property
     def bound(self) -> float | None:
-        """Of sequences alone."""
+        """The cap, for weights of sequences only."""
         return None if self.per == "token" else super().bound
 
     def check_batch(self, num_sequences: int) -> None:
@@ -298,7 +298,7 @@ class StudentEntropyWeighting(NormalizedWeighting):
             super().check_batch(num_sequences)
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that do nothing beside the others, and why."""
+        """Settings that have no effect together with the others, with the reason."""
         return {"cap": "tokens are not bounded"} if self.per == "token" else super().without_effect()
 
     def __post_init__(self) -> None:

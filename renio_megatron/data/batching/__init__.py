@@ -1,1 +1,1 @@
-"""From rollouts to micro-batches."""
+"""Micro-batches from rollouts."""

@@ -1,4 +1,4 @@
-"""Moves sequences between data-parallel ranks, so that all ranks have as much to compute."""
+"""Load balancing of sequences between data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _Item = TypeVar("_Item")
 
 
 def balance(items: Sequence[_Item], costs: Sequence[int], axis: Axis, *, unit: int = 1) -> list[_Item]:
-    """As many items as before, exchanged so that the ranks' total costs are nearly equal.
+    """Exchanges items between ranks so that their total costs are nearly equal; each keeps the same number of items.
 
     Args:
-        items: this rank's; every rank has as many. Few and small: those that move are pickled.
-        costs: of the items, at least 1 each.
-        axis: the ranks that exchange.
+        items: this rank's items, the same number on every rank. Few and small: those that move are pickled.
+        costs: costs of the items, at least 1 each.
+        axis: the ranks that exchange items.
         unit: neighbors in the global order (rank after rank) that stay together. Where a unit lies on two ranks, or
             the units cannot be divided evenly, nothing moves.
 

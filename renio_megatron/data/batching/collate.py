@@ -1,4 +1,4 @@
-"""Rollouts -> micro-batches: prompt and completion side by side, the shift once, masks from lengths only."""
+"""Collation of rollouts into micro-batches, with the next-token shift and masks from lengths only."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class BatchLayout:
     """How sequences become micro-batches.
 
     Attributes:
-        pad_id: fills rows on the right. No token is compared with it: a drawn end token counts whatever its id.
+        pad_id: fills rows on the right. No token is compared with it: a sampled end token counts whatever its id.
         micro_batch_size: sequences of a micro-batch, each in a row of its own.
-        max_tokens: tokens of a micro-batch whose sequences share one row; None: each has its own.
-        tensor_pieces: ranks among which sequence parallelism cuts the rows; 1 without it.
-        context_size, context_rank: the context axis.
+        max_tokens: tokens of a micro-batch whose sequences are packed into one row; None: one row per sequence.
+        tensor_pieces: ranks over which sequence parallelism splits the rows; 1 without it.
+        context_size, context_rank: place on the context axis.
         multiple_of: the number of micro-batches is a multiple of this (interleaved pipelines need it).
         piece_multiple: positions of a row that one rank computes on are a multiple of this (FP8 products need it).
     """
@@ -42,18 +42,18 @@ class BatchLayout:
 
     @property
     def sequence_multiple(self) -> int:
-        """What the length of a packed sequence, padding included, is a multiple of."""
+        """Alignment of packed sequences: their length, padding included, is a multiple of this."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
     @property
     def row_multiple(self) -> int:
-        """What the length of a row is a multiple of."""
+        """Alignment of rows: their length is a multiple of this."""
         here = self.tensor_pieces * self.piece_multiple  # of the positions of a context rank
         return here if self.context_size == 1 else self.context_size * math.lcm(2, here)
 
 
 def collate(rollouts: Sequence[Rollout], *, audience: Audience, batch_layout: BatchLayout) -> list[MicroBatch]:
-    """The rollouts as micro-batches: in order, or packed in the order that `packing.pack` chooses.
+    """Collates rollouts into micro-batches: in order, or packed in the order that `packing.pack` chooses.
 
     >>> from renio_megatron.types import Prompt
     >>> rollouts = [Rollout(Prompt(0, (5, 6), (5, 6)), (7, 8))]
@@ -63,8 +63,8 @@ def collate(rollouts: Sequence[Rollout], *, audience: Audience, batch_layout: Ba
 
     Args:
         rollouts: sequences, each with at least one completion token.
-        audience: whose prompt stands before the completion.
-        batch_layout: how they share micro-batches. Rows of unpacked micro-batches all have the same length.
+        audience: the model whose view of the prompt precedes the completion.
+        batch_layout: how they are arranged in micro-batches. Rows of unpacked micro-batches all have the same length.
     Raises:
         DataError: an empty prompt or completion, or a sequence that is longer than a packed row may be.
     """
@@ -100,7 +100,7 @@ def collate(rollouts: Sequence[Rollout], *, audience: Audience, batch_layout: Ba
 
 
 def flat_completions(rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Completion tokens of all rollouts, sequence after sequence: the order that `MicroBatch.token_index` counts in.
+    """Completion tokens of all rollouts, sequence after sequence: the order of `MicroBatch.token_index`.
 
     Returns:
         (token_ids [N], owner [N] in [0, B), lengths [B]), int64.
@@ -114,7 +114,7 @@ def flat_logp(rollouts: Sequence[Rollout]) -> torch.Tensor:
     """The sampler's log-probabilities of all completion tokens, nats, fp32 [N], in the order of `flat_completions`.
 
     Raises:
-        DataError: a rollout has none, or not one for each token.
+        DataError: a rollout has none, or not one per token.
     """
     pieces = [torch.empty(0)]
     for rollout in rollouts:
@@ -130,7 +130,7 @@ def flat_logp(rollouts: Sequence[Rollout]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One rollout in one view."""
+    """One rollout as one of the models reads it."""
 
     number: int
     prompt_ids: tuple[int, ...]
@@ -154,9 +154,9 @@ def _check(rollout: Rollout, prompt_length: int, audience: str) -> None:
 def _micro_batch(
     sequences: Sequence[_Sequence], lengths: list[int], offsets: list[int], batch_layout: BatchLayout
 ) -> MicroBatch:
-    """The sequences side by side, each padded to its length, then cut for this context-parallel rank."""
+    """A micro-batch of the sequences, each padded to its length, then cut for this context-parallel rank."""
     is_packed = batch_layout.max_tokens is not None
-    if is_packed:  # what the row lacks to its own multiple is padding of the last sequence
+    if is_packed:  # the padding up to the row's alignment belongs to the last sequence
         lengths = [*lengths[:-1], lengths[-1] + -sum(lengths) % batch_layout.row_multiple]
     starts = [0]
     for length in lengths:

@@ -1,4 +1,4 @@
-"""Which sequences share a micro-batch, and which rank takes which sequences, so that work follows tokens."""
+"""Packing of sequences into micro-batches, and assignment of sequences to ranks, by token counts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], max_tokens: int, *, multiple_of: int = 1) -> list[list[int]]:
-    """Sequences of each micro-batch: as few as hold them all, of nearly equal numbers of tokens.
+    """Sequences of each micro-batch: the fewest micro-batches that hold them, with nearly equal numbers of tokens.
 
-    A deterministic function of its arguments, because every rank that shares the sequences computes it for itself.
+    A deterministic function of its arguments, because every rank that shares the sequences computes it on its own.
 
     >>> pack([5, 1, 4, 2], max_tokens=6)
     [[0, 1], [2, 3]]
 
     Args:
         lengths: tokens of each sequence, padding to its alignment included; none above `max_tokens`.
-        max_tokens: of a micro-batch.
+        max_tokens: largest number of tokens of a micro-batch.
         multiple_of: the number of micro-batches is a multiple of this, where there are enough sequences.
 
     Returns:
@@ -34,13 +34,13 @@ def pack(lengths: Sequence[int], max_tokens: int, *, multiple_of: int = 1) -> li
 
 
 def share_out(costs: Sequence[int], count: int, *, equal_numbers: bool = False) -> list[list[int]]:
-    """`count` shares of nearly equal cost; the costliest item goes first, each to the share that has least so far.
+    """Splits items into `count` shares of nearly equal cost: by falling cost, each to the cheapest share so far.
 
     >>> share_out([5, 1, 4, 2], 2)
     [[0, 1], [2, 3]]
 
     Args:
-        costs: of the items.
+        costs: costs of the items.
         count: shares; at most as many as there are items.
         equal_numbers: every share gets the same number of items, which `count` must divide.
 

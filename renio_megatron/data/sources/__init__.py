@@ -1,6 +1,6 @@
-"""Where problems come from. A new source is a function that returns a `Source`, and a line of `config.sections.data`.
+"""Sources of problems. A new source is a function that returns a `Source`, and an entry in `config.sections.data`.
 
-No torch here: a file is looked at before a rank starts.
+No torch here: files are checked before a rank starts.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from renio_megatron.errors import ConfigError
 
 
 def build_source(config: DataConfig, split: str) -> Source:
-    """The source that `data.source` names, opened and checked.
+    """Opens and checks the source that `data.source` names.
 
     Args:
-        config: what and where.
+        config: the section `data`.
         split: `train` (endless order, shuffled by the seed) or `eval` (other problems, in their own order).
     Raises:
         ConfigError: settings that do not fit the source. DataError: data that cannot be used.
@@ -32,9 +32,9 @@ def build_source(config: DataConfig, split: str) -> Source:
 
 
 def check_files(config: DataConfig, split: str) -> None:
-    """Raises `DataError` or `ConfigError` where a split's files are missing, or not what the source reads.
+    """Raises `DataError` or `ConfigError` where a split's files are missing, or not in a format that the source reads.
 
-    A large file's first records alone are read: the ranks read the others.
+    Of a large file only the first records are read: the ranks read the others.
     """
     if (check := config.source_info.check) is not None:
         imported(check)(config, split)

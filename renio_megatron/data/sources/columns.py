@@ -1,4 +1,4 @@
-"""Which columns of a file are the problem, the solution and the answer, and answers as text."""
+"""Detection of a file's problem, solution and answer columns, and conversion of answers to text."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "solution_key": ("solution", "response", "completion", "rationale", "generated_solution"),
     "answer_key": ("answer", "final_answer", "expected_answer", "ground_truth", "target"),
 }
-"""Usual names of each column, in any case. They are looked for where the setting is at its default, the first of them,
-and the file has no such column."""
+"""Common names of each column, case-insensitive. They are searched where the setting has its default, the first of
+them, and the file has no such column."""
 
 _SCIENTIFIC = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)[eE][+-]?\d{1,3}\s*")
 _NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity")
@@ -26,14 +26,14 @@ _NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity")
 def resolve_columns(
     config: DataConfig, names: Sequence[str], where: str, is_text: Callable[[str], bool]
 ) -> tuple[DataConfig, list[str]]:
-    """The settings with the names of the columns that a file has, and a sentence where they are others than asked for.
+    """The settings with the column names of the file, and a sentence for each that differs from the setting.
 
-    A solution or an answer that two columns could be, or that is no text, is left out with a sentence: not every run
-    needs them.
+    An ambiguous solution or answer column, or one that is not text, is left out with a sentence: not every run needs
+    them.
 
     Args:
         config: the settings.
-        names: all columns of the file's records.
+        names: all column names of the file's records.
         where: the file, for messages.
         is_text: whether a column holds text or numbers.
 

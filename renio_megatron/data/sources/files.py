@@ -19,11 +19,11 @@ _TEXT_KINDS = ("string", "large_string", "int", "uint", "float", "double")
 
 
 _READ_WHOLE, _FIRST_RECORDS = 64 * 2**20, 1000
-"""Bytes of a file that is read whole before the ranks start, and records of a larger one."""
+"""Largest size, in bytes, of a file that is read whole before the ranks start, and records read of a larger one."""
 
 
 def jsonl_source(config: DataConfig, split: str) -> Source:
-    """A file of records: a JSON object a line, gzipped or not, an array of objects, or parquet."""
+    """A file of records: JSON lines, gzipped or not, a JSON array of objects, or parquet."""
     records, has_answers, notices = _read_file(config, split)
     return Source(
         "jsonl",
@@ -51,7 +51,7 @@ def _read_file(config: DataConfig, split: str, most: int | None = None) -> tuple
 
 
 def check_jsonl(config: DataConfig, split: str) -> None:
-    """Raises `DataError` where a split's file is missing, none of the formats, or lacks a column."""
+    """Raises `DataError` where a split's file is missing, has an unknown format, or lacks a column."""
     path = _path_of(config, split)
     is_small = path.is_file() and path.stat().st_size <= _READ_WHOLE
     _read_file(config, split, None if is_small else _FIRST_RECORDS)
@@ -72,7 +72,7 @@ def _directory_of(config: DataConfig, split: str) -> Path:
 
 
 def datasets_source(config: DataConfig, split: str) -> Source:
-    """A directory written by `datasets.Dataset.save_to_disk`; of a `DatasetDict` the split `train` or `test`."""
+    """A directory written by `datasets.Dataset.save_to_disk`; for a `DatasetDict`, its split `train` or `test`."""
     import datasets
 
     path = _directory_of(config, split)

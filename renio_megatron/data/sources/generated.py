@@ -14,7 +14,7 @@ DEFAULT_GYM_SIZE = 10_000
 
 
 def modchain_source(config: DataConfig, split: str) -> Source:
-    """The task that ships: endless, with worked solutions and one-digit answers."""
+    """The built-in task modchain: endless, with worked solutions and one-digit answers."""
     from renio_megatron.data.sources import modchain  # which brings torch
 
     def read(index: int) -> Record:

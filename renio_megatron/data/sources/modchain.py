@@ -1,4 +1,4 @@
-"""The task that ships: a chain of sums, differences and products modulo 10, with its working written out.
+"""The built-in task modchain: a chain of operations modulo 10, with its worked solution.
 
 The prompt ``^7+5*3-8=`` asks for ((7 + 5) * 3) - 8; the completion copies every operation and writes the running value
 modulo 10 after it, ``+52*36-88``, so its last digit is the answer. A prompt has `NUM_STEPS` operations.
@@ -32,7 +32,7 @@ class Problem:
 
 
 def write_problem(start: int, steps: list[tuple[str, int]]) -> Problem:
-    """The problem of a start value and its (operation, operand) steps.
+    """The problem with a start value and these (operation, operand) steps.
 
     >>> write_problem(7, [("+", 5), ("*", 3), ("-", 8)])
     Problem(prompt='^7+5*3-8=', solution='+52*36-88', answer='8')

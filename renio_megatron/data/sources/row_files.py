@@ -1,4 +1,4 @@
-"""Files of records as people have them: JSON lines, plain or gzipped, an array, parquet. No torch here."""
+"""Readers of record files: JSON lines, plain or gzipped, a JSON array, or parquet. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 from renio_megatron.errors import DataError
 
 Row = tuple[str, dict[str, Any]]
-"""Where a record stands, as `file:line` or `file, row number` from 0, and its columns."""
+"""Position of a record, as `file:line` or `file, row number` from 0, and its columns."""
 
 _GZIP, _PARQUET, _ZIP = b"\x1f\x8b", b"PAR1", b"PK\x03\x04"
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -29,14 +29,14 @@ _LINES = "one JSON object a line"
 
 
 def rows_of(path: Path, key: str) -> Iterator[Row]:
-    """The records of a file, in order; what it holds is seen from its first bytes, not from its name.
+    """The records of a file, in order; the format is detected from its first bytes, not from its name.
 
     Args:
         path: the file.
         key: the setting that names it, for messages.
 
     Raises:
-        DataError: no such file, none of the formats, or a record that cannot be read; with the line where there is one.
+        DataError: no such file, an unknown format, or a record that cannot be read; with the line where there is one.
     """
     if path.is_dir():
         raise DataError(
@@ -60,7 +60,7 @@ def rows_of(path: Path, key: str) -> Iterator[Row]:
 
 
 def _json(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """The records of a file of JSON, from its present place, the beginning."""
+    """The records of a JSON file, opened at its beginning."""
     head = file.read(_HEAD)
     for mark, encoding in _OTHER_MARKS.items():
         if head.startswith(mark):
@@ -88,7 +88,7 @@ def _json(path: Path, file: BinaryIO) -> Iterator[Row]:
 
 
 def _object(line: bytes, where: str, guess: Callable[[], str]) -> dict[str, Any]:
-    """A line's record; `guess` says what the file may be where the line is none."""
+    """The record of a line; `guess` describes the file's likely format where the line is not a record."""
     try:
         row = json.loads(line)
     except RecursionError as error:
@@ -105,7 +105,7 @@ def _first_lines(path: Path, line: bytes, file: BinaryIO) -> str:
 
 
 def _guess(path: Path, first: bytes, second: bytes) -> str:
-    """What a file may be whose first line is no JSON, and what to do; empty where the line may be all that is wrong."""
+    """Likely format of a file whose first line is not JSON, with a remedy; empty where only the line may be wrong."""
     if first in (b"{", b"[") or (first.startswith(b"{") and first.endswith((b",", b"[", b"{"))):
         return f"It looks like an object over several lines. Write {_LINES}, for example by `jq -c .`."
     for separator, name in ((b",", "CSV"), (b"\t", "TSV")):
@@ -120,7 +120,7 @@ def _guess(path: Path, first: bytes, second: bytes) -> str:
 
 
 def _array(path: Path, content: bytes) -> Iterator[Row]:
-    """The objects of a JSON array. A file whose lines are arrays is none of the formats."""
+    """The objects of a JSON array. A file whose lines are arrays is not supported."""
     try:
         rows = json.loads(content)
     except RecursionError as error:

@@ -1,4 +1,4 @@
-"""What a source of problems is: records, and the order in which they are used."""
+"""Records of problems, and sources that yield them in the order of use."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Record:
     Example: ``Record("2 + 2?", answer="4", where="train.jsonl:17")``.
 
     Attributes:
-        problem: its text.
+        problem: text of the problem.
         solution: worked solution; None where there is none.
-        answer: what a grader compares with; None where there is none.
-        metadata: whatever else is known, for the grader.
+        answer: right answer, for the grader; None where there is none.
+        metadata: additional data for the grader.
         where: file and line, or number, for error messages.
-        teacher: what the column data.teacher_key holds; None where there is none.
+        teacher: value of the column data.teacher_key; None where there is none.
     """
 
     problem: str
@@ -46,15 +46,15 @@ class Source:
     """The records of one split, in the order in which they are used.
 
     Attributes:
-        name: as in `data.source`.
-        read: record by its index: in [0, size) where the source is finite.
+        name: name in `data.source`.
+        read: index -> record; the index is in [0, size) where the source is finite.
         grader: name of the grader that fits.
         size: number of records; None: endless.
-        shuffle_seed: seed of the order; each epoch of a finite source has its own permutation. None: as they stand.
+        shuffle_seed: seed of the order; each epoch of a finite source has its own permutation. None: file order.
         has_answers: whether all records have an answer (a source where only some have one is refused).
         has_all_solutions: whether every record is known to have a solution; the others are checked as they are read.
         notices: sentences about how its records are read.
-        score: scoring of (given answer, right answer, metadata), 1.0 for right, of sources that have their own.
+        score: its own scoring of (given answer, right answer, metadata), 1.0 for right; None where it has none.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Source:
 
 
 def solution_of(record: Record, reason: str) -> str:
-    """The record's solution; raises `DataError` with the `reason` that asks for one where there is none."""
+    """The record's solution; raises `DataError` with the `reason` that needs one where there is none."""
     if record.solution is None:
         raise DataError(
             f"{record.where}: the record has no solution, and {reason}. "
@@ -100,5 +100,5 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def order_of(config: DataConfig, split: str) -> int | None:
-    """The seed of the order in which a split is used; None: as its records stand."""
+    """The seed of the order in which a split is used; None: file order."""
     return config.seed if split == "train" else None

@@ -1,4 +1,4 @@
-"""Graders of completions. A new one is a function and a line of `GRADERS`."""
+"""Graders of completions. A new grader is a function and an entry in `GRADERS`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Grader = Callable[[Rollout], bool | None]
 
 
 class Decoder(Protocol):
-    """A tokenizer, as far as grading needs one."""
+    """The part of a tokenizer that grading needs."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any:
         """Text of the tokens."""
 
 
 class Graded(Protocol):
-    """A source of problems, as far as grading needs one."""
+    """The part of a source of problems that grading needs."""
 
     @property
     def name(self) -> str:
@@ -35,7 +35,7 @@ class Graded(Protocol):
 
     @property
     def grader(self) -> str:
-        """Name of the grader that it brings."""
+        """Name of its default grader."""
 
     @property
     def has_answers(self) -> bool:
@@ -51,7 +51,7 @@ def _modchain(text: str, prompt: Prompt, finished: bool, source: Graded) -> bool
 
 
 def _number(text: str, prompt: Prompt, finished: bool, source: Graded) -> bool:
-    # A completion that was cut ends in some number of its working; only a box says that this is the answer.
+    # A truncated completion ends in some number of its working; only a box marks the final answer.
     return (finished or math.boxed(text) is not None) and math.grade_number(text, prompt.answer or "")
 
 
@@ -76,7 +76,7 @@ GRADERS: dict[str, Callable[[str, Prompt, bool, Graded], bool]] = {
 
 
 def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grader | None:
-    """The function that says whether a rollout's completion is right.
+    """Builds the function that grades a rollout's completion.
 
     The completion is decoded without its end token. A completion that was cut is wrong, unless it holds a boxed answer
     and the grader reads those.
@@ -103,11 +103,11 @@ def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grad
 
     def grade(rollout: Rollout) -> bool | None:
         nonlocal warned
-        # Special tokens stay visible: a padding token that the student drew is a mistake, not nothing.
+        # Special tokens stay visible: a padding token that the student sampled is a mistake and must not vanish.
         text = tokenizer.decode(list(rollout.answer_ids), skip_special_tokens=False)
         try:
             return judge(text, rollout.prompt, rollout.finished, source)
-        except Exception as error:  # whatever a grader, which may be a user's, did not foresee
+        except Exception as error:  # any error of a grader, which may be user code
             problem = f"prompt {rollout.prompt.index}: the grader {name!r} raised {type(error).__name__}: {error}."
             if config.grader_errors == "raise":
                 raise _grader_error(problem) from error
@@ -128,6 +128,6 @@ def _grader_error(problem: str) -> DataError:
 
 
 def accuracy(rollouts: Iterable[Rollout], grader: Grader) -> float:
-    """Share of the rollouts that the grader calls right, in [0, 1]; NaN without rollouts."""
+    """Fraction of the rollouts that the grader counts as right, in [0, 1]; NaN without rollouts."""
     verdicts = [bool(grader(rollout)) for rollout in rollouts]
     return sum(verdicts) / len(verdicts) if verdicts else float("nan")

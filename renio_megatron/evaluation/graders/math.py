@@ -1,6 +1,6 @@
 r"""Grading of numeric answers: a boxed answer, a ``#### 42`` line, or the last number of the completion.
 
-No expression is evaluated: numbers are read as exact fractions. Answers that are no plain number (``x + 1``) are
+No expression is evaluated: numbers are read as exact fractions. Answers that are not plain numbers (``x + 1``) are
 compared as text with the boxed answer.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_MAX_DIGITS = 200  # longer digit strings are no answers, and Python refuses to convert very long ones
+_MAX_DIGITS = 200  # longer digit strings are not answers, and Python refuses to convert very long ones
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:{_DIGITS})(?:/(?:{_DIGITS}))?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}|([0-9])([0-9]))")
@@ -47,7 +47,7 @@ def find_number(text: str) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The number that a text consists of, signs of currency and per cent apart; None where it holds anything else.
+    """The number that a text consists of, ignoring currency and percent signs; None where it holds anything else.
 
     >>> parse_number("$1,200.50"), parse_number("50%"), parse_number("3/0"), parse_number("x + 1")
     (Fraction(2401, 2), Fraction(50, 1), None, None)

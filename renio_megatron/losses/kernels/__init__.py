@@ -1,7 +1,7 @@
-"""The passes over the logits. The implementation is chosen here, once.
+"""Passes over the logits, and the choice between their Triton and PyTorch implementations.
 
 Tensors on CUDA go to the Triton kernels where Triton is installed and has what the call needs (`triton_ops.obstacle`);
-all others to plain PyTorch. `RENIO_KERNELS=torch` or `triton` takes the choice away; `triton` on the CPU needs
+all others to plain PyTorch. `RENIO_KERNELS=torch` or `triton` overrides the choice; `triton` on the CPU needs
 `TRITON_INTERPRET=1`.
 """
 
@@ -51,7 +51,7 @@ def _implementation(arguments: tuple[Any, ...]) -> ModuleType:
     """`triton_ops` or `torch_ops`.
 
     Raises:
-        ConfigError: RENIO_KERNELS is neither, or asks for kernels that cannot take the arguments.
+        ConfigError: RENIO_KERNELS is neither, or selects kernels that cannot take the arguments.
     """
     wanted = os.environ.get("RENIO_KERNELS", "")
     if wanted not in ("", "torch", "triton"):
@@ -71,7 +71,7 @@ def _implementation(arguments: tuple[Any, ...]) -> ModuleType:
 
 
 def tunes(device: torch.device) -> bool:
-    """Whether functions here time their kernels at their first large calls on `device`.
+    """Whether these functions time their kernels at their first large calls on `device`.
 
     >>> tunes(torch.device("cpu"))
     False
@@ -82,7 +82,7 @@ def tunes(device: torch.device) -> bool:
 
 @functools.cache
 def _triton_ops() -> ModuleType | None:
-    """The module, imported when it is needed first; None where Triton is not installed."""
+    """The module `triton_ops`, imported at first use; None where Triton is not installed."""
     try:
         from renio_megatron.losses.kernels import triton_ops
     except ModuleNotFoundError as error:

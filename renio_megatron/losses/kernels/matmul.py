@@ -1,7 +1,7 @@
-"""Matrix products whose result is wider than their factors: bf16 hidden states and heads, fp32 logits and gradients.
+"""Matrix products with bf16 factors (hidden states, heads) and fp32 results (logits, gradients).
 
-Where the device multiplies bf16 into fp32 it does so in one call. Elsewhere the factors are widened a block at a time,
-so that no second copy of an LM head ever exists.
+Where the device multiplies bf16 into fp32 this is one call. Elsewhere the factors are cast one block at a time, so that
+no second copy of an LM head ever exists.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 _log = logging.getLogger(__name__)
 
 BLOCK_ENTRIES = 1 << 22
-"""Entries of a factor that are widened at once, 16 MB in fp32."""
+"""Entries of a factor that are cast at once, 16 MB in fp32."""
 
 
 def project_rows(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`rows` [N, H] times `weight` [L, H] transposed, written to `out` [N, L] and returned.
 
-    `out` has the dtype of both, or is fp32 where they are narrower; the sums are then never rounded to theirs.
+    `out` has the dtype of both, or is fp32 where they are narrower; the sums are then never rounded to their dtype.
 
     Raises:
         RuntimeError: the device fails (out of memory, an earlier fault), or multiplies wrongly.
@@ -58,12 +58,12 @@ def _blocks(matrix: torch.Tensor) -> list[slice]:
 
 
 _REFUSALS = ("out_dtype", "CUBLAS_STATUS_NOT_SUPPORTED", "CUBLAS_STATUS_ARCH_MISMATCH")
-"""What a RuntimeError says where it means no and not a failure: torch's own checks of such a product all name
-`out_dtype`; cuBLAS answers an old GPU with one of two states. A failure says none of these."""
+"""Texts of a RuntimeError that mean "unsupported", not a failure: torch's own checks of such a product all name
+`out_dtype`; cuBLAS returns one of two statuses on an old GPU. A failure contains none of these."""
 
 
 def _multiplies_into_fp32(rows: torch.Tensor) -> bool:
-    """Whether a product of two matrices like `rows` can be had in fp32 at once, where they are."""
+    """Whether the device of `rows` multiplies two matrices of its dtype into fp32 in one call."""
     return _is_on_cuda(rows) and _has_fp32_product(rows.device, rows.dtype)
 
 
@@ -73,12 +73,12 @@ def _is_on_cuda(rows: torch.Tensor) -> bool:
 
 @functools.cache
 def _has_fp32_product(device: torch.device, dtype: torch.dtype) -> bool:
-    """The answer for a CUDA device, which is remembered, with a warning where it is no.
+    """Whether a CUDA device multiplies `dtype` into fp32; cached, with a warning where it does not.
 
-    What torch declares is asked first, which no state of the device can falsify: an older torch has no such overload,
-    and there is none for other dtypes. A build may declare it and still refuse (no kernel for its backend, an old
-    GPU), so it is also tried. Everything else that goes wrong there is raised, and being raised is not remembered: a
-    device that was out of memory once must be asked again, or a run would go on with the slow way for good.
+    torch's declared overloads are checked first, which no state of the device can falsify: an older torch has no such
+    overload, and there is none for other dtypes. A build may declare it and still refuse (no kernel for its backend,
+    an old GPU), so it is also tried. Any other error is raised and not cached: a device that was out of memory once
+    must be tried again, or the run would keep the slow path for good.
 
     Raises:
         RuntimeError: the device fails, or multiplies wrongly.
@@ -106,7 +106,7 @@ def _has_fp32_product(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _try_fp32_product(device: torch.device, dtype: torch.dtype) -> None:
-    """Runs both products on a few ones. Their sum must be exact; reading it also shows a fault that came before."""
+    """Runs both products on small matrices of ones. Their sum must be exact; reading it also reveals earlier faults."""
     factor = torch.ones(16, 16, device=device, dtype=dtype)
     total = torch.zeros(16, 16, device=device)
     torch.mm(factor, factor.T, out_dtype=torch.float32, out=total)

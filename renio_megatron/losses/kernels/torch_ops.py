@@ -1,6 +1,6 @@
 """The three passes over a shard's logits in plain PyTorch: statistics, clamped sums, gradient.
 
-Rows are taken a few at a time, so the fp32 working copies stay small whatever N is. Padding columns come last in a
+A few rows are processed at a time, so the fp32 working copies stay small whatever N is. Padding columns come last in a
 shard and are never read; arithmetic on -inf is avoided by slicing them off, not by masking.
 """
 
@@ -16,11 +16,11 @@ from renio_megatron.objective.divergences.zero_probability import mask_zero_prob
 from renio_megatron.parallel.vocab import NUM_STATISTICS, LogNormalizers
 
 CHUNK_ENTRIES = 1 << 18
-"""Vocabulary entries that are worked on at once: 8 rows of 32,768 columns, 1 MB in fp32, near a CPU core's cache."""
+"""Vocabulary entries that are processed at once: 8 rows of 32,768 columns, 1 MB in fp32, near a CPU core's cache."""
 
 
 def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """fp64 where all tensors are, else fp32: what the arithmetic runs in."""
+    """The dtype of the arithmetic: fp64 where all tensors are fp64, else fp32."""
     return torch.float64 if all(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -33,7 +33,7 @@ def statistics(
     temperature: float,
     cross_term_sign: int,
 ) -> torch.Tensor:
-    """Pass 1: what this shard knows about both distributions, [N, 7] (columns: `parallel.vocab.NUM_STATISTICS`).
+    """Pass 1: this shard's statistics of both distributions, [N, 7] (columns: `parallel.vocab.NUM_STATISTICS`).
 
     Args:
         student_logits, teacher_logits: [N, L], any floating dtype.
@@ -111,7 +111,7 @@ def weighted_gradient(
 
     Args:
         total_slope_N: G, the slopes' sum over the whole vocabulary [N].
-        scale_N: what each token's divergence is multiplied by in the loss [N].
+        scale_N: factor of each token's divergence in the loss [N].
         out: [N, L], may be `student_logits` itself. Padding columns become exactly 0.
     Other arguments as in `clamped_sums`.
     """

@@ -1,13 +1,13 @@
 """The passes over a shard's logits as Triton kernels: a program reads one row, or one part of it, block by block.
 
-Everything that the loop needs stays in registers, lane by lane; lanes meet once, at the end of the row. Exponents are
-base 2 with log2(e) / temperature folded into one factor, and the maximum is subtracted before that factor is applied,
-so no digit is lost to the size of the logits. Padding is left out by index, the block that holds the border apart, so
-that the other blocks load whole vectors without a mask.
+Everything that the loop needs stays in registers, one value per lane; lanes are reduced once, at the end of the row.
+Exponents are base 2 with log2(e) / temperature folded into one factor, and the maximum is subtracted before that factor
+is applied, so large logits lose no precision. Padding is excluded by index; only the block that holds the border is
+masked, so that the other blocks load whole vectors.
 
 Arguments that all kernels share: pointers to rows whose columns are adjacent, and the rows' strides in entries;
 `num_valid` columns that are not padding; `blocks`, how many blocks a part has; `scale` = log2(e) / temperature and
-`inverse` = 1 / temperature; BLOCK entries at once; STAGES of loads under way.
+`inverse` = 1 / temperature; BLOCK entries at once; STAGES of pipelined loads.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def token_statistics_kernel(
     logits, columns, out, stride, num_valid, blocks, scale, inverse,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One model's maximum, sum and sampled logit, into columns 0, 1 and 4 of [N, parts, 7]; the rest is left alone."""
+    """One model's maximum, sum and sampled logit, into columns 0, 1 and 4 of [N, parts, 7]; the rest is not written."""
     row, first, full, last = _place(num_valid, blocks, BLOCK)
     logits += row * stride
     lanes = tl.arange(0, BLOCK)
@@ -185,7 +185,7 @@ def gradient_kernel(
     FORM: tl.constexpr, CLIPPED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """factor x (slope - p_S G) into `out`, which may be `student`; 0 in padding columns, and in a row whose factor is
-    0, of which nothing is read."""
+    0, which is not read."""
     row, first, full, last = _place(num_valid, blocks, BLOCK)
     end = tl.minimum(first + blocks * BLOCK, width)
     student += row * student_stride
@@ -241,7 +241,7 @@ def scale_kernel(gradient, factor, stride, width, blocks, BLOCK: tl.constexpr, S
 
 @triton.jit
 def _place(width, blocks, BLOCK: tl.constexpr):
-    """Row of this program, 64 bits; first column of its part, where its last whole block ends, where the part ends."""
+    """Row of this program, 64 bits; first column of its part, end of its last whole block, end of the part."""
     first = tl.program_id(1) * blocks * BLOCK
     last = tl.maximum(tl.minimum(first + blocks * BLOCK, width), first)
     return tl.program_id(0).to(tl.int64), first, first + (last - first) // BLOCK * BLOCK, last
@@ -261,7 +261,8 @@ def _absorb(maximum, total, logits, scale):
 def _absorb_both(
     student_max, student_sum, teacher_max, teacher_sum, mean, z, u, scale, shift, CROSS: tl.constexpr
 ):  # fmt: skip
-    """`_absorb` for both models; `mean` sums the weighing model's exponentials times its logit less the other's."""
+    """`_absorb` for both models; `mean` sums the exponentials of the model that the mean is over, times its logit less
+    the other's."""
     student_max, student_sum, student_e, student_above = _absorb(student_max, student_sum, z, scale)
     teacher_max, teacher_sum, teacher_e, teacher_above = _absorb(teacher_max, teacher_sum, u, scale)
     if CROSS != 0:
@@ -276,7 +277,7 @@ def _absorb_both(
 
 @triton.jit
 def _reduce(maximum, total, scale):
-    """Maximum over the lanes, sum relative to it, and what each lane was multiplied by."""
+    """Maximum over the lanes, sum relative to it, and the factor that each lane was multiplied by."""
     top = tl.max(maximum, 0)
     lift = tl.exp2((maximum - top) * scale)
     return top, tl.sum(total * lift, 0), lift
@@ -295,7 +296,7 @@ def _write_model(out, out_target, top, total, target, scale, inverse, WHOLE: tl.
 
 @triton.jit
 def _in_nats(top, total, scale, inverse):
-    """Maximum of logits / temperature, and the sum relative to what `normalizer` will make of the rounded maximum."""
+    """Maximum of logits / temperature, and the sum relative to the value of `normalizer` for the rounded maximum."""
     maximum = top * inverse
     lifted = total * tl.exp2((top - tl.div_rn(maximum, inverse)) * scale)
     return tl.where(total > 0, maximum, float("-inf")), tl.where(total > 0, lifted, 0.0)

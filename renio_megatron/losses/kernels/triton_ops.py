@@ -1,8 +1,10 @@
-"""The functions of `torch_ops` as launches of Triton kernels: logits in fp32, bf16 or fp16 (each model its own), fp32
-arithmetic. Rows may be a view of something larger, their columns are adjacent.
+"""The functions of `torch_ops` as launches of Triton kernels.
 
-Where few rows would leave the device idle, a row is cut into parts, whose results are merged in a fixed order: no
-atomics, so equal calls give equal bits (a timed choice of block sizes aside: `tuning.choose_launch`).
+Logits are fp32, bf16 or fp16 (each model its own), the arithmetic is fp32. Rows may be a view of a larger tensor; their
+columns are adjacent.
+
+Where there are too few rows to fill the device, a row is split into parts, whose results are merged in a fixed order:
+no atomics, so equal calls give equal bits (except for the timed choice of block sizes: `tuning.choose_launch`).
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ FORMS: dict[Terms, int] = {
     reverse_kl.terms: triton_terms.REVERSE_KL.value,
     jsd.terms: triton_terms.JSD.value,
 }
-"""Which form of the kernels computes a divergence; one that is not here runs in `torch_ops`."""
+"""The kernels' form of each divergence; one that is not here runs in `torch_ops`."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def obstacle(matrices: Sequence[torch.Tensor], divergences: Sequence[Divergence]) -> str | None:
-    """Why the kernels cannot take these [N, L] tensors and divergences, in words; None: they can."""
+    """The reason why the kernels cannot take these [N, L] tensors and divergences, as text; None: they can."""
     for matrix in matrices:
         if matrix.device.type != "cuda" and not (triton_terms.IS_INTERPRETED and matrix.device.type == "cpu"):
             return f"a tensor is on {matrix.device}; outside CUDA they need TRITON_INTERPRET=1 and the CPU"
@@ -199,8 +201,8 @@ def sums_and_gradient(
 
 
 def scale_rows_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """`gradient` [N, L] times a scalar, in place, formed in fp32. A factor of 1 is seen on the device and costs
-    nothing: neither a pass over the gradient nor a wait for the device."""
+    """`gradient` [N, L] times a scalar, in place, formed in fp32. A factor of 1 is detected on the device and
+    costs neither a pass over the gradient nor a synchronization."""
     rows, width = gradient.shape
     if rows == 0 or width == 0:
         return gradient
@@ -241,7 +243,7 @@ def _merged(found: torch.Tensor, factors: tuple[float, float], cross_term_sign: 
 
 
 def _factors(temperature: float) -> tuple[float, float]:
-    """What a logit is multiplied by: for a power of 2, and in nats."""
+    """Factors of a logit: for a power of 2, and for nats."""
     return math.log2(math.e) / temperature, 1.0 / temperature
 
 
@@ -266,10 +268,10 @@ def _vectors(normalizers: LogNormalizers) -> list[torch.Tensor]:
 
 
 def _options(launch: LaunchConfig) -> dict[str, int]:
-    """A cut as arguments of a launch; products and sums are contracted, whatever Triton's default becomes."""
+    """A launch configuration as keyword arguments; products and sums are fused, whatever Triton's default is."""
     return {"BLOCK": launch.block, "STAGES": launch.stages, "num_warps": launch.warps, "enable_fp_fusion": True}
 
 
 def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device: make it the tensor's."""
+    """Makes the tensor's device the current one, to which launches go."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

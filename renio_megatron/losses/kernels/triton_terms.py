@@ -27,10 +27,10 @@ JSD = tl.constexpr(2)
 
 @triton.jit
 def normalizer(maximum, log_sum, inverse, part):
-    """What is subtracted from a logit before the multiplication by `scale`, and after it: log2 of the sum, from nats,
-    less `part`.
+    """Two numbers: one to subtract from a logit before the multiplication by `scale`, one to subtract after it (log2 of
+    the sum, converted from nats, less `part`).
 
-    The division is never contracted with a subtraction, so both passes get the same number.
+    The division is never fused with a subtraction, so both passes get the same number.
     """
     return tl.div_rn(tl.load(maximum), inverse), tl.load(log_sum) * LOG2E - part
 
@@ -78,7 +78,7 @@ def bounded_terms(
 ):  # fmt: skip
     """`_terms` with the slope of an entry outside [floor, clip] dropped; the entry itself as it was.
 
-    No entry of a JSD is below 0, and none is held against the floor: a negative one is a rounding.
+    No entry of a JSD is below 0, so the floor does not apply: a negative one is a rounding error.
     """
     entry, slope, student_p = _terms(a, b, student_part, teacher_part, FORM)
     if CLIPPED:

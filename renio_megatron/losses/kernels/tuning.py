@@ -1,7 +1,7 @@
-"""How a Triton kernel cuts its rows: entries at once, warps, loads under way, and parts of a row.
+"""Launch configuration of a Triton kernel: block size, warps, pipeline stages, and parts of a row.
 
 `triton.autotune` is not used: it runs a kernel many times on its real arguments, and the gradient is written over the
-logits; without a driver it raises. Here a kernel is timed on its first rows, with an output of its own.
+logits; without a driver it raises. Here a kernel is timed on its first rows, with a separate output.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """One way to run a kernel: `block` entries at once by `warps` warps, `stages` of loads under way (1: plain loads
-    into registers; more go through shared memory)."""
+    """One way to run a kernel: `block` entries at once by `warps` warps, `stages` of pipelined loads (1: plain
+    loads into registers; more go through shared memory)."""
 
     block: int
     warps: int
@@ -28,8 +28,8 @@ class LaunchConfig:
 
 
 FIXED = LaunchConfig(2048, 8, 1)
-"""Where nothing is timed: 8 entries a thread, so that all running sums stay in registers and 3 to 8 programs share a
-multiprocessor; their loads in flight are what hides the memory's latency."""
+"""The configuration where nothing is timed: 8 entries per thread, so that all running sums stay in registers and 3 to 8
+programs share a multiprocessor; their loads in flight hide the memory latency."""
 
 CANDIDATES = (
     FIXED,
@@ -39,14 +39,14 @@ CANDIDATES = (
     LaunchConfig(2048, 8, 3),
     LaunchConfig(4096, 8, 3),
 )
-"""What is timed. Larger blocks need more entries a thread and leave room for fewer warps: two models' sums at 32
-entries a thread fill a thread's registers."""
+"""Configurations that are timed. Larger blocks need more entries per thread and leave room for fewer warps: two models'
+sums at 32 entries per thread fill a thread's registers."""
 
 INTERPRETER_LAUNCH = LaunchConfig(32, 1, 1)
-"""In the interpreter: blocks so small that a few columns fill several."""
+"""The configuration in the interpreter: blocks so small that a few columns fill several."""
 
 TRIAL_ENTRIES = 1 << 26
-"""Entries of a trial, and from how many on one is worth its seconds: 128 MB in half precision, more than the cache."""
+"""Entries of a trial, and the least of a call that is worth timing: 128 MB in half precision, more than the cache."""
 
 _fastest: dict[Hashable, LaunchConfig] = {}
 
@@ -55,13 +55,13 @@ def choose_launch(
     key: Hashable, rows: int, width: int, device: torch.device, trial: Callable[[LaunchConfig, int], object]
 ) -> LaunchConfig:
     """The fastest of `CANDIDATES` on a CUDA device, timed at the first large call of each key; `FIXED` for small calls,
-    under `torch.use_deterministic_algorithms` (another cut sums in another order) and inside a CUDA graph.
+    under `torch.use_deterministic_algorithms` (another configuration sums in another order) and inside a CUDA graph.
 
     Args:
-        key: what the speed depends on: kernel, variant, dtypes, width. `tune` asks for a run's keys before its first
-            step.
-        rows, width: of the call, [rows, width] entries.
-        trial: runs the kernel with a cut on so many of the rows; nothing but its time is used.
+        key: everything that the speed depends on: kernel, variant, dtypes, width. `losses.tune_kernels` tunes a run's
+            keys before its first step.
+        rows, width: shape of the call's logits.
+        trial: runs the kernel with a configuration on so many of the rows; only its time is used.
     """
     if device.type != "cuda":
         return INTERPRETER_LAUNCH
@@ -78,12 +78,12 @@ def choose_launch(
 
 
 def num_tuned() -> int:
-    """How many keys have a fastest cut, on all devices."""
+    """Number of keys that are tuned, on all devices."""
     return len(_fastest)
 
 
 def give_back_memory() -> None:
-    """Returns what trials took of a device's memory, which torch keeps for later otherwise."""
+    """Frees the device memory that trials took, which torch would otherwise keep in its cache."""
     torch.cuda.empty_cache()
 
 
@@ -98,7 +98,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
 def cut_rows(rows: int, width: int, block: int, device: torch.device) -> tuple[int, int]:
     """(parts of a row, blocks of a part), so that the device is full and its last wave of programs small.
 
-    A part costs its share of merging, so that parts are of 4 blocks at least, except where the device would idle.
+    Merging costs time for each part, so parts have at least 4 blocks, except where the device would idle.
     """
     blocks = max(1, -(-width // block))
     processors = _processors(device)

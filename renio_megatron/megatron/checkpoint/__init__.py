@@ -1,1 +1,1 @@
-"""Checkpoints of a run: their directory, what they hold, saving and resuming."""
+"""Checkpoints of a run: directory, content, saving and resuming."""

@@ -1,8 +1,8 @@
-"""Checkpoints in Megatron's distributed format: weights, optimizer, random numbers, and the run's own state.
+"""Checkpoints in Megatron's distributed format: weights, optimizer, RNG state, and the run's own state.
 
-A checkpoint is written under a hidden name and renamed when it is whole; only then does
-`latest_checkpointed_iteration.txt` name it, so a job that dies while saving leaves the previous one in force. What is
-saved belongs to the job and not to its ranks, so it loads in any layout.
+A checkpoint is written under a hidden name and renamed when it is complete; only then does
+`latest_checkpointed_iteration.txt` name it, so after a job that dies while saving the previous one stays current. The
+content is independent of ranks, so it loads in any layout.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from renio_megatron.parallel.collectives import on_main_rank
 
 _Value = TypeVar("_Value")
 
-# What torch's own writer says when the disk refuses; it raises plain RuntimeErrors, as a lost peer does.
+# Messages of torch's own writer on disk errors; it raises plain RuntimeErrors, as a lost peer does.
 _DISK_WORDS = ("PytorchStreamWriter", "inline_container", "iostream")
 
-# Settings of the optimizer that belong to the run and not to its state, although torch saves them with it.
+# Settings of the optimizer that belong to the run, not to its state, although torch saves them with it.
 _OPTIMIZER_SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
@@ -72,9 +72,9 @@ class MegatronCheckpointer:
     ) -> None:
         """Checkpoints go to `root`.
 
-        Each holds `config`, the run's settings as YAML, for whoever finds it alone; and `base`, the fingerprint of the
-        weights that adapters stand beside, which it does not hold. `averages` are a teacher's, which are saved and
-        restored beside the learner.
+        Each holds `config`, the run's settings as YAML, for a checkpoint that is found alone; and `base`, the
+        fingerprint of the base weights of adapters, which it does not hold. `averages` are a teacher's, which are saved
+        and restored with the learner.
         """
         self._averages = averages
         self._root = root
@@ -83,8 +83,8 @@ class MegatronCheckpointer:
         self._settings = settings or CheckpointConfig()
         self._config = config
         # A persistent writer needs CUDA devices to count: megatron-core 0.16.1 hangs without them. Its fork of the
-        # process at every save is a copy of the state at that moment, which training cannot change any more. Newer
-        # versions keep this argument; there its default may be another.
+        # process at every save is a copy of the state at that moment, which training can no longer change. Newer
+        # versions keep this argument; its default there may differ.
         self._queue = AsyncCallsQueue(persistent=False)
         self._pending: tuple[int, Path] | None = None
         self._has_saved = False
@@ -92,10 +92,10 @@ class MegatronCheckpointer:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes the checkpoint of `step`, or begins to; `state` is the same on every rank.
 
-        An earlier save is finished first. Nothing is done where the checkpoint of `step` is in force already.
+        An earlier save is finished first. Does nothing where the checkpoint of `step` is already the current one.
 
         Raises:
-            CheckpointError: the disk or the directory refuses.
+            CheckpointError: the disk or the directory cannot be written.
         """
         self.finish()
         partial = self._on_main(step, lambda: self._begin(step))
@@ -116,7 +116,7 @@ class MegatronCheckpointer:
             self._publish()
 
     def poll(self) -> None:
-        """Puts an asynchronous checkpoint in force that is written on every rank; never waits.
+        """Publishes an asynchronous checkpoint that is written on every rank; never waits.
 
         Raises:
             CheckpointError: it could not be written.
@@ -124,7 +124,7 @@ class MegatronCheckpointer:
         self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Waits until the checkpoint that was begun, if one was, is in force.
+        """Waits until the checkpoint that was begun, if one was, is published.
 
         Raises:
             CheckpointError: it could not be written.
@@ -132,9 +132,10 @@ class MegatronCheckpointer:
         self._finalize(blocking=True)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """Restores the checkpoint in force, or for a run without one that of `checkpoint.load`; its step and state.
+        """Restores the current checkpoint, or for a run without one that of `checkpoint.load`; returns its step and
+        state.
 
-        None where there is neither. What a killed job left half-written is deleted.
+        None where there is neither. Partial checkpoints of a killed job are deleted.
 
         Raises:
             CheckpointError: a checkpoint of another model, or one that cannot be read.
@@ -155,7 +156,7 @@ class MegatronCheckpointer:
         settings = [{key: group[key] for key in _OPTIMIZER_SETTINGS if key in group} for group in groups]
         try:
             loaded = dist_checkpointing.load(self._sharded_state(loading=True) | self._job_state(), str(directory))
-        except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is no Exception
+        except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is not an Exception
             refuse(directory, error)
         restore_state(self._learner, loaded)
         if self._averages:
@@ -172,9 +173,9 @@ class MegatronCheckpointer:
         return state
 
     def _job_state(self) -> dict[str, Any]:
-        """What the job has once, whatever its ranks: random numbers, the model's name and the settings.
+        """State of the job that is independent of ranks: RNG state, the model's name and the settings.
 
-        Nothing in a step draws from torch's generator, so the first rank's state serves all.
+        Nothing in a step draws from torch's generator, so the first rank's state is enough.
         """
         part = self._learner.part
         state = {"torch": torch.get_rng_state()}
@@ -189,7 +190,7 @@ class MegatronCheckpointer:
         }
 
     def _check_same_optimizer(self, directory: Path, saved: Any) -> None:
-        """Raises `CheckpointError` where the optimizer's state is written in another form than this run's."""
+        """Raises `CheckpointError` where the optimizer's state is saved in another format than this run's."""
         wanted = self._learner.optimizer_form()
         differing = [f"{key}: {(saved or {}).get(key)} there, {wanted[key]} here" for key in wanted]
         if saved != wanted:
@@ -201,7 +202,8 @@ class MegatronCheckpointer:
             )
 
     def _find(self) -> Path | None:
-        """The checkpoint to restore, all its files there; on the first rank. Shows that checkpoints can be written."""
+        """The checkpoint to restore, with all files present; on the first rank. Checks that checkpoints can be
+        written."""
         remove_leftovers(self._root)
         new_partial(self._root, 0).rmdir()
         step = latest_step(self._root)
@@ -217,8 +219,8 @@ class MegatronCheckpointer:
         return directory
 
     def _begin(self, step: int) -> Path | None:
-        """The directory to write to; None where the checkpoint of `step` is in force. On the first rank."""
-        with contextlib.suppress(CheckpointError):  # somebody deleted the one in force; this save repairs that
+        """The directory to write to; None where the checkpoint of `step` is the current one. On the first rank."""
+        with contextlib.suppress(CheckpointError):  # the current one was deleted; this save repairs that
             if latest_step(self._root) == step:
                 return None
         return new_partial(self._root, step)
@@ -238,7 +240,7 @@ class MegatronCheckpointer:
         self._on_main(step, lambda: publish(partial, self._root, step, self._settings.keep_last))
 
     def _on_main(self, step: int | None, action: Callable[[], _Value]) -> _Value:
-        """The result of `action`, run on the first rank; what the disk says there is every rank's CheckpointError."""
+        """The result of `action`, run on the first rank; disk errors there raise a CheckpointError on every rank."""
 
         def act() -> _Value:
             try:
@@ -252,7 +254,7 @@ class MegatronCheckpointer:
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int, partial: Path) -> Iterator[None]:
-        """Turns what the writers of a checkpoint say into a `CheckpointError`; what they wrote is given back."""
+        """Turns errors of a checkpoint's writers into a `CheckpointError`, and deletes the files that they wrote."""
         try:
             yield
         except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:

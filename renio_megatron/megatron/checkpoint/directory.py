@@ -1,9 +1,9 @@
-"""The directory of a run's checkpoints as files: which are whole, which is in force, and what is left of others.
+"""The checkpoint directory of a run: complete, current, partial and deleted checkpoints.
 
-    iter_0000004/                           one checkpoint, whole
+    iter_0000004/                           one complete checkpoint
     .iter_0000006.partial-1f2e3d4c/         one being written, or left by a job that was killed
     .iter_0000002.deleted/                  one being deleted
-    latest_checkpointed_iteration.txt       the step of the one in force
+    latest_checkpointed_iteration.txt       the step of the current one
 
 Only the first rank changes anything here.
 """
@@ -28,30 +28,30 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, as Megatron names it."""
+    """The directory of a step's checkpoint, as Megatron names it."""
     return root / f"iter_{step:07d}"
 
 
 def step_of(directory: Path) -> int | None:
-    """The step that the name of a checkpoint's directory says; None where it is no such name."""
+    """The step in the name of a checkpoint's directory; None for any other name."""
     found = re.fullmatch("iter_([0-9]+)", directory.name)
     return int(found[1]) if found else None
 
 
 def steps(root: Path) -> list[int]:
-    """Steps of the checkpoints that are there, ascending; a partial or deleted one is not."""
+    """Steps of the existing checkpoints, ascending, without partial and deleted ones."""
     found = [step_of(path) for path in root.glob("iter_*") if path.is_dir()]
     return sorted(step for step in found if step is not None)
 
 
 def latest_step(root: Path) -> int | None:
-    """Step of the checkpoint in force; None where there is none.
+    """Step of the current checkpoint; None where there is none.
 
-    Without a tracker it is the newest: a job that dies between naming its first checkpoint and naming it in the tracker
-    leaves a whole one behind, and a copy may have lost the file.
+    Without a tracker it is the newest: a job that dies between renaming its first checkpoint and writing the tracker
+    leaves a complete one behind, and a copied directory may lack the file.
 
     Raises:
-        CheckpointError: the tracker names a checkpoint that is not there.
+        CheckpointError: the tracker names a checkpoint that does not exist.
     """
     tracker = root / TRACKER
     if not tracker.is_file():
@@ -66,10 +66,10 @@ def latest_step(root: Path) -> int | None:
 
 
 def adopt(root: Path, step: int) -> None:
-    """Writes the tracker that is missing beside the checkpoint of `step`, which is taken to be in force.
+    """Writes the missing tracker, so that the checkpoint of `step` is the current one.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk cannot be written.
     """
     if not (root / TRACKER).is_file():
         logger.warning("%s is missing; going on from the newest checkpoint beside it, step %d", root / TRACKER, step)
@@ -77,7 +77,7 @@ def adopt(root: Path, step: int) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `checkpoint.load` means: an iter_ directory, or the one in force in a run or its checkpoints.
+    """The checkpoint for `checkpoint.load`: an iter_ directory, or the current one of a run or of its checkpoints.
 
     Raises:
         CheckpointError: there is none.
@@ -100,8 +100,8 @@ def find_pretrained(path: str | Path, setting: str) -> Path:
     """The directory that holds the tensors of a checkpoint that Megatron wrote.
 
     Args:
-        path: what Megatron-LM's --load means (with its `latest_checkpointed_iteration.txt`), one iter_ directory in it,
-            or a run's output_dir.
+        path: a directory for Megatron-LM's --load (with its `latest_checkpointed_iteration.txt`), one iter_ directory
+            in it, or a run's output_dir.
         setting: the recipe's key, for the error message.
 
     Raises:
@@ -143,26 +143,26 @@ def find_pretrained(path: str | Path, setting: str) -> Path:
 
 
 def new_partial(root: Path, step: int) -> Path:
-    """Makes the hidden directory that the checkpoint of `step` is written to; its name was never used before."""
+    """Creates the hidden directory that the checkpoint of `step` is written to, under a unique name."""
     partial = root / f".{step_directory(root, step).name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     return partial
 
 
 def remove_leftovers(root: Path) -> None:
-    """Deletes what a killed job left under hidden names; what cannot be deleted stays and does no harm."""
+    """Deletes leftovers of a killed job under hidden names; those that cannot be deleted stay and do no harm."""
     for pattern in (".iter_*.partial*", ".iter_*.deleted"):
         for path in root.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(partial: Path, root: Path, step: int, keep_last: int | None) -> None:
-    """Gives a written checkpoint its name, puts it in force, and then deletes those beyond the newest `keep_last`.
+    """Renames a written checkpoint, makes it the current one, and then deletes those beyond the newest `keep_last`.
 
-    At every moment the tracker names a checkpoint that is whole, also where the machine loses its power.
+    At every moment the tracker names a complete checkpoint, even after a power loss.
 
     Raises:
-        OSError: the disk refuses; the checkpoint that was in force still is, unless it is the one replaced.
+        OSError: the disk cannot be written; the current checkpoint stays, unless it is the one being replaced.
     """
     target = step_directory(root, step)
     sync_files(partial)
@@ -173,7 +173,7 @@ def publish(partial: Path, root: Path, step: int, keep_last: int | None) -> None
     write_atomically(root / TRACKER, f"{step}\n")
     if keep_last is None:
         return
-    # Those of later steps belong to a run that was set back by hand; they are replaced when this one gets there.
+    # Those of later steps belong to a run that was reset by hand; they are replaced when this one gets there.
     for old in [there for there in steps(root) if there <= step][:-keep_last]:
         try:
             remove_directory(step_directory(root, old))
@@ -182,7 +182,7 @@ def publish(partial: Path, root: Path, step: int, keep_last: int | None) -> None
 
 
 def damage(directory: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, naming the file; None where all have the size that they should.
+    """Damage to the files of a checkpoint, as text that names the file; None where all have the expected size.
 
     Reads the index and the directory, not the tensors.
     """
@@ -200,7 +200,7 @@ def damage(directory: Path) -> str | None:
     if not intact:
         return "common.pt is truncated"
     if not common.is_file() and not any(name.startswith("common_state") for name in names):
-        return "common.pt is missing"  # newer versions of Megatron keep what it holds with the tensors
+        return "common.pt is missing"  # newer versions of Megatron keep its content with the tensors
     for name, size in sorted(sizes.items()):
         file = directory / name
         there = file.stat().st_size if file.is_file() else None
@@ -212,7 +212,8 @@ def damage(directory: Path) -> str | None:
 
 
 def older_whole(directory: Path) -> Path | None:
-    """The newest undamaged checkpoint of a step before that of `directory`, beside it; None where there is none."""
+    """The newest undamaged checkpoint of a step before that of `directory`, in the same place; None where there is
+    none."""
     step = step_of(directory)
     for old in reversed([there for there in steps(directory.parent) if step is not None and there < step]):
         if damage(step_directory(directory.parent, old)) is None:
@@ -221,7 +222,7 @@ def older_whole(directory: Path) -> Path | None:
 
 
 def advice(directory: Path) -> str:
-    """What to do where the checkpoint in `directory` cannot be used."""
+    """Advice for the user where the checkpoint in `directory` cannot be used."""
     old = older_whole(directory)
     if old is None:
         return "No older checkpoint beside it is whole: start again with --fresh, or restore its files."
@@ -232,7 +233,8 @@ def advice(directory: Path) -> str:
 
 
 def _index(directory: Path) -> tuple[dict[str, int], set[str]]:
-    """Bytes that each data file must have at least, by name, and what the files hold, from the checkpoint's index."""
+    """Bytes that each data file must have at least, by name, and the keys that the files hold, from the checkpoint's
+    index."""
     from torch.distributed.checkpoint import FileSystemReader
 
     sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What a checkpoint of ours says about its model: whether it is the one to load into, and its weights alone."""
+"""Model weights of this package's checkpoints, and the check that a checkpoint is of the same model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOST_PEER_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset")
 
 
 def load_model_weights(directory: Path, part: ModelPart, base: str | None = None) -> None:
-    """Fills a model, in any layout, from a checkpoint's weights alone.
+    """Fills a model, in any layout, from the weights in a checkpoint.
 
     Raises:
         CheckpointError: a checkpoint of another model, or one that cannot be read.
@@ -34,7 +34,7 @@ def load_model_weights(directory: Path, part: ModelPart, base: str | None = None
 
 
 def saved_base(directory: Path) -> str | None:
-    """The fingerprint of the weights beside a checkpoint's adapters; None where it has none, or is another program's.
+    """The fingerprint of the base weights of a checkpoint's adapters; None without one, or for other programs' files.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -47,16 +47,16 @@ def saved_base(directory: Path) -> str | None:
 
 
 def check_same_model(directory: Path, part: ModelPart, base: str | None = None) -> dict[str, Any]:
-    """What a checkpoint holds once, whatever its ranks.
+    """Checks that a checkpoint is of this model, and returns its state that is independent of ranks.
 
     Args:
         directory: the checkpoint.
         part: the model that it is for.
-        base: fingerprint of the weights beside the adapters of `part`; None where it has none.
+        base: fingerprint of the base weights of the adapters of `part`; None where it has none.
 
     Raises:
-        CheckpointError: it is not one of ours, of another architecture than `part`, of other adapters, or its adapters
-            were trained beside other weights.
+        CheckpointError: it was not written by this package, is of another architecture than `part`, of other adapters,
+            or its adapters were trained on other base weights.
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(directory))
@@ -120,7 +120,7 @@ _RENAMED_OF_EXPERTS = {"count": "num_experts", "chosen": "top_k"}
 
 
 def _in_names_of_now(architecture: dict[str, Any]) -> dict[str, Any]:
-    """An architecture as `dataclasses.asdict` gives it today.
+    """An architecture with the current names, as from `dataclasses.asdict`.
 
     >>> _in_names_of_now({"num_layers": 2, "experts": {"count": 8, "chosen": 2, "normalized": True}})["experts"]
     {'num_experts': 8, 'top_k': 2, 'normalized': True}
@@ -138,7 +138,7 @@ def _what_is_trained(lora: dict[str, Any] | None) -> str:
 
 
 def refuse(directory: Path, error: BaseException) -> NoReturn:
-    """Raises `CheckpointError` about a checkpoint that cannot be read, unless it was a peer that was lost."""
+    """Raises `CheckpointError` about a checkpoint that cannot be read, unless a peer was lost."""
     if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER_WORDS):
         raise error
     raise CheckpointError(
@@ -147,7 +147,7 @@ def refuse(directory: Path, error: BaseException) -> NoReturn:
 
 
 def reason(error: BaseException) -> str:
-    """One line about the first cause; torch's own message is every rank's whole traceback."""
+    """One line about the first cause; torch's own message contains the traceback of every rank."""
     if isinstance(error, CheckpointException):
         if not error.failures:
             return "a writer failed; the first rank says more"

@@ -1,4 +1,4 @@
-"""A learner's weights and optimizer state as Megatron's checkpoints hold them: by parameter, whatever the layout."""
+"""Sharded state of a learner's weights and optimizer for Megatron's checkpoints, independent of the layout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from renio_megatron.megatron.model.lora import is_adapter
 from renio_megatron.megatron.runtime.mcore_compat import make_adam_loadable, own_steps
 from renio_megatron.megatron.student.learner import MegatronLearner
 
-# The only form of a distributed optimizer's state that loads in any layout: each parameter's moments in its own shape.
-# Copied at every use, because Megatron adds the present groups to it.
+# The only format of a distributed optimizer's state that loads in any layout: each parameter's moments in its shape.
+# Copied at every use, because Megatron adds the current groups to it.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -24,11 +24,12 @@ _METADATA = {
 
 
 def sharded_weights(part: ModelPart) -> dict[str, Any]:
-    """The weights, a dictionary for each chunk: names are local in it, the tensors' own keys are the whole model's.
+    """The weights, a dictionary for each chunk: its names are local, the tensors' own keys are those of the whole
+    model.
 
-    Both backends write the same keys. What Transformer Engine's modules add to them holds something under delayed
-    scaling only, its scales; a model with delayed scaling reads no other checkpoint. Of a model with adapters they are
-    those alone: the rest is what it was loaded from.
+    Both backends write the same keys. The extra state of Transformer Engine's modules is used under delayed scaling
+    only, for its scales; a model with delayed scaling reads no other checkpoint. For a model with adapters these are
+    the only weights: the rest comes from the base model.
     """
     keeps_scales = part.config.fp8 is not None and part.config.fp8_recipe == "delayed"
     has_adapters = part.lora.r is not None
@@ -40,11 +41,11 @@ def sharded_weights(part: ModelPart) -> dict[str, Any]:
 
 
 def sharded_model(part: ModelPart, form: dict[str, Any]) -> dict[str, Any]:
-    """The same of the model alone: without adapters, and without what Transformer Engine's modules add.
+    """The weights of the base model alone: without adapters, and without extra state of Transformer Engine's modules.
 
     Args:
         part: the model.
-        form: entries of Megatron's `metadata` that say under which names a checkpoint keeps layers.
+        form: entries of Megatron's `metadata` that determine a checkpoint's names of layers.
     """
     return _sharded(part, {**_METADATA, **form}, lambda key: not is_adapter(key) and not key.endswith("_extra_state"))
 
@@ -58,20 +59,20 @@ def _sharded(part: ModelPart, metadata: dict[str, Any], is_kept: Callable[[str],
 
 
 def restore_weights(part: ModelPart, loaded: dict[str, Any]) -> None:
-    """Puts loaded weights back; `loaded` has the keys of `sharded_weights`."""
+    """Restores loaded weights; `loaded` has the keys of `sharded_weights`."""
     for number, chunk in enumerate(part.chunks):
         chunk.load_state_dict(loaded[str(number)], strict=False)
 
 
 Averages = Sequence[tuple[torch.nn.Parameter, torch.Tensor]]
-"""Values beside some of a model's parameters, each of its parameter's shape."""
+"""Averages of some of a model's parameters, each with its parameter and of the same shape."""
 
 _AVERAGE = "teacher_average"
-"""What the keys of averages begin with; the model's own key of the parameter follows."""
+"""Prefix of the keys of averages; the model's own key of the parameter follows."""
 
 
 def sharded_averages(weights: dict[str, Any], part: ModelPart, averages: Averages) -> dict[str, Any]:
-    """Averages as a checkpoint holds them: cut, and kept once, as the model's parameters are.
+    """Averages as a checkpoint holds them: sharded and stored once, like the model's parameters.
 
     Args:
         weights: `sharded_weights` of `part`.
@@ -100,7 +101,7 @@ def restore_averages(part: ModelPart, averages: Averages, loaded: dict[str, Any]
 
 
 def sharded_state(learner: MegatronLearner, *, loading: bool) -> dict[str, Any]:
-    """What the ranks write, or with `loading` expect, of the model and the optimizer."""
+    """The state of the model and the optimizer that the ranks write, or with `loading` expect."""
     make_adam_loadable(learner.optimizer)
     model = sharded_weights(learner.part)
     optimizer = learner.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
@@ -108,7 +109,7 @@ def sharded_state(learner: MegatronLearner, *, loading: bool) -> dict[str, Any]:
 
 
 def restore_state(learner: MegatronLearner, loaded: dict[str, Any]) -> None:
-    """Puts loaded state back; `loaded` has the keys of `sharded_state`."""
+    """Restores loaded state; `loaded` has the keys of `sharded_state`."""
     restore_weights(learner.part, loaded["model"])
     learner.optimizer.load_state_dict(loaded["optimizer"])
     own_steps(learner.optimizer)

@@ -1,4 +1,4 @@
-"""SIGTERM waits while a save starts its helper processes."""
+"""SIGTERM blocked while a save starts its helper processes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from multiprocessing import resource_tracker
 
 @contextlib.contextmanager
 def sigterm_held() -> Iterator[None]:
-    """Keeps SIGTERM waiting, for good in processes that are started meanwhile.
+    """Blocks SIGTERM, permanently in processes that are started meanwhile.
 
-    Schedulers and torchrun send SIGTERM to a whole process group. A helper that a library started would end by it, and
-    the save that answers the SIGTERM would fail for want of its helper.
+    Schedulers and torchrun send SIGTERM to a whole process group. It would end a library's helper process, and the save
+    that is triggered by the SIGTERM would fail without its helper.
     """
-    resource_tracker.ensure_running()  # multiprocessing would start it later, and let the signal through when it does
+    resource_tracker.ensure_running()  # multiprocessing would start it later, and unblock the signal when it does
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -1,1 +1,1 @@
-"""A rank's part of a model."""
+"""Models: construction of a rank's part, layers, adapters, FP8, experts and schedules."""

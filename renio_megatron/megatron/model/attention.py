@@ -1,8 +1,8 @@
 """Core attention on torch's scaled_dot_product_attention: no Transformer Engine, on the CPU and on CUDA.
 
-Each sequence attends to itself only. Rows are padded on the right, so the causal mask is the only one there is; packed
-sequences are taken one by one out of their row; and under context parallelism the keys and values of the whole row are
-gathered, in the sequences' own order, while each rank keeps its own queries.
+Each sequence attends to itself only. Rows are padded on the right, so only the causal mask is needed; packed sequences
+are processed one by one; and under context parallelism the keys and values of the whole row are gathered, in the
+sequences' own order, while each rank keeps its own queries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from renio_megatron.parallel.context import natural_order
 
 @dataclass
 class Packing(PackedSeqParams):
-    """Megatron's description of a row of packed sequences; keeps the boundaries as numbers, too, for the CPU."""
+    """Megatron's description of a row of packed sequences; also keeps the boundaries as numbers on the CPU."""
 
     boundaries: tuple[int, ...] = ()
 
@@ -76,7 +76,7 @@ class SdpaCoreAttention(MegatronModule):
             query, key, value: [queries | keys, b, heads, head width], or [queries | keys, heads, head width] of packed
                 sequences. Under context parallelism this rank's positions. While decoding, queries are the last
                 positions of the keys' sequence.
-            packed_seq_params: where the packed sequences are.
+            packed_seq_params: boundaries of the packed sequences.
         """
         is_packed = packed_seq_params is not None
         if is_packed:
@@ -85,7 +85,7 @@ class SdpaCoreAttention(MegatronModule):
             output = self._context_parallel(query, key, value, packed_seq_params)
         elif packed_seq_params is not None:
             lengths = _lengths(packed_seq_params.boundaries)
-            # Split, not sliced: the gradient of so many slices would be a sum of so many whole rows.
+            # Split, not sliced: the gradient of n slices would be a sum of n whole rows.
             pieces = zip(*(_heads_first(one).split(lengths, dim=2) for one in (query, key, value)), strict=True)
             output = torch.cat([self._attend(*piece) for piece in pieces])
         else:
@@ -146,7 +146,7 @@ def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _GatherSequence(torch.autograd.Function):
-    """Every rank's positions, rank after rank; backward adds what all ranks' queries ask of this rank's."""
+    """All-gather of the ranks' positions, rank after rank; backward sums the gradients of this rank's positions."""
 
     @staticmethod
     def forward(context: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which modules a model's layers are made of, and what FP8 asks of the GPU and of the model's shapes."""
+"""Backend of a model's layers (Transformer Engine or local), and FP8's requirements on the GPU and on shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INSTALL = (
 
 @functools.cache
 def te_problem() -> str | None:
-    """Why Transformer Engine cannot be used, in words; None where it can. Asked once per process."""
+    """The reason why Transformer Engine cannot be used, as text; None where it can. Checked once per process."""
     try:
         with torchs_cudnn():
             importlib.import_module("transformer_engine.pytorch")
@@ -31,14 +31,14 @@ def te_problem() -> str | None:
 
 
 def resolve_backend(precision: PrecisionConfig, device: torch.device, *, bf16: bool, has_adapters: bool = False) -> str:
-    """`te` or `local`.
+    """The backend of a model's layers: `te` or `local`.
 
-    `auto` is te on a GPU where Transformer Engine imports and the parameters are bf16: its fast attention reads no
-    fp32. `emulate_fp8` keeps it at local, and so do adapters, which stand beside Megatron's own layers only.
+    `auto` is te on a GPU where Transformer Engine imports and the parameters are bf16: its fused attention does
+    not support fp32. With `emulate_fp8` it is local, and with adapters, which exist for Megatron's own layers only.
 
     Args:
-        precision: the model's.
-        device: where it computes.
+        precision: the model's settings.
+        device: the model's device.
         bf16: whether its parameters are bf16.
         has_adapters: whether it has adapters.
 
@@ -62,10 +62,10 @@ def resolve_backend(precision: PrecisionConfig, device: torch.device, *, bf16: b
 
 
 def check_capability(precision: PrecisionConfig, capability: tuple[int, int], cuda_version: str | None) -> None:
-    """Raises `ConfigError` where a GPU cannot multiply as a model with FP8 asks; without FP8 nothing is checked.
+    """Raises `ConfigError` where a GPU lacks the FP8 products of a model; without FP8 nothing is checked.
 
     Args:
-        precision: the model's, of backend te.
+        precision: the model's settings, of backend te.
         capability: compute capability of the GPU, for example (9, 0) of an H100.
         cuda_version: that torch was built for, for example `12.8`.
 
@@ -105,10 +105,10 @@ this one has 9.0. Set precision.fp8_recipe=blockwise or tensorwise.
 
 
 def fp8_multiple(precision: PrecisionConfig) -> int:
-    """What rows and columns of an FP8 product's factors must be multiples of; 1 where nothing is in FP8.
+    """The number of which rows and columns of an FP8 product's factors must be multiples; 1 where nothing is in FP8.
 
-    cuBLAS asks for 16 elements of each row; MXFP8 scales blocks of 32, in both directions. Blockwise scaling is given
-    32 as well.
+    cuBLAS requires multiples of 16 elements in each row; MXFP8 scales blocks of 32, in both directions. Blockwise
+    scaling uses 32 as well.
 
     >>> fp8_multiple(PrecisionConfig()), fp8_multiple(PrecisionConfig(fp8="hybrid", fp8_recipe="mxfp8"))
     (1, 32)
@@ -119,7 +119,8 @@ def fp8_multiple(precision: PrecisionConfig) -> int:
 
 
 def check_weight_shapes(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
-    """Raises `ConfigError` where a weight of a tensor-parallel rank has a size that FP8 products refuse; names it."""
+    """Raises `ConfigError` where a weight of a tensor-parallel rank has a size that FP8 products do not support; names
+    it."""
     multiple, ranks = fp8_multiple(precision), parallel.tensor_model_parallel_size
     heads, groups, width = architecture.num_attention_heads, architecture.num_query_groups, architecture.kv_channels
     sizes = {
@@ -170,14 +171,14 @@ def check_model(
 def can_fuse_weight_gradients(device: torch.device, *, bf16: bool) -> bool:
     """Whether products may add weight gradients to the fp32 buffer themselves.
 
-    Megatron asks for apex's extension even where Transformer Engine's layers do it without, because the LM head is a
-    layer of its own.
+    Megatron requires apex's extension even where Transformer Engine's layers work without it, because the LM head is
+    Megatron's own layer.
     """
     if device.type != "cuda" or not bf16:
         return False
     try:
         importlib.import_module("fused_weight_gradient_mlp_cuda")
-    except Exception:  # built for another torch, it raises whatever its loader does
+    except Exception:  # built for another torch, it raises whatever its loader raises
         return False
     return True
 
@@ -200,7 +201,7 @@ def megatron_settings(precision: PrecisionConfig, backend: str, *, trained: bool
         "first_last_layers_bf16": precision.first_last_layers_bf16,
         "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
-        # Data-parallel ranks may have different numbers of packed micro-batches: a sum over them would wait for ever.
+        # Data-parallel ranks may have different numbers of packed micro-batches: a sum over them would deadlock.
         "tp_only_amax_red": True,
     }
 
@@ -208,7 +209,7 @@ def megatron_settings(precision: PrecisionConfig, backend: str, *, trained: bool
 def describe_backend(
     precision: PrecisionConfig, device: torch.device, *, bf16: bool, has_adapters: bool = False
 ) -> str:
-    """What a model computes in, for a line about a run; why, where adapters decide it.
+    """Backend and precision of a model, for a line about a run; with the reason where adapters decide the backend.
 
     >>> describe_backend(PrecisionConfig(backend="local"), torch.device("cpu"), bf16=True)
     'local bf16'

@@ -1,7 +1,7 @@
 """A rank's part of a model: Megatron's GPTModel, its final hidden states, and its LM-head shard.
 
-The model's output layer hands its input through, so a forward pass ends with final hidden states; logits are made from
-chosen rows afterwards, chunk by chunk in the loss, because only completion rows are ever needed. The output layer stays
+The model's output layer returns its input, so a forward pass ends with final hidden states; logits are computed from
+selected rows afterwards, chunk by chunk in the loss, because only completion rows are needed. The output layer is still
 a module that is called, with its weight an ordinary parameter: DDP waits for parameters in its forward hook.
 """
 
@@ -51,7 +51,7 @@ _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 
 
 class _PassThrough:
-    """Mixed into the output layer's class, whatever the Megatron version made it: its output is its input."""
+    """Mix-in for the output layer's class of any Megatron version: the output is the input."""
 
     def forward(
         self, input_: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None
@@ -68,13 +68,13 @@ class ModelPart:
             comes after chunk i - 1 of the last pipeline rank. On the last pipeline rank the last chunk's forward ends
             with hidden states [b, s, H].
         config: Megatron's configuration of them.
-        architecture: the whole model's.
+        architecture: architecture of the whole model.
         shard: this rank's columns of the LM head.
-        layout: this rank's place.
-        backend: what its layers are made of, `te` or `local`.
-        lora: what its adapters are; there are none where `r` is None.
-        fp8_multiple: what the tokens of a pass over this rank's layers must be a multiple of; 1 without FP8.
-        routing: of the routers of a trained model with experts; else None.
+        layout: this rank's layout.
+        backend: backend of its layers, `te` or `local`.
+        lora: settings of its adapters; there are none where `r` is None.
+        fp8_multiple: the tokens of a pass over this rank's layers must be a multiple of it; 1 without FP8.
+        routing: load-balancing loss and metrics of a trained model's routers; None without experts.
     """
 
     chunks: tuple[GPTModel, ...]
@@ -89,11 +89,12 @@ class ModelPart:
     _before_use: list[Callable[[], None]] = field(default_factory=list)
 
     def on_use(self, action: Callable[[], None]) -> None:
-        """Has `action` called before every use of the weights but training's: they may lag behind the optimizer."""
+        """Registers `action`, called before every use of the weights outside of training: they may lag behind the
+        optimizer."""
         self._before_use.append(action)
 
     def sync_params(self) -> None:
-        """Makes the weights current, for whoever is about to use them."""
+        """Makes the weights current before they are used."""
         for action in self._before_use:
             action()
 
@@ -110,7 +111,7 @@ class ModelPart:
                 yield whole_model_name(whole_name, first_expert), parameter
 
     def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Those of `named_parameters` that have a gradient: all of a student's, or its adapters'."""
+        """Those of `named_parameters` that have a gradient: all of a student, or its adapters."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def train(self, mode: bool = True) -> None:
@@ -119,14 +120,14 @@ class ModelPart:
             chunk.train(mode)
 
     def completion_rows(self, output: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
-        """Final hidden states of chosen positions, as the LM head reads them: [N, H].
+        """Final hidden states of selected positions, as input of the LM head: [N, H].
 
         The gradient is summed over the tensor group in backward, as the column-parallel head needs it: by an
         all-reduce, or under sequence parallelism by the reduce-scatter that undoes the gather. The head's own gradient
         needs no sum.
 
         Args:
-            output: what the last chunk returned on the last stage, [b, s, H]; [b, s / tensor ranks, H] under sequence
+            output: result of the last chunk on the last stage, [b, s, H]; [b, s / tensor ranks, H] under sequence
                 parallelism.
             row_index: positions in row-major order over [b, s], int64 [N].
         """
@@ -153,7 +154,7 @@ class ModelPart:
 
     def tune_scores(self, head: HeadConfig, temperature: float, num_tokens: int) -> None:
         """Tunes the kernels that read this model's logits of sampled tokens, for micro-batches of at most `num_tokens`
-        completion tokens. Without an LM head here there is nothing to tune."""
+        completion tokens. Does nothing on a rank without an LM head."""
         if self.layout.pipeline.is_last:
             dtype, device = self.config.params_dtype, self.layout.device
             tune_scores(self.shard, head, temperature, hidden_dtype=dtype, num_tokens=num_tokens, device=device)
@@ -174,12 +175,12 @@ class ModelPart:
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """Everything off that cuts a sequence into pieces, and evaluation mode: for passes over single tokens."""
+        """Evaluation mode with sequence and context parallelism off: for passes over single tokens."""
         self.sync_params()
         config, was_training = self.config, self.chunks[0].training
         before = {
             "context_parallel_size": config.context_parallel_size,
-            # Megatron refuses a cache beside an interleaved pipeline; the sampler drives the chunks itself.
+            # Megatron allows no cache with an interleaved pipeline; the sampler runs the chunks itself.
             "virtual_pipeline_model_parallel_size": config.virtual_pipeline_model_parallel_size,
         }
         was_parallel = config.sequence_parallel
@@ -188,14 +189,14 @@ class ModelPart:
         for chunk in self.chunks:
             if was_parallel:
                 set_model_to_sequence_parallel(chunk, False)
-            # A copy, because the original remembers the tables that it has cut for its context rank.
+            # A copy, because the original caches the tables that it has sliced for its context rank.
             chunk.rotary_pos_emb = copy.copy(chunk.rotary_pos_emb)
             chunk.rotary_pos_emb.cp_group = None
         config.context_parallel_size, config.virtual_pipeline_model_parallel_size = 1, None
         try:
             with contextlib.ExitStack() as stack:
                 for chunk in self.chunks:
-                    # Transformer Engine multiplies with the FP8 weights of before the last step, unless it is told.
+                    # Transformer Engine multiplies with the FP8 weights from before the last step, unless notified.
                     chunk.set_is_first_microbatch()
                     stack.enter_context(padded_rows(chunk, self.fp8_multiple))
                     stack.enter_context(whole_sequences(chunk))
@@ -227,18 +228,18 @@ def build_model(
 
     Args:
         architecture: the whole model.
-        layout, parallel: where this rank is.
+        layout, parallel: this rank's layout, and the sizes of the model axes.
         train: dtype, packing, recomputation, and the seed of the weights.
-        precision: what the layers are built of and compute in; None: the defaults. What a GPU or a shape does not
-            allow is a ConfigError.
-        lora: adapters, beside which everything is frozen; None: none.
+        precision: backend and precision of the layers; None: the defaults. Unsupported GPUs or shapes raise a
+            ConfigError.
+        lora: adapters, with which everything else is frozen; None: none.
         vocab_size: V of the loss.
         num_rows: of the whole embedding and LM head, before padding; None: V. A student has a row for each of its
-            tokens, of which there may be more than V; a teacher gets as many, so that both heads are cut at the same
-            edges.
+            tokens, of which there may be more than V; a teacher gets as many, so that both heads are sharded at the
+            same boundaries.
         trained: False for a model that only runs forward.
         initialize: draw random weights, the same for every tensor-parallel size; False where all weights are loaded
-            next: they are whatever the device's memory held, and nothing is made or drawn on the host.
+            next: they are uninitialized memory, and nothing is drawn on the host.
     """
     precision, lora = precision or PrecisionConfig(), lora or LoraConfig()
     backend = resolve_backend(precision, layout.device, bf16=train.bf16, has_adapters=lora.r is not None)
@@ -248,7 +249,7 @@ def build_model(
     config = transformer_config(
         architecture, parallel, train, precision, trained=trained, initialize=initialize, backend=backend
     )
-    # An expert may have no token at all, of which the fused product is not known to make anything.
+    # An expert may have no tokens at all, for which the fused product is not known to work.
     can_fuse = architecture.experts is None and can_fuse_weight_gradients(layout.device, bf16=train.bf16)
     config.gradient_accumulation_fusion = trained and can_fuse
     routing = None
@@ -301,7 +302,7 @@ def _build_chunk(
     seed: int,
     trained: bool,
 ) -> GPTModel:
-    """One of this rank's stages: Megatron's GPTModel with what is ours in it. Draws from torch's generator."""
+    """One of this rank's stages: Megatron's GPTModel with this package's changes. Draws from torch's generator."""
     vp_stage = stage if num_chunks > 1 else None
     torch.manual_seed(seed + get_transformer_layer_offset(config, vp_stage=vp_stage))
     with torch.set_grad_enabled(trained):  # a frozen model's FP8 weights need no transposed copy
@@ -320,7 +321,7 @@ def _build_chunk(
     emulate_fp8(chunk.decoder, precision)
     add_lora(chunk, lora, seed=seed)
     mark_experts(chunk)
-    if config.use_cpu_initialization or architecture.experts is not None:  # else they were made where they belong
+    if config.use_cpu_initialization or architecture.experts is not None:  # else they were made on the right device
         chunk.to(layout.device)
     if chunk.post_process:
         layer_class = type(chunk.output_layer)

@@ -1,7 +1,7 @@
-"""FP8 emulated: linear layers whose three products read what an FP8 product would read, on any device.
+"""FP8 emulation on any device: linear layers whose three products read operands rounded to FP8.
 
-Only operands are rounded. They are multiplied and added up in fp32, and the result is rounded to the parameters' dtype,
-as a product in FP8 with a wide accumulator would do it.
+Only operands are rounded. They are multiplied and accumulated in fp32, and the result is rounded to the parameters'
+dtype, like an FP8 product with a wide accumulator.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LARGEST_SCALE = 2.0**127
 
 @dataclass(frozen=True)
 class Scaling:
-    """Which values of an operand share a scale.
+    """Scaling granularity: the values of an operand that share a scale.
 
     Attributes:
         vector: how many along the contraction axis share one, in activations and gradients; None: the whole tensor.
-        weight_tile: as many rows as columns of a weight share one; None: as `vector` says.
+        weight_tile: as many rows as columns of a weight share one; None: as in `vector`.
         power_of_two: whether scales are rounded down to a power of 2, so that scaling is exact.
     """
 
@@ -41,26 +41,26 @@ SCALINGS = {
     "blockwise": Scaling(128, 128, power_of_two=True),
     "mxfp8": Scaling(32, None, power_of_two=True),
 }
-"""By `precision.fp8_recipe`, as the defaults of Transformer Engine's Float8CurrentScaling, Float8BlockScaling and
-MXFP8BlockScaling. Rounding the scale down is rounding MXFP8's inverse scale, an E8M0 number, up."""
+"""Scaling by `precision.fp8_recipe`, like the defaults of Transformer Engine's Float8CurrentScaling, Float8BlockScaling
+and MXFP8BlockScaling. Rounding the scale down is rounding MXFP8's inverse scale, an E8M0 number, up."""
 
 
 def round_to_fp8(
     values_RC: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] | None, *, power_of_two: bool
 ) -> torch.Tensor:
-    """The nearest values that FP8 has under one scale for each block, ties to even, saturating: fp32 [R, C].
+    """The nearest FP8 values under one scale for each block, ties to even, saturating: fp32 [R, C].
 
     A block is scaled so that its largest magnitude becomes the format's largest value (or comes within a factor of 2 of
-    it), rounded, and scaled back. A block of zeros stays so. Infinity and NaN stay what they are, so that whoever looks
-    for them finds them; the finite values of their block are then rounded without a scale.
+    it), rounded, and scaled back. A block of zeros stays zero. Infinity and NaN are kept, so that later checks find
+    them; the finite values of their block are then rounded without a scale.
 
     Args:
         values_RC: any floating dtype [R, C].
         dtype: `E4M3` or `E5M2`.
-        block: rows and columns that share a scale; the last blocks may be cut off. None: all of them.
+        block: rows and columns that share a scale; the last blocks may be smaller. None: the whole tensor.
         power_of_two: round scales down to a power of 2.
 
-    Gradient: none of its own.
+    Gradient: not defined here.
 
     >>> values = torch.tensor([[448.0, 17.0, -0.001, 500.0]])
     >>> round_to_fp8(values, E4M3, (1, 2), power_of_two=True).tolist()
@@ -79,7 +79,7 @@ def round_to_fp8(
 
 
 def _scale_of(amax: torch.Tensor, largest: float, power_of_two: bool) -> torch.Tensor:
-    """What each block is multiplied by; 1 where its largest magnitude is no finite number."""
+    """Factor of each block; 1 where its largest magnitude is not finite."""
     scale = (largest / amax).clamp(max=_LARGEST_SCALE)
     if power_of_two:
         _, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
@@ -89,11 +89,11 @@ def _scale_of(amax: torch.Tensor, largest: float, power_of_two: bool) -> torch.T
 
 @dataclass(frozen=True)
 class Fp8Operands:
-    """Rounds each operand of a linear layer's products as a format and a recipe say.
+    """Rounds each operand of a linear layer's products by a format and a recipe.
 
     Attributes:
-        gradient_dtype: of gradients; activations and weights are E4M3.
-        scaling: of all of them.
+        gradient_dtype: format of gradients; activations and weights are E4M3.
+        scaling: scaling of all operands.
     """
 
     gradient_dtype: torch.dtype
@@ -101,7 +101,7 @@ class Fp8Operands:
 
     @classmethod
     def of(cls, precision: PrecisionConfig) -> Fp8Operands:
-        """Those of a section of a recipe, whose `fp8` is set."""
+        """The rounding of a recipe's section whose `fp8` is set."""
         return cls(E5M2 if precision.fp8 == "hybrid" else E4M3, SCALINGS[precision.fp8_recipe])
 
     def activation(self, values_TI: torch.Tensor, contraction: int) -> torch.Tensor:
@@ -109,7 +109,7 @@ class Fp8Operands:
         return self._round(values_TI, E4M3, self._vector(contraction))
 
     def gradient(self, values_TO: torch.Tensor, contraction: int) -> torch.Tensor:
-        """The same for the gradient of the output."""
+        """The output's gradient, tokens by features, as a product over axis `contraction` reads it: fp32."""
         return self._round(values_TO, self.gradient_dtype, self._vector(contraction))
 
     def weight(self, values_OI: torch.Tensor, contraction: int) -> torch.Tensor:
@@ -143,7 +143,7 @@ class Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        """Gradients of the input and the weight, in their dtypes; each only where it is wanted."""
+        """Gradients of the input and the weight, in their dtypes; each only where it is needed."""
         input_, weight = ctx.saved_tensors
         operands, gradient = ctx.operands, gradients[0]
         flat = gradient.flatten(0, -2)
@@ -158,10 +158,10 @@ class Fp8Product(torch.autograd.Function):
 
 
 class _InFp8:
-    """Mixed into Megatron's column- and row-parallel linear layers, whatever the version made them.
+    """Mix-in for Megatron's column- and row-parallel linear layers of any version.
 
-    Under sequence parallelism the input is rounded after the gather: a scale is that of what the product reads, as in
-    Transformer Engine, whose tensor-wise scale is the largest of the tensor ranks' there. Weights, and activations cut
+    Under sequence parallelism the input is rounded after the gather: the scale is that of the product's operand, as in
+    Transformer Engine, whose tensor-wise scale is reduced over the tensor ranks there. Weights, and activations sharded
     along their features, have scales of each rank's shard.
     """
 
@@ -187,9 +187,9 @@ class _InFp8:
 
 
 def emulate_fp8(decoder: Any, precision: PrecisionConfig) -> None:
-    """Turns the linear layers of a decoder's layers into ones that round to FP8, where the settings ask for it.
+    """Turns the linear layers of a decoder's layers into ones that round to FP8, where the settings request it.
 
-    Embedding, attention's own products, norms and the LM head stay as they are.
+    Embedding, attention's own products, norms and the LM head are unchanged.
 
     Args:
         decoder: Megatron's TransformerBlock; of the local spec where FP8 is emulated.

@@ -1,4 +1,4 @@
-"""What a transformer block is built of: one function for each backend, Megatron's own specs with few parts changed."""
+"""Layer specs of the transformer block, one function for each backend: Megatron's specs with few changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from renio_megatron.megatron.model.attention import SdpaCoreAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor; marks its weight for sequence parallelism, as Megatron's do."""
+    """torch's RMSNorm with Megatron's constructor; marks its weight for sequence parallelism as Megatron's norms do."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
@@ -29,8 +29,8 @@ def block_spec(config: TransformerConfig, stage: int | None, backend: str) -> Tr
     """The block of one pipeline stage.
 
     Args:
-        config: of the model.
-        stage: number of the chunk in an interleaved pipeline, else None.
+        config: configuration of the model.
+        stage: index of the chunk in an interleaved pipeline, else None.
         backend: a key of `BACKENDS`.
     """
     layer, norm = BACKENDS[backend](config)
@@ -39,7 +39,8 @@ def block_spec(config: TransformerConfig, stage: int | None, backend: str) -> Tr
 
 
 def _local(config: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """Megatron's local layer with our norm and attention put in through its public fields, and the final norm."""
+    """Megatron's local layer with this package's norm and attention set through its public fields, and the final
+    norm."""
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
@@ -54,7 +55,7 @@ def _local(config: TransformerConfig) -> tuple[ModuleSpec, type]:
 
 
 def _te(config: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """Megatron's Transformer Engine layer as it is, its attention included, and the final norm."""
+    """Megatron's unchanged Transformer Engine layer, its attention included, and the final norm."""
     from megatron.core.extensions.transformer_engine import TENorm
 
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm

@@ -1,15 +1,15 @@
 """Low-rank adapters on Megatron's column- and row-parallel linear layers.
 
 Megatron computes query, key and value in one product, gate and up in another. An adapter belongs to one of them, as in
-PEFT, so a fused layer has several; their outputs are put together as the rows of the fused weight are. Adapters are
-kept as Hugging Face has them, cut along the same axis as the weight beside them:
+PEFT, so a fused layer has several; their outputs are arranged like the rows of the fused weight. Adapters are kept in
+Hugging Face's layout, sharded along the same axis as their base weight:
 
     layer            A [r, in]        B [out, r]       between A and B                       under SP, summed over TP
     column-parallel  on every rank    cut by rows      copied; under SP gathered             A
     row-parallel     cut by columns   on every rank    summed; under SP reduce-scattered     B
 
-Without sequence parallelism what is on every rank sees all positions there and has the whole gradient. With it, it sees
-a shard of them; Megatron sums the gradients of parameters that are marked `sequence_parallel`.
+Without sequence parallelism a replicated parameter sees all positions on every rank and has the whole gradient. With
+it, it sees a shard of them; Megatron sums the gradients of parameters that are marked `sequence_parallel`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _INSIDE = {
     "mlp.linear_fc1": ("gate_proj", "up_proj"),
     "mlp.linear_fc2": ("down_proj",),
 }
-"""The targets that each linear layer of Megatron computes, in the order of its rows."""
+"""The targets in each of Megatron's linear layers, in the order of its rows."""
 
 _BETWEEN = {
-    # (column-parallel, sequence parallelism) -> what happens to A x, whose last axis is the adapters' rank
+    # (column-parallel, sequence parallelism) -> communication of A x, whose last axis is the adapters' rank
     (True, False): copy_to_tensor_model_parallel_region,
     (True, True): gather_from_sequence_parallel_region,
     (False, False): reduce_from_tensor_model_parallel_region,
@@ -54,20 +54,20 @@ _BETWEEN = {
 
 
 class Adapters(torch.nn.Module):
-    """Those of one linear layer of Megatron: parameters `<target>_a` and `<target>_b`.
+    """Adapters of one linear layer of Megatron: parameters `<target>_a` and `<target>_b`.
 
-    They are this module's own, not those of modules inside it: Megatron waits for a gathered parameter when the module
-    that holds it is called.
+    They are parameters of this module, not of submodules: Megatron waits for a gathered parameter when the module that
+    holds it is called.
 
     Attributes:
-        is_on: whether the layer adds them.
-        sharded_dims: the axis along which each parameter that is cut is cut, by name.
+        is_on: whether the layer adds their output.
+        sharded_dims: the axis of each sharded parameter, by name.
     """
 
     def __init__(self, linear: Any, path: str, layer: int, lora: LoraConfig, seed: int) -> None:
         """Adapters of the layer `path` of decoder layer `layer` (from 0): A as PEFT draws it, B is 0.
 
-        A is drawn whole and then cut, from (seed, layer, target): the same in every layout.
+        A is drawn whole and then sharded, from (seed, layer, target): the same in every layout.
         """
         super().__init__()
         assert lora.r is not None
@@ -95,7 +95,8 @@ class Adapters(torch.nn.Module):
                 parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: torch.Tensor, sequence_parallel: bool, group: Any) -> torch.Tensor:
-        """What the layer's output gains: [s, b, in] -> [s, b, out], each cut as the layer's own input and output."""
+        """The sum to add to the layer's output: [s, b, in] -> [s, b, out], sharded like the layer's input and
+        output."""
         down = torch.cat([getattr(self, f"{name}_a") for name in self._targets])
         low = torch.nn.functional.linear(input_, down)  # row-parallel: a part of a sum over the ranks
         low = _BETWEEN[self._is_column, sequence_parallel](low, group=group)
@@ -111,7 +112,7 @@ class Adapters(torch.nn.Module):
 
 
 class _Adapted:
-    """Mixed into Megatron's column- and row-parallel linear layers, whatever the version made them."""
+    """Mix-in for Megatron's column- and row-parallel linear layers of any version."""
 
     adapters: Adapters
     sequence_parallel: bool
@@ -126,7 +127,7 @@ class _Adapted:
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The layer's own, and its adapters with the axes along which they are cut, which it does not know."""
+        """The layer's own state, and its adapters with their sharded axes."""
         own = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         mine = f"{prefix}adapters."
         adapters = make_sharded_tensors_for_checkpoint(
@@ -146,14 +147,14 @@ def is_adapter(name: str) -> bool:
 
 
 def lora_form(lora: LoraConfig) -> dict[str, Any] | None:
-    """What must be the same for adapters to be of use to a model; None where there are none."""
+    """Settings that must be equal for adapters to fit a model; None where there are none."""
     if lora.r is None:
         return None
     return {"r": lora.r, "alpha": lora.alpha, "use_rslora": lora.use_rslora, "targets": list(lora.names)}
 
 
 def check_backend(lora: LoraConfig, backend: str) -> None:
-    """Raises `ConfigError` where the layers are none that can have adapters."""
+    """Raises `ConfigError` where the backend's layers cannot have adapters."""
     if lora.r is not None and backend != "local":
         raise ConfigError(
             f"lora.r={lora.r} on Transformer Engine's layers: they compute a norm together with the product after it, "
@@ -162,12 +163,12 @@ def check_backend(lora: LoraConfig, backend: str) -> None:
 
 
 def add_lora(chunk: Any, lora: LoraConfig, *, seed: int) -> None:
-    """Freezes a model's weights and gives its linear layers adapters, where the settings ask for it.
+    """Freezes a model's weights and gives its linear layers adapters, where the settings request it.
 
     Args:
         chunk: Megatron's GPTModel of the local spec, before it is wrapped for training.
         lora: nothing happens where `r` is None.
-        seed: of A.
+        seed: seed of A.
     """
     if lora.r is None:
         return
@@ -185,7 +186,7 @@ def add_lora(chunk: Any, lora: LoraConfig, *, seed: int) -> None:
 
 @contextlib.contextmanager
 def switched_off(chunks: tuple[Any, ...]) -> Iterator[None]:
-    """Models as they are without their adapters."""
+    """Context in which the models compute without their adapters."""
     found = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapters)]
     before = [module.is_on for module in found]
     for module in found:
@@ -201,7 +202,7 @@ def _require_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.T
     """Marks a frozen embedding's output as requiring a gradient.
 
     Recomputed layers are one autograd function of their input: where that requires no gradient, the function has none,
-    and neither have the parameters inside it. Nothing would say so.
+    and neither do the parameters inside it, without any error.
     """
     return output.requires_grad_() if torch.is_grad_enabled() else output
 

@@ -1,8 +1,8 @@
-"""Mixture of experts: Megatron's settings, routers that add the load-balancing loss, and what they report.
+"""Mixture of experts: Megatron's settings, routers that add the load-balancing loss, and their metrics.
 
-Megatron's own auxiliary losses are left off. They are averages over a micro-batch, padding included, and with sums as
-losses they are multiplied by its number of tokens, for a division by the number of tokens that never comes here. Ours
-is a sum over sequences, which the step's own denominator divides: no split of the batch can change it.
+Megatron's own auxiliary losses are off. They are averages over a micro-batch, padding included, and where losses are
+sums they are multiplied by its number of tokens, for a division by the number of tokens that does not happen here. The
+loss here is a sum over sequences, divided by the step's denominator: no split of the batch can change it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def moe_settings(architecture: Architecture, parallel: ParallelConfig) -> dict[s
 
 
 def check_moe(architecture: Architecture, precision: PrecisionConfig, backend: str) -> None:
-    """Raises `ConfigError` where a model with experts cannot be built of these layers; makes Megatron ready for one."""
+    """Raises `ConfigError` where a model with experts cannot be built of these layers; prepares Megatron for one."""
     if architecture.experts is None:
         return
     if backend != "local" or precision.fp8 is not None:
@@ -66,9 +66,9 @@ def check_moe(architecture: Architecture, precision: PrecisionConfig, backend: s
 def mark_experts(chunk: torch.nn.Module) -> None:
     """Has Megatron reduce every expert's gradient over the ranks that hold a copy of it.
 
-    Megatron says so itself where different ranks have different experts, and not where tensor-parallel ranks have
-    copies of all of them: their gradients would lack the other ranks' tokens. It also makes the optimizer of the
-    experts one of its own in all layouts, so that a checkpoint has the same form in all.
+    Megatron marks them itself where different ranks have different experts, but not where tensor-parallel ranks have
+    copies of all of them: their gradients would lack the other ranks' tokens. The mark also gives the experts a
+    separate optimizer in all layouts, so that a checkpoint has the same format in all.
     """
     for name, parameter in chunk.named_parameters():
         if is_expert(name):
@@ -87,11 +87,11 @@ def whole_model_name(name: str, first_expert: int) -> str:
 
 @dataclass(frozen=True)
 class _Read:
-    """What a router is told about the tokens that it sees.
+    """Metadata of the tokens that a router sees.
 
     Attributes:
         sequence_T: sequence of each token, -1 for padding, in the order of the router's tokens.
-        weight_B: what each sequence counts for in the step's denominator.
+        weight_B: contribution of each sequence to the step's denominator.
     """
 
     sequence_T: torch.Tensor
@@ -103,7 +103,7 @@ class Routing:
 
     The loss of a layer is c x (sum over the step's sequences of w_b x `load_balancing_loss`), divided by the step's
     denominator, which is the sum of the w_b: 1 in distillation, and in fine-tuning, whose denominator counts tokens,
-    the sequence's completion tokens. The layers' losses are added, as Megatron does it. All tokens that the model reads
+    the sequence's completion tokens. The layers' losses are summed, as in Megatron. All tokens that the model reads
     count, prompts included, and no padding. Only the step's own passes count; scoring and sampling do nothing here.
     """
 
@@ -124,20 +124,20 @@ class Routing:
         self._sums = torch.zeros(size, dtype=torch.float64, device=layout.device)
 
     def count_tokens(self) -> None:
-        """From now on the step's denominator counts completion tokens, and not sequences."""
+        """Makes the step's denominator count completion tokens instead of sequences."""
         self._counts_tokens = True
 
     def begin_step(self) -> None:
-        """Forgets what an earlier step left."""
+        """Clears the state of an earlier step."""
         self._sums.zero_()
         self._waiting.clear()
 
     def end_step(self) -> None:
-        """From here on routers say nothing."""
+        """Stops the recording of routers until the next step."""
         self._read = None
 
     def begin(self, micro_batch: MicroBatch) -> None:
-        """The micro-batch that the next forward pass of this part reads."""
+        """Sets the micro-batch that the next forward pass of this part reads."""
         sequence_of = micro_batch.sequence_of.transpose(0, 1)
         if self._pieces is not None:
             sequence_of = sequence_of.chunk(self._pieces.size)[self._pieces.rank]
@@ -148,9 +148,9 @@ class Routing:
         """`probs`, whose backward pass adds the gradient of the load-balancing loss to that of the logits.
 
         Args:
-            layer: number in the whole model, from 0.
-            logits: of the router, [s, b, E].
-            probs: of the chosen experts, as the model uses them, [s x b, E].
+            layer: index in the whole model, from 0.
+            logits: the router's logits, [s, b, E].
+            probs: probabilities of the chosen experts, as the model uses them, [s x b, E].
             is_chosen: bool [s x b, E].
         """
         if self._read is None:
@@ -173,7 +173,7 @@ class Routing:
         return _AddLoss.apply(probs, self._coefficient * total)
 
     def metrics(self) -> dict[str, float]:
-        """What the routers of all ranks counted in the last step; every rank calls this."""
+        """Metrics of the routers of all ranks in the last step; every rank calls this."""
         sums = self._sums.clone()
         dist.all_reduce(sums)
         load, (entropy, loss, weight) = sums[:, :-3], sums[:, -3:].sum(0)
@@ -196,7 +196,7 @@ class Routing:
 
 
 def watch_routers(chunk: torch.nn.Module, routing: Routing) -> None:
-    """Has every router of a chunk tell `routing` what it does in training."""
+    """Makes every router of a chunk report to `routing` in training."""
     for router in [module for module in chunk.modules() if isinstance(module, TopKRouter)]:
         router_class: Any = type(router)
         router.__class__ = _watched(router_class)
@@ -205,9 +205,9 @@ def watch_routers(chunk: torch.nn.Module, routing: Routing) -> None:
 
 @functools.cache
 def _watched(router_class: Any) -> Any:
-    """A subclass of a router's class, whatever the Megatron version made it.
+    """A subclass of a router's class of any Megatron version.
 
-    Not a mix-in beside it, as elsewhere: routers are abstract classes, to whose objects Python gives no other bases.
+    Not a mix-in as elsewhere: routers are abstract classes, whose instances cannot be given other bases in Python.
     """
 
     def routing(self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,7 +220,7 @@ def _watched(router_class: Any) -> Any:
 
 
 class _AddLoss(torch.autograd.Function):
-    """Hands a tensor through, and in backward begins that of a loss which is no part of the output.
+    """Passes a tensor through, and in backward starts that of a loss that is not part of the output.
 
     The step's gradient is that of a sum of losses with factor 1 (there is no fp16, so nothing scales it), which this
     loss joins.

@@ -1,4 +1,4 @@
-"""Megatron's own schedules, driven by micro-batches: hidden states at completion rows come out of the last stage."""
+"""Megatron's pipeline schedules over micro-batches, with hidden states at completion rows as the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from renio_megatron.parallel.reductions import sum_pieces
 from renio_megatron.types import MicroBatch
 
 OnRows = Callable[[int, MicroBatch, torch.Tensor], Any]
-"""(index, micro-batch, final hidden states at its completion rows [N, H]) -> what the caller collects."""
+"""(index, micro-batch, final hidden states at its completion rows [N, H]) -> result that the caller collects."""
 
 
 def run_forward(part: ModelPart, micro_batches: Sequence[MicroBatch], on_rows: OnRows) -> list[Any]:
@@ -29,7 +29,7 @@ def run_forward(part: ModelPart, micro_batches: Sequence[MicroBatch], on_rows: O
     part.sync_params()
     with torch.no_grad():
         found = _run(part, part.chunks, micro_batches, collect, forward_only=True, collect_non_loss_data=True)
-    for chunk in part.chunks:  # which would keep what the stage before it sent last
+    for chunk in part.chunks:  # which would keep the last input from the previous stage
         chunk.set_input_tensor([None])
     return found
 
@@ -45,17 +45,17 @@ def run_forward_backward(
     Args:
         part: the model.
         chunks: the DDP wrappers of its chunks; the config's `finalize_model_grads_func` is called at the end.
-        micro_batches: the step's.
-        loss_on_rows: returns (sum of the loss, what to collect).
+        micro_batches: those of the step.
+        loss_on_rows: returns (sum of the loss, result to collect).
 
     Returns:
-        What `loss_on_rows` gave to collect, in order, on the last stage (elsewhere empty).
+        The results of `loss_on_rows`, in order, on the last stage (elsewhere empty).
     """
 
     def loss(index: int, micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         rows = part.completion_rows(output, micro_batch.row_index)
         total, collected = loss_on_rows(index, micro_batch, rows)
-        # Megatron counts tokens in an integer and clamps the count at 1; our denominator is neither, so it sees 0 here
+        # Megatron counts tokens in an integer and clamps the count at 1; our denominator is neither, so it gets 0 here
         # and the division happens in finalize_model_grads_func.
         return total, torch.zeros((), dtype=torch.int, device=output.device), collected
 

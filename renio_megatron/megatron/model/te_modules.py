@@ -1,6 +1,6 @@
-"""What Transformer Engine's modules and parameters need beside the calls that Megatron makes; all of it in one place.
+"""Helpers for Transformer Engine's modules and parameters, beyond the calls that Megatron makes.
 
-None of these functions imports Transformer Engine: they read what its modules and parameters carry.
+None of these functions imports Transformer Engine: they read attributes of its modules and parameters.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.nn.functional import pad
 
 @contextlib.contextmanager
 def padded_rows(chunk: torch.nn.Module, multiple: int) -> Iterator[None]:
-    """The rows of every linear layer's input padded with zeros to a multiple, and its output cut again.
+    """Context in which every linear layer pads its input rows with zeros to a multiple, and cuts its output again.
 
-    A pass over single tokens has as many rows as sequences, and FP8 products refuse most numbers. Megatron's
+    A pass over single tokens has as many rows as sequences, and FP8 products do not support most numbers. Megatron's
     `prepare_model_for_fp8_inference` pads each sequence instead, which multiplies the work of decoding by the multiple.
 
     Args:
@@ -34,7 +34,7 @@ def padded_rows(chunk: torch.nn.Module, multiple: int) -> Iterator[None]:
         yield
     finally:
         for module in linears:
-            del module.forward  # the class's own comes back
+            del module.forward  # restores the class's own
 
 
 def _forward_padded(forward: Any, multiple: int, hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -45,7 +45,7 @@ def _forward_padded(forward: Any, multiple: int, hidden: torch.Tensor) -> tuple[
 
 @contextlib.contextmanager
 def whole_sequences(chunk: torch.nn.Module) -> Iterator[None]:
-    """Transformer Engine's attention without its context-parallel group: every rank decodes whole sequences."""
+    """Context with Transformer Engine's attention without context parallelism: every rank decodes whole sequences."""
     attentions: list[Any] = [module for module in chunk.modules() if hasattr(module, "set_context_parallel_group")]
     attentions = [module for module in attentions if module.cp_group is not None]
     before = [(module.cp_group, module.cp_global_ranks, module.cp_stream, module.cp_comm_type) for module in attentions]
@@ -59,10 +59,10 @@ def whole_sequences(chunk: torch.nn.Module) -> Iterator[None]:
 
 
 def slow_attention() -> str | None:
-    """That Transformer Engine's last attention ran without a fused kernel, in words; None where it had one, or where
-    nothing is known of it.
+    """A message that Transformer Engine's last attention ran without a fused kernel; None where it had one, or where
+    this is unknown.
 
-    It falls back without a word: to a matrix of scores that is made, masked and kept.
+    It falls back silently, to a matrix of scores that is materialized, masked and saved.
     """
     for name, module in list(sys.modules.items()):
         chosen = getattr(module, "_attention_backends", None) if name.startswith(_ATTENTION) else None
@@ -80,15 +80,15 @@ _ATTENTION = "transformer_engine.pytorch.attention"
 
 
 def is_quantized(parameter: torch.nn.Parameter) -> bool:
-    """Whether a parameter is kept in FP8: its values must be given at once, with `fill`."""
+    """Whether a parameter is kept in FP8: its values must be set all at once, with `fill`."""
     return is_float8tensor(parameter)
 
 
 def fill(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     """Copies values into a parameter that is kept in FP8.
 
-    Transformer Engine keeps the random initial values of such a parameter, for Megatron's optimizer to begin its fp32
-    copy with; they become these.
+    Transformer Engine keeps the random initial values of such a parameter, from which Megatron's optimizer initializes
+    its fp32 copy; these are overwritten, too.
 
     Args:
         values: of the parameter's shape, dtype and device.
@@ -99,6 +99,6 @@ def fill(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
 
 
 def values_of(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter's values without gradient, out of FP8 where it is kept in it."""
+    """A parameter's values without gradient, dequantized where it is kept in FP8."""
     plain = parameter.detach()
     return dequantize_fp8_tensor(plain) if is_float8tensor(plain) else plain

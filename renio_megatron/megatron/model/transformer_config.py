@@ -1,4 +1,4 @@
-"""Megatron's configuration of a model, from its architecture, its layout and the settings of training."""
+"""Megatron's TransformerConfig of a model, from its architecture, layout and training settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from renio_megatron.megatron.model.moe import moe_settings
 from renio_megatron.models.architecture import Architecture
 
 WITHOUT_OTHER_PACKAGES: dict[str, Any] = {
-    # Kernels of apex and Transformer Engine, which both specs do without; `build_model` switches the first on.
+    # Kernels of apex and Transformer Engine, which neither spec needs; `build_model` enables the first.
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
     "bias_activation_fusion": False,
@@ -46,10 +46,10 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of a model in a layout; a frozen one is not interleaved and recomputes nothing.
 
-    `initialize` is explained at `build.build_model`.
+    For `initialize` see `build.build_model`.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
-    # Not perform_initialization=False, which also leaves out the marks by which gradient norms count shards.
+    # Not perform_initialization=False, which also omits the attributes by which gradient norms count shards.
     drawers = ("init_method", "output_layer_init_method", "embedding_init_method")
     quantized = megatron_settings(precision, backend, trained=trained)
     return TransformerConfig(
@@ -63,7 +63,7 @@ def transformer_config(
         **({} if initialize else dict.fromkeys(drawers, _leave)),
         **_of_layout(parallel, trained),
         **moe_settings(architecture, parallel),
-        # Packed rows differ in length. Megatron allows that to this dispatcher only, also where there are no experts.
+        # Packed rows differ in length. Megatron allows that with this dispatcher only, even without experts.
         variable_seq_lengths=train.max_tokens_per_micro_batch is not None,
         moe_token_dispatcher_type="alltoall",
         **(_of_recomputation(train) if trained else {}),

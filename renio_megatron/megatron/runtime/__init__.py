@@ -1,1 +1,1 @@
-"""Megatron's processes: start, groups, and what differs between versions and devices."""
+"""Megatron runtime: initialization, process groups, compatibility with versions and devices."""

@@ -1,15 +1,15 @@
-"""Makes megatron-core run on a machine without CUDA, over gloo. Does nothing where CUDA is.
+"""Patches that make megatron-core run on a machine without CUDA, over gloo; a no-op with CUDA.
 
-megatron-core names the GPU in five ways, and asks gloo for what it lacks; each gets one patch, and every call that
-needed one is counted in `CALLS`, so that a test notices when a new version asks for something else:
+megatron-core assumes a GPU in five ways, and uses collectives that gloo lacks; each gets one patch, and every call that
+needed one is counted in `CALLS`, so that a test notices when a new version needs something else:
 
     A  functions of torch.cuda (current_device, synchronize, RNG state, streams) and Tensor.cuda
-    B  literal device="cuda" and pin_memory=True in tensor factories: the listed modules see a stand-in for `torch`
-    C  the optimizer asks for type strings 'torch.cuda.FloatTensor': Tensor.type answers so, to that package alone
+    B  literal device="cuda" and pin_memory=True in tensor factories: the listed modules get a substitute for `torch`
+    C  the optimizer compares type strings 'torch.cuda.FloatTensor': Tensor.type returns them, to that package only
     D  experts' token counts are copied to the host on a CUDA stream, and only where they are on a GPU
-    E  tensor ranks of an expert gather and reduce-scatter pieces of different lengths, which gloo does not
+    E  tensor ranks of an expert gather and reduce-scatter pieces of different lengths, which gloo does not support
     F  the optimizer, its norm and scaling, and the router's products are Transformer Engine's or Apex's wherever one of
-       them imports, GPU or not, and theirs are CUDA kernels: modules get what Megatron takes where neither imports
+       them imports, GPU or not, and theirs are CUDA kernels: modules get Megatron's fallback for when neither imports
 
 The patches change torch for the whole process. They are installed at program start, never on import.
 """
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 CALLS: collections.Counter[str] = collections.Counter()
-"""How often each patch was needed, by name."""
+"""Number of calls that needed each patch, by name."""
 
 _FACTORIES = (
     *("zeros", "ones", "empty", "full", "zeros_like", "ones_like", "empty_like", "full_like"),
@@ -70,7 +70,7 @@ _WITHOUT_THEM: dict[str, dict[str, Any]] = {
     },
     "transformer.moe.moe_utils": {"te_general_gemm": None},
 }
-"""What Megatron's modules hold where neither package of patch F imports; a text names a function of its `utils`."""
+"""Attributes of Megatron's modules where neither package of patch F imports; a text names a function of its `utils`."""
 
 _installed = False
 
@@ -133,12 +133,12 @@ def _reduce_whole(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 def _counts_on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron's function turns a tensor into numpy only where it is on a GPU; gloo's sends want numbers."""
+    """Converts a tensor to numpy also on the CPU, unlike Megatron's function; split sizes for gloo must be numbers."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _NoStream:
-    """A CUDA stream where there is none: everything has happened already."""
+    """A substitute for a CUDA stream on the CPU, where all work is already complete."""
 
     def wait_stream(self, *args: Any) -> None:
         """Returns at once."""
@@ -150,12 +150,12 @@ class _NoStream:
         """Returns at once."""
 
     def record_event(self, *args: Any) -> _NoStream:
-        """Itself."""
+        """Returns itself."""
         return self
 
 
 class _TorchOnCpu(types.ModuleType):
-    """`torch`, but its tensor factories read device="cuda" as the CPU and do not pin memory."""
+    """`torch` with tensor factories that read device="cuda" as the CPU and do not pin memory."""
 
     def __init__(self) -> None:
         super().__init__("torch")

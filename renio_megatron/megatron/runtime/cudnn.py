@@ -1,4 +1,4 @@
-"""One cuDNN in a process: Transformer Engine takes the one that torch has loaded."""
+"""A single cuDNN per process: Transformer Engine uses the one that torch has loaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ASKED_FIRST = ("CUDNN_HOME", "CUDNN_PATH")
 
 @contextlib.contextmanager
 def torchs_cudnn() -> Iterator[None]:
-    """While Transformer Engine is imported: CUDNN_HOME is the folder of the cuDNN that torch has loaded.
+    """Context for the import of Transformer Engine: CUDNN_HOME is the folder of the cuDNN that torch has loaded.
 
-    Transformer Engine searches the CUDA toolkit before it takes what is loaded. Where that holds another version, the
-    process has two; the second cannot load its parts, and attention falls back, without a word, to a matrix of scores
-    that is made and kept (seen with cuDNN 9.14 in the toolkit and 9.19 with torch). What the user has set stays.
+    Transformer Engine searches the CUDA toolkit before it uses a loaded library. Where the toolkit has another version,
+    the process has two; the second cannot load its parts, and attention silently falls back to a matrix of scores that
+    is materialized and saved (seen with cuDNN 9.14 in the toolkit and 9.19 with torch). The user's settings are kept.
     """
     folder = None if any(os.environ.get(name) for name in _ASKED_FIRST) else loaded_folder(_maps(), "libcudnn.so")
     if folder is None:
@@ -32,7 +32,7 @@ def torchs_cudnn() -> Iterator[None]:
 
 
 def _maps() -> str:
-    """What this process has mapped; empty where the system does not tell."""
+    """This process's /proc/self/maps; empty where the system has none."""
     try:
         return _MAPS.read_text(encoding="utf-8", errors="replace")
     except OSError:

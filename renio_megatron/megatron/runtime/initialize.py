@@ -1,4 +1,4 @@
-"""Joins the world: backend, process groups, seeds, and the `ParallelLayout` that the rest of the package sees."""
+"""Initialization of a rank: backend, process groups, seeds, and its `ParallelLayout`."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def start(
     """Initializes torch.distributed and Megatron's process groups; returns this rank's layout.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them. May be called again in the
-    same process: groups of another layout are then made anew.
+    same process: groups of another layout are then created.
 
     Args:
         parallel: sizes of the model axes; the data-parallel size is what remains of the world.
-        seed: of Megatron's random-number trackers.
-        deterministic_mode: let torch and the kernels of the loss choose nothing that differs from run to run.
-        teacher_parallel: layout of the last ranks, which only score, in a world of their own; the data-parallel size
-            is what remains of them.
-        num_teacher_ranks: how many they are; none where there is no such layout.
+        seed: seed of Megatron's random-number trackers.
+        deterministic_mode: allow torch and the kernels of the loss only choices that are the same in every run.
+        teacher_parallel: layout of the last ranks, which only score, in a separate world; the data-parallel size is
+            what remains of them.
+        num_teacher_ranks: number of these ranks; 0 where there is no such layout.
 
     Raises:
         LayoutError: sizes that do not divide the world.
-        ConfigError: a broken Transformer Engine, or no address of the others.
+        ConfigError: a broken Transformer Engine, or no rendezvous address.
     """
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     check_transformer_engine()
@@ -85,7 +85,7 @@ def start(
             f"divide the {world_size} ranks of this job. Start a multiple of {parallel.model_ranks}."
         )
     make_groups(parallel)
-    # No layer draws random numbers in training (dropout is 0), so the null tracker serves, on the CPU as well.
+    # No layer draws random numbers in training (dropout is 0), so the null tracker is enough, on the CPU as well.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     return replace(present_layout(device, rendezvous_seconds), is_teacher_rank=is_teacher_rank)
 
@@ -94,12 +94,12 @@ _bridges: list[Bridge] = []
 
 
 def bridge() -> Bridge:
-    """What joins the ranks that train and those that only score, where `start` made two worlds of them."""
+    """The bridge between the ranks that train and those that only score, where `start` made two worlds of them."""
     return _bridges[0]
 
 
 def _check_address() -> None:
-    """Raises `ConfigError` where torch could not know who and where the others are."""
+    """Raises `ConfigError` where an environment variable for the rendezvous is missing or unusable."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
@@ -118,7 +118,7 @@ def _check_address() -> None:
 
 
 def _no_meeting(error: Exception) -> str:
-    """What a failed rendezvous says, in one line."""
+    """The message of a failed rendezvous, in one line."""
     place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
     text = " ".join(str(error).split()).partition(" Exception raised from")[0]
     if "EADDRINUSE" in text:
@@ -137,8 +137,8 @@ def check_transformer_engine() -> bool:
     """Whether Transformer Engine imports; it is optional.
 
     Raises:
-        ConfigError: it is installed, but broken, or a package that its modules for torch need is missing. megatron-core
-            would die with it at its own import.
+        ConfigError: it is installed, but broken, or a package that its modules for torch need is missing. The import of
+            megatron-core would fail with it.
     """
     try:
         with torchs_cudnn():
@@ -163,7 +163,7 @@ def _broken_transformer_engine(name: str, error: Exception) -> ConfigError:
 
 
 def stop() -> None:
-    """Leaves the world."""
+    """Destroys the process groups."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():

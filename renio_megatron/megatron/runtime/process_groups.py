@@ -1,8 +1,8 @@
-"""Megatron's process groups, which are globals of one module: made for a layout, and kept for a second one beside it.
+"""Megatron's process groups, which are globals of one module, for one layout or two.
 
-Megatron looks its groups up whenever it wants one, at places that take none as an argument as well (attention with
-fewer key-value heads than tensor ranks, the embedding, the schedules). So a second model's layout is not handed over;
-its groups take the globals' place while that model is built or runs.
+Megatron looks its groups up at every use, also in code that takes no group as an argument (attention with fewer
+key-value heads than tensor ranks, the embedding, the schedules). So a second model's layout is not passed as an
+argument; its groups replace the globals while that model is built or runs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from renio_megatron.parallel.layout import Axis, ParallelLayout
 
 _pristine: dict[str, Any] = {}
 _known: dict[tuple[Any, ...], dict[str, Any]] = {}
-"""Groups of layouts that were made beside the first one, by world and sizes: torch never gives groups back."""
+"""Groups of layouts in addition to the first one, by world and sizes: torch does not free groups."""
 
 
 def make_groups(parallel: ParallelConfig) -> None:
-    """Megatron's groups of a layout, in the place of those of another one.
+    """Creates Megatron's groups of a layout, which replace those of another one.
 
-    Groups are never given back by torch, so a second run in the same layout keeps the first one's.
+    torch does not free groups, so a second run in the same layout reuses those of the first.
     """
     from megatron.core import parallel_state
 
@@ -41,7 +41,7 @@ def make_groups(parallel: ParallelConfig) -> None:
 
 
 def present_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> ParallelLayout:
-    """This rank's place by the groups in force."""
+    """This rank's layout in the current groups."""
     from megatron.core import parallel_state
 
     return ParallelLayout(
@@ -62,11 +62,11 @@ def present_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> Par
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A layout beside the one in force.
+    """A second layout in addition to the current one.
 
     Attributes:
-        layout: this rank's place in it.
-        state: Megatron's globals of it.
+        layout: this rank's position in it.
+        state: Megatron's globals for it.
     """
 
     layout: ParallelLayout
@@ -74,7 +74,7 @@ class Place:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Its groups in force. No backward pass of the other model may run inside."""
+        """Context in which its groups are the current ones. No backward pass of the other model may run inside."""
         from megatron.core import parallel_state
 
         before = _globals(parallel_state)
@@ -86,11 +86,11 @@ class Place:
 
 
 def place_beside(parallel: ParallelConfig, device: torch.device) -> Place:
-    """A second layout of the same ranks; every rank asks for it at the same time, after `make_groups`.
+    """A second layout of the same ranks; every rank calls this at the same time, after `make_groups`.
 
     Args:
         parallel: its sizes, which divide the world.
-        device: where this rank computes.
+        device: this rank's device.
     """
     from megatron.core import parallel_state
 
@@ -103,7 +103,7 @@ def place_beside(parallel: ParallelConfig, device: torch.device) -> Place:
 
 
 def forget_groups() -> None:
-    """Takes note that the world has ended, and all groups with it."""
+    """Clears the records of groups after the world is destroyed."""
     _known.clear()
 
 
@@ -115,7 +115,7 @@ def _initialize(parallel: ParallelConfig) -> None:
 
 
 def _globals(module: ModuleType) -> dict[str, Any]:
-    """The module's private variables, which are what it knows of the world."""
+    """The module's private variables, which hold its groups and sizes."""
     return {
         name: value
         for name, value in vars(module).items()

@@ -1,1 +1,1 @@
-"""The student: its update and its completions."""
+"""The student: learner, sampler and spare vocabulary rows."""

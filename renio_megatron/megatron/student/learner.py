@@ -1,4 +1,4 @@
-"""The student's weights and optimizer: Megatron's DDP, schedules and optimizer around our loss."""
+"""The student's learner: Megatron's DDP, schedules and optimizer around the distillation loss."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class MegatronLearner:
         part: this rank's part of the model.
         models: the DDP wrappers of its chunks.
         optimizer: Megatron's optimizer.
-        spare_rows: what its steps must not change.
+        spare_rows: rows beyond V, which its steps must not change.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MegatronLearner:
     ) -> None:
         """Wraps `part` for training; `temperature` and `head` are the loss's, for `score`.
 
-        `per_token` says whether the loss's denominators count completion tokens or sequences, for the routers.
+        `per_token`: the loss's denominators count completion tokens instead of sequences; for the routers.
         """
         self.part = part
         if part.routing is not None and per_token:
@@ -100,7 +100,8 @@ class MegatronLearner:
         self._has_looked = part.backend != "te" or not part.layout.is_main
 
     def optimizer_form(self) -> dict[str, bool]:
-        """What decides how the optimizer's state is written in a checkpoint; the layout does not."""
+        """Settings that determine the format of the optimizer's state in a checkpoint, which is independent of the
+        layout."""
         config = self.optimizer.config
         return {"parallel.use_distributed_optimizer": config.use_distributed_optimizer, "train.bf16": config.bf16}
 
@@ -110,8 +111,8 @@ class MegatronLearner:
         return [micro_batch.to(self.part.layout.device) for micro_batch in micro_batches]
 
     def score(self, micro_batches: Sequence[MicroBatch], more: ScoreMore | None = None) -> dict[str, torch.Tensor]:
-        """`student_logp` of each sampled token at the loss temperature, forward-only, nats fp32 [N]; or by name what
-        `more` finds."""
+        """`student_logp` of each sampled token at the loss temperature, forward-only, nats fp32 [N]; or by name the
+        values of `more`."""
         part, names = self.part, ("student_logp",) if more is None else more.names
 
         def scores_of(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> list[torch.Tensor]:
@@ -131,7 +132,7 @@ class MegatronLearner:
         """One optimizer step on this rank's share of the batch.
 
         Raises:
-            NumericsError: NaN or infinity in a loss or gradient; the weights are then left as they were.
+            NumericsError: NaN or infinity in a loss or gradient; the weights are then unchanged.
         """
         accumulators = self._accumulate(micro_batches, loss, step)
         self._look_at_attention()
@@ -155,7 +156,7 @@ class MegatronLearner:
 
     def tune(self, num_tokens: int, loss: LossConfig | None, *, scores: bool = False) -> None:
         """Tunes the kernels of `update` with this loss (None: cross-entropy), and with `scores` of `score`, for
-        micro-batches of at most `num_tokens` completion tokens. Without an LM head here there is nothing to tune."""
+        micro-batches of at most `num_tokens` completion tokens. Does nothing on a rank without an LM head."""
         part = self.part
         if not part.layout.pipeline.is_last:
             return
@@ -169,10 +170,10 @@ class MegatronLearner:
             tune_loss(part.shard, loss, self._head, hidden_size=part.config.hidden_size, **shared)
 
     def gradients(self, micro_batches: Sequence[MicroBatch], loss: StepLoss) -> dict[str, torch.Tensor]:
-        """The gradient that `update` would hand to the optimizer, unclipped; the weights stay as they are.
+        """The gradient that `update` would pass to the optimizer, unclipped; the weights are not changed.
 
-        Every element of the whole model's is some rank's, once: a copy of each of this rank's parameters' gradients,
-        fp32 on the CPU, where this rank answers for it. Without the distributed optimizer only.
+        Copies of the gradients of this rank's parameters, fp32 on the CPU, such that every element of the whole model
+        is on exactly one rank. Without the distributed optimizer only.
 
         Raises:
             NumericsError: NaN or infinity in a loss or gradient.
@@ -184,7 +185,7 @@ class MegatronLearner:
         is_first = layout.data.is_first and layout.context.is_first
 
         def is_own(name: str, parameter: Any) -> bool:
-            if is_expert(name):  # other ranks than of the rest of its layer hold copies of it
+            if is_expert(name):  # its replicas are on other ranks than those of the rest of its layer
                 return layout.expert_data.is_first
             return is_first and param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
 
@@ -195,7 +196,7 @@ class MegatronLearner:
         }
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], loss: StepLoss, step: int) -> list[MetricAccumulator]:
-        """Leaves the step's gradient in each parameter's `main_grad`, reduced and divided; the accumulators."""
+        """Leaves the step's gradient in each parameter's `main_grad`, reduced and divided; returns the accumulators."""
         part = self.part
         part.train()
         for model in self.models:
@@ -224,7 +225,7 @@ class MegatronLearner:
         return accumulators
 
     def _require_finite_losses(self, losses: Sequence[float], step: int) -> None:
-        """Stops this rank where a micro-batch's loss is not finite; looked at once, when the passes are under way."""
+        """Raises on this rank where a micro-batch's loss is not finite; read once, while the passes are running."""
         bad = next((index for index, value in enumerate(losses) if not math.isfinite(value)), None)
         if bad is not None:
             raise NumericsError(
@@ -233,16 +234,16 @@ class MegatronLearner:
             )
 
     def _look_at_attention(self) -> None:
-        """Warns once, after a pass has chosen it, where Transformer Engine's attention is its slow one."""
+        """Warns once, after a pass, where Transformer Engine has chosen its slow attention."""
         if not self._has_looked:
             self._has_looked = True
             if (warning := slow_attention()) is not None:
                 logger.warning(warning)
 
     def _sync_params(self) -> None:
-        """The weights as they are after the last step, everywhere, and the rows beyond V as before it.
+        """Makes the weights on all ranks those after the last step, and restores the rows beyond V.
 
-        With overlap_param_gather Megatron gathers every rank's share under way in the next forward pass of training;
+        With overlap_param_gather Megatron gathers every rank's share during the next forward pass of training;
         sampling, scoring, evaluation and saving come before it.
         """
         if self._is_stale:
@@ -253,7 +254,7 @@ class MegatronLearner:
             self._is_stale = False
 
     def _finalize_gradients(self, model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-        """Megatron's reductions without its division, then the division by the whole batch's denominator.
+        """Runs Megatron's reductions without its division, then divides by the whole batch's denominator.
 
         Megatron's own divisor is an integer on some versions and clamped to at least 1 on others.
         """
@@ -279,7 +280,7 @@ class MegatronLearner:
         return bool(bad > 0), name
 
     def _require_finite(self, bad: tuple[bool, str | None], step: int) -> None:
-        """Stops every rank where any has a gradient that is not finite; names the first such parameter."""
+        """Raises on every rank where any has a gradient that is not finite; names the first such parameter."""
         somewhere, name = bad
         if name is not None:
             raise NumericsError(

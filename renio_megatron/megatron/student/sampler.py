@@ -1,7 +1,7 @@
-"""Draws completions from the present student with Megatron's model and a key-value cache, in every layout.
+"""Sampler of completions from the current student: Megatron's model with a key-value cache, in every layout.
 
 Rows are decoded from the shortest prompt on: where a row's prompt is longer, its own tokens are fed instead of drawn
-ones, so no padding ever stands before a completion. Uniform random numbers are a function of (seed, stream, prompt,
+ones, so there is no padding before a completion. Uniform random numbers are a function of (seed, stream, prompt,
 position), and every tensor rank draws from the same gathered logits, so all layouts draw the same completions.
 """
 
@@ -22,7 +22,7 @@ from renio_megatron.types import Prompt, Rollout, SamplingParams
 
 
 class MegatronSampler:
-    """Continues the student's view of prompts."""
+    """Draws completions of the student's view of prompts."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class MegatronSampler:
 
         Args:
             part: the student.
-            seed: of the draws.
-            temperature: the loss temperature: returned log-probabilities are at it, whatever the sampling temperature.
+            seed: seed of the draws.
+            temperature: the loss temperature, used for the returned log-probabilities, not for sampling.
             stop_ids: tokens that end a completion.
-            pad_id: fed to rows that have ended; without effect on the others.
-            ends_in_text: whether the tokens of a completion end it by what they say; None: none do.
+            pad_id: fed to rows that have ended; no effect on the others.
+            ends_in_text: whether a completion's tokens end it by their text (stop strings); None: none do.
         """
         self._part = part
         self._seed = seed
@@ -65,13 +65,13 @@ class MegatronSampler:
             prompts: this rank's prompts.
             sampling_params: how to draw.
             rng_stream: non-negative integers, for example (step,); another stream draws other completions.
-            on_group: shown every group of completions that were drawn together, before the next group is begun; once
-                all of them where other ranks take part in a group's drawing, which must not be held up.
+            on_group: called with every group of completions that were drawn together, before the next group starts;
+                once with all of them where other ranks take part in a group's drawing, which must not be delayed.
         """
         context, experts = self._part.layout.context, self._part.layout.expert_tensor_and_model
         is_shared = context.size > 1 or (self._part.architecture.experts is not None and experts.size > 1)
-        # Neighbors in length decode together: less forced feeding of prompt tokens. Ranks that share the sequences
-        # decode different ones, because nothing of a completion's draws depends on who draws it.
+        # Prompts of similar length decode together: less forced feeding of prompt tokens. Ranks that share the
+        # sequences decode different ones, because a completion's draws do not depend on the rank.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].student_ids))
         mine = order[context.rank :: context.size]
         size = sampling_params.micro_batch_size or len(mine)
@@ -92,7 +92,7 @@ class MegatronSampler:
         return drawn
 
     def _any_goes_on(self, goes_on: bool) -> bool:
-        """Whether a rank that shares experts with this one makes another pass; each asks before each of its passes."""
+        """Whether a rank that shares experts with this one makes another pass; every rank calls it before each pass."""
         experts = self._part.layout.expert_tensor_and_model
         if self._part.architecture.experts is None or experts.size == 1:
             return goes_on
@@ -102,7 +102,7 @@ class MegatronSampler:
 
     @torch.no_grad()
     def _accompany(self) -> None:
-        """Passes over a token of no one, as long as others decode: their tokens go through this rank's experts."""
+        """Runs passes over a dummy token while other ranks decode: their tokens go through this rank's experts."""
         nothing = torch.full((1, 1), self._pad_id, dtype=torch.int64, device=self._part.layout.device)
         while self._any_goes_on(False):
             self._forward(nothing, 0, StaticInferenceContext(1, 2))
@@ -150,7 +150,7 @@ class MegatronSampler:
         return self._rollouts(prompts, tokens.cpu(), logp, ends.cpu(), in_text.tolist())
 
     def _said_so(self, tokens: torch.Tensor, lengths: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """Which of the rows that are asked about end by what their completions say, bool [b]."""
+        """Which of the `asked` rows end by the text of their completions, bool [b]."""
         assert self._ends_in_text is not None
         said = torch.zeros_like(asked)
         for row in asked.nonzero()[:, 0].tolist():
@@ -239,8 +239,8 @@ def _invert(probability: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def cumulative(values: torch.Tensor) -> torch.Tensor:
     """Sums of each row up to each column [b, V].
 
-    torch's scan on a GPU adds floats in an order that nobody fixes, and is refused under
-    `torch.use_deterministic_algorithms`: there the sums double their reach, pass by pass.
+    torch's scan on a GPU adds floats in an unspecified order, and raises under
+    `torch.use_deterministic_algorithms`: there the sums are computed by recursive doubling.
     """
     return _in_fixed_order(values) if _must_repeat(values) else values.cumsum(-1)
 

@@ -1,7 +1,7 @@
-"""Rows of a student's embedding and LM head beyond V: part of no loss, and the same after training as before.
+"""Unused rows of a student's embedding and LM head beyond V, which training must not change.
 
-They have no gradient, but they are in parameters that have one, and an optimizer's weight decay shrinks them: in the
-parameter, and in the fp32 copy that the optimizer has of a parameter in bf16.
+They have no gradient, but their parameters have one, and an optimizer's weight decay shrinks them: in the parameter,
+and in the optimizer's fp32 copy of a bf16 parameter.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class SpareRows:
     """This rank's rows [V, the model's own vocabulary), a copy in host memory."""
 
     def __init__(self, part: ModelPart, optimizer: Any) -> None:
-        """Copies the present rows; no rows where the model has none beyond V, or only its adapters are trained.
+        """Copies the current rows; no rows where the model has none beyond V, or only its adapters are trained.
 
         Args:
             part: a student, wrapped for training.
-            optimizer: Megatron's, of its parameters.
+            optimizer: Megatron's optimizer of its parameters.
         """
         self._part = part
         self._optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -31,16 +31,16 @@ class SpareRows:
         self.keep()
 
     def keep(self) -> None:
-        """Takes the present rows for those that must stay."""
+        """Copies the current rows as those to keep."""
         self._kept = [values.to("cpu", copy=True) for values in self._values()]
 
     def restore(self) -> None:
-        """Puts the kept rows back."""
+        """Restores the kept rows."""
         for values, kept in zip(self._values(), self._kept, strict=True):
             values.copy_(kept)
 
     def _values(self) -> Iterator[torch.Tensor]:
-        """Views of the rows, in parameters and in what the optimizer has of them on this rank."""
+        """Views of the rows, in parameters and in the optimizer's copies of them on this rank."""
         shard, last = self._part.shard, self._part.architecture.vocab_size
         first, stop = shard.num_valid, min(last - shard.start, shard.width)
         if first >= stop:

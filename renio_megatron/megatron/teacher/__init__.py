@@ -1,1 +1,1 @@
-"""The teachers: their layouts, weights and hidden states."""
+"""Teachers: layouts, weights and hidden states."""

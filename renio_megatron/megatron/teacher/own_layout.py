@@ -1,4 +1,4 @@
-"""A frozen teacher with a layout of its own, on the student's ranks or on ranks of its own: the student's side."""
+"""Student side of a frozen teacher in a separate layout, on the student's ranks or on dedicated ranks."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ class OwnLayoutTeacher(ScoringEndpoint):
     """Scores the student's completions in the teacher's layout; on every rank of the student."""
 
     averages: Averages = ()
-    """What a checkpoint must hold of it: nothing, its weights never change."""
+    """State for a checkpoint: none, its weights never change."""
 
     def after_update(self, *, skipped: bool) -> None:
-        """Nothing to do: the teacher does not follow the student."""
+        """Does nothing: the teacher does not follow the student."""
 
     @property
     def head(self) -> LmHead:
-        """The LM head, cut at the student's columns; on the student's last stage."""
+        """The LM head, sharded like the student's; on the student's last stage."""
         assert self._head is not None
         return self._head
 
     def prefetch(self, rollouts: Sequence[Rollout]) -> None:
-        """Lets ranks of the teacher's own read a part of a step's rollouts while the student draws the others.
+        """Starts the scoring of a part of a step's rollouts on dedicated ranks while the student draws the others.
 
-        Without such ranks everything is read by `score`.
+        Without such ranks everything is scored by `score`.
 
         Args:
-            rollouts: some of this student rank's; every rank calls it equally often.
+            rollouts: some of this student rank's rollouts; every rank calls it equally often.
         """
         if self._bridge is not None:
             self._read(self._request(ScoringRequest.READ, rollouts), rollouts)
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> HiddenStateTargets:
-        """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
+        """Log-probabilities of the sampled tokens, and the hidden states for the loss.
 
         Args:
-            rollouts: this student rank's, all of them; of what was prefetched, nothing is missing and nothing new.
-            student_batches: the same as micro-batches, whose rows the payload follows.
+            rollouts: all of this student rank's rollouts; with prefetching, exactly those that were prefetched.
+            student_batches: the same rollouts as micro-batches; the payload has their row order.
 
         Raises:
             NumericsError: a log-probability is NaN or infinite.
@@ -92,12 +92,12 @@ class OwnLayoutTeacher(ScoringEndpoint):
         return self.head
 
     def close(self) -> None:
-        """Ends the work of ranks of the teacher's own; on every rank of the student."""
+        """Releases dedicated ranks of the teacher; called on every rank of the student."""
         if self._bridge is not None:
             self._request(ScoringRequest.END, [])
 
     def _request(self, request: ScoringRequest, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
-        """The student's side of `_broadcast_request`: wakes ranks of the teacher's own, where there are such ranks."""
+        """The student's side of `_broadcast_request`: wakes dedicated ranks of the teacher, where there are any."""
         if self._bridge is not None:
             self._bridge.call()
         return self._broadcast_request(request, rollouts)[1]
@@ -107,6 +107,6 @@ class OwnLayoutTeacher(ScoringEndpoint):
 
 
 def _piece(numbers: torch.Tensor, student: ParallelLayout) -> torch.Tensor:
-    """What this tensor rank asks for; its peers ask for the rest."""
+    """The part that this tensor rank requests; its peers request the rest."""
     size = -(-len(numbers) // student.tensor.size)
     return numbers[student.tensor.rank * size : (student.tensor.rank + 1) * size]

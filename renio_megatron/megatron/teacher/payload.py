@@ -1,4 +1,4 @@
-"""The teacher's final hidden states on their way to the loss: put in the student's order, kept or computed again."""
+"""Payload of the loss: the teacher's final hidden states in the student's order, stored or recomputed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from renio_megatron.types import MicroBatch, Rollout
 
 
 class Payload(Sequence[torch.Tensor], abc.ABC):
-    """Hidden states for each of the student's micro-batches, [N of it, H], made where they are asked for."""
+    """Hidden states for each of the student's micro-batches, [N of it, H], fetched or computed on
+    access."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -35,11 +36,11 @@ class Payload(Sequence[torch.Tensor], abc.ABC):
 
     @abc.abstractmethod
     def fetch(self, number: int) -> torch.Tensor:
-        """Those of micro-batch `number`, on the device where the loss is computed."""
+        """Hidden states of micro-batch `number`, on the device where the loss is computed."""
 
 
 class StoredPayload(Payload):
-    """Hidden states that wait somewhere."""
+    """Hidden states that are stored on the device or the host."""
 
     def __init__(self, parts: Sequence[torch.Tensor], device: torch.device) -> None:
         """`parts` follow the student's micro-batches; `device` is where the loss is computed."""
@@ -48,16 +49,16 @@ class StoredPayload(Payload):
 
     @property
     def part_bytes(self) -> list[int]:
-        """What each takes on the device."""
+        """Bytes of each part on the device."""
         return [part.numel() * part.element_size() for part in self._parts]
 
     def fetch(self, number: int) -> torch.Tensor:
-        """A copy on the device, or the tensor itself where it waits there."""
+        """A copy on the device, or the tensor itself where it is stored there."""
         return self._parts[number].to(self._device, non_blocking=True)
 
 
 class ShardedPayload(Payload):
-    """Hidden states of which each tensor rank keeps a piece; they meet where the loss wants them.
+    """Hidden states of which each tensor rank keeps a piece; they are gathered on access.
 
     The ranks of the tensor group fetch in the same order.
     """
@@ -65,25 +66,25 @@ class ShardedPayload(Payload):
     def __init__(
         self, pieces: Sequence[torch.Tensor], lengths: Sequence[int], axis: Axis, device: torch.device
     ) -> None:
-        """Pieces of micro-batches of `lengths` rows, cut as `gather_pieces` says, among the ranks of `axis`."""
+        """Pieces of micro-batches of `lengths` rows, split as in `gather_pieces` among the ranks of `axis`."""
         super().__init__(len(pieces))
         self._pieces, self._lengths, self._axis, self._device = pieces, lengths, axis, device
 
     @property
     def piece_bytes(self) -> list[int]:
-        """What each takes where it waits."""
+        """Bytes of each piece where it is stored."""
         return [piece.numel() * piece.element_size() for piece in self._pieces]
 
     @property
     def whole_bytes(self) -> list[int]:
-        """What each takes on the device where the loss reads it, beside the pieces; nothing where they are whole."""
+        """Bytes of each gathered tensor on the device, in addition to the pieces; 0 where these are whole."""
         if self._axis.size == 1 and all(piece.device == self._device for piece in self._pieces):
             return [0]
         row = self._pieces[0].shape[1] * self._pieces[0].element_size()
         return [length * row for length in self._lengths]
 
     def fetch(self, number: int) -> torch.Tensor:
-        """The piece and those of the other ranks; one collective."""
+        """The rows gathered from all ranks' pieces; one collective."""
         piece = self._pieces[number].to(self._device, non_blocking=True)
         return gather_pieces(piece, self._lengths[number], self._axis)
 
@@ -99,7 +100,7 @@ def gather_pieces(piece: torch.Tensor, length: int, axis: Axis) -> torch.Tensor:
 
 
 class RecomputedPayload(Payload):
-    """Hidden states that the teacher computes again, a micro-batch at a time."""
+    """Hidden states that the teacher recomputes, one micro-batch at a time."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class RecomputedPayload(Payload):
         student_batches: Sequence[MicroBatch],
         hidden_states: Callable[[Sequence[Rollout], MicroBatch], torch.Tensor],
     ) -> None:
-        """`hidden_states` computes those of one micro-batch, given its rollouts alone and itself among them."""
+        """`hidden_states` computes those of one micro-batch from (its rollouts, the micro-batch of these alone)."""
         super().__init__(len(student_batches))
         self._rollouts, self._batches, self._hidden_states = rollouts, student_batches, hidden_states
 
@@ -130,15 +131,15 @@ def align(
     student_batches: Sequence[MicroBatch],
     group: dist.ProcessGroup | None,
 ) -> list[torch.Tensor]:
-    """Hidden states of the teacher's micro-batches, as the student's micro-batches want them.
+    """Hidden states of the teacher's micro-batches, rearranged for the student's micro-batches.
 
-    The teacher's prompt is of another length, so packing and context parallelism cut its sequences elsewhere: the rows
-    are put back in the rollouts' order, and each rank takes those whose tokens it trains.
+    The teacher's prompt has another length, so packing and context parallelism split its sequences differently: the
+    rows are put back in the rollouts' order, and each rank takes those whose tokens it trains.
 
     Args:
-        rows: of each of the teacher's micro-batches [N, H], anywhere; the list is emptied.
-        micro_batches: the teacher's.
-        student_batches: the student's, of the same rollouts.
+        rows: hidden states of each of the teacher's micro-batches [N, H], on any device; the list is emptied.
+        micro_batches: those of the teacher.
+        student_batches: those of the student, of the same rollouts.
         group: context-parallel group; the ranks' rows are exchanged one of the student's micro-batches at a time.
     """
     pieces = 1 if group is None else group.size()
@@ -166,7 +167,7 @@ def align(
 
 
 def _tokens_of(batch: MicroBatch, lengths: Sequence[int]) -> torch.Tensor:
-    """Places of all completion tokens of a micro-batch's sequences, on every context-parallel rank, int64."""
+    """Indices of all completion tokens of a micro-batch's sequences, on every context-parallel rank, int64."""
     offsets = [0]
     for length in lengths:
         offsets.append(offsets[-1] + length)
@@ -175,6 +176,6 @@ def _tokens_of(batch: MicroBatch, lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _places(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Where in `tokens`, each there once, the `wanted` ones stand."""
+    """Positions of the `wanted` ones in `tokens`, which are unique."""
     ascending, order = tokens.sort()
     return order[torch.searchsorted(ascending, wanted)]

@@ -1,4 +1,4 @@
-"""Which ranks hold what of a student and of a teacher with a layout of its own, and where a step's results are."""
+"""Map of the ranks of a student and of a teacher in a separate layout, and location of a step's results."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RankMap:
     """The ranks of student and teacher, on one axis that holds them all.
 
     Attributes:
-        axis: all ranks, each a student's, a teacher's, or both.
-        student_source_ranks: for each of the student's data-parallel replicas the rank that has its sequences, [D].
-        teacher_output_ranks: for each of the teacher's replicas its last stage's tensor ranks, [R][T].
+        axis: all ranks, each of the student, the teacher, or both.
+        student_source_ranks: for each of the student's data-parallel replicas the rank that sends its sequences, [D].
+        teacher_output_ranks: for each of the teacher's replicas the tensor ranks of its last stage, [R][T].
     """
 
     axis: Axis
@@ -30,7 +30,7 @@ class RankMap:
     def of(
         cls, axis: Axis, student: ParallelLayout | None, teacher: ParallelLayout | None, device: torch.device
     ) -> RankMap:
-        """From every rank's places; two collectives. A rank that is no student, or no teacher, gives None."""
+        """The map from every rank's layouts; two collectives. A rank without student or teacher passes None for it."""
         row = [-1, -1, -1]
         if student is not None and student.tensor.is_first and student.context.is_first and student.pipeline.is_last:
             row[0] = student.data.rank
@@ -51,16 +51,16 @@ class RankMap:
 
 
 class ScoringBatch:
-    """Which of the teacher's replicas reads which of some sequences, and where their tokens are found.
+    """Assignment of sequences to the teacher's replicas, and the location of their tokens.
 
-    Sequences are counted in the order of the student's replicas. Tokens of the teacher's view (prompt and completion)
-    and completion tokens are counted in that order, too.
+    Sequences are numbered in the order of the student's replicas. Tokens of the teacher's view (prompt and completion)
+    and completion tokens are also numbered in that order.
 
     Attributes:
-        ids: of the sequences.
+        ids: ids of the sequences.
         shares: the sequences of each of the teacher's replicas, ascending.
         reader: the replica of each sequence, int64 [n].
-        completion_starts: number of the first completion token of each sequence, and of none behind the last.
+        completion_starts: number of the first completion token of each sequence, and at the end the total.
     """
 
     def __init__(self, rank_map: RankMap, sequences: list[torch.Tensor]) -> None:
@@ -78,21 +78,21 @@ class ScoringBatch:
             self.reader[share] = replica
 
     def source_of(self, view_tokens: torch.Tensor) -> torch.Tensor:
-        """The ranks that have tokens of the teacher's view, by number [n]."""
+        """Ranks that hold tokens of the teacher's view, given their numbers [n]."""
         sequences = _which(view_tokens, self._view_starts)
         replicas = _which(sequences, self._first)
         return torch.tensor(self._rank_map.student_source_ranks)[replicas]
 
     def view_tokens(self, sequences: list[int]) -> torch.Tensor:
-        """Numbers of all tokens of some sequences, one after the other."""
+        """Numbers of all tokens of some sequences, concatenated."""
         return _ranges(self._view_starts, sequences)
 
     def completion_tokens(self, sequences: list[int]) -> torch.Tensor:
-        """Numbers of all completion tokens of some sequences, one after the other."""
+        """Numbers of all completion tokens of some sequences, concatenated."""
         return _ranges(self.completion_starts, sequences)
 
     def lengths_of(self, sequence: int) -> tuple[int, int]:
-        """Prompt and completion tokens."""
+        """Numbers of prompt and completion tokens."""
         return self._lengths[sequence]
 
     def first_view_token(self, replica: int) -> int:
@@ -101,14 +101,14 @@ class ScoringBatch:
 
 
 class PayloadIndex:
-    """Where the hidden states of a step's sequences are found, which were read by several batches.
+    """Location of the hidden states of a step's sequences, which were scored in several batches.
 
-    Sequences and completion tokens are counted in the order of the student's replicas, as these train them: they may
-    have exchanged sequences since a batch was made.
+    Sequences and completion tokens are numbered in the order of the student's replicas in training: they may have
+    exchanged sequences since a batch was made.
     """
 
     def __init__(self, rank_map: RankMap, sequences: list[torch.Tensor], batches: Sequence[ScoringBatch]) -> None:
-        """`sequences` as of a `ScoringBatch`, of the whole step."""
+        """`sequences` as in `ScoringBatch`, of the whole step."""
         table, self._first = _table(rank_map, sequences)
         self._starts = _starts(table[:, 2].tolist())
         self._output_ranks = torch.tensor(rank_map.teacher_output_ranks)
@@ -125,20 +125,20 @@ class PayloadIndex:
 
     @property
     def num_sequences(self) -> int:
-        """Of the whole batch."""
+        """Sequences of the whole batch."""
         return len(self._reader)
 
     def output_rank_of(self, completion_tokens: torch.Tensor) -> torch.Tensor:
-        """The ranks that have the teacher's hidden states of completion tokens, by number [n].
+        """Ranks that hold the teacher's hidden states of completion tokens, given their numbers [n].
 
-        A replica's tensor ranks all have them; they take turns, by the numbers of the batch.
+        All tensor ranks of a replica compute them; tokens are assigned to them in turn, by their numbers in the batch.
         """
         sequences = _which(completion_tokens, self._starts)
         turns = (completion_tokens + self._shift[sequences]) % self._output_ranks.shape[1]
         return self._output_ranks[self._reader[sequences], turns]
 
     def renumbered(self, batch: int, completion_tokens: torch.Tensor) -> torch.Tensor:
-        """Numbers here of completion tokens by their numbers in one of the batches, [n]."""
+        """Numbers in this index of completion tokens, from their numbers in one of the batches, [n]."""
         starts, shift = self._moves[batch]
         return completion_tokens - shift[_which(completion_tokens, starts)]
 
@@ -154,7 +154,7 @@ def _table(rank_map: RankMap, sequences: list[torch.Tensor]) -> tuple[torch.Tens
 
 
 def _shares(costs: list[int], count: int) -> list[list[int]]:
-    """Sequences of each of the teacher's replicas: equally many where that is possible."""
+    """Sequences of each of the teacher's replicas, in equal numbers where that is possible."""
     if len(costs) < count:
         return [[number] for number in range(len(costs))] + [[] for _ in range(count - len(costs))]
     return share_out(costs, count, equal_numbers=len(costs) % count == 0)
@@ -168,7 +168,7 @@ def _starts(lengths: list[int]) -> list[int]:
 
 
 def _which(numbers: torch.Tensor, starts: list[int]) -> torch.Tensor:
-    """Which range [starts[i], starts[i + 1]) each number lies in."""
+    """Index i of the range [starts[i], starts[i + 1]) of each number."""
     return torch.bucketize(numbers, torch.tensor(starts[1:]), right=True)
 
 

@@ -1,8 +1,8 @@
-"""What both sides of a teacher with a layout of its own do: who wants what, the pass, and where its results are.
+"""Protocol between a student and a teacher in a separate layout: requests, scoring passes, row exchange.
 
-Four things travel, each as rows that are fetched by number (`parallel.row_exchange`): the sequences' tokens to the
+Four things are sent, each as rows that are fetched by number (`parallel.row_exchange`): the sequences' tokens to the
 teacher's replica that reads them; log-probabilities and hidden states of completion tokens to the ranks that train the
-sequence; and, once, the LM head, cut at the student's vocabulary edges. Logits never do.
+sequence; and, once, the LM head, sharded at the student's vocabulary boundaries. Logits are never sent.
 """
 
 from __future__ import annotations
@@ -29,51 +29,51 @@ from renio_megatron.parallel.worlds import Bridge
 from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 HEAD_BYTES = 64 * 2**20
-"""Of the LM head that a rank asks for at a time."""
+"""Bytes of the LM head that a rank requests at a time."""
 
 
 class ScoringRequest(IntEnum):
-    """What the student's ranks want of the teacher's."""
+    """Requests of the student's ranks to the teacher's."""
 
     READ = 0
-    """That some sequences are read."""
+    """Score some sequences."""
     COLLECT = 1
-    """What was read of a step's."""
+    """Return the results of a step's sequences."""
     END = 2
-    """Nothing more."""
+    """No more requests."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The teacher's weights on this rank, and the layout in which they are used."""
+    """The teacher's weights on this rank, and their layout."""
 
     weights: TeacherWeights
-    place: Place | None  # None: its layout is the one in force
+    place: Place | None  # None: its layout is the current one
 
     @property
     def part(self) -> ModelPart:
-        """Its modules."""
+        """The modules of the teacher on this rank."""
         return self.weights.part
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """The teacher's groups in force, and its weights where they are used."""
+        """Context with the teacher's groups as the current ones, and its weights on the device."""
         with contextlib.nullcontext() if self.place is None else self.place.entered(), self.weights.activated():
             yield
 
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How scores are made, alike on all ranks.
+    """Settings of scoring, the same on all ranks.
 
     Attributes:
         hidden_size, dtype: of the teacher's hidden states.
-        device: where this rank computes.
-        train: how sequences share micro-batches.
-        head: how logits are made.
-        temperature: of the log-probabilities.
-        pad_id: fills rows on the right.
-        payload_device: where hidden states wait, `device` or `host`.
+        device: this rank's device.
+        train: settings of micro-batches and packing.
+        head: settings of logits.
+        temperature: temperature of the log-probabilities.
+        pad_id: token that pads rows on the right.
+        payload_device: where hidden states are stored, `device` or `host`.
     """
 
     hidden_size: int
@@ -88,7 +88,8 @@ class ScoringSettings:
 
 @dataclass
 class _Pending:
-    """Sequences that were read, and on a rank of the teacher's last stage what was kept: numbers, scores and states."""
+    """Scored sequences, and on a rank of the teacher's last stage their numbers, log-probabilities and hidden
+    states."""
 
     batch: ScoringBatch
     kept: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
@@ -110,14 +111,14 @@ class ScoringEndpoint:
         bridge: Bridge | None = None,
         shard: VocabShard | None = None,
     ) -> None:
-        """Takes the teacher's LM head to where the student's is; several collectives.
+        """Copies the teacher's LM head to the ranks with the student's; several collectives.
 
         Args:
             reader: this rank's part of the teacher.
-            student: this rank's place in the student.
-            rank_map: everybody's.
-            settings: how scores are made.
-            bridge: to the ranks that only teachers have, where there are such ranks.
+            student: this rank's layout in the student.
+            rank_map: map of all ranks.
+            settings: settings of scoring.
+            bridge: connection to dedicated teacher ranks, where there are any.
             shard: the columns of the student's LM head on this rank.
         """
         self._reader, self._student, self._rank_map, self._bridge = reader, student, rank_map, bridge
@@ -131,12 +132,13 @@ class ScoringEndpoint:
         self._head = self._fetch_head(shard)
 
     def tune(self, num_tokens: int) -> None:
-        """Tunes the kernels that read the teacher's logits, where a rank has some; see `SharedLayoutTeacher.tune`."""
+        """Tunes the kernels that read the teacher's logits, on ranks that compute them; see
+        `SharedLayoutTeacher.tune`."""
         if self._reader is not None:
             self._reader.part.tune_scores(self._settings.head, self._settings.temperature, num_tokens)
 
     def _broadcast_request(self, request: int, rollouts: Sequence[Rollout]) -> tuple[int, list[torch.Tensor]]:
-        """(what the student's ranks want, every rank's sequences as of a `ScoringBatch`); only source ranks say any."""
+        """(request of the student's ranks, every rank's sequences as in `ScoringBatch`); only source ranks send any."""
         rows = [(one.prompt.index, len(one.prompt.teacher_ids), len(one.completion_ids)) for one in rollouts]
         speaks = self._rank_map.axis.rank in self._rank_map.student_source_ranks
         table = torch.tensor([(request, 0, 0), *rows] if speaks else [], dtype=torch.int64, device=self._device)
@@ -144,7 +146,7 @@ class ScoringEndpoint:
         return int(said[self._rank_map.student_source_ranks[0]][0, 0]), [rows[1:] for rows in said]
 
     def _read(self, sequences: list[torch.Tensor], rollouts: Sequence[Rollout]) -> None:
-        """The teacher's pass over its share of sequences; these rollouts are here. Results wait for `_collect`."""
+        """Runs the teacher over its share of sequences; `rollouts` are on this rank. `_collect` returns the results."""
         reader, batch = self._reader, ScoringBatch(self._rank_map, sequences)
         self._pending.append(pending := _Pending(batch))
         share = [] if reader is None else batch.shares[reader.part.layout.data.rank]
@@ -176,9 +178,10 @@ class ScoringEndpoint:
             pending.kept = run_forward(part, micro_batches, keep)
 
     def _collect(self, sequences: list[torch.Tensor]) -> tuple[PayloadIndex, RowsOf, RowsOf]:
-        """Where a step's hidden states are; log-probabilities [n, 1] and hidden states [n, H] of this rank by number.
+        """(location of a step's hidden states, this rank's log-probabilities [n, 1] and hidden states [n, H] by
+        number).
 
-        What was pending is forgotten.
+        Clears the pending results.
         """
         pending, self._pending = self._pending, []
         index = PayloadIndex(self._rank_map, sequences, [one.batch for one in pending])
@@ -200,21 +203,21 @@ class ScoringEndpoint:
         return index, rows_of(tables[0]), rows_of(tables[1])
 
     def _tokens_of(self, batch: ScoringBatch, rollouts: Sequence[Rollout]) -> RowsOf:
-        """Gives tokens of the teacher's view of this rank's sequences by number."""
+        """A function that returns tokens of the teacher's view of this rank's sequences by number."""
         flat = [token for rollout in rollouts for token in (*rollout.prompt.teacher_ids, *rollout.completion_ids)]
         table = torch.tensor(flat, dtype=torch.int64)[:, None]
         first = 0 if self._student is None else batch.first_view_token(self._student.data.rank)
         return lambda asked: table[asked - first]
 
     def _put(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows where they wait."""
+        """The rows on the device where they are stored."""
         if self._settings.payload_device == "device":
             return rows
         waiting = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
         return waiting.copy_(rows)
 
     def _fetch_head(self, shard: VocabShard | None) -> LmHead | None:
-        """The teacher's rows of the student's columns, on the student's last stage; zeros for padding."""
+        """The teacher's LM-head rows for the student's columns, on the student's last stage; zeros for padding."""
         student, reader, axis = self._student, self._reader, self._rank_map.axis
         row = [0, 0]
         if reader is not None and reader.part.layout.pipeline.is_last:
@@ -248,7 +251,7 @@ def _nothing(asked: torch.Tensor) -> torch.Tensor:
 
 
 def _sequences(batch: ScoringBatch, share: list[int], tokens: list[int]) -> list[Rollout]:
-    """A share's sequences from their tokens, one after the other."""
+    """A share's sequences from their concatenated tokens."""
     result, start = [], 0
     for number in share:
         prompt, completion = batch.lengths_of(number)

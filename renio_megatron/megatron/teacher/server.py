@@ -1,4 +1,4 @@
-"""The teacher's side of a teacher on ranks of its own: it answers what the student's ranks ask."""
+"""Teacher side on dedicated ranks: serves the requests of the student's ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from renio_megatron.parallel.row_exchange import RowAllToAll, sum_over
 
 
 class TeacherServer(ScoringEndpoint):
-    """Reads what the student writes, on ranks that only a teacher has."""
+    """Scores the student's completions, on ranks that only hold a teacher."""
 
     def serve(self) -> bool:
-        """Answers a step, from the first `prefetch` to `score`; False, and no more, where nothing follows."""
+        """Serves one step, from the first `prefetch` to `score`; returns False when the student has ended."""
         assert self._bridge is not None
         while True:
             self._bridge.wait_for_call()

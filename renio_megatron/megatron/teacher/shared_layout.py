@@ -1,4 +1,4 @@
-"""A model that scores completions: no gradient, and the final hidden states that the loss will want."""
+"""Teacher in the student's layout: forward-only scoring, and final hidden states for the loss."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from renio_megatron.types import MicroBatch, Rollout
 
 
 class SharedLayoutTeacher:
-    """Reads the teacher's view of each prompt and the student's completion.
+    """Scores the teacher's view of each prompt with the student's completion.
 
     Attributes:
-        weights: what it is made of.
+        weights: the teacher's weights.
 
     Of its pass only the final hidden states at completion rows are kept; the loss applies the LM head to them chunk by
     chunk.
@@ -38,7 +38,8 @@ class SharedLayoutTeacher:
         pad_id: int,
         payload_device: str = "device",
     ) -> None:
-        """What scores is `weights`; log-probabilities are at `temperature`, hidden states wait at `payload_device`."""
+        """Scores with `weights`; log-probabilities are at `temperature`, hidden states are stored on
+        `payload_device`."""
         # With other weights than a frozen model's no pass is possible in the middle of the student's step.
         assert type(weights) is TeacherWeights or payload_device != "recompute"
         part = weights.part
@@ -50,27 +51,27 @@ class SharedLayoutTeacher:
 
     @property
     def averages(self) -> Averages:
-        """What a checkpoint must hold of it."""
+        """The averages that a checkpoint must hold."""
         return self.weights.averages
 
     @property
     def head(self) -> LmHead:
-        """The LM head, cut at the student's columns."""
+        """The LM head, sharded like the student's."""
         return self.weights.head
 
     def after_update(self, *, skipped: bool) -> None:
-        """Follows the student, where the teacher does; `skipped`: its step was left out."""
+        """Updates a teacher that follows the student; `skipped`: the student's step was skipped."""
         self.weights.after_update(skipped=skipped)
 
     def prefetch(self, rollouts: Sequence[Rollout]) -> None:
-        """Nothing to do: the ranks that would read them are drawing."""
+        """Does nothing: the ranks that would score them are sampling."""
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> HiddenStateTargets:
-        """Log-probabilities of the sampled tokens, and the hidden states that the loss will want.
+        """Log-probabilities of the sampled tokens, and the hidden states for the loss.
 
         Args:
-            rollouts: this rank's.
-            student_batches: the same rollouts as the student's micro-batches, whose rows the payload follows.
+            rollouts: this rank's rollouts.
+            student_batches: the same rollouts as the student's micro-batches; the payload has their row order.
         Raises:
             NumericsError: a log-probability is NaN or infinite.
         """
@@ -112,14 +113,14 @@ class SharedLayoutTeacher:
         self._part.tune_scores(self._head_config, self._temperature, num_tokens)
 
     def close(self) -> None:
-        """Nothing to do: nobody waits for this teacher."""
+        """Does nothing: no ranks wait for this teacher."""
 
     def _arrange(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         micro_batches = collate(rollouts, audience="teacher", batch_layout=self._batch_layout)
         return [micro_batch.to(self._part.layout.device) for micro_batch in micro_batches]
 
     def _place(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """The rows where they wait for the loss; None where they do not."""
+        """The rows on the device where they are stored for the loss; None where they are recomputed."""
         if self._payload_device == "device":
             return rows
         if self._payload_device == "recompute":
@@ -128,7 +129,7 @@ class SharedLayoutTeacher:
         return waiting.copy_(rows)
 
     def _hidden_states(self, rollouts: Sequence[Rollout], student_batch: MicroBatch) -> torch.Tensor:
-        """Those that the loss of one of the student's micro-batches wants; `rollouts` are that one's, in its order."""
+        """Hidden states for the loss of one of the student's micro-batches; `rollouts` are its own, in its order."""
         micro_batches = self._arrange(rollouts)
         rows = run_forward(self._part, micro_batches, lambda index, micro_batch, states: states)
         return align(rows, micro_batches, [student_batch], self._part.layout.context.group)[0]

@@ -1,4 +1,4 @@
-"""What each kind of teacher is made of: a frozen model of its own, or the student's modules under other values."""
+"""Teacher weights of each kind: a separate frozen model, or the student's modules with other values."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from renio_megatron.megatron.model.lora import switched_off
 from renio_megatron.parallel.vocab import LmHead
 
 Averages = tuple[tuple[torch.nn.Parameter, torch.Tensor], ...]
-"""fp32 values that a checkpoint must hold, each with the parameter that it is of."""
+"""fp32 averages that a checkpoint must hold, each with its parameter."""
 
 
 class TeacherWeights:
-    """A frozen model of its own; the base of all kinds.
+    """Teacher weights as a separate frozen model; the base class of all kinds.
 
     Attributes:
         part: the modules of the teacher's passes.
-        averages: of the trained parameters; none but for `ema`.
+        averages: averages of the trained parameters; empty except for `ema`.
     """
 
     averages: Averages = ()
 
     def __init__(self, part: ModelPart) -> None:
-        """Freezes `part` for good."""
+        """Freezes `part` permanently."""
         for chunk in part.chunks:
             chunk.requires_grad_(False)
         part.train(False)
@@ -38,7 +38,8 @@ class TeacherWeights:
 
     @contextlib.contextmanager
     def activated(self) -> Iterator[None]:
-        """`part` is the teacher, in evaluation mode; afterwards it is what it was, bit for bit. No gradient flows."""
+        """Context in which `part` is the teacher, in evaluation mode; restored bit for bit afterwards. No gradient
+        flows."""
         yield
 
     @property
@@ -47,17 +48,17 @@ class TeacherWeights:
         return self.part.head()
 
     def after_update(self, *, skipped: bool) -> None:
-        """What an optimizer step of the student changes; `skipped` where it was left out."""
+        """Updates the teacher after an optimizer step of the student; `skipped` where the step was skipped."""
 
 
 class Offloaded(TeacherWeights):
-    """The same with its weights in host memory, pinned beside a GPU, except during `activated`.
+    """Frozen teacher weights in host memory (pinned, with a GPU), except during `activated`.
 
-    The LM head stays: the loss reads it. Nothing is copied back, because nothing has changed.
+    The LM head stays on the device: the loss reads it. Nothing is copied back, because nothing has changed.
     """
 
     def __init__(self, part: ModelPart) -> None:
-        """Takes the weights from the device."""
+        """Moves the weights off the device."""
         super().__init__(part)
         last = part.layout.pipeline.is_last
         head = part.head().weight if last else None
@@ -70,7 +71,7 @@ class Offloaded(TeacherWeights):
 
     @contextlib.contextmanager
     def activated(self) -> Iterator[None]:
-        """The weights on the device, each in memory of its own that is given back at the end."""
+        """Context with the weights on the device, each in separate memory that is freed at the end."""
         try:
             for parameter, host in self._waiting:
                 there = torch.empty_like(host, device=self.part.layout.device, pin_memory=False)
@@ -89,15 +90,15 @@ class Offloaded(TeacherWeights):
 
 
 class LiveStudent(TeacherWeights):
-    """The student as it is in this step, which is what the loss's head is, too."""
+    """Teacher weights of kind=current: the student as it is in this step, including the loss's LM head."""
 
     def __init__(self, part: ModelPart) -> None:
-        """`part` stays as it is: it is the student's."""
+        """Leaves `part`, the student, unfrozen."""
         self.part = part
 
     @contextlib.contextmanager
     def activated(self) -> Iterator[None]:
-        """Evaluation mode."""
+        """Context in evaluation mode."""
         was_training = self.part.chunks[0].training
         self.part.train(False)
         try:
@@ -107,27 +108,27 @@ class LiveStudent(TeacherWeights):
 
 
 class BaseModel(LiveStudent):
-    """The frozen model that the student's adapters stand beside; the LM head has none."""
+    """Teacher weights as the base model of the student's adapters; the LM head has no adapter."""
 
     @contextlib.contextmanager
     def activated(self) -> Iterator[None]:
-        """The adapters off."""
+        """Context with the adapters off."""
         with super().activated(), switched_off(self.part.chunks):
             yield
 
 
 class MovingAverage(LiveStudent):
-    """The student under the moving average of what is trained of it, which begins as the student does.
+    """Teacher weights of kind=ema: a moving average of the student's trained parameters, initialized with the student.
 
-    After each optimizer step average = decay x average + (1 - decay) x parameter, elementwise in fp32: a rank's part of
-    the average is that of its part of the model, in any layout, and data-parallel ranks have the same. With the
-    distributed optimizer the parameters are the gathered ones. The published implementation begins lazily with the
-    weights after its first step, and before that its teacher is the student: after k steps the two averages differ by
-    decay^k times what the first step changed.
+    After each optimizer step average = decay x average + (1 - decay) x parameter, elementwise in fp32: a rank holds
+    the average of its part of the model, in any layout, and data-parallel ranks hold the same. With the distributed
+    optimizer the parameters are the gathered ones. The published implementation initializes lazily with the weights
+    after its first step, and before that its teacher is the student: after k steps the two averages differ by decay^k
+    times the change of the first step.
     """
 
     def __init__(self, part: ModelPart, decay: float) -> None:
-        """Begins with the present parameters. Every rank calls this at the same time.
+        """Initializes the average with the current parameters. Every rank calls this at the same time.
 
         Raises:
             ConfigError: nothing is trained, on any rank.
@@ -148,9 +149,9 @@ class MovingAverage(LiveStudent):
 
     @contextlib.contextmanager
     def activated(self) -> Iterator[None]:
-        """The average in the place of the trained parameters, in their dtype.
+        """Context with the average in place of the trained parameters, in their dtype.
 
-        Parameters point to other memory meanwhile; their own, where DDP's buffers have it, is not written to.
+        Parameters point to other memory meanwhile; their own, in DDP's buffers, is not written to.
         """
         self.part.sync_params()  # afterwards there is nothing to gather into the parameters' own memory
         own = [parameter.data for parameter, _ in self.averages]
@@ -165,7 +166,7 @@ class MovingAverage(LiveStudent):
 
     @property
     def head(self) -> LmHead:
-        """The average's head where it is trained, made once for a step in the parameter's dtype."""
+        """The average's LM head where it is trained, cast once per step to the parameter's dtype."""
         if self._head is None:
             student = self.part.head()
             average = next((average for one, average in self.averages if one is student.weight), None)
@@ -175,7 +176,7 @@ class MovingAverage(LiveStudent):
 
     @torch.no_grad()
     def after_update(self, *, skipped: bool) -> None:
-        """Moves the average, unless the step was left out."""
+        """Updates the average, unless the step was skipped."""
         self._head = None
         if skipped:
             return
@@ -185,26 +186,26 @@ class MovingAverage(LiveStudent):
 
 
 Build = Callable[[], ModelPart]
-"""Builds a model of the teacher's own."""
+"""() -> a separate model for the teacher."""
 
 
 def separate(settings: TeacherConfig, student: ModelPart | None, build: Build) -> TeacherWeights:
-    """Of `kind=separate`."""
+    """Teacher weights of kind=separate: another model."""
     return _own(settings, build())
 
 
 def initial(settings: TeacherConfig, student: ModelPart | None, build: Build) -> TeacherWeights:
-    """Of `kind=initial`."""
+    """Teacher weights of kind=initial: the student before training."""
     return BaseModel(student) if student and student.lora.r else _own(settings, build())
 
 
 def ema(settings: EmaTeacher, student: ModelPart | None, build: Build) -> TeacherWeights:
-    """Of `kind=ema`."""
+    """Teacher weights of kind=ema: a moving average of the student's."""
     return MovingAverage(_required(student), settings.ema_decay)
 
 
 def current(settings: TeacherConfig, student: ModelPart | None, build: Build) -> TeacherWeights:
-    """Of `kind=current`."""
+    """Teacher weights of kind=current: those of the student."""
     return LiveStudent(_required(student))
 
 
@@ -213,5 +214,5 @@ def _own(settings: TeacherConfig, part: ModelPart) -> TeacherWeights:
 
 
 def _required(student: ModelPart | None) -> ModelPart:
-    assert student is not None  # `renio compare-precision`, which has none, refuses these kinds
+    assert student is not None  # `renio compare-precision`, which has none, rejects these kinds
     return student

@@ -1,1 +1,1 @@
-"""Weights between files and Megatron's shards."""
+"""Weight loading and export: Hugging Face, PEFT and Megatron checkpoints."""

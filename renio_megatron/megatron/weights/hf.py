@@ -1,7 +1,7 @@
-"""Weights between Hugging Face directories and Megatron's shards, for all of `FAMILIES`.
+"""Conversion between Hugging Face directories and Megatron's shards, for all of `FAMILIES`.
 
-A rank reads the slices that its parameters are made of (`hf_slices`) and writes each to its place; no whole tensor is
-made on the way. Export takes a model that is whole on one rank apart again.
+A rank reads the slices that make up its parameters (`hf_slices`) and writes each to its place, without whole tensors in
+between. Export splits the tensors of a model that is whole on one rank.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
 from renio_megatron.models.param_map import VOCABULARY, Slice, hf_names, is_expert, is_gate_and_up, is_qkv, slices_of
 
 NUM_THREADS = 4
-"""Files that a rank reads at once. A thread waits in the copy, where the bytes come from the disk."""
+"""Files that a rank reads at once. A thread blocks in the copy, where the bytes are read from the disk."""
 
 CHUNK_BYTES = 64 * 2**20
-"""Of one copy. A GPU's copy of columns, or to another dtype, makes one more of it in host memory."""
+"""Bytes of one copy. A copy of columns to a GPU, or to another dtype, takes a second buffer in host memory."""
 
 LINE_INTERVAL_S = 2.0
 
@@ -40,17 +40,18 @@ def load_weights(
     report: Callable[[str], None] | None = None,
     change: Callable[[Slice, torch.Tensor], torch.Tensor] | None = None,
 ) -> int:
-    """Fills this rank's parameters from a Hugging Face directory; adapters stay as they are.
+    """Fills this rank's parameters from a Hugging Face directory; adapters are not changed.
 
-    Beside the parameters it holds `NUM_THREADS` chunks of `CHUNK_BYTES` at the most, and of parameters in FP8, which
-    can only be filled at once, one or, where its parts are in two files, two local tensors.
+    In addition to the parameters it holds at most `NUM_THREADS` chunks of `CHUNK_BYTES`, and of FP8 parameters, which
+    can only be filled all at once, one local tensor, or two where its parts are in two files.
 
     Args:
         part: the parameters, whatever they hold.
         directory: with config.json of the same architecture.
-        title: of the progress line.
-        report: takes the progress line, every `LINE_INTERVAL_S` seconds and at the end; nothing where it takes less.
-        change: (slice, its values) -> the values that are loaded in their place; called by several threads.
+        title: title of the progress line.
+        report: receives the progress line, every `LINE_INTERVAL_S` seconds and at the end; not called for shorter
+            loads.
+        change: (slice, its values) -> the values that are loaded instead; called by several threads.
 
     Returns:
         Bytes that were read.
@@ -84,7 +85,7 @@ def load_weights(
 
 
 def to_hf(name: str, tensor: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
-    """The Hugging Face parts of a whole Megatron tensor; undoes what `slices_of` says, bit for bit."""
+    """The Hugging Face parts of a whole Megatron tensor; the exact inverse of `slices_of`."""
     if is_qkv(name):
         groups, width = architecture.num_query_groups, architecture.kv_channels
         queries = architecture.num_attention_heads // groups
@@ -110,10 +111,10 @@ def hf_state(part: ModelPart) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class _Target:
-    """A parameter and the slices that it is made of.
+    """A parameter and its slices.
 
-    Each is written to its place. A parameter in FP8 has no such places: the values are gathered beside it, and go in
-    together when the last slice is there.
+    Each slice is written to its place. An FP8 parameter cannot be written in part: the values are collected in a
+    separate tensor, and copied together when the last slice is there.
     """
 
     def __init__(self, parameter: torch.nn.Parameter, slices: Sequence[Slice]) -> None:
@@ -131,7 +132,7 @@ class _Target:
         self._values[one.to : one.to + one.num_rows].copy_(values)
 
     def count(self, num_slices: int) -> None:
-        """Takes note of slices that are complete."""
+        """Counts complete slices."""
         self._num_missing -= num_slices
         if self.is_quantized and self._num_missing == 0:
             assert self._values is not None
@@ -162,7 +163,7 @@ def _as_they_are(one: Slice, values: torch.Tensor) -> torch.Tensor:
 
 
 def _read_file(files: WeightFiles, line: _Line, change: Change, file: str, jobs: Iterable[_Job]) -> None:
-    """Reads a file's slices, from its begin to its end, except that one parameter's stay together."""
+    """Reads a file's slices in file order, except that those of one parameter stay together."""
     with files.open(file) as handle:
         order = {tensor: number for number, tensor in enumerate(handle.offset_keys())}
 
@@ -180,7 +181,7 @@ def _read_file(files: WeightFiles, line: _Line, change: Change, file: str, jobs:
 
 
 class _Line:
-    """The progress line of loading, for every thread."""
+    """The progress line of loading, shared by all threads."""
 
     def __init__(
         self,
@@ -199,7 +200,7 @@ class _Line:
         self._is_shown = False
 
     def update(self, num_files: int = 0) -> None:
-        """Takes note of files that are complete, and shows the line where it is due."""
+        """Counts complete files, and shows the line when it is due."""
         with self._lock:
             self._done += num_files
             if self._clock() - self._shown_at >= LINE_INTERVAL_S:

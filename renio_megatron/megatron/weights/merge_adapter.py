@@ -27,16 +27,16 @@ class Merger:
     def __init__(
         self, directory: Path, architecture: Architecture, weights: Path, device: torch.device | None = None
     ) -> None:
-        """Checks the adapter's description and the shapes of all its tensors; nothing of them is read.
+        """Checks the adapter's description and the shapes of all its tensors; their values are not read.
 
         Args:
-            directory: of the adapter.
-            architecture: of the teacher.
+            directory: directory of the adapter.
+            architecture: architecture of the teacher.
             weights: the teacher's Hugging Face directory.
-            device: where whole matrices are taken apart, for adapters that ask for it; None: the CPU.
+            device: device of matrix decompositions, for adapters that need them; None: the CPU.
 
         Raises:
-            ConfigError: no adapter, one that computes something else, or one of another model.
+            ConfigError: no adapter, one of an unsupported kind, or one of another model.
         """
         adapter = read_adapter_config(directory, SETTING)
         self._lora = adapter.lora
@@ -60,7 +60,7 @@ class Merger:
                 )
 
     def __call__(self, one: Slice, values: torch.Tensor) -> torch.Tensor:
-        """The values of a slice with what the adapter adds to them, fp32 or better; as they are where it has none."""
+        """The values of a slice plus the adapter's part, fp32 or better; unchanged where there is no adapter."""
         down, up = (f"base_model.model.{one.tensor.removesuffix('.weight')}.lora_{which}.weight" for which in "AB")
         if down not in self._names:
             return values

@@ -1,4 +1,4 @@
-"""Adapters as PEFT's directories: adapter_config.json and adapter_model.safetensors, in and out."""
+"""Import and export of PEFT adapter directories: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def adapter_state(part: ModelPart) -> dict[str, torch.Tensor]:
 
 
 def merged(state: dict[str, torch.Tensor], part: ModelPart) -> dict[str, torch.Tensor]:
-    """W + scale B A in the place of each W that has an adapter, summed in fp32 and kept in the dtype of W.
+    """The state with W + scale B A in place of each W that has an adapter, summed in fp32, in the dtype of W.
 
     Args:
         state: `hf.hf_state` of `part`.
@@ -54,14 +54,14 @@ def merged(state: dict[str, torch.Tensor], part: ModelPart) -> dict[str, torch.T
 def write_adapter(
     state: dict[str, torch.Tensor], lora: LoraConfig, model: Path, directory: Path, start: str | None = None
 ) -> None:
-    """Writes adapters as PEFT does.
+    """Writes adapters in PEFT's format.
 
     Args:
         state: `adapter_state` of a model.
-        lora: what the adapters are.
-        model: the directory of the model that they stand beside.
-        directory: where to.
-        start: what they stand beside, as in `peft_config.PeftAdapter`.
+        lora: settings of the adapters.
+        model: directory of their base model.
+        directory: directory to write to.
+        start: their initialization, as in `peft_config.PeftAdapter`.
     """
     config = {
         "peft_type": "LORA",
@@ -85,7 +85,7 @@ def write_adapter(
 
 
 def check_adapter(directory: Path, lora: LoraConfig) -> PeftAdapter:
-    """What a directory's adapter is.
+    """The adapter in a directory, checked against the settings.
 
     Raises:
         ConfigError: it holds no adapter, or another than the settings describe.
@@ -111,7 +111,7 @@ def load_adapter(part: ModelPart, directory: Path) -> None:
     """Fills this rank's adapters from a PEFT directory; `check_adapter` has been called.
 
     Raises:
-        ConfigError: a tensor that is missing, has no adapter here, or has another shape.
+        ConfigError: a tensor that is missing, has no adapter in the model, or has another shape.
     """
     path, tensor = directory / WEIGHTS, part.layout.tensor
     try:

@@ -1,4 +1,4 @@
-"""adapter_config.json of a PEFT adapter: what it computes, or why these adapters do not."""
+"""Parser of a PEFT adapter's adapter_config.json, with errors for unsupported options."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _OTHERS = ("lm_head", "model.embed_tokens")
 _REMEDY = "Merge the adapter with PEFT (merge_and_unload), and give the result as the model."
 
 REMOVED_AT_START = ("pissa", "olora")
-"""`init_lora_weights` that take the first adapters out of the weights, whenever PEFT loads one: see `residual`."""
+"""`init_lora_weights` that subtract the initial adapters from the weights whenever PEFT loads one: see `residual`."""
 
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""Those that leave the weights as they are when PEFT loads a trained adapter: its tensors replace what was drawn."""
+"""`init_lora_weights` that do not change the weights when PEFT loads a trained adapter."""
 
 _ANY_CASE = ("gaussian", "olora", "mica")
 _READ = ("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights")
 _ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
 _SAYS_NOTHING = (
-    # where it comes from and how it is to be held
+    # its origin, and how it is kept in memory
     "task_type",
     "auto_mapping",
     "peft_version",
@@ -36,27 +36,27 @@ _SAYS_NOTHING = (
     "runtime_config",
     "megatron_config",
     "megatron_core",
-    # of its training alone
+    # used in training only
     "lora_dropout",
-    # how its start was found, of the kinds that `init_lora_weights` names
+    # settings of its initialization, for values of `init_lora_weights`
     "loftq_config",
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    # of what another option switches on, and is refused there
+    # settings of another option, which is refused itself
     "qalora_group_size",
     "ensure_weight_tying",
 )
-"""Options without an effect on what a trained adapter computes. All others have to be null, false or empty."""
+"""Options without an effect on the output of a trained adapter. All others have to be null, false or empty."""
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What an adapter computes.
+    """Settings of an adapter that determine its output.
 
     Attributes:
         lora: rank, scale and targets.
-        start: one of `REMOVED_AT_START`; None: it stands beside the weights as they are.
+        start: one of `REMOVED_AT_START`; None: the base weights are unchanged.
     """
 
     lora: LoraConfig
@@ -69,10 +69,10 @@ def block_of(target: str) -> str:
 
 
 def read_adapter_config(directory: Path, setting: str) -> PeftAdapter:
-    """What a directory's adapter is, as PEFT describes it. An option that it leaves out has PEFT's default.
+    """The adapter in a directory, from PEFT's description. Options that it leaves out have PEFT's defaults.
 
     Raises:
-        ConfigError: it holds no adapter, or one that computes what these adapters do not know; named by `setting`.
+        ConfigError: it holds no adapter, or one with unsupported options; the message names `setting`.
     """
     path = directory / CONFIG
     try:
@@ -116,12 +116,12 @@ def read_adapter_config(directory: Path, setting: str) -> PeftAdapter:
 
 
 def _targets(given: Any, excluded: Any) -> list[str]:
-    """The layers that `target_modules` means and `exclude_modules` does not.
+    """The layers that `target_modules` selects and `exclude_modules` does not.
 
-    Those that they mean in the first layer; the tensors will say whether they mean them in all.
+    Resolved in the first layer; the tensors show later whether the same holds in all.
 
     Raises:
-        ValueError, TypeError: none, others too, or no names.
+        ValueError, TypeError: no layers, unsupported ones, or values that are not names.
     """
     places = {f"model.layers.0.{block_of(target)}.{target}": target for target in TARGETS}
     if given == "all-linear":
@@ -135,7 +135,7 @@ def _targets(given: Any, excluded: Any) -> list[str]:
 
 
 def _meant(given: Any, places: list[str]) -> list[str]:
-    """Of some modules those that are meant, by PEFT's rule: a pattern of whole names, or names and ends of names."""
+    """The modules selected by PEFT's rule: a pattern for whole names, or names and suffixes of names."""
     if isinstance(given, str):
         try:
             return [place for place in places if re.fullmatch(given, place)]

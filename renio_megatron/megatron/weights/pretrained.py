@@ -1,4 +1,4 @@
-"""A model's weights from wherever they are: a Hugging Face directory, or a checkpoint that Megatron wrote.
+"""Loading of pretrained weights from a Hugging Face directory or a Megatron checkpoint.
 
 A checkpoint of Megatron's format `torch_dist`, as Megatron-LM, other frameworks on megatron-core and this package write
 it, holds each tensor once under a name of the whole model, so that it can be read in any layout.
@@ -50,7 +50,7 @@ def load_pretrained(
     report: Callable[[str], None] | None = None,
     change: Change | None = None,
 ) -> None:
-    """Fills this rank's parameters; adapters stay as they are. Of a checkpoint every rank must call it.
+    """Fills this rank's parameters; adapters are not changed. For a checkpoint every rank must call it.
 
     Args:
         part: the parameters, whatever they hold.
@@ -63,22 +63,22 @@ def load_pretrained(
     if not is_checkpoint(source):
         load_weights(part, source, title=title, report=report, change=change)
         return
-    assert change is None  # the recipe's rules see to it
+    assert change is None  # checked in the recipe
     found = _tensors_of(source)
     layers = {"non_homogeneous_layers": any(key.startswith("decoder.layers.0.") for key in found)}
     layers["singleton_local_shards"] = any(key.endswith("linear_fc1.weight_w") for key in found)
     state = sharded_model(part, layers)
     _check(source, part, found, _wanted(state))
-    force_all_tensors_to_non_fp8(state)  # newer versions round what they read to FP8 at once
+    force_all_tensors_to_non_fp8(state)  # newer versions quantize tensors to FP8 while reading
     try:
         loaded = dist_checkpointing.load({"model": state}, str(source))
-    except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is no Exception
+    except (Exception, CheckpointException) as error:  # Megatron, torch and the disk; torch's is not an Exception
         raise ConfigError(f"the checkpoint {source} cannot be read ({type(error).__name__}: {error}).") from error
     restore_weights(part, loaded["model"])
     with torch.no_grad():
         for number, chunk in enumerate(part.chunks):
             for name, parameter in chunk.named_parameters():
-                if is_quantized(parameter):  # and remembers a value of before, which the optimizer would begin with
+                if is_quantized(parameter):  # and keeps its initial value, which the optimizer would start with
                     fill(parameter, loaded["model"][str(number)][name].to(parameter.dtype))
     _clear_padding(part)
     for name, parameter in part.named_parameters():
@@ -87,7 +87,7 @@ def load_pretrained(
 
 
 def start_of(base: str | None) -> str | None:
-    """What is taken out of the weights of a `fingerprint`.
+    """The initialization whose initial adapters were subtracted, from a `fingerprint`; None: none were.
 
     >>> start_of("pissa:0123"), start_of("0123"), start_of(None)
     ('pissa', None, None)
@@ -97,16 +97,16 @@ def start_of(base: str | None) -> str | None:
 
 
 def fingerprint(source: Path, architecture: Architecture, start: str | None = None) -> str:
-    """A short name of a model's weights, which others that were trained, edited or quantized do not share.
+    """A hash of a model's weights, which differs for weights that were trained, edited or quantized.
 
-    Of a Hugging Face directory: the values of every vector and of eight rows of every matrix, so a copy with other
-    files or in a wider dtype has the same one; a change in other rows alone is not seen. Of a checkpoint: the files'
-    sizes, the index, and 64 blocks of each file. A few megabytes are read.
+    From a Hugging Face directory: the values of every vector and of eight rows of every matrix, so a copy in other
+    files or in a wider dtype has the same hash; a change in other rows alone is not detected. From a checkpoint: the
+    files' sizes, the index, and 64 blocks of each file. A few megabytes are read.
 
     Args:
-        source: as of `load_pretrained`.
+        source: as in `load_pretrained`.
         architecture: the model.
-        start: what is taken out of the weights, as in `peft_config.PeftAdapter`; the name begins with it.
+        start: initialization that is subtracted, as in `peft_config.PeftAdapter`; the hash begins with it.
 
     Raises:
         ConfigError: files that cannot be read.
@@ -135,7 +135,7 @@ def _samples(directory: Path, architecture: Architecture) -> Iterator[bytes]:
 
 
 def _rows(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """[first, last) of all of a vector; of rows of a matrix from its first to its last."""
+    """[first, last) ranges: the whole of a vector; for a matrix, rows spread from the first to the last."""
     if len(shape) == 1:
         return [(0, shape[0])]
     count = min(_SAMPLED_ROWS, shape[0])
@@ -154,7 +154,7 @@ def _blocks(directory: Path) -> Iterator[bytes]:
 
 
 def _tensors_of(source: Path) -> dict[str, tuple[int, ...]]:
-    """Name and whole shape of every tensor of a model in a checkpoint; optimizers' are left out."""
+    """Name and whole shape of every tensor of a model in a checkpoint, without those of optimizers."""
     try:
         found = dist_checkpointing.load_tensors_metadata(str(source))
     except (Exception, CheckpointException) as error:
@@ -163,7 +163,7 @@ def _tensors_of(source: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _wanted(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The same of the tensors that all ranks ask for."""
+    """Name and whole shape of every tensor that any rank requests."""
     mine = {}
     for one in nested_values(state):
         for tensor in nested_values({"": one.build()}) if isinstance(one, ShardedTensorFactory) else [one]:
@@ -196,9 +196,9 @@ def _check(
 
 
 def _shape_problem(key: str, there: tuple[int, ...], here: tuple[int, ...], vocab_size: int) -> str | None:
-    """What is wrong with a tensor's shape, if anything.
+    """Description of a mismatch in a tensor's shape; None where there is none.
 
-    Megatron pads the vocabulary by its own rule and layout; only the tokens' rows have to be there.
+    Megatron pads the vocabulary depending on its settings and layout; only the tokens' rows are required.
     """
     if key in VOCABULARY and there[1:] == here[1:]:
         enough = there[0] >= vocab_size
@@ -212,7 +212,8 @@ def _named(keys: list[str]) -> str:
 
 
 def _clear_padding(part: ModelPart) -> None:
-    """Sets rows beyond the model's vocabulary to 0, as from a Hugging Face directory; a checkpoint has noise there."""
+    """Sets rows beyond the model's vocabulary to 0, as from a Hugging Face directory; a checkpoint has random values
+    there."""
     tensor = part.layout.tensor
     for name, parameter in part.named_parameters():
         if name in VOCABULARY:

@@ -1,6 +1,6 @@
-"""The weights that PiSSA's and OLoRA's adapters stand beside: the model's, less the adapters that they began with.
+"""Base weights of PiSSA and OLoRA adapters: the model's weights minus the initial adapters.
 
-PEFT computes them from the model whenever it loads such an adapter. PiSSA takes out the part of the r largest singular
+PEFT computes them from the model whenever it loads such an adapter. PiSSA subtracts the part of the r largest singular
 values of W, OLoRA scale x Q_r R_r of W = Q R.
 """
 
@@ -17,15 +17,15 @@ from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import WeightFiles, hf_shapes
 from renio_megatron.models.param_map import Slice
 
-_REMEMBERED = 16  # matrices: a thread reads the slices of a parameter's one after the other
+_REMEMBERED = 16  # matrices: a thread reads the slices of a parameter one after the other
 
 
 def residual_of(
     adapter: PeftAdapter | None, weights: Path, architecture: Architecture, device: torch.device
 ) -> Residual | None:
-    """What changes the weights while they are loaded beside an adapter; None where they are as they are.
+    """The change of the weights while they are loaded for an adapter; None where they are unchanged.
 
-    Arguments as of `Residual`; an adapter without a `start`, or none, takes nothing out.
+    Arguments as in `Residual`; an adapter without a `start`, or none, subtracts nothing.
     """
     if adapter is None or adapter.start is None:
         return None
@@ -33,7 +33,7 @@ def residual_of(
 
 
 class Residual:
-    """Slices of weights without what was taken out of the whole matrices."""
+    """Slices of weights minus the initial adapters of the whole matrices."""
 
     def __init__(self, adapter: PeftAdapter, weights: Path, architecture: Architecture, device: torch.device) -> None:
         """Reads nothing yet.
@@ -42,7 +42,7 @@ class Residual:
             adapter: with a `start`.
             weights: the model's Hugging Face directory.
             architecture: the model.
-            device: where whole matrices are taken apart.
+            device: device of the decompositions of whole matrices.
         """
         assert adapter.start is not None
         self._start, self._lora, self._device = adapter.start, adapter.lora, device
@@ -58,7 +58,7 @@ class Residual:
         self._removed = functools.lru_cache(_REMEMBERED)(self._factors)
 
     def __call__(self, one: Slice, values: torch.Tensor) -> torch.Tensor:
-        """The values of a slice without that part, fp32 or better; as they are where its matrix has no adapter."""
+        """The values of a slice minus that part, fp32 or better; unchanged where its matrix has no adapter."""
         if one.tensor not in self._matrices:
             return values
         with self._lock:
@@ -68,7 +68,7 @@ class Residual:
         return torch.addmm(values.to(dtype), left[rows].to(dtype), right[:, columns].to(dtype), alpha=-1.0)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """[out, r] and [r, in], fp32 on the CPU, whose product is taken out of a matrix."""
+        """[out, r] and [r, in], fp32 on the CPU, whose product is subtracted from a matrix."""
         with self._files.open(self._files.file_of(name)) as handle:
             whole = self._files.read(handle, Slice(name, 0, self._shapes[name][0])).to(self._device, torch.float32)
         r = self._lora.r

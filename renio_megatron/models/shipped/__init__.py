@@ -1,4 +1,4 @@
-"""The two tiny models that ship with the package, and how a recipe's model names become directories."""
+"""The two tiny models that ship with the package, and the lookup of model directories by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def model_directory(name: str, setting: str) -> Path:
         name: the value in the recipe.
         setting: the recipe's key, for the error message.
     Raises:
-        ConfigError: no such directory, no config.json in it, or an adapter beside the weights.
+        ConfigError: no such directory, no config.json in it, or an adapter next to the weights.
     """
     directory = Path(__file__).parent / name if name in SHIPPED else user_path(name)
     if not directory.is_dir():

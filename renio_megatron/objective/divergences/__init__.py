@@ -44,11 +44,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class DivergenceInfo:
-    """What is known of a divergence before torch is imported.
+    """Properties of a divergence that are known before torch is imported.
 
     Attributes:
         takes_beta: whether it has the parameter beta, strictly between 0 and 1.
-        module: of `terms`, and where it has them of `mean_under` and `total_slope`; None: the file of its name here.
+        module: module with `terms` and, if any, `mean_under` and `total_slope`; None: the file of its name here.
     """
 
     takes_beta: bool = False
@@ -60,11 +60,11 @@ DIVERGENCE_INFO: dict[str, DivergenceInfo] = {
     "reverse_kl": DivergenceInfo(),
     "jsd": DivergenceInfo(takes_beta=True),
 }
-"""By name: a line for each file."""
+"""Name of a divergence -> its properties, one entry per file."""
 
 
 class _Divergences(Mapping[str, Divergence]):
-    """Name -> divergence, whose file is imported when it is asked for."""
+    """Name -> divergence, whose file is imported on first access."""
 
     def __init__(self) -> None:
         self._made: dict[str, Divergence] = {}

@@ -1,4 +1,4 @@
-"""Entries of probability 0: they contribute 0, whatever their logarithms are."""
+"""Masking of entries of probability 0, which contribute 0 whatever their logarithms are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 def mask_zero_probability_(entry: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
     """`entry` with 0 wherever `probability` (same shape) is 0, in place and returned.
 
-    A mask is slow on the CPU, and a softmax that underflows nowhere needs none: there the smallest probability is asked
-    first. On other devices the answer would have to be waited for.
+    A mask is slow on the CPU, and a softmax without underflow needs none, so there the smallest probability is checked
+    first. On other devices the check would need a synchronization.
 
     >>> mask_zero_probability_(torch.tensor([1.0, float("nan")]), torch.tensor([0.5, 0.0])).tolist()
     [1.0, 0.0]

@@ -1,4 +1,4 @@
-"""A sequence weighs its length: the loss's mean over tokens is undone, and every token of the batch counts alike."""
+"""Weighting by length: it cancels the loss's mean over tokens, so that every token of the batch counts equally."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from renio_megatron.objective.weightings.strategy import RawWeights, Strategy, W
 
 
 class Length(Strategy):
-    """Raw weight n_i, completion tokens; divided by the batch mean it is n_i / mean n."""
+    """Raw weight n_i, the number of completion tokens; divided by the batch mean it is n_i / mean n."""
 
     def weights(self, inputs: WeightingInputs, sums: Mapping[str, torch.Tensor]) -> RawWeights:
         """The lengths [B]."""

@@ -1,7 +1,9 @@
-"""A control: the weights of another strategy, handed to other sequences of the batch, and to other tokens in each.
+"""Permuted weights of another strategy, as a control.
 
-The multiset of weights stays, and so does their inequality; that they look at anything does not. What is left of an
-effect then is not the strategy's aim.
+Sequence weights are permuted within the batch, token weights within each sequence.
+
+The multiset of weights, and so its spread, is kept; their relation to the data is not. An effect that remains does not
+come from which sequences or tokens the strategy selects.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from renio_megatron.objective.weightings.strategy import RawWeights, Strategy, W
 
 
 class Permuted(Strategy):
-    """One permutation of the batch's sequences a step, and one of the tokens of each sequence."""
+    """One permutation of the batch's sequences per step, and one of the tokens of each sequence."""
 
     rearranges = True
 
@@ -26,19 +28,19 @@ class Permuted(Strategy):
         self.is_additive = of.is_additive and not settings.weighs_tokens  # tokens are permuted in whole sequences
 
     def sums(self, inputs: WeightingInputs) -> dict[str, torch.Tensor]:
-        """Those of the strategy."""
+        """The sums of the permuted strategy."""
         return self._of.sums(inputs)
 
     def weights(self, inputs: WeightingInputs, sums: Mapping[str, torch.Tensor]) -> RawWeights:
-        """Those of the strategy."""
+        """The raw weights of the permuted strategy, not yet permuted."""
         return self._of.weights(inputs, sums)
 
     def sequences(self, weights_B: torch.Tensor, ids_B: torch.Tensor, inputs: WeightingInputs) -> torch.Tensor:
-        """The whole batch's finished weights, permuted by the order of the sequences' numbers.
+        """The whole batch's normalized weights, permuted by the order of the sequences' numbers.
 
         Args:
-            weights_B, ids_B: of all sequences of the step, in any order.
-            inputs: for the generator.
+            weights_B, ids_B: weights and numbers of all sequences of the step, in any order.
+            inputs: provides the random generator.
         """
         order = torch.argsort(ids_B)
         shuffled = torch.randperm(len(order), generator=inputs.generator()).to(order.device)
@@ -47,7 +49,7 @@ class Permuted(Strategy):
         return permuted
 
     def tokens(self, weights_N: torch.Tensor, inputs: WeightingInputs) -> torch.Tensor:
-        """Weights of tokens, permuted inside each of these whole sequences."""
+        """Token weights, permuted inside each of these whole sequences."""
         permuted = torch.empty_like(weights_N)
         for row, number in enumerate(inputs.sequence.tolist()):
             mine = torch.nonzero(inputs.owner == row)[:, 0]

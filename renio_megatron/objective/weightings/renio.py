@@ -1,8 +1,8 @@
 """THE PAPER: log ratio, pivotal tokens, sample weight (ReNIO, arXiv 2606.23104, phases I to III).
 
 For a token y_t that the student wrote, l_t = log p_S(y_t) - log p_T(y_t) is large where the student is surer than the
-teacher. Clipped from above at c it bounds what one token can say; the tokens with l_t >= tau are pivotal; a sequence
-weighs exp of their mean. So trajectories that go wrong weigh more, and no answer is looked at.
+teacher. Clipping it from above at c bounds the influence of one token; the tokens with l_t >= tau are pivotal; a
+sequence's weight is exp of their mean. So trajectories that go wrong get more weight, without looking at any answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Renio(Strategy):
         return pivotal_sums(log_ratio_N, inputs.owner, inputs.num_sequences, **bounds)
 
     def weights(self, inputs: WeightingInputs, sums: Mapping[str, torch.Tensor]) -> RawWeights:
-        """A weight of each sequence."""
+        """The weight of each sequence [B]."""
         return RawWeights(sequences=sequence_weight(sums, temperature=self.settings.temperature))
 
 
@@ -49,7 +49,7 @@ def pivotal_sums(
 ) -> dict[str, torch.Tensor]:
     """Sum and count of the pivotal tokens' clipped log ratios, per sequence.
 
-    Both are additive: pieces of one sequence on several ranks may be summed before they are divided.
+    Both are additive: pieces of one sequence on several ranks may be summed before the division.
 
     Args:
         log_ratio_N: l_t, nats, fp32 or fp64 [N].
@@ -76,7 +76,7 @@ def sequence_weight(sums: Mapping[str, torch.Tensor], *, temperature: float) -> 
     """Sample weight before normalization: exp(mean pivotal log ratio / temperature). Phase III.
 
     Args:
-        sums: those of `pivotal_sums`, complete sequences, [B] each.
+        sums: sums of `pivotal_sums` over complete sequences, [B] each.
         temperature: weight temperature; 1 in the paper.
 
     Returns:

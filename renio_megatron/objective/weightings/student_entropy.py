@@ -1,4 +1,4 @@
-"""Where the student is unsure weighs more: the entropy of its distribution at each token, nats."""
+"""Weighting by the entropy of the student's distribution at each token, nats."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from renio_megatron.objective.weightings.strategy import RawWeights, Strategy, W
 
 
 class StudentEntropy(Strategy):
-    """Raw weight H_t of a token, or the mean of them of a sequence."""
+    """Raw weight H_t of a token, or the mean of H_t over a sequence."""
 
     def sums(self, inputs: WeightingInputs) -> dict[str, torch.Tensor]:
-        """Of sequences, the sum of the entropies."""
+        """The sum of the entropies per sequence, where sequences are weighted."""
         return {"entropy": inputs.sum_of(inputs.student_entropy)} if self.settings.per == "sequence" else {}
 
     def weights(self, inputs: WeightingInputs, sums: Mapping[str, torch.Tensor]) -> RawWeights:

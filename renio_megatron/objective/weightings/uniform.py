@@ -1,4 +1,4 @@
-"""Every sequence and token weighs 1: plain on-policy distillation."""
+"""Uniform weights of 1: plain on-policy distillation."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from renio_megatron.objective.weightings.strategy import Strategy
 
 
 class Uniform(Strategy):
-    """Nothing about the tokens matters."""
+    """Weight 1 for every sequence and token."""

@@ -1,1 +1,1 @@
-"""What a run will hold in the memory of each rank: arithmetic over its recipe, with nothing allocated."""
+"""Memory plan of a run for each rank: arithmetic over its recipe, with nothing allocated."""

@@ -1,10 +1,10 @@
-"""What layers keep of a forward pass until the backward pass, and what a pass holds for a moment: bytes of one rank.
+"""Activation memory of layers: tensors saved for the backward pass, and temporaries; bytes of one rank.
 
 The formulas list, tensor by tensor, what autograd saves in this package's layer: Megatron's local spec with torch's
-norm and attention (`megatron/model/build.py`, `megatron/model/attention.py`), and Megatron's unfused gated MLP. Beside
-adapters the weights are frozen: a product keeps its input only for an adapter that reads it, too. They are compared
-with autograd's own list in tests/tools/test_plan.py. The pipeline's formulas are Megatron's `get_pp_rank_microbatches`
-(`pipeline_parallel/schedules.py`).
+norm and attention (`megatron/model/build.py`, `megatron/model/attention.py`), and Megatron's unfused gated MLP. With
+adapters the base weights are frozen: a product keeps its input only for an adapter that also reads it. The formulas are
+compared with autograd's own list in tests/tools/test_plan.py. The pipeline's formulas are Megatron's
+`get_pp_rank_microbatches` (`pipeline_parallel/schedules.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from renio_megatron.tools.plan.workload import PassShape
 
 
 def layer_bytes(model: PlannedModel, shape: PassShape, *, selective: bool = False, is_balanced: bool = False) -> int:
-    """What one layer keeps for its backward pass; `selective` computes the core attention again.
+    """Bytes that one layer saves for its backward pass; `selective` recomputes the core attention.
 
     `is_balanced`: its experts have a load-balancing loss.
     """
@@ -44,7 +44,7 @@ def layer_bytes(model: PlannedModel, shape: PassShape, *, selective: bool = Fals
 
 
 def untouched_bytes(model: PlannedModel, shape: PassShape) -> int:
-    """What the first layer's first norm would keep, and does not where the embedding before it is frozen."""
+    """Bytes of the first norm of the first layer, which are not saved where the embedding before it is frozen."""
     if not model.is_frozen:
         return 0
     hidden = shape.tokens * model.architecture.hidden_size // shape.share
@@ -62,7 +62,7 @@ def tokens_bytes(model: PlannedModel, shape: PassShape) -> int:
 
 
 def chunk_bytes(model: PlannedModel, shape: PassShape, train: TrainConfig, num_layers: int) -> tuple[int, int]:
-    """What `num_layers` neighboring layers keep of one micro-batch, and what recomputing them takes on top.
+    """Bytes that `num_layers` consecutive layers keep of one micro-batch, and the extra bytes of recomputing them.
 
     Full recomputation (Megatron's `TransformerBlock._checkpointed_forward`): `uniform` keeps the input of every
     `recompute_num_layers` layers, and computes as many again at a time; `block` keeps that of each of the first
@@ -76,7 +76,7 @@ def chunk_bytes(model: PlannedModel, shape: PassShape, train: TrainConfig, num_l
     )
     if train.recompute_granularity != "full":
         return num_layers * layer, 0
-    assert train.recompute_num_layers is not None  # the settings see to it
+    assert train.recompute_num_layers is not None  # checked in the settings
     count, angles = min(train.recompute_num_layers, num_layers), 4 * shape.row_length * model.architecture.kv_channels
     checkpoint = checkpoint_bytes(model, shape)  # the first computed layer's norm saves the same tensor again
     if train.recompute_method == "uniform":
@@ -85,7 +85,7 @@ def chunk_bytes(model: PlannedModel, shape: PassShape, train: TrainConfig, num_l
 
 
 def final_norm_bytes(model: PlannedModel, shape: PassShape) -> int:
-    """What the norm after the last layer keeps, and its output."""
+    """Bytes that the norm after the last layer saves, and its output."""
     hidden = tokens_bytes(model, shape) // shape.bytes_per_value // shape.share
     norm = _norm_bytes(hidden, model.architecture.hidden_size, shape, is_frozen=model.is_frozen)
     return norm + hidden * shape.bytes_per_value
@@ -111,7 +111,7 @@ def chunks_in_flight(parallel: ParallelConfig, pipeline_rank: int, num_micro_bat
 
 
 def forward_bytes(model: PlannedModel, shape: PassShape) -> int:
-    """What the widest moment of a layer holds in a pass that keeps nothing: in its MLP or in its attention."""
+    """Peak bytes of a layer in a pass that saves nothing: in its MLP or in its attention."""
     it, tokens = model.architecture, shape.tokens
     queries, groups = _widths(model, shape)
     hidden = tokens * it.hidden_size
@@ -131,7 +131,7 @@ def backward_bytes(model: PlannedModel, shape: PassShape) -> int:
 
 
 def _widths(model: PlannedModel, shape: PassShape) -> tuple[int, int]:
-    """Of this rank's queries, and of its keys."""
+    """Widths of this rank's queries, and of its keys."""
     it = model.architecture
     return (
         it.num_attention_heads * it.kv_channels // shape.tensor,
@@ -140,7 +140,7 @@ def _widths(model: PlannedModel, shape: PassShape) -> tuple[int, int]:
 
 
 def _projection_width(model: PlannedModel, shape: PassShape) -> int:
-    """Of queries, keys and values together; with fewer groups than tensor ranks Megatron gathers those of all."""
+    """Width of queries, keys and values together; with fewer groups than tensor ranks Megatron gathers those of all."""
     it = model.architecture
     queries, groups = _widths(model, shape)
     if it.num_query_groups < shape.tensor:
@@ -149,9 +149,9 @@ def _projection_width(model: PlannedModel, shape: PassShape) -> int:
 
 
 def _norm_bytes(entries: int, width: int, shape: PassShape, *, is_copy: bool = True, is_frozen: bool = False) -> int:
-    """What RMSNorm saves of `entries` numbers: its input, one scale a row, and where it is not fused the result before
-    the weight, both in fp32. An input that something else keeps alive anyway (`is_copy=False`) costs nothing, nor does
-    the result where the weight is frozen."""
+    """Bytes that RMSNorm saves of `entries` numbers: its input, one scale per row, and where it is not fused the result
+    before the weight, both in fp32. An input that something else keeps alive anyway (`is_copy=False`) costs nothing,
+    nor does the result where the weight is frozen."""
     scales = 4 * (entries // width)
     if shape.fused_norm:
         return scales + (entries * shape.bytes_per_value if is_copy else 0)
@@ -160,10 +160,10 @@ def _norm_bytes(entries: int, width: int, shape: PassShape, *, is_copy: bool = T
 
 
 def _attention_bytes(model: PlannedModel, shape: PassShape, *, selective: bool) -> int:
-    """Rotated queries and keys, the output, and one fp32 sum a query and head; no matrix of scores (flash attention).
+    """Rotated queries and keys, the output, and one fp32 sum per query and head; no matrix of scores (flash attention).
 
     Under context parallelism keys and values of the whole row, and a mask for each of this rank's two chunks, which
-    torch turns into numbers of the model's.
+    torch converts to the model's dtype.
     """
     tokens, bytes_per_value = shape.tokens, shape.bytes_per_value
     queries, groups = _widths(model, shape)

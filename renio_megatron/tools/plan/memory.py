@@ -1,4 +1,4 @@
-"""The memory of every kind of rank of a run: what is held throughout, and what each phase of a step adds."""
+"""Memory of every kind of rank of a run: permanent parts, and those that each phase of a step adds."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ HELD = (
     "gathered sequence",
     "routing of the last pass",
 )
-"""What is there all the time, in the order in which it is told."""
+"""Parts that are held all the time, in the order of the report."""
 PHASES = ("sampling", "teacher", "ordering", "exchange", "scores", "loss", "backward", "step")
-"""Of a step, one after the other."""
+"""Phases of a step, in order."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class RankMemory:
 
     Attributes:
         student_stage, teacher_stage: the pipeline ranks of the two; None: it holds no part of that model.
-        held: those of `HELD` that are there, by name.
-        phases: what each of `PHASES` adds, by name; those that add nothing are left out.
+        held: bytes of those of `HELD` that exist, by name.
+        phases: bytes that each of `PHASES` adds, by name; those that add nothing are left out.
     """
 
     student_stage: int | None
@@ -64,9 +64,9 @@ class _Teaching:
     """One teacher of a run.
 
     Attributes:
-        spec: who it is.
+        spec: its specification.
         model: the teacher.
-        work: what a step asks, where all sequences are this teacher's.
+        work: the workload of a step, where all sequences are this teacher's.
         readers: ranks that hold the teacher.
         places: the pipeline ranks of student and teacher on each rank of the job; None where it has no part of a model.
     """
@@ -86,10 +86,10 @@ def plan_memory(
     *,
     fused_norm: bool = True,
 ) -> list[RankMemory]:
-    """What each kind of rank holds, in the order of the ranks; the largest decides.
+    """Memory of each kind of rank, in the order of the ranks; the largest decides.
 
-    Of several teachers each is taken to have all of the step's sequences: whose they are is the data's to say. Their
-    weights are there together; they read one after the other.
+    With several teachers each is assumed to score all of the step's sequences, since the assignment depends on the
+    data. Their weights are held together; they score one after the other.
 
     Args:
         config: the recipe, checked against `world_size` and the models.
@@ -150,7 +150,7 @@ def _rank_memory(
     teaching: Sequence[_Teaching],
     parts: Sequence[PlannedPart | None],
 ) -> RankMemory:
-    """Of a rank that holds these parts, one for each teacher."""
+    """Memory of a rank that holds these parts, one for each teacher."""
     work = teaching[0].work
     learner = None if student is None else PlannedStudent(config, student, work)
     teachers = [
@@ -200,7 +200,7 @@ def _planned_teacher(
 def _left_over(
     student: PlannedPart | None, teaching: Sequence[_Teaching], parts: Sequence[PlannedPart | None]
 ) -> dict[str, int]:
-    """What passes leave in Megatron's hands: the buffer into which sequences are gathered, and the routers' results.
+    """Bytes that Megatron keeps after passes: the buffer into which sequences are gathered, and the routers' results.
 
     Only products whose weight is trained gather into a buffer that stays.
     """

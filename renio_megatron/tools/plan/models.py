@@ -1,4 +1,4 @@
-"""A model as planning sees it: what its config.json says, and what of it is trained."""
+"""Description of a model for planning, from its config.json, and its trained parameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from renio_megatron.models.shipped import model_directory
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What is known of a model from its config.json.
+    """A model as described by its config.json.
 
     Attributes:
         name: as the recipe gives it.
         architecture: the model.
-        lora: its adapters, beside which all of it is frozen; none where `r` is None.
+        lora: its adapters, with which the base model is frozen; none where `r` is None.
     """
 
     name: str
@@ -30,7 +30,7 @@ class PlannedModel:
 
     @property
     def experts(self) -> Experts | None:
-        """Of each layer; None for a dense model."""
+        """Experts of each layer; None for a dense model."""
         return self.architecture.experts
 
 

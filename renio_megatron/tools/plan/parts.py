@@ -1,4 +1,4 @@
-"""A rank's part of a model: how its ranks share it, and the entries of each parameter that falls to one of them."""
+"""A rank's part of a model: its layout, and the entries of each local parameter."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Tensors:
     """Entries of each parameter of a rank, in no particular order.
 
     Attributes:
-        dense: those of which every data and context rank of the stage has a copy.
-        experts: of the experts, whose copies are on other ranks.
+        dense: parameters that are replicated on every data and context rank of the stage.
+        experts: parameters of the experts, which are replicated on other ranks.
     """
 
     dense: tuple[int, ...]
@@ -23,26 +23,26 @@ class Tensors:
 
     @property
     def count(self) -> int:
-        """Of all together."""
+        """Entries of all parameters."""
         return sum(self.dense) + sum(self.experts)
 
     @property
     def largest(self) -> int:
-        """Of the largest."""
+        """Entries of the largest parameter."""
         return max(self.dense + self.experts)
 
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """What a rank of one pipeline rank holds of a model; all ranks of that one are alike.
+    """The part of a model on the ranks of one pipeline rank, all of which are alike.
 
     Attributes:
         model, parallel: the whole model and its layout.
         vocab_size: V of the loss.
-        num_rows: of the whole embedding and LM head, before padding: the student's.
-        bytes_per_value: of the model.
-        num_ranks: ranks that share it, copies included.
-        pipeline_rank: this one.
+        num_rows: rows of the student's whole embedding and LM head, before padding.
+        bytes_per_value: bytes of an element of the model.
+        num_ranks: ranks that hold the model, replicas included.
+        pipeline_rank: index of this pipeline rank.
         num_chunks: stages of each pipeline rank.
     """
 
@@ -57,7 +57,7 @@ class PlannedPart:
 
     @property
     def num_pipeline_ranks(self) -> int:
-        """Of the whole model."""
+        """Pipeline ranks of the whole model."""
         return self.parallel.pipeline_model_parallel_size
 
     @property
@@ -89,12 +89,12 @@ class PlannedPart:
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that read different sequences, with this one's context ranks counted as one."""
+        """Data-parallel ranks: those that read different sequences; a context group counts as one."""
         return self.num_ranks // self.parallel.model_ranks
 
     @property
     def copies(self) -> int:
-        """Ranks that have the same dense parameters: the data and context ranks."""
+        """Ranks that hold the same dense parameters: the data and context ranks."""
         return self.num_ranks // (self.parallel.tensor_model_parallel_size * self.num_pipeline_ranks)
 
     @property
@@ -103,7 +103,7 @@ class PlannedPart:
         return self.num_ranks // (self.num_pipeline_ranks * self.parallel.expert_ranks)
 
     def tensors(self) -> Tensors:
-        """All parameters but adapters.
+        """All parameters except adapters.
 
         The embedding is on the first pipeline rank and the LM head on the last. A tied head is the embedding where both
         are on one rank, and a copy of it otherwise.
@@ -122,7 +122,7 @@ class PlannedPart:
     def adapters(self) -> Tensors:
         """Each adapter's A [r, in] and B [out, r]; none without adapters.
 
-        Of a column-parallel layer B is cut over the tensor-parallel ranks, of a row-parallel one A.
+        For a column-parallel layer B is sharded over the tensor-parallel ranks, for a row-parallel one A.
         """
         tensor, layer = self.parallel.tensor_model_parallel_size, []
         for rows, columns, is_column in _target_shapes(self.model):
@@ -159,7 +159,7 @@ def _layer_tensors(model: PlannedModel, parallel: ParallelConfig) -> list[int]:
 
 
 def _linear_tensors(model: PlannedModel, parallel: ParallelConfig) -> list[int]:
-    """The same of the linear layers alone."""
+    """Entries of each parameter of the linear layers of one layer on a rank, without its experts."""
     it, tensor = model.architecture, parallel.tensor_model_parallel_size
     queries, groups = it.num_attention_heads * it.kv_channels, it.num_query_groups * it.kv_channels
     found = [(queries + 2 * groups) // tensor * it.hidden_size, it.hidden_size * queries // tensor]
@@ -176,7 +176,7 @@ def _expert_tensors(model: PlannedModel, parallel: ParallelConfig) -> list[int]:
 
 
 def _mlp_tensors(hidden_size: int, width: int) -> list[int]:
-    """Gate and up in one, and down."""
+    """Entries of gate and up, which are fused, and of down."""
     return [2 * width * hidden_size, hidden_size * width]
 
 

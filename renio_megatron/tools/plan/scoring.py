@@ -1,4 +1,4 @@
-"""What a pass without gradient takes, of the teacher or of a student whose scores are computed again."""
+"""Memory of a forward-only pass, of the teacher or of a student whose scores are recomputed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from renio_megatron.tools.plan.workload import ForwardWork
 
 
 def scoring_bytes(part: PlannedPart, forward: ForwardWork, head: HeadConfig, *, num_models: int = 1) -> dict[str, int]:
-    """A layer's pass, and on the last pipeline rank log-probabilities of the completion tokens that it ends with; or
-    what follows from both models' logits."""
+    """Bytes of a layer's pass, and on the last pipeline rank of the completion tokens' log-probabilities at its end; or
+    of the values that follow from both models' logits."""
     shape = forward.shape
     found = {"a layer's pass": forward_bytes(part.model, shape) + sent_bytes(part, forward)}
     if part.is_last:
@@ -24,21 +24,21 @@ def scoring_bytes(part: PlannedPart, forward: ForwardWork, head: HeadConfig, *, 
 
 
 def sent_bytes(part: PlannedPart, forward: ForwardWork) -> int:
-    """A micro-batch's hidden states that go to the next stage, and are kept until their gradient comes back."""
+    """Bytes of a micro-batch's hidden states that are sent to the next stage, and kept until their gradient arrives."""
     is_sender = part.num_pipeline_ranks > 1 and (part.num_chunks > 1 or not part.is_last)
     return tokens_bytes(part.model, forward.shape) // forward.shape.share if is_sender else 0
 
 
 def gathered_bytes(part: PlannedPart, forward: ForwardWork) -> int:
-    """Hidden states of a whole micro-batch, where tensor-parallel ranks have shared them."""
+    """Bytes of the gathered hidden states of a micro-batch, where tensor-parallel ranks have shared them."""
     return tokens_bytes(part.model, forward.shape) if forward.shape.sequence_parallel else 0
 
 
 def logit_bytes(part: PlannedPart, head: HeadConfig) -> int:
-    """Of a logit: fp32, or the model's where the recipe asks for it."""
+    """Bytes of a logit: fp32, or the model's dtype where the recipe requests it."""
     return 4 if head.logits_dtype == "fp32" else part.bytes_per_value
 
 
 def with_scales(entries: int, recipe: str | None) -> int:
-    """Bytes of FP8 numbers; MXFP8 has a byte of scale for each 32, the other recipes' scales do not matter."""
+    """Bytes of FP8 numbers; MXFP8 has a scale of one byte for each 32, the other recipes' scales are negligible."""
     return entries + (entries // 32 if recipe == "mxfp8" else 0)

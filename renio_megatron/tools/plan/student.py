@@ -1,4 +1,4 @@
-"""What a rank holds of the student: its weights and their optimizer, and the phases in which it works."""
+"""Memory of the student on a rank: weights, optimizer, and the phases of a step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from renio_megatron.tools.plan.scoring import gathered_bytes, logit_bytes, scori
 from renio_megatron.tools.plan.workload import Workload
 
 Payload = Callable[[bool], int]
-"""Whether a micro-batch's loss reads it now -> bytes of the teacher's hidden states on this rank's device."""
+"""(whether a micro-batch's loss reads it now) -> bytes of the teacher's hidden states on this rank's device."""
 
 
 class PlannedStudent:
-    """The arithmetic of one pipeline rank of the student."""
+    """Memory of one pipeline rank of the student."""
 
     def __init__(self, config: DistillationConfig, part: PlannedPart, work: Workload) -> None:
         self.part = part
@@ -34,11 +34,11 @@ class PlannedStudent:
 
     @property
     def trained(self) -> Tensors:
-        """What has a gradient: all of it, or the adapters."""
+        """Parameters with a gradient: all of the model, or the adapters."""
         return self.part.adapters() if self.part.model.is_frozen else self.part.tensors()
 
     def held(self) -> dict[str, int]:
-        """What is there all the time."""
+        """Bytes that are held all the time, by name."""
         trained, copies = self.trained, self._fp8_copies()
         states = 12 if self._config.train.bf16 else 8
         return {
@@ -49,9 +49,9 @@ class PlannedStudent:
         }
 
     def sampling(self) -> dict[str, int]:
-        """Decoding: keys and values of whole sequences, the pass over the prompts, the draw from whole distributions.
+        """Bytes of decoding: keys and values of whole sequences, the prefill, the draw from full distributions.
 
-        Evaluation decodes in the same way, with all of the rank's problems together unless rollout.micro_batch_size
+        Evaluation decodes in the same way, with all of the rank's problems at once unless rollout.micro_batch_size
         bounds them.
         """
         config, work, it = self._config, self._work, self.part.model.architecture
@@ -78,7 +78,7 @@ class PlannedStudent:
         return found
 
     def update(self, payload: Payload) -> dict[str, dict[str, int]]:
-        """The phases from the student's own scores to the optimizer's step."""
+        """Bytes of the phases from the student's own scores to the optimizer's step."""
         phases = {}
         wanted = self._config.weighting.needs & LOGIT_INPUTS
         if self._config.rollout.student_scores == "recompute" or wanted:
@@ -92,15 +92,16 @@ class PlannedStudent:
         if self.part.is_last:
             phases["loss"] = self._loss(kept, payload(True))
         phases["backward"] = self._backward(kept, again, payload(False))
-        # torch's AdamW makes the roots of all second moments at once; experts have an optimizer of their own.
+        # torch's AdamW makes the roots of all second moments at once; experts have a separate optimizer.
         roots = max(self._optimized(*group) for group in self._groups(self.trained)) * 4
         phases["step"] = {"payload": payload(False), "temporaries": roots}
         return phases
 
     def _fp8_copies(self) -> int:
-        """What its weights take in FP8, as they are and transposed, beside those that the optimizer updates.
+        """Bytes of the FP8 copies of the weights, as they are and transposed, in addition to those that the optimizer
+        updates.
 
-        With fp8_param_gather there are no others; two bytes of FP8 are then in the place of two of bf16.
+        With fp8_param_gather there are no others; two bytes of FP8 then replace two of bf16.
         """
         precision = self._config.precision
         if precision.fp8_param_gather:
@@ -108,24 +109,25 @@ class PlannedStudent:
         return 2 * with_scales(self.part.fp8_entries(precision), precision.fp8_recipe)
 
     def _groups(self, trained: Tensors) -> list[tuple[Sequence[int], int]]:
-        """Parameters that share a gradient buffer and an optimizer, and how many ranks have copies of them."""
+        """Groups of parameters that share a gradient buffer and an optimizer, and the number of ranks with copies of
+        them."""
         return [(trained.dense, self.part.copies), (trained.experts, self.part.expert_copies)]
 
     def _buffer(self, tensors: Sequence[int], copies: int) -> int:
-        """Entries of DDP's gradient buffer. For the distributed optimizer every tensor begins at a multiple of 64, and
-        the end is one of 128 and of the ranks (Megatron's `_ParamAndGradBuffer`; one bucket)."""
+        """Entries of DDP's gradient buffer. For the distributed optimizer every tensor starts at a multiple of 64, and
+        the end is padded to a multiple of 128 and of the ranks (Megatron's `_ParamAndGradBuffer`; one bucket)."""
         if not self._config.parallel.use_distributed_optimizer:
             return sum(tensors)
         return _ceil(sum(_ceil(entries, 64) for entries in tensors), math.lcm(copies, 128))
 
     def _optimized(self, tensors: Sequence[int], copies: int) -> int:
-        """Entries whose moments this rank has; context ranks share them like data ranks."""
+        """Entries whose moments this rank holds; they are sharded over data and context ranks."""
         if not self._config.parallel.use_distributed_optimizer:
             return sum(tensors)
         return -(-sum(tensors) // copies)
 
     def _activations(self) -> tuple[int, int]:
-        """What the layers keep in Megatron's schedule at the most, and what computing some again takes on top."""
+        """Peak bytes that the layers keep in Megatron's schedule, and the extra bytes of recomputation."""
         config, forward, part = self._config, self._forward_work, self.part
         flying = chunks_in_flight(config.parallel, part.pipeline_rank, forward.num_micro_batches)
         each, again = chunk_bytes(part.model, forward.shape, config.train, part.layers_of_chunk)
@@ -137,7 +139,8 @@ class PlannedStudent:
         return kept, again
 
     def _loss(self, kept: int, payload: int) -> dict[str, int]:
-        """The end of a micro-batch's forward pass on the last stage: `kept` of its layers, and the chunked loss."""
+        """Bytes at the end of a micro-batch's forward pass on the last stage: `kept` by its layers, and the chunked
+        loss."""
         part, forward, head = self.part, self._forward_work, self._config.head
         hidden = part.model.architecture.hidden_size
         rows = forward.rows * hidden * part.bytes_per_value
@@ -152,12 +155,12 @@ class PlannedStudent:
         }
 
     def _backward(self, kept: int, again: int, payload: int) -> dict[str, int]:
-        """The beginning of a micro-batch's backward pass, whose widest gradient of a weight is on its way."""
+        """Bytes at the start of a micro-batch's backward pass, with the largest weight gradient in flight."""
         part, is_frozen = self.part, self.part.model.is_frozen
         # A tied head's meets the embedding's on one rank.
         tied = part.model.architecture.tied and part.num_pipeline_ranks == 1 and not is_frozen
         weight = self.trained.largest * part.bytes_per_value * (2 if tied else 1)
-        if part.is_last and not is_frozen:  # the loss has its own in fp32, and gives autograd zeros in its place
+        if part.is_last and not is_frozen:  # the loss keeps it in fp32, and gives autograd zeros instead
             weight = max(weight, part.width * part.model.architecture.hidden_size * (4 + part.bytes_per_value))
         return {
             "activations": kept,

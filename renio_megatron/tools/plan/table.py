@@ -1,4 +1,4 @@
-"""The table of `renio plan`: a line for each thing in memory, a column for each kind of rank."""
+"""The table of `renio plan`: one line per item in memory, one column per kind of rank."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MAX_COLUMNS = 4
 
 
 def plan_table(ranks: Sequence[RankMemory], memory: float | None, reserve: float) -> Table:
-    """What each kind of rank holds, in GiB, or in MiB where all of it is little.
+    """Memory of each kind of rank, in GiB, or in MiB where all numbers are small.
 
     Args:
-        ranks: the plan. Of many kinds only a few are shown, the largest among them.
+        ranks: the plan. With many kinds only a few are shown, the largest included.
         memory: bytes of a GPU; None leaves the last lines out.
-        reserve: bytes of it that are left for what is not counted.
+        reserve: bytes of it that are reserved for uncounted memory.
     """
     largest, shown = max(ranks, key=lambda rank: rank.peak), _shown(ranks)
     unit, factor = ("GiB", 2**30) if (memory or largest.peak) >= 2**30 else ("MiB", 2**20)
@@ -47,7 +47,7 @@ def plan_table(ranks: Sequence[RankMemory], memory: float | None, reserve: float
 
 
 def _shown(ranks: Sequence[RankMemory]) -> list[RankMemory]:
-    """All, or of many the first, the largest and the last; where some only score, of either the largest and the last.
+    """All kinds, or of many the first, the largest and the last; where some only score, the largest and last of each.
 
     The last ranks that train have the loss, the last ones that score the teacher's logits.
     """
@@ -63,7 +63,7 @@ def _shown(ranks: Sequence[RankMemory]) -> list[RankMemory]:
 
 
 def _title(rank: RankMemory, ranks: Sequence[RankMemory]) -> str:
-    """A column's: its pipeline ranks, and where some ranks only score, what it does."""
+    """Title of a column: its pipeline ranks, and where some ranks only score, its task."""
     mine, theirs = rank.student_stage, rank.teacher_stage
     is_split = any(other.student_stage is None for other in ranks)
     num_mine = len({other.student_stage for other in ranks} - {None})

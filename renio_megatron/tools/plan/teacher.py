@@ -1,4 +1,4 @@
-"""What a rank holds of the teacher, and of its hidden states on their way to the loss."""
+"""Memory of the teacher on a rank, and of its hidden states until the loss."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from renio_megatron.tools.plan.workload import Workload
 
 
 class PlannedTeacher(Protocol):
-    """The arithmetic of one rank."""
+    """Memory of a teacher on one rank."""
 
     def held(self) -> dict[str, int]:
-        """What is there all the time."""
+        """Bytes that are held all the time, by name."""
 
     def phases(self) -> dict[str, dict[str, int]]:
-        """What scoring adds, from its pass to the moment when hidden states wait for the loss."""
+        """Bytes that the scoring phases add, from the forward pass until hidden states are stored for the loss."""
 
     def payload(self, in_use: bool) -> int:
-        """Hidden states on this rank's device after that, while the loss of a micro-batch reads them, or not."""
+        """Bytes of hidden states on this rank's device afterwards; `in_use`: while a micro-batch's loss reads
+        them."""
 
 
 class PlannedSharedLayoutTeacher:
@@ -41,7 +42,7 @@ class PlannedSharedLayoutTeacher:
         self._row = part.model.architecture.hidden_size * part.bytes_per_value
 
     def held(self) -> dict[str, int]:
-        """Its weights; none where it is the student's modules."""
+        """Bytes of its weights; none where it uses the student's modules."""
         teacher, student = self._spec.settings, self._student
         if teacher.kind == "initial" and student.part.model.is_frozen:
             return {"teacher's parameters": 0}
@@ -55,7 +56,7 @@ class PlannedSharedLayoutTeacher:
         return {"teacher's parameters": parameter_bytes(self._spec, self._part)}
 
     def phases(self) -> dict[str, dict[str, int]]:
-        """Its pass, after which hidden states may have to be put into the student's order."""
+        """Bytes of its pass, after which hidden states may have to be reordered for the student."""
         found = {"teacher": scoring_bytes(self._part, self._work.teacher, self._config.head)}
         if self._part.is_last:
             found["teacher"]["payload"] = self.payload(False)
@@ -66,7 +67,7 @@ class PlannedSharedLayoutTeacher:
         return found
 
     def payload(self, in_use: bool) -> int:
-        """The step's, or only those of the micro-batch `in_use` and what makes them again."""
+        """Bytes of the step's hidden states, or only of the micro-batch `in_use` with the memory to recompute them."""
         if not self._part.is_last:
             return 0
         kind, forward = self._spec.settings.payload_device, self._work.student
@@ -78,14 +79,14 @@ class PlannedSharedLayoutTeacher:
         return forward.rows * self._row + again
 
     def _moved(self) -> dict[str, int]:
-        """What a pass puts into place."""
+        """Bytes of weights that a pass copies into place: the average in bf16, or offloaded weights."""
         if self._spec.settings.kind == "ema" and self._part.bytes_per_value < 4:
             return {"average in bf16": self._student.trained.count * self._part.bytes_per_value}
         return moved_bytes(self._spec, self._part)
 
 
 class PlannedOwnLayoutTeacher:
-    """A teacher in a layout of its own (`megatron/teacher/own_layout.py`), on the student's ranks or on others."""
+    """A teacher in a separate layout (`megatron/teacher/own_layout.py`), on the student's ranks or on others."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class PlannedOwnLayoutTeacher:
         *,
         hidden_size: int,
     ) -> None:
-        """A rank without a part of the teacher, or of the student, gives None; `hidden_size` is the teacher's."""
+        """`part` or `student` is None on a rank without that model; `hidden_size` is the teacher's."""
         self._config, self._spec, self._part, self._student, self._work = config, spec, part, student, work
         self._row = hidden_size * work.teacher.shape.bytes_per_value
         self._waits_here = spec.settings.payload_device == "device"
@@ -105,19 +106,19 @@ class PlannedOwnLayoutTeacher:
         self._trains = student is not None and student.is_last
 
     def held(self) -> dict[str, int]:
-        """The weights in the teacher's layout, and the LM head once more, cut at the student's vocabulary edges."""
+        """Bytes of the weights in the teacher's layout, and of a copy of the LM head sharded like the student's."""
         found, head = {}, 0
         if self._trains:
             assert self._student is not None
             head = self._student.width * self._row
         if self._part is not None and self._spec.settings.offload is None:
             found["teacher's parameters"] = parameter_bytes(self._spec, self._part)
-        elif self._part is not None:  # its own head stays, too
+        elif self._part is not None:  # its own head also stays
             head += head_bytes(self._part)
         return found | ({"teacher's LM head": head} if head else {})
 
     def phases(self) -> dict[str, dict[str, int]]:
-        """Its pass; hidden states of all its sequences in one table; and their way to the ranks that train them."""
+        """Bytes of its pass, of one table with hidden states of all its sequences, and of their exchange."""
         found: dict[str, dict[str, int]] = {}
         if self._part is not None:
             found["teacher"] = scoring_bytes(self._part, self._work.teacher, self._config.head)
@@ -132,13 +133,13 @@ class PlannedOwnLayoutTeacher:
         if self._trains:
             exchange["payload"] = self.payload(False)
         if exchange:
-            # Of one micro-batch: what this rank gives; what arrives, and again in the order that was asked for.
+            # Of one micro-batch: rows that this rank sends; rows that arrive, and a copy in the requested order.
             traveling = self._work.given_rows * self._scores + 2 * self._piece * self._trains
             found["exchange"] = exchange | {"rows on their way": traveling * self._row}
         return found
 
     def payload(self, in_use: bool) -> int:
-        """This tensor rank's pieces of the step's, and all of the micro-batch `in_use`, gathered from the others."""
+        """Bytes of this tensor rank's pieces of the step, and of the micro-batch `in_use`, gathered from all ranks."""
         if not self._trains:
             return 0
         forward, tensor = self._work.student, self._config.parallel.tensor_model_parallel_size
@@ -150,31 +151,31 @@ class PlannedOwnLayoutTeacher:
 
     @property
     def _piece(self) -> int:
-        """Rows of a micro-batch that wait on one of the student's tensor ranks."""
+        """Rows of a micro-batch that are stored on one of the student's tensor ranks."""
         return -(-self._work.student.rows // self._config.parallel.tensor_model_parallel_size)
 
     @property
     def _table(self) -> int:
-        """Hidden states of all the sequences that the teacher's replica read; each tensor rank keeps its part."""
+        """Bytes of hidden states of all sequences that the teacher's replica read; each tensor rank keeps its part."""
         assert self._part is not None
         rows = -(-self._work.teacher.step_tokens // self._part.parallel.tensor_model_parallel_size)
         return rows * self._row if self._waits_here else 0
 
 
 def parameter_bytes(teacher: TeacherSpec, part: PlannedPart) -> int:
-    """Weights of the teacher's own; in FP8 they are kept in FP8 alone, and never transposed."""
+    """Bytes of a separate teacher's weights; with FP8 they are stored in FP8 only, without a transposed copy."""
     precision = teacher.precision
     entries = part.fp8_entries(precision)
     return (part.tensors().count - entries) * part.bytes_per_value + with_scales(entries, precision.fp8_recipe)
 
 
 def head_bytes(part: PlannedPart) -> int:
-    """The LM head on a rank of the last stage; elsewhere none."""
+    """Bytes of the LM head on a rank of the last stage; elsewhere 0."""
     return part.width * part.model.architecture.hidden_size * part.bytes_per_value * part.is_last
 
 
 def moved_bytes(teacher: TeacherSpec, part: PlannedPart) -> dict[str, int]:
-    """What a pass brings onto the device of weights that wait on the host: all but the LM head."""
+    """Bytes of offloaded weights that a pass copies to the device: all but the LM head."""
     if teacher.settings.offload is None:
         return {}
     return {"teacher's parameters": part.tensors().count * part.bytes_per_value - head_bytes(part)}

@@ -15,12 +15,12 @@ class PassShape:
     """The shape of a pass on one rank.
 
     Attributes:
-        tokens: of a micro-batch on this rank, all rows together.
-        row_length: of them in one row.
+        tokens: tokens of a micro-batch on this rank, all rows together.
+        row_length: tokens in one row.
         rows_joined: whether attention runs sequence by sequence and joins the outputs: packing, context parallelism.
-        tensor, context: ranks of those axes.
+        tensor, context: sizes of those axes.
         sequence_parallel: whether tensor-parallel ranks share the positions between their layers.
-        bytes_per_value: of the model.
+        bytes_per_value: bytes of an element of the model.
         fused_norm: whether the norm saves its input alone, as torch's CUDA kernel (2.9 and later) does. Elsewhere it is
             composed of operations in fp32, which save more.
         expert_model, expert_tensor: ranks that share the experts of a layer, and each expert.
@@ -45,12 +45,12 @@ class PassShape:
 
 @dataclass(frozen=True)
 class ForwardWork:
-    """How one model reads the step's sequences, on one rank.
+    """Forward passes of one model over the step's sequences, on one rank.
 
     Attributes:
-        shape: of a micro-batch.
+        shape: shape of a micro-batch's pass.
         rows: completion tokens of a micro-batch on this rank.
-        num_micro_batches: of a step.
+        num_micro_batches: micro-batches of a step.
         step_tokens: completion tokens of the step's sequences that this data rank has.
         step_rows: those of them that this context rank has.
     """
@@ -64,16 +64,15 @@ class ForwardWork:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step asks of the ranks.
+    """Workload of a step for a rank.
 
     Attributes:
         student, teacher: their passes.
         sampled: sequences that are decoded together.
-        sampled_length: of each, prompt and completion.
-        is_realigned: whether hidden states of a teacher in the student's layout are put into another order, which takes
-            a copy.
-        given_rows: hidden states that a rank of the teacher's last stage gives in a round of their exchange, which is a
-            micro-batch of each of the student's replicas: as many as the others.
+        sampled_length: length of each, prompt and completion.
+        is_realigned: whether hidden states of a teacher in the student's layout are reordered, which takes a copy.
+        given_rows: hidden states that a rank of the teacher's last stage sends in a round of their exchange, which is a
+            micro-batch of each of the student's replicas; the load is assumed to be even.
     """
 
     student: ForwardWork
@@ -113,7 +112,7 @@ def ranks_of(teacher: TeacherSpec, world_size: int) -> tuple[int, int]:
 
 
 def bytes_per_value_of(teacher: TeacherSpec) -> int:
-    """Bytes of a number of the teacher."""
+    """Bytes of an element of the teacher."""
     return 2 if teacher.bf16 else 4
 
 
@@ -125,7 +124,7 @@ def _sequences(config: DistillationConfig, parallel: ParallelConfig, num_ranks: 
 def _forward_work(
     config: DistillationConfig, parallel: ParallelConfig, num_ranks: int, *, bytes_per_value: int, fused: bool
 ) -> ForwardWork:
-    """The passes of a model over its share of the sequences, whose view of them has the same bound for both models."""
+    """The passes of a model over its share of the sequences, whose length has the same bound for both models."""
     train, completion = config.train, config.rollout.max_completion_length
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     sequences = _sequences(config, parallel, num_ranks)

@@ -1,1 +1,1 @@
-"""What a precision does to the method."""
+"""Effect of FP8 and bf16 on the method."""

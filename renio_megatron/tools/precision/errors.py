@@ -1,7 +1,6 @@
-"""What a precision does to the method: errors of everything between log-probabilities and the gradient.
+"""Errors caused by a precision, from log-probabilities to the gradient.
 
-Two sets of scores of the same rollouts are compared, one of them taken for the truth. Nothing here knows models or
-ranks.
+Two sets of scores of the same rollouts are compared, one of them as the reference. Independent of models and ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Scores:
-    """What a student and a teacher say about the whole batch's rollouts.
+    """Scores of the whole batch's rollouts by a student and a teacher.
 
     Attributes:
         student_logp, teacher_logp: log-probability of each sampled token, nats [N].
@@ -36,7 +35,7 @@ class Scores:
     weights: torch.Tensor
 
     def check(self, name: str) -> None:
-        """Raises `NumericsError` where a number is none; `name` says whose they are."""
+        """Raises `NumericsError` where a number is not finite; `name` appears in the message."""
         for field in ("student_logp", "teacher_logp", "divergence", "weights"):
             if not bool(torch.isfinite(getattr(self, field)).all()):
                 raise NumericsError(f"{name}: {field} holds NaN or infinity. There is nothing to compare.")
@@ -49,10 +48,10 @@ def score_errors(found: Scores, expected: Scores) -> dict[str, float]:
     - `divergence/token_relative`: mean of the tokens' absolute errors over the mean divergence;
       `divergence/mean_relative`: error of the mean over the mean, with its sign.
     - `weight/relative_rms`, `weight/relative_max`: of the sequences' relative errors; `weight/rank_correlation`.
-    - `pivotal/flipped`: tokens whose verdict differs, of all tokens; `pivotal/lost`, `pivotal/gained`: of the tokens
-      that are pivotal in `expected` (0 where none is).
-    - `raw_weight/from_1`, `raw_weight/to_1`: sequences whose raw weight was 1 and is not, or the other way about, of
-      all sequences.
+    - `pivotal/flipped`: tokens whose pivotal flag differs, of all tokens; `pivotal/lost`, `pivotal/gained`: of the
+      tokens that are pivotal in `expected` (0 where none is).
+    - `raw_weight/from_1`, `raw_weight/to_1`: sequences whose raw weight was 1 and is not, or the reverse, of all
+      sequences.
     """
     errors: dict[str, float] = {}
     for name in ("student_logp", "teacher_logp"):
@@ -96,7 +95,7 @@ def value_errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float
 
 
 def verdict_errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Shares of tokens whose pivotal verdict differs; both bool [N].
+    """Shares of tokens whose pivotal flag differs; both bool [N].
 
     >>> verdict_errors(torch.tensor([True, False, True, False]), torch.tensor([True, True, False, False]))
     {'pivotal/flipped': 0.5, 'pivotal/lost': 0.5, 'pivotal/gained': 0.5}
@@ -124,14 +123,14 @@ def gradient_sums(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 
 
 def gradient_errors(sums: Mapping[str, list[float]]) -> tuple[dict[str, float], dict[str, str]]:
-    """Figures of the whole gradient and of the worst parameter, and which one that is.
+    """Figures of the whole gradient and of the worst parameter, and the names of the worst parameters.
 
     `gradient/cosine`; `gradient/norm_relative`, the error of the norm with its sign; `gradient/relative`, the norm of
     the error over the norm; `gradient/worst_cosine` and `gradient/worst_relative`, of single parameters. Parameters
     whose gradient is 0 on both sides are left out.
 
     Args:
-        sums: of whole parameters, see `gradient_sums`.
+        sums: sums over whole parameters, see `gradient_sums`.
 
     >>> figures, names = gradient_errors({"a": [4.0, 4.0, 4.0, 0.0], "b": [0.0, 1.0, 1.0, 2.0]})
     >>> figures["gradient/cosine"], figures["gradient/worst_cosine"], names["gradient/worst_cosine"]

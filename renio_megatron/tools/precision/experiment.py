@@ -1,6 +1,6 @@
-"""What a rank does for `renio compare-precision`: the same rollouts in several precisions, then a table.
+"""The experiment of `renio compare-precision`: the same rollouts in several precisions, then a table.
 
-Models are built one after the other; beside a student and its gradient there are never more than a teacher's weights,
+Models are built one after the other; in addition to a student and its gradient there are at most a teacher's weights,
 the teachers' final hidden states, and one copy of the gradient on the host.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from renio_megatron.types import MicroBatch, Rollout
 
 NOISE = "bf16 against fp32"
-"""The column that is not FP8's: what the step from fp32 to bf16 costs on the same rollouts."""
+"""The column without FP8: the error between fp32 and bf16 on the same rollouts."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Precisions:
 
     Attributes:
         baseline: the recipe without FP8; its student draws the rollouts.
-        fp8: the same with student and teacher in FP8.
+        fp8: the recipe with student and teacher in FP8.
         other: the baseline in fp32 where that is bf16, and in bf16 where it is fp32.
     """
 
@@ -51,11 +51,11 @@ class Precisions:
 
 
 def precisions_of(config: DistillationConfig, *, has_fp8: bool) -> Precisions:
-    """What is compared for a recipe: its own FP8 settings where it has them, else `hybrid` with `tensorwise`.
+    """The precisions to compare for a recipe: its own FP8 settings where it has them, else `hybrid` with `tensorwise`.
 
     Args:
         config: the recipe's settings.
-        has_fp8: whether products in FP8 can be had here; where not, they are emulated.
+        has_fp8: whether the device has FP8 products; otherwise they are emulated.
 
     Raises:
         ConfigError: delayed scaling has to be emulated.
@@ -138,7 +138,7 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
 
 
 def describe(precision: PrecisionConfig) -> str:
-    """An FP8 section in words.
+    """An FP8 section as text.
 
     >>> describe(PrecisionConfig(fp8="hybrid", emulate_fp8=True))
     'hybrid, tensorwise, emulated'
@@ -195,10 +195,10 @@ def _no_head() -> LmHead:
 
 
 class _Comparison:
-    """One rank's share of it."""
+    """One rank's share of the comparison."""
 
     def __init__(self, precisions: Precisions, inputs: RunInputs, layout: ParallelLayout) -> None:
-        """`inputs` are the baseline's."""
+        """`inputs` are those of the baseline."""
         self._precisions, self._inputs, self._layout = precisions, inputs, layout
         self._rollouts: list[Rollout] = []
         self._batches: list[MicroBatch] = []
@@ -244,7 +244,7 @@ class _Comparison:
         return build_student(config, self._inputs, self._layout)[0]
 
     def _teacher(self, config: DistillationConfig) -> TeacherTargets:
-        """What a teacher answers; of the teacher only its LM head is kept, where the loss is computed."""
+        """A teacher's targets; of the teacher only its LM head is kept, where the loss is computed."""
         from renio_megatron.runner.build_teachers import build_teacher
         from renio_megatron.training.targets import HiddenStateTargets
 
@@ -281,7 +281,7 @@ class _Comparison:
         )
         seen: dict[int, torch.Tensor] = {}
         loss = WeightedLoss(teacher, sample, config.loss, config.head, on_divergence=seen.__setitem__)
-        # In another dtype the layers may be another backend's, which names some parameters otherwise.
+        # In another dtype the layers may have another backend, which names some parameters differently.
         gradients = {local_name(name): one for name, one in learner.gradients(self._batches, loss).items()}
         divergence = broadcast_token_values([seen[index] for index in sorted(seen)], self._batches, self._layout)
         renio = sample.renio
@@ -312,7 +312,7 @@ class _Comparison:
         return {key: value if value == value else None for key, value in all_figures.items()} | {"worst": worst}
 
     def _sums(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-        """Of whole parameters: every rank adds those of its own."""
+        """The `gradient_sums` of whole parameters, added up over ranks."""
         from renio_megatron.tools.precision.errors import gradient_sums
 
         whole: dict[str, list[float]] = {}

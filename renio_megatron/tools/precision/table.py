@@ -1,4 +1,4 @@
-"""The table of `renio compare-precision`: a line a figure, a column a precision."""
+"""The table of `renio compare-precision`: one line per figure, one column per precision."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def precision_table(found: Mapping[str, Any]) -> Table:
     """The table of a comparison.
 
     Args:
-        found: what is written as precision.json; a figure that is None shows as "-".
+        found: the content of precision.json; a figure that is None shows as "-".
     """
     caption = (
         f"{found['sequences']} sequences, {found['tokens']} tokens, {found['pivotal_tokens']} of them pivotal, "

@@ -1,1 +1,1 @@
-"""What a person sees of finished runs: the table at the end, curves."""
+"""Reports of finished runs: comparison table and curves."""

@@ -1,4 +1,4 @@
-"""The curves of one or several runs in one picture."""
+"""Plot of the metrics of one or several runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from renio_megatron.errors import CheckpointError
 
 Runs: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]
 
-# Okabe and Ito's palette, which stays apart for color-blind readers; a run keeps its color in all panels.
+# Okabe and Ito's palette, distinguishable for color-blind readers; a run keeps its color in all panels.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LOG_SPREAD = 10.0
 SMOOTHING = 20
@@ -27,11 +27,11 @@ SHARE_TICKS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def plot_curves(runs: Runs, path: str | Path) -> None:
-    """Writes a PNG of 1200 x 800 pixels with four panels: accuracy, loss, weights, and what the weight finds.
+    """Writes a PNG of 1200 x 800 pixels with four panels: accuracy, loss, weights, and AUC.
 
     Args:
         runs: name of a run -> its rows of metrics in the order of their steps; any value may be missing.
-        path: the picture. It appears as a whole or not at all; its directory is made.
+        path: the PNG file, written atomically; its directory is created.
 
     Raises:
         CheckpointError: the file cannot be written.

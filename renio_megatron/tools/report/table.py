@@ -1,4 +1,4 @@
-"""The table that closes a comparison: a column a run."""
+"""The comparison table of finished runs: one column per run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in numbers; None where the run has no such value.
+    """Summary numbers of a run; None where the run has no such value.
 
     Attributes:
         name: heading of the run's column.
@@ -72,7 +72,7 @@ def summarize(metrics: Sequence[Mapping[str, Any]], name: str) -> RunSummary:
 
 
 def comparison_table(runs: Sequence[RunSummary]) -> Table:
-    """A table with a column a run and a line a number; a missing value shows as "-"."""
+    """A table with one column per run and one line per number; a missing value shows as "-"."""
     table = Table(title="Comparison of the runs", caption=NOTE, caption_justify="left")
     table.add_column("", no_wrap=True)
     for run in runs:

@@ -1,4 +1,4 @@
-"""One training step each, over roles: a few lines that read as the method does."""
+"""Algorithms: one training step each, written over the protocols of `training/interfaces.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from renio_megatron.types import Prompt
 
 
 class Algorithm(Protocol):
-    """What the trainer repeats."""
+    """One training step and its state, as the trainer calls them."""
 
     def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
         """Tunes the kernels of the steps to come, for micro-batches of at most `num_tokens` completion tokens."""
@@ -20,13 +20,13 @@ class Algorithm(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the next step to be the same."""
+        """The state that a checkpoint must hold for the next step to be the same."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Restores the result of `state`."""
         ...
 
     def close(self) -> None:
-        """Lets go whoever waits for the next step; there is none."""
+        """Releases ranks that wait for the next step, after the last one."""
         ...

@@ -29,8 +29,8 @@ from renio_megatron.types import Prompt, Rollout, SamplingParams
 class Distillation:
     """One optimizer step of on-policy distillation with sample weights.
 
-    The weights are finished before the pipeline starts, from the log-probabilities of the sampled tokens, and their
-    mean is the whole batch's. So the micro-batch size and the layout change nothing.
+    The weights are computed before the pipeline starts, from the log-probabilities of the sampled tokens, and
+    normalized over the whole batch. So they do not depend on the micro-batch size and the layout.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class Distillation:
         is_balanced: bool = False,
         on_rollouts: Callable[[int, Sequence[Rollout], SampleWeights], None] | None = None,
     ) -> None:
-        """Casts the roles.
+        """Sets up a step from its parts.
 
         Args:
-            sampler, teacher, learner: who plays them; several teachers as one.
-            layout: this rank's place; weights are normalized over its data axis.
+            sampler, teacher, learner: the implementations; several teachers as one `MultiTeacher`.
+            layout: this rank's layout; weights are normalized over its data axis.
             sampling_params: how completions are drawn.
-            weighing: the weights, and the divergence that they multiply.
+            weighing: computes the weights; also holds the divergence that they multiply.
             lr_at: learning rate of a step.
-            grader: says whether a completion is right, for the metrics only; None where nothing can be graded.
+            grader: checks whether a completion is right, for metrics and for weightings that need it; None: no grading.
             is_balanced: exchange sequences between data-parallel ranks, so that all have as many tokens.
-            on_rollouts: is shown (step, this rank's rollouts, their weights) after each step.
+            on_rollouts: called with (step, this rank's rollouts, their weights) after each step.
         """
         self.sampler, self.teacher, self.learner = sampler, teacher, learner
         self._layout, self._sampling_params, self._weighing = layout, sampling_params, weighing
@@ -68,11 +68,11 @@ class Distillation:
     def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
         """Tunes the kernels of the steps to come, on a GPU. No collectives.
 
-        The few rows of `renio/pivot_gradient_frac` are never timed.
+        The kernels for the few rows of `renio/pivot_gradient_frac` are never timed.
 
         Args:
             num_tokens: the most completion tokens that a micro-batch can have.
-            report: takes a line about it; None: the log does.
+            report: receives one line about it; None: the line is logged.
         """
         with tuning_reported(self._layout.device, report):
             self.teacher.tune(num_tokens)
@@ -109,7 +109,7 @@ class Distillation:
         return metrics | found | _time_metrics(clock, scored=weighing.needs_pass)
 
     def _verdicts(self, rollouts: Sequence[Rollout]) -> list[bool | None]:
-        """The grader's about each; None where it failed."""
+        """The grader's verdict on each rollout; None where it failed."""
         if self._grader is None:
             raise ConfigError(
                 "the weighting needs verdicts, and nothing is graded. Set data.grader, or choose another weighting."
@@ -117,7 +117,7 @@ class Distillation:
         return [self._grader(rollout) for rollout in rollouts]
 
     def _balance(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Rollouts exchanged between data-parallel ranks where cost follows tokens, that is where they are packed."""
+        """Rollouts, balanced between data-parallel ranks where they are packed, so that the cost follows the tokens."""
         if not self._is_balanced:
             return rollouts
         costs = [
@@ -146,11 +146,11 @@ class Distillation:
         return {"weighting": self._weighting_state}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Restores the result of `state`."""
         self._weighting_state = state["weighting"]
 
     def close(self) -> None:
-        """Lets go of the teacher."""
+        """Releases the ranks of the teacher."""
         self.teacher.close()
 
     def _sample_metrics(
@@ -177,7 +177,7 @@ class Distillation:
 
 
 def _token_columns(sample: SampleWeights, owner: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `token_weight_metrics` wants, where tokens have weights: of each sequence the sums, of all the maximum."""
+    """Inputs of `token_weight_metrics`, where tokens have weights: sums for each sequence, one maximum for all."""
     if sample.token_weights is None:
         return {}
     weights = sample.token_weights.double()
@@ -190,7 +190,7 @@ def _token_columns(sample: SampleWeights, owner: torch.Tensor) -> dict[str, torc
 
 
 def _batch_metrics(columns: Mapping[str, torch.Tensor], weighing: Weighing, names: Sequence[str]) -> dict[str, float]:
-    """Metrics from numbers of all sequences of the step, by name."""
+    """Metrics by name, from values of all sequences of the step."""
     lengths, raw, right = columns["length"], columns.get("raw"), columns.get("right")
     metrics = weight_metrics(columns["weight"], columns["capped"])
     if "token sum" in columns:

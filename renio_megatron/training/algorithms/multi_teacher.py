@@ -1,7 +1,8 @@
-"""Several teachers, each of which scores the sequences that name it: one teacher's parts, put together.
+"""Several teachers behind the interface of one; each scores the sequences that name it.
 
 A sequence has one teacher, and the loss is a sum over sequences; so the loss of a micro-batch is the sum of its
-teachers' losses over their rows, whatever their hidden sizes. Weights know nothing of it: their mean is the batch's.
+teachers' losses over their rows, whatever their hidden sizes. Weights do not depend on it: they are normalized over the
+batch.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ class MultiTeacher:
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], same: Mapping[str, str]) -> None:
-        """`same` gives for each name the one in `teachers` that has its weights."""
+        """`same` maps each name to the one in `teachers` that has its weights."""
         self.names = tuple(same)
         self._teachers = teachers
         self._parts = list(teachers)
         self._part_of_name = {name: self._parts.index(first) for name, first in same.items()}
 
     def prefetch(self, rollouts: Sequence[Rollout]) -> None:
-        """Nothing: ranks that only score answer one teacher's questions after the other's."""
+        """Does nothing: ranks that only score serve one teacher after the other."""
 
     def score(self, rollouts: Sequence[Rollout], student_batches: Sequence[MicroBatch]) -> MultiTeacherTargets:
-        """Every teacher's answer about its own sequences; each is called, also where this rank has none for it."""
+        """Every teacher's targets for its own sequences; each is called, even where this rank has none for it."""
         part_of = torch.tensor([self._part_of_name[rollout.prompt.teacher] for rollout in rollouts])
         name_of = torch.tensor([self.names.index(rollout.prompt.teacher) for rollout in rollouts])
         lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
@@ -57,11 +58,11 @@ class MultiTeacher:
 
     @property
     def averages(self) -> tuple[tuple[Any, torch.Tensor], ...]:
-        """What a checkpoint must hold of all of them."""
+        """The averages of all teachers, for a checkpoint."""
         return tuple(pair for teacher in self._teachers.values() for pair in teacher.averages)
 
     def after_update(self, *, skipped: bool) -> None:
-        """Tells every teacher."""
+        """Notifies every teacher."""
         for teacher in self._teachers.values():
             teacher.after_update(skipped=skipped)
 
@@ -71,14 +72,15 @@ class MultiTeacher:
             teacher.tune(num_tokens)
 
     def close(self) -> None:
-        """Lets every teacher go."""
+        """Releases every teacher's ranks."""
         for teacher in self._teachers.values():
             teacher.close()
 
 
 @dataclass(frozen=True)
 class _Selection:
-    """One teacher's sequences of a micro-batch: them alone, their rows in it, and its number among that teacher's."""
+    """One teacher's sequences of a micro-batch: a micro-batch of them alone, their rows in the whole one, and its index
+    among that teacher's micro-batches."""
 
     micro_batch: MicroBatch
     rows: torch.Tensor
@@ -87,19 +89,20 @@ class _Selection:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one teacher says about its sequences of a rank, and where these are in the student's micro-batches."""
+    """One teacher's targets for its sequences on a rank, and the places of these in the student's micro-batches."""
 
     targets: TeacherTargets
     chosen: Mapping[int, _Selection]
 
 
 class MultiTeacherTargets(TeacherTargets):
-    """Several teachers' answers: the loss of a micro-batch is the sum of theirs over their rows."""
+    """Several teachers' targets: the loss of a micro-batch is the sum of theirs over their rows."""
 
     def __init__(
         self, logp: torch.Tensor, parts: Sequence[_Part], names: tuple[str, ...], name_of: torch.Tensor
     ) -> None:
-        """`logp` is each token's under its sequence's teacher; names may share a part, that is its weights."""
+        """`logp` is each token's log-probability under its sequence's teacher; names with equal weights share a
+        part."""
         self.logp, self.names, self.name_of = logp, names, name_of
         self._parts = parts
         self.payload_bytes = sum(part.targets.payload_bytes for part in parts)
@@ -110,7 +113,7 @@ class MultiTeacherTargets(TeacherTargets):
     def token_inputs(
         self, wanted: frozenset[str], index: int, micro_batch: MicroBatch, inputs: LossInputs
     ) -> dict[str, torch.Tensor]:
-        """Each teacher's of its own rows, put together."""
+        """Each teacher's inputs for its own rows, merged."""
         nothing = inputs.token_scale.new_zeros(len(micro_batch.target_ids))
         found = {name: nothing.clone() for name in wanted}
         for part in self._parts:
@@ -123,7 +126,7 @@ class MultiTeacherTargets(TeacherTargets):
         return found
 
     def micro_batch_loss(self, index: int, micro_batch: MicroBatch, inputs: LossInputs) -> MicroBatchLoss:
-        """Each teacher's loss of its own rows."""
+        """The sum of each teacher's loss over its own rows."""
         assert self.name_of is not None
         device = inputs.hidden.device
         if self._sums is None:
@@ -163,7 +166,7 @@ class MultiTeacherTargets(TeacherTargets):
 
 
 def _select(student_batches: Sequence[MicroBatch], here: torch.Tensor) -> dict[int, _Selection]:
-    """Of each micro-batch that has some of the sequences `here` [B], what they are in it."""
+    """The selection in each micro-batch that has some of the sequences `here` [B], by micro-batch index."""
     found: dict[int, _Selection] = {}
     for index, batch in enumerate(student_batches):
         chosen = here.to(batch.sequence_index.device)[batch.sequence_index]
@@ -184,7 +187,7 @@ def _rows_of(inputs: LossInputs, rows: torch.Tensor) -> LossInputs:
 
 
 def _renumbered(batch: MicroBatch, sequences: torch.Tensor, tokens: torch.Tensor) -> MicroBatch:
-    """The micro-batch with its sequences and tokens counted among the chosen ones alone (two masks)."""
+    """The micro-batch reduced to the chosen sequences and tokens (two masks), renumbered from 0."""
     device = batch.token_index.device
     return replace(
         batch,
@@ -194,7 +197,7 @@ def _renumbered(batch: MicroBatch, sequences: torch.Tensor, tokens: torch.Tensor
 
 
 def _places(chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """For each place of a mask how many are chosen before it."""
+    """For each position of a mask, the number of chosen ones before it."""
     return (chosen.long().cumsum(0) - 1).to(device)
 
 

@@ -19,14 +19,14 @@ from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 
 class Sft:
-    """One optimizer step on the completions that the prompts bring; the loss is the mean over the batch's tokens."""
+    """One optimizer step on the completions given with the prompts; the loss is the mean over the batch's tokens."""
 
     def __init__(self, learner: Learner, *, layout: ParallelLayout, lr_at: Callable[[int], float]) -> None:
-        """`layout` is this rank's place, `lr_at` gives a step's learning rate."""
+        """`layout` is this rank's layout, `lr_at` returns a step's learning rate."""
         self.learner, self._layout, self._lr_at = learner, layout, lr_at
 
     def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
-        """Tunes the kernels of the steps to come; as `Distillation.tune`."""
+        """Tunes the kernels of the steps to come; as in `Distillation.tune`."""
         with tuning_reported(self._layout.device, report):
             self.learner.tune(num_tokens, None)
 
@@ -43,14 +43,14 @@ class Sft:
         return metrics | {"time/train_s": seconds, "rollout/tokens": float(tokens)}
 
     def state(self) -> dict[str, Any]:
-        """Nothing beyond the learner's."""
+        """An empty state: the learner saves its own."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
+        """Does nothing: there is no state."""
 
     def close(self) -> None:
-        """Nobody waits."""
+        """Does nothing: no ranks wait."""
 
 
 def token_cross_entropy(

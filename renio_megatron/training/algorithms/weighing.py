@@ -1,4 +1,4 @@
-"""What a weighting declares, brought together for a rank's rollouts, and the weights that follow."""
+"""Inputs that a weighting declares, collected for a rank's rollouts, and the resulting weights."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from renio_megatron.training.targets import LossInputs, TeacherTargets
 from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 Verdicts = Callable[[], Sequence[bool | None]]
-"""() -> of the grader about each of the rank's rollouts."""
+"""() -> the grader's verdict on each of the rank's rollouts."""
 
 
 @dataclass(frozen=True)
 class Weighing:
-    """How sequences and tokens are weighed.
+    """Weights of sequences and tokens, and the scores that they need.
 
     Attributes:
         weighting: the strategies.
-        report: bounds under which ReNIO tells of the sequences; None: nobody asks.
-        loss, head: the divergence, and how logits are made, for what follows from logits.
+        report: ReNIO's bounds for the reported metrics; None: no report.
+        loss, head: the divergence, and how logits are computed, for inputs that follow from logits.
         recompute: take log p_S from a forward-only pass instead of the sampler.
-        seed: of strategies that draw.
+        seed: seed of strategies that draw random numbers.
     """
 
     weighting: WeightingConfig
@@ -48,18 +48,18 @@ class Weighing:
 
     @property
     def of_logits(self) -> frozenset[str]:
-        """What the weighting needs that only a scoring pass can tell."""
+        """Inputs of the weighting that only a scoring pass can compute."""
         return self.weighting.needs & LOGIT_INPUTS
 
     @property
     def needs_pass(self) -> bool:
-        """Whether the student reads its completions once more before it is updated."""
+        """Whether the student scores its completions in a forward-only pass before the update."""
         return self.recompute or bool(self.of_logits)
 
     def scores(
         self, rollouts: Sequence[Rollout], batches: Sequence[MicroBatch], learner: Learner, targets: TeacherTargets
     ) -> dict[str, torch.Tensor]:
-        """`student_logp` and what else follows from logits, [N]; a forward-only pass where one is needed."""
+        """`student_logp` and the other inputs that follow from logits, [N]; a forward-only pass where one is needed."""
         is_known = not self.recompute and all(rollout.logp is not None for rollout in rollouts)
         known = {"student_logp": flat_logp(rollouts)} if is_known else {}
         wanted = self.of_logits | ({"student_logp"} - known.keys())
@@ -92,13 +92,13 @@ class Weighing:
         """Weights of this rank's sequences, normalized over the optimizer step's.
 
         Args:
-            rollouts: this rank's.
-            scores: of `scores`.
-            targets: what the teacher says of them.
-            layout: where tensors are, and with whom the batch is shared.
+            rollouts: this rank's rollouts.
+            scores: result of `scores`.
+            targets: the teacher's targets for them.
+            layout: the device, and the groups that share the batch.
             step: number of the step.
-            state: of the step before.
-            verdicts: asked where a strategy wants them.
+            state: state of the previous step.
+            verdicts: called where a strategy needs them.
         """
         device = layout.device
         _, owner, _ = flat_completions(rollouts)
@@ -121,7 +121,7 @@ class Weighing:
     def _inputs(
         self, rollouts: Sequence[Rollout], step: int, layout: ParallelLayout, verdicts: Verdicts
     ) -> dict[str, Any]:
-        """What the weighting needs that is known of the rollouts, and nothing else."""
+        """Inputs of the weighting that are known from the rollouts, and no others."""
         numbers = [rollout.prompt.index for rollout in rollouts]
         known: dict[str, Callable[[], Any]] = {
             "sampler_logp": lambda: flat_logp(rollouts),
@@ -143,8 +143,8 @@ class Weighing:
 
 
 def _agreed(verdicts: Sequence[bool | None], layout: ParallelLayout) -> torch.Tensor:
-    """1 right, 0 wrong, NaN where the grader failed, fp32 [B]; of the first rank, for a grader may not say the same
-    twice, and ranks that share sequences must weigh them alike."""
+    """1 right, 0 wrong, NaN where the grader failed, fp32 [B]; broadcast from the first rank, since a grader may not be
+    deterministic, and ranks that share sequences must weight them alike."""
     numbers = [-1.0 if one is None else float(one) for one in verdicts]
     agreed = of_first_model_rank(torch.tensor(numbers, device=layout.device), layout)
     return torch.where(agreed < 0, float("nan"), agreed)

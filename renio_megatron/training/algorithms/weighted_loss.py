@@ -16,9 +16,9 @@ from renio_megatron.types import MicroBatch
 
 
 class WeightedLoss:
-    """Weight x weighted mean divergence of each sequence, summed; whatever the teacher's targets are.
+    """Weight x weighted mean divergence of each sequence, summed, for any kind of teacher targets.
 
-    It waits for no device.
+    Does not synchronize with the device.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class WeightedLoss:
         sampler_logp: torch.Tensor | None = None,
         on_divergence: Callable[[int, torch.Tensor], None] | None = None,
     ) -> None:
-        """Keeps what the rank's whole share of the step has.
+        """Keeps the targets and weights of all the rank's sequences in the step.
 
         Args:
-            targets, sample: of all the rank's sequences, in order.
-            loss, head: the divergence, and how logits are made.
+            targets, sample: the teacher's targets and the weights of all the rank's sequences, in order.
+            loss, head: the divergence, and how logits are computed.
             sampler_logp: log-probability of each token when it was drawn, nats [N]; None where it is not known.
-            on_divergence: is shown each micro-batch's index and the divergence at each of its rows [N], nats.
+            on_divergence: called with each micro-batch's index and the divergence at each of its rows [N], nats.
         """
         self._targets, self._sample, self._loss, self._head = targets, sample, loss, head
         self._sampler_logp, self._on_divergence = sampler_logp, on_divergence
@@ -45,7 +45,8 @@ class WeightedLoss:
     def __call__(
         self, index: int, micro_batch: MicroBatch, hidden: torch.Tensor, head: LmHead
     ) -> tuple[torch.Tensor, float, MetricAccumulator]:
-        """(sum over sequences, number of sequences, metrics); of a rank's pieces where it holds only those."""
+        """(sum over sequences, number of sequences, metrics); of the rank's pieces of sequences under context
+        parallelism."""
         sequences, tokens = micro_batch.sequence_index, micro_batch.token_index
         working = torch.promote_types(hidden.dtype, torch.float32)
         weights, denominators = self._sample.weights[sequences].to(working), self._sample.denominators[sequences]

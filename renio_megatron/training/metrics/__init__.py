@@ -1,1 +1,1 @@
-"""The named scalars of a run: what they mean, how they are summed, where they are written and shown."""
+"""Metrics of a run: their definitions, reductions, sinks, and the progress line."""

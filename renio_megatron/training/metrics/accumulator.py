@@ -1,6 +1,6 @@
-"""A step's numbers as sums and maxima, so that micro-batches and ranks are joined before anything is divided.
+"""Accumulation of a step's metrics as sums and maxima, reduced over micro-batches and ranks before the division.
 
-A number may be a tensor on a device: it is read once, when the step is over.
+A number may be a tensor on a device: it is read once, at the end of the step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _on_host(values: Sequence[_Number]) -> list[float]:
 
 
 class MetricAccumulator:
-    """A step's numbers as sums and maxima, complete enough to be joined with those of other ranks.
+    """A step's metrics as sums and maxima, which can be merged with those of other ranks.
 
     >>> accumulator = MetricAccumulator()
     >>> accumulator.add("rollout/accuracy", 3, 4)
@@ -48,7 +48,7 @@ class MetricAccumulator:
     def add(self, name: str, numerator: _Number, denominator: _Number = 1.0) -> None:
         """Adds a contribution to a mean; a number that every rank knows is added with denominator 1.
 
-        Tensors are added up where they are, in fp64; nobody waits for their device.
+        Tensors are added up where they are, in fp64, without a synchronization with their device.
 
         Raises:
             KeyError: no such metric; the nearest one is named.
@@ -89,7 +89,7 @@ class MetricAccumulator:
         return dict(zip(self._maxima, _on_host(list(self._maxima.values())), strict=True))
 
     def merge(self, other: MetricAccumulator) -> None:
-        """Adds what another micro-batch or rank counted."""
+        """Adds the numbers of another micro-batch or rank."""
         for name, (numerator, denominator) in other._sums.items():
             self.add(name, numerator, denominator)
         for name, value in other._maxima.items():
@@ -107,7 +107,7 @@ class MetricAccumulator:
 
     @classmethod
     def unpack(cls, sums: Sequence[float], maxima: Sequence[float]) -> MetricAccumulator:
-        """Of two lists in the order of `pack`.
+        """The accumulator of two lists in the order of `pack`.
 
         >>> accumulator = MetricAccumulator()
         >>> accumulator.add("loss", 1.5, 2)
@@ -136,7 +136,7 @@ class MetricAccumulator:
 def reduce_metrics(accumulator: MetricAccumulator, layout: ParallelLayout) -> dict[str, float]:
     """The finished metrics of all ranks' accumulators, equal on every rank.
 
-    Tensor ranks hold the same numbers, so the first one speaks for them; stages that computed nothing hold none.
+    Tensor ranks hold the same numbers, so the first one reports for them; stages that computed nothing hold none.
     """
     if layout.world_size == 1:
         return accumulator.result()

@@ -1,4 +1,4 @@
-"""Live progress of a run: one moving line on a terminal, plain lines anywhere else."""
+"""Progress display of a run: one live line on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AVERAGED_STEPS = 20
 
 
 class Progress:
-    """A context manager that shows how far a run is; made on rank 0 only.
+    """A context manager that shows the progress of a run; made on rank 0 only.
 
     On a terminal it is one line with a bar, and evaluations stay as lines above it. Elsewhere (a log file, a pipe) it
     is a line for the first step, the last one and those with an evaluation, and for others at most every
@@ -114,7 +114,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _compact(value: float, digits: int = 3) -> str:
-    """Of a width that hardly moves from step to step."""
+    """The value as text of nearly constant width."""
     return f"{value:.{digits}f}" if 0.01 <= abs(value) < 100.0 or value == 0.0 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""The table of metrics: their names, units, and how ranks are reduced to one number."""
+"""The table of metrics: names, units, and reductions over ranks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """What a scalar means.
+    """Definition of a metric.
 
     Attributes:
-        unit: unit, without brackets; `1` for a pure number or a share.
+        unit: without brackets; `1` for a pure number or a share.
         reduction: over micro-batches and ranks, `mean` (sum of numerators over sum of denominators; a number that is
             equal on every rank is its own mean), `root_mean` (its square root, of sums of squares) or `max`.
-        description: one line for people.
+        description: one line of explanation.
     """
 
     unit: str
@@ -87,22 +87,22 @@ RENAMED_METRICS = {
     "renio/ess_frac": "weight/ess_frac",
     "renio/cap_frac": "weight/cap_frac",
 }
-"""Name in runs of earlier versions -> name."""
+"""Name in runs of earlier versions -> current name."""
 
-# Those with a part of the name left open stay out of accumulators, whose ranks must all know the same names.
+# Names with a placeholder stay out of accumulators, whose ranks must all know the same names.
 MEANS = tuple(name for name, metric in METRICS.items() if metric.reduction in ("mean", "root_mean") and "*" not in name)
 MAXIMA = tuple(name for name, metric in METRICS.items() if metric.reduction == "max" and "*" not in name)
 ORDER = {name: number for number, name in enumerate(METRICS)}
 
 
 def family_of(name: str) -> str:
-    """The key of `METRICS` for a name: itself, or the one that leaves its middle open."""
+    """The key of `METRICS` for a name: the name itself, or the one with a placeholder in its middle."""
     first, middle, last = (*name.split("/"), "", "")[:3]
     return name if not (middle and last) else f"{first}/*/{last}"
 
 
 def metric_of(name: str) -> Metric:
-    """The metric of a name; raises KeyError that names the nearest one."""
+    """The metric of a name; for an unknown one raises a KeyError that suggests the nearest."""
     if name in RENAMED_METRICS:
         raise KeyError(f"the metric {name!r} is called {RENAMED_METRICS[name]!r} now.")
     if name not in METRICS:

@@ -1,4 +1,4 @@
-"""Where the metrics of a run are written."""
+"""Sinks that write a run's metrics: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from renio_megatron.files import JsonLines, output_error, parse_row
 from renio_megatron.training.metrics.registry import METRICS, ORDER, RENAMED_METRICS, family_of, metric_of
 
 Observer: TypeAlias = Callable[[int, dict[str, float]], None]
-"""(step, metrics): a sink's `write`, a progress line's `update`."""
+"""(step, metrics) -> None: a sink's `write`, a progress line's `update`."""
 
 
 class JsonlSink(JsonLines):
-    """`metrics.jsonl`: one JSON object a line, keys in the order of `METRICS`; only whole lines are ever written.
+    """`metrics.jsonl`: one JSON object per line, keys in the order of `METRICS`; only whole lines are ever written.
 
     An existing file is continued; see `JsonLines` for its arguments and errors.
     """
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Appends the row of `step`; a value that is None is not known, and left out.
+        """Appends the row of `step`; a value that is None is left out.
 
         Raises:
             NumericsError: a value is NaN or infinite.
@@ -32,10 +32,10 @@ class JsonlSink(JsonLines):
 
 
 class TensorBoardSink:
-    """The same scalars for TensorBoard.
+    """The same scalars as TensorBoard events.
 
     Args:
-        directory: where the event files go; it is made.
+        directory: where the event files go; it is created.
         purge_step: first step that a resumed run writes again; TensorBoard hides older events from there on.
 
     Raises:
@@ -77,7 +77,7 @@ class TensorBoardSink:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file that `JsonlSink` wrote, in its order; a half-written last line is left out.
 
-    Metrics of an earlier version have their names of today.
+    Metrics of an earlier version get their current names.
 
     Raises:
         CheckpointError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""What tells of weights that do nothing, or too much, from the whole batch's."""
+"""Metrics of the whole batch's weights: mean, maximum, effective sample size, ReNIO's raw weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from renio_megatron.config.sections.weighting import RenioWeighting
 
 
 def weight_metrics(weights: torch.Tensor, is_capped: torch.Tensor) -> dict[str, float]:
-    """Of the weights of all sequences of a step, and of those that a strategy's cap has cut, [B] each.
+    """Metrics of the weights of all sequences of a step, and of those that a strategy's cap bounds, [B] each.
 
     >>> weight_metrics(torch.tensor([0.5, 1.5]), torch.tensor([False, True]))
     {'weight/mean': 1.0, 'weight/max': 1.5, 'weight/ess_frac': 0.800000011920929, 'weight/cap_frac': 0.5}
@@ -22,11 +22,11 @@ def weight_metrics(weights: torch.Tensor, is_capped: torch.Tensor) -> dict[str, 
 
 
 def token_weight_metrics(sums: torch.Tensor, most: torch.Tensor) -> dict[str, float]:
-    """Of the weights of all tokens of a step.
+    """Metrics of the weights of all tokens of a step.
 
     Args:
-        sums: their number, their sum and the sum of their squares [3].
-        most: the largest.
+        sums: number, sum and sum of squares of the weights [3].
+        most: the largest weight.
 
     >>> token_weight_metrics(torch.tensor([2.0, 2.0, 2.5]), torch.tensor(1.5))
     {'weight/token_mean': 1.0, 'weight/token_max': 1.5, 'weight/token_ess_frac': 0.800000011920929}
@@ -40,9 +40,9 @@ def token_weight_metrics(sums: torch.Tensor, most: torch.Tensor) -> dict[str, fl
 
 
 def renio_metrics(raw: torch.Tensor, settings: RenioWeighting) -> dict[str, float]:
-    """Of ReNIO's raw weights of all sequences of a step [B].
+    """Metrics of ReNIO's raw weights of all sequences of a step [B].
 
-    One counts as at the ceiling where its mean log ratio is within 1e-4 nats of it, which rounding may cost.
+    A weight counts as at the ceiling where its mean log ratio is within 1e-4 nats of it, to allow for rounding.
 
     >>> found = renio_metrics(torch.tensor([1.0, 3.0]), RenioWeighting())
     >>> found["renio/raw_weight_mean"], found["renio/unit_weight_frac"]
