@@ -73,5 +73,5 @@ class RunStopped(Exception):
     """A run that stopped on request with its state saved; not an error. `step` is the last completed step."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by SIGTERM after step {step}; the same command goes on")
+        super().__init__(f"stopped by SIGTERM after step {step}; the same command resumes it")
         self.step = step

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a machine with a GPU has to show, in stages; each measurement is written as soon as it is there. Installs nothing,
-# downloads nothing. Run again, it goes on where it ended and repeats nothing that has a result.
+# downloads nothing. Run again, it resumes where it ended and repeats nothing that has a result.
 #   ./scripts/gpu_check.sh                     all stages
 #   ./scripts/gpu_check.sh smoke               the first minute; ./scripts/gpu_check.sh --list names the others
 #   ./scripts/gpu_check.sh --seconds 520       no longer than that

@@ -1,6 +1,6 @@
 """Tables of docs/ from the files of the stages: `scripts/gpu_check.sh --tables FOLDER`.
 
-A page has places of the form `<!-- gpu_check NAME -->` ... `<!-- end -->`; what stands between is written anew where
+A page has places of the form `<!-- gpu_check NAME -->` ... `<!-- end -->`; what stands between is rewritten where
 the folder has that table's stage, and stays where it has not.
 """
 

@@ -23,10 +23,10 @@ commands:
   train              distil a teacher into a student, as a recipe says
   sft                fine-tune on given completions, as a recipe says
   preview            show the first prompts as student and teacher see them, and what ends completions
-  plan               say what a recipe will hold in each GPU's memory, without running it
+  plan               show what a recipe will hold in each GPU's memory, without running it
   export             write a checkpoint of a run as a Hugging Face model directory
   doctor             look at versions, devices, links and the loss in a layout before a run
-  compare-precision  say what FP8 does to a recipe's weights and gradient, on the same rollouts
+  compare-precision  show what FP8 does to a recipe's weights and gradient, on the same rollouts
 """
 _EPILOG = """\
 examples:

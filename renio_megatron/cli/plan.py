@@ -67,21 +67,9 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
 
 def _layout(config: DistillationConfig, ranks: int) -> str:
     parallel, trainers = config.parallel, ranks - config.num_teacher_ranks
-    sizes = {
-        "TP": parallel.tensor_model_parallel_size,
-        "PP": parallel.pipeline_model_parallel_size,
-        "VPP": parallel.virtual_pipeline_model_parallel_size or 1,
-        "CP": parallel.context_parallel_size,
-        "DP": trainers // parallel.model_ranks,
-        "EP": parallel.expert_model_parallel_size,
-    }
-    layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "TP")
-    if parallel.expert_tensor_parallel_size is not None:
-        layout += f", expert TP {parallel.expert_tensor_ranks}"
     more = [
         text
         for text, is_so in (
-            ("sequence parallelism", parallel.sequence_parallel),
             ("distributed optimizer", parallel.use_distributed_optimizer),
             (_dtype(config.train.bf16), True),
             (f"recompute {config.train.recompute_granularity}", config.train.recompute_granularity is not None),
@@ -94,7 +82,7 @@ def _layout(config: DistillationConfig, ranks: int) -> str:
         more.append(f"teacher {teacher_words(parallel, config.teacher, trainers)}")
     on = f"{ranks} ranks" if trainers == ranks else f"{trainers} of {ranks} ranks"
     named = (f"{one.name + ': ' if one.name else ''}{one.settings.model or 'itself'}" for one in config.teachers)
-    return f"{config.model} learns from {', '.join(named)}; {on}: {layout}; {', '.join(more)}"
+    return f"{config.model} learns from {', '.join(named)}; {on}: {parallel.describe(trainers)}; {', '.join(more)}"
 
 
 def _dtype(bf16: bool | None) -> str:

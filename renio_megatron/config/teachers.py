@@ -184,14 +184,8 @@ def teacher_words(parallel: ParallelConfig, teacher: TeacherConfig, student_rank
     >>> teacher_words(ParallelConfig(), own, 4)
     'TP 1 x PP 1 x DP 2 on 2 ranks of its own'
     """
-    resolved, own = teacher_parallel(parallel, teacher), num_teacher_ranks(parallel, teacher)
-    sizes = {
-        f"TP {resolved.tensor_model_parallel_size}": True,
-        "SP": resolved.sequence_parallel,
-        f"PP {resolved.pipeline_model_parallel_size}": True,
-        f"DP {(own or student_ranks) // resolved.model_ranks}": True,
-    }
-    layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
+    own = num_teacher_ranks(parallel, teacher)
+    layout = teacher_parallel(parallel, teacher).describe(own or student_ranks)
     return f"{layout} on {own} rank{'s' * (own > 1)} of its own" if own else f"{layout} on the same ranks"
 
 

@@ -133,7 +133,7 @@ class PromptStream:
         if record.teacher not in self._teacher_views:
             raise DataError(
                 f"{record.where}: column {self._config.teacher_key!r} names the teacher {record.teacher!r}; "
-                f"teacher.routes has {', '.join(self._teacher_views)}. Mend the record, or add the teacher."
+                f"teacher.routes has {', '.join(self._teacher_views)}. Fix the record, or add the teacher."
             )
         return record.teacher
 
@@ -172,7 +172,7 @@ def number_in(prompt: Prompt, column: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
         raise DataError(
             f"prompt {prompt.index}: its record has {value!r} in the column {column!r}, where the weighting reads a "
-            "number. Mend the record, or leave it out."
+            "number. Fix the record, or leave it out."
         )
     return float(value)
 

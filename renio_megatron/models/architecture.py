@@ -213,7 +213,7 @@ def notices(directory: Path) -> list[str]:
     found, old, new = [], values.get("rope_scaling"), values.get("rope_parameters")
     if old and new and old != new:
         found.append(
-            f"{path} has rope_parameters beside rope_scaling: as in transformers, rope_scaling={old} is in force, and "
+            f"{path} has rope_parameters beside rope_scaling: as in transformers, rope_scaling={old} is used, and "
             "the other is not read. Remove one of them."
         )
     parameters = _read_by_transformers(path, values).rope_parameters
@@ -261,7 +261,7 @@ def _read_by_transformers(path: Path, values: dict[str, Any]) -> Any:
             return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
     except Exception as error:  # whatever transformers raises for a wrong value: there is no common class
         raise ConfigError(
-            f"{path}: transformers refuses it ({' '.join(str(error).split())}). Mend it, or save the model again with "
+            f"{path}: transformers refuses it ({' '.join(str(error).split())}). Fix it, or save the model again with "
             "save_pretrained."
         ) from error
 

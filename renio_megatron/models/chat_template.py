@@ -54,8 +54,8 @@ class ChatTemplate:
         if "strftime_now(" in fixed:
             raise ConfigError(
                 f"{_name(tokenizer)} calls strftime_now with something else than a text in quotes, so its date cannot "
-                "be held still: a run that goes on tomorrow would read other prompts. Write the format there, or the "
-                "date itself."
+                "be held still: a run that is resumed tomorrow would read other prompts. Write the format there, or "
+                "the date itself."
             )
         return cls(tokenizer, fixed, has_date=count > 0)
 
@@ -82,7 +82,7 @@ class ChatTemplate:
             )
         except Exception as error:  # Jinja's, and whatever a template's own expressions raise
             raise DataError(
-                f"{where}: {self.name} fails on it: {type(error).__name__}: {_words(error)} Mend the template; or set "
+                f"{where}: {self.name} fails on it: {type(error).__name__}: {_words(error)} Fix the template; or set "
                 "data.chat=false and write the turns into data.student_template."
             ) from error
 
@@ -92,7 +92,7 @@ class ChatTemplate:
         if self.has_date:
             found.append(
                 f"{self.name} writes the date. The date of the run's start is kept in its directory, so that it reads "
-                "the same prompts when it goes on another day."
+                "the same prompts when it is resumed another day."
             )
         if header := self._missing_header():
             found.append(

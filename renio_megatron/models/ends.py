@@ -83,7 +83,7 @@ def ends_of(
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{path} cannot be read: {error}. It should hold a JSON object whose eos_token_id, if it has one, is a "
-                "token or a list of them, and whose stop_strings are texts. Mend it, or remove it: the tokenizer's end "
+                "token or a list of them, and whose stop_strings are texts. Fix it, or remove it: the tokenizer's end "
                 "token then ends completions."
             ) from error
     return Ends(tuple(sorted(tokens)), tuple(dict.fromkeys(strings)))

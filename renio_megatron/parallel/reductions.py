@@ -9,7 +9,7 @@ from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.vocab import gather_in_rank_order
 
 
-def sum_pieces(values_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def sum_over_cp(values_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Sum of additive per-sequence values over the ranks that share the sequences; one collective.
 
     Args:
@@ -116,7 +116,7 @@ def of_first_model_rank(values_B: torch.Tensor, layout: ParallelLayout) -> torch
     axes = (layout.tensor, layout.pipeline, layout.context)
     mine = values_B if all(axis.is_first for axis in axes) else torch.zeros_like(values_B)
     for axis in axes:
-        mine = sum_pieces(mine, axis.group)
+        mine = sum_over_cp(mine, axis.group)
     return mine
 
 

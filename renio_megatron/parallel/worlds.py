@@ -20,7 +20,7 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 
 @dataclass
-class Bridge:
+class WorldBridge:
     """The connection between the two worlds.
 
     Attributes:
@@ -51,7 +51,7 @@ class Bridge:
         self._calls += 1
 
 
-def join_two_worlds(backend: str, timeout: datetime.timedelta, num_teacher_ranks: int) -> Bridge:
+def join_two_worlds(backend: str, timeout: datetime.timedelta, num_teacher_ranks: int) -> WorldBridge:
     """Initializes torch.distributed for this rank's half of the ranks; the last `num_teacher_ranks` only score."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     num_trainers = size - num_teacher_ranks
@@ -63,7 +63,7 @@ def join_two_worlds(backend: str, timeout: datetime.timedelta, num_teacher_ranks
         world_size=num_teacher_ranks if is_teacher_rank else num_trainers,
         timeout=timeout,
     )
-    return Bridge(axis_of(_group(backend, dist.PrefixStore("bridge", store), rank, size, timeout)), store)
+    return WorldBridge(axis_of(_group(backend, dist.PrefixStore("bridge", store), rank, size, timeout)), store)
 
 
 def _group(backend: str, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:

@@ -20,16 +20,7 @@ def finished_message(config: JobConfig) -> str:
 def describe_run(config: JobConfig) -> str:
     """One line about a run: student, teachers, and numbers of ranks."""
     parallel, train = config.parallel, config.train
-    sizes = {
-        f"TP {parallel.tensor_model_parallel_size}": True,
-        "SP": parallel.sequence_parallel,
-        f"PP {parallel.pipeline_model_parallel_size}": True,
-        f"VPP {parallel.virtual_pipeline_model_parallel_size}": parallel.virtual_pipeline_model_parallel_size,
-        f"CP {parallel.context_parallel_size}": parallel.context_parallel_size > 1,
-        f"DP {_trainers(config) // parallel.model_ranks}": True,
-        f"EP {parallel.expert_model_parallel_size}": parallel.expert_model_parallel_size > 1,
-    }
-    layout = " x ".join(name for name, is_shown in sizes.items() if is_shown)
+    layout = parallel.describe(_trainers(config))
     what = f"{config.model} on its solutions"
     if isinstance(config, DistillationConfig):
         weighting = " x ".join(part.name for part in config.weighting.parts)

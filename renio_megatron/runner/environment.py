@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import renio_megatron
-from renio_megatron.config import LoraConfig, PrecisionConfig
+from renio_megatron.config import LoraConfig, ParallelConfig, PrecisionConfig
 from renio_megatron.megatron.model.backend import describe_backend
 from renio_megatron.parallel.collectives import gather_objects
 from renio_megatron.parallel.layout import ParallelLayout, device_name
@@ -42,13 +42,16 @@ def world_line(layout: ParallelLayout, reports: list[tuple[str, str, str]]) -> s
         reports: (node, versions, device) of each rank.
 
     >>> world_line(ParallelLayout(), [("a", "torch 2.13.0", "cpu")])
-    'world of 1 rank on 1 node, TP 1 x PP 1 x CP 1 x DP 1; no backend, cpu; torch 2.13.0; rendezvous 0.0 s'
+    'world of 1 rank on 1 node, TP 1 x PP 1 x DP 1; no backend, cpu; torch 2.13.0; rendezvous 0.0 s'
     """
     nodes = len({node for node, _, _ in reports})
-    axes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "DP": layout.data}
-    if layout.expert_model.size > 1:  # within the ranks of the other axes
-        axes["EP"] = layout.expert_model
-    sizes = " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout.tensor.size,
+        pipeline_model_parallel_size=layout.pipeline.size,
+        context_parallel_size=layout.context.size,
+        expert_model_parallel_size=layout.expert_model.size,
+    )
+    sizes = parallel.describe(layout.data.size * parallel.model_ranks)
     backend = dist.get_backend() if dist.is_initialized() else "no backend"
     return (
         f"world of {_count(layout.world_size, 'rank')} on {_count(nodes, 'node')}, {sizes}; {backend}, "

@@ -289,7 +289,7 @@ def _check_samples(needs: Collection[str], prompts: Sequence[Prompt], *, is_grad
 def _check_rows(config: JobConfig, prompts: Sequence[Prompt]) -> None:
     """Raises `DataError` where given completions are longer than a packed row."""
     batch_layout = BatchLayout(
-        0, max_tokens=config.train.max_tokens_per_micro_batch, context_size=config.parallel.context_parallel_size
+        0, max_tokens=config.train.max_tokens_per_micro_batch, cp_size=config.parallel.context_parallel_size
     )
     given = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
     collate(given, audience="student", batch_layout=batch_layout)

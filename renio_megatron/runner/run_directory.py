@@ -186,7 +186,7 @@ class RunDirectory:
         if changed:
             longer = [line for line in changed if line.startswith("train.train_iters:")]
             more = (
-                f" A longer run goes on from this one's end with checkpoint.load={self.path} and another output_dir."
+                f" A longer run continues from this one's end with checkpoint.load={self.path} and another output_dir."
                 if longer
                 else ""
             )
@@ -212,7 +212,8 @@ class RunDirectory:
             raise ConfigError(
                 f"output_dir {str(self.path)!r} holds a run that began with other files: what these settings name has "
                 f"changed since: {', '.join(changed)}. Put back what was there to continue it; start again with "
-                f"--fresh; or go on from its newest checkpoint with checkpoint.load={self.path} and another output_dir."
+                f"--fresh; or continue from its newest checkpoint with checkpoint.load={self.path} and another "
+                "output_dir."
             )
 
     def _check_start(self, recipe: Recipe, fresh: bool) -> None:
@@ -238,10 +239,10 @@ class RunDirectory:
         old = self.config.read_text(encoding="utf-8")
         changed, before = changes(old, recipe.config), of_before(old, recipe.config)
         if changed:
-            logger.warning("%s goes on with other settings: %s", self.path, "; ".join(changed))
+            logger.warning("%s resumes with other settings: %s", self.path, "; ".join(changed))
         if before:
             logger.warning(
-                "%s was begun by an earlier version: %s. %s is written anew.", self.path, before, self.config.name
+                "%s was begun by an earlier version: %s. %s is rewritten.", self.path, before, self.config.name
             )
         if changed or before:
             _write(self.config, new)

@@ -203,7 +203,7 @@ BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
     ),
     "a generation config that is no object": (
         lambda _: ["model=MODELS/odd_generation"],
-        ("odd_generation/generation_config.json cannot be read", "eos_token_id", "Mend it, or remove it"),
+        ("odd_generation/generation_config.json cannot be read", "eos_token_id", "Fix it, or remove it"),
     ),
     "a model of few positions": (
         lambda folder: [*_rows("path")(folder), "teacher.model=MODELS/short", "rollout.max_completion_length=16"],

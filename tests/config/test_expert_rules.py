@@ -181,7 +181,7 @@ def test_the_losses_of_pieces_add_up():
 @pytest.mark.parametrize("max_tokens", [None, 8])
 def test_every_token_that_is_read_knows_its_sequence(max_tokens):
     rollouts = [Rollout(Prompt(i, (1,) * length, (1,) * length), (2, 3)) for i, length in enumerate((2, 4))]
-    (batch,) = collate(rollouts, audience="student", batch_layout=BatchLayout(9, 2, max_tokens, tensor_pieces=2))
+    (batch,) = collate(rollouts, audience="student", batch_layout=BatchLayout(9, 2, max_tokens, sp_size=2))
     expected = [[0] * 3 + [1] * 5] if max_tokens else [[0] * 3 + [-1] * 3, [1] * 5 + [-1]]
     assert batch.sequence_of.tolist() == expected
     assert ((batch.token_ids == 9) == (batch.sequence_of == -1)).all()

@@ -28,10 +28,10 @@ INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipe
 @pytest.mark.parametrize(
     ("overrides", "world", "words"),
     [
-        (["parallel.tensor_model_parallel_size=2"], 3, ["takes 2 ranks", "tensor 2", "world of 3", "--nproc"]),
-        (["parallel.pipeline_model_parallel_size=4"], 2, ["takes 4 ranks", "pipeline 4", "world of 2"]),
+        (["parallel.tensor_model_parallel_size=2"], 3, ["takes 2 ranks", "TP 2", "world of 3", "--nproc"]),
+        (["parallel.pipeline_model_parallel_size=4"], 2, ["takes 4 ranks", "PP 4", "world of 2"]),
         (["train.global_batch_size=6", "train.micro_batch_size=2"], 2, ["=6", "multiple of 4"]),
-        (["parallel.context_parallel_size=4"], 2, ["takes 4 ranks", "context 4", "world of 2"]),
+        (["parallel.context_parallel_size=4"], 2, ["takes 4 ranks", "CP 4", "world of 2"]),
         (["parallel.virtual_pipeline_model_parallel_size=2"], 1, ["would be ignored", "one pipeline rank"]),
         (
             [*INTERLEAVED, "train.global_batch_size=6", "train.micro_batch_size=2"],

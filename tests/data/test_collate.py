@@ -20,7 +20,7 @@ THREE = [
 
 def test_layout_by_hand():
     # Rows: (5,6,7), (5), (4,5,6,7,7): the longest has 5 tokens, rounded up to 6.
-    first, second = collate(THREE, audience="student", batch_layout=BatchLayout(0, 2, tensor_pieces=3))
+    first, second = collate(THREE, audience="student", batch_layout=BatchLayout(0, 2, sp_size=3))
     assert first.token_ids.tolist() == [[5, 6, 7, 0, 0, 0], [5, 0, 0, 0, 0, 0]]
     assert first.row_index.tolist() == [1, 2, 6]
     assert first.target_ids.tolist() == [7, 8, 9]
@@ -122,7 +122,7 @@ def test_packed_rows_by_hand():
 
 
 def test_packed_rows_are_padded_at_their_end_for_sequence_parallelism():
-    (batch,) = collate(THREE, audience="student", batch_layout=BatchLayout(0, max_tokens=99, tensor_pieces=4))
+    (batch,) = collate(THREE, audience="student", batch_layout=BatchLayout(0, max_tokens=99, sp_size=4))
     assert batch.token_ids.tolist() == [[5, 6, 7, 5, 4, 5, 6, 7, 7, 0, 0, 0]]
     assert batch.boundaries == (0, 3, 4, 12)
 
@@ -135,7 +135,7 @@ def test_a_sequence_that_no_packed_row_can_hold_is_named():
 def test_context_ranks_hold_mirrored_chunks_by_hand():
     # Two ranks, so rows are a multiple of 4 long: (5,6,7,0) and (5,0,0,0). Rank 0 has positions 0 and 3.
     both = [
-        collate(THREE[:2], audience="student", batch_layout=BatchLayout(0, 2, context_size=2, context_rank=rank))[0]
+        collate(THREE[:2], audience="student", batch_layout=BatchLayout(0, 2, cp_size=2, cp_rank=rank))[0]
         for rank in range(2)
     ]
     assert [batch.token_ids.tolist() for batch in both] == [[[5, 0], [5, 0]], [[6, 7], [0, 0]]]
@@ -149,17 +149,17 @@ def test_context_ranks_hold_mirrored_chunks_by_hand():
 
 
 @pytest.mark.parametrize("max_tokens", [None, 12, 40])
-@pytest.mark.parametrize(("context_size", "tensor_pieces"), [(1, 1), (2, 1), (2, 2), (3, 2), (4, 3)])
+@pytest.mark.parametrize(("cp_size", "sp_size"), [(1, 1), (2, 1), (2, 2), (3, 2), (4, 3)])
 @pytest.mark.parametrize("view", ["student", "teacher"])
-def test_all_pieces_together_hold_every_completion_token_once(view, context_size, tensor_pieces, max_tokens):
+def test_all_pieces_together_hold_every_completion_token_once(view, cp_size, sp_size, max_tokens):
     token_ids, _, _ = flat_completions(THREE)
     seen, rows = [], set()
-    for rank in range(context_size):
-        batch_layout = BatchLayout(0, 2, max_tokens, tensor_pieces, context_size, rank)
+    for rank in range(cp_size):
+        batch_layout = BatchLayout(0, 2, max_tokens, sp_size, cp_size, rank)
         for batch in collate(THREE, audience=view, batch_layout=batch_layout):
             assert torch.equal(token_ids[batch.token_index], batch.target_ids)
-            assert batch.token_ids.shape[1] % tensor_pieces == 0
-            assert batch.token_ids.shape[1] * context_size == batch.row_length
+            assert batch.token_ids.shape[1] % sp_size == 0
+            assert batch.token_ids.shape[1] * cp_size == batch.row_length
             rows.add(batch.row_length)
             seen += batch.token_index.tolist()
             for place, owner, token in zip(batch.row_index, batch.owner, batch.token_index, strict=True):
@@ -170,4 +170,4 @@ def test_all_pieces_together_hold_every_completion_token_once(view, context_size
                 assert batch.position_ids.flatten()[place] == len(ids) - 1 + earlier
                 assert batch.token_ids.flatten()[place] == (ids + sequence.completion_ids)[len(ids) - 1 + earlier]
     assert sorted(seen) == list(range(6))
-    assert all(length % (2 * context_size) == 0 for length in rows) or context_size == 1
+    assert all(length % (2 * cp_size) == 0 for length in rows) or cp_size == 1

@@ -43,13 +43,13 @@ def test_few_sequences_are_packed_one_by_one() -> None:
     assert pack([10, 10, 10], 10) == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize(("context_size", "tensor_pieces"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 8)])
-def test_packed_rows_compute_few_tokens_that_do_not_exist(context_size: int, tensor_pieces: int) -> None:
+@pytest.mark.parametrize(("cp_size", "sp_size"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 8)])
+def test_packed_rows_compute_few_tokens_that_do_not_exist(cp_size: int, sp_size: int) -> None:
     rollouts = [Rollout(Prompt(i, (5,) * n, (5,) * n), (6,) * 24) for i, n in enumerate(_lengths(64))]
     exist = sum(len(rollout.prompt.student_ids) + len(rollout.completion_ids) - 1 for rollout in rollouts)
-    packed = collate(rollouts, audience="student", batch_layout=BatchLayout(0, 1, 2048, tensor_pieces, context_size))
+    packed = collate(rollouts, audience="student", batch_layout=BatchLayout(0, 1, 2048, sp_size, cp_size))
     computed = sum(batch.row_length for batch in packed)
-    padded = collate(rollouts, audience="student", batch_layout=BatchLayout(0, 4, None, tensor_pieces, context_size))
+    padded = collate(rollouts, audience="student", batch_layout=BatchLayout(0, 4, None, sp_size, cp_size))
     assert exist <= computed <= 1.05 * exist
     assert sum(batch.row_length * batch.num_sequences for batch in padded) > 1.5 * exist
 

@@ -37,7 +37,7 @@ def losses(tmp_path_factory):
     with Cluster(tmp_path_factory.mktemp("single")) as single:
         command = (sys.executable, "-m", "renio_megatron.cli.main", "train", *SHORT, "--nproc", "4")
         assert single.start(*command, log="out.log").wait(timeout=FINISH) == 0, single.text("out.log")
-        assert "world of 4 ranks on 1 node, TP 2 x PP 1 x CP 1 x DP 2; gloo, cpu; renio" in single.text("out.log")
+        assert "world of 4 ranks on 1 node, TP 2 x PP 1 x DP 2; gloo, cpu; renio" in single.text("out.log")
         return [row["loss"] for row in single.rows("run")]
 
 
@@ -69,7 +69,7 @@ def test_two_launchers_give_the_losses_of_one(cluster, losses):
     assert codes == [0, 0], cluster.text("node0.log") + cluster.text("node1.log")
     assert_same_losses(cluster, losses)
     text = cluster.text("node0.log")
-    assert "[rank 0] world of 4 ranks on 2 nodes, TP 2 x PP 1 x CP 1 x DP 2; gloo, cpu; renio" in text
+    assert "[rank 0] world of 4 ranks on 2 nodes, TP 2 x PP 1 x DP 2; gloo, cpu; renio" in text
     assert "rendezvous" in text
     written = sorted((cluster.folder / "runs" / "logs").rglob("stdout.log"))
     assert len(written) == 4, "a file a rank"

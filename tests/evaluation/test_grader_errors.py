@@ -44,7 +44,7 @@ def test_it_raises_and_names_prompt_grader_and_cause(grader):
     with pytest.raises(DataError) as caught:
         grade(rollouts()[5])
     assert str(caught.value) == (
-        "prompt 5: the grader 'modchain' raised KeyError: 'answer'. Mend the record or the grader, or set "
+        "prompt 5: the grader 'modchain' raised KeyError: 'answer'. Fix the record or the grader, or set "
         "data.grader_errors=count_wrong to count such completions as wrong."
     )
     assert isinstance(caught.value.__cause__, KeyError)

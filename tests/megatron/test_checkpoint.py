@@ -258,7 +258,7 @@ def test_sigterm_on_one_rank_saves_the_step_on_all_and_the_same_command_goes_on(
     folder, ranks = found
     for rank in ranks:
         run_ = rank["terminated"]
-        assert run_["outcome"] == "stopped by SIGTERM after step 3; the same command goes on"
+        assert run_["outcome"] == "stopped by SIGTERM after step 3; the same command resumes it"
         assert run_["in force"] == 3
         assert run_["again"]["outcome"] == "resumed"
         assert same(run_["again"]["parameters"], rank["sync"]["parameters"])

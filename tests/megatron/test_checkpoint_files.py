@@ -156,7 +156,7 @@ def test_without_a_tracker_the_newest_is_in_force_and_named_again(tmp_path, capl
     assert find_checkpoint(tmp_path).name == "iter_0000004"
     adopt(tmp_path, 4)
     assert (tmp_path / TRACKER).read_text() == "4\n"
-    assert "is missing; going on from the newest checkpoint beside it, step 4" in caplog.text
+    assert "is missing; resuming from the newest checkpoint next to it, step 4" in caplog.text
 
 
 def test_a_job_that_dies_before_its_first_checkpoint_is_named_goes_on_from_it(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def _padding_side(folder: Path) -> dict[str, float]:
 
     part = _trainer(folder, ParallelConfig(tensor_model_parallel_size=2)).algorithm.learner.part
     (alone,) = collate(ROLLOUTS[:1], audience="student", batch_layout=BatchLayout(0))
-    (right,) = collate(ROLLOUTS[:1], audience="student", batch_layout=BatchLayout(0, tensor_pieces=12))
+    (right,) = collate(ROLLOUTS[:1], audience="student", batch_layout=BatchLayout(0, sp_size=12))
     shift = right.token_ids.shape[1] - alone.token_ids.shape[1]
     left = replace(right, token_ids=right.token_ids.roll(shift, 1), row_index=right.row_index + shift)
     assert shift > 4

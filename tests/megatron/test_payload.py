@@ -30,7 +30,7 @@ def wrong_rows(arrangements: dict[str, Any]) -> dict[str, int]:
     from renio_megatron.megatron.teacher.payload import RecomputedPayload, StoredPayload, align
 
     group = dist.group.WORLD if dist.is_initialized() else None
-    place = {"context_size": group.size(), "context_rank": group.rank()} if group is not None else {}
+    place = {"cp_size": group.size(), "cp_rank": group.rank()} if group is not None else {}
     found = {}
     for name, sizes in arrangements.items():
         batch_layout = BatchLayout(0, **sizes, **place)

@@ -205,7 +205,7 @@ def test_a_run_says_what_it_computes_in(monkeypatch):
 def test_rows_are_padded_for_each_rank_that_computes_on_a_piece():
     kinds = {(1, 1): 16, (2, 1): 32, (1, 2): 32, (2, 2): 64}  # (tensor pieces, context ranks): tokens
     for (pieces, ranks), multiple in kinds.items():
-        assert BatchLayout(0, tensor_pieces=pieces, context_size=ranks, piece_multiple=16).row_multiple == multiple
+        assert BatchLayout(0, sp_size=pieces, cp_size=ranks, piece_multiple=16).row_multiple == multiple
 
 
 @pytest.mark.parametrize(

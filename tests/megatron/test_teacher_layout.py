@@ -214,7 +214,7 @@ TP, PP = "teacher.parallel.tensor_model_parallel_size", "teacher.parallel.pipeli
     ("overrides", "world", "words"),
     [
         ([f"{TP}=4"], 2, ["copy of the teacher takes 4 ranks", "world of 2", "Start a multiple of 4"]),
-        ([f"{TP}=2", f"{PP}=2"], 6, ["tensor 2 x pipeline 2", "world of 6"]),
+        ([f"{TP}=2", f"{PP}=2"], 6, ["TP 2 x PP 2", "world of 6"]),
         (["teacher.ranks=dedicated", f"{TP}=2"], 2, ["takes 2 ranks", "none remains", "at least 3 ranks"]),
         (
             ["teacher.ranks=dedicated", "parallel.tensor_model_parallel_size=2", f"{TP}=1"],

@@ -131,7 +131,7 @@ def test_a_stopped_run_says_so_once_and_ends_with_143(capsys, monkeypatch):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert _guard(stop) == 143
-    assert capsys.readouterr() == ("stopped by SIGTERM after step 7; the same command goes on\n", "")
+    assert capsys.readouterr() == ("stopped by SIGTERM after step 7; the same command resumes it\n", "")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system call is Linux's")

@@ -96,7 +96,7 @@ def test_settings_of_how_it_is_computed_may_change_and_are_named(run, recipe, ca
     assert run.open(other, fresh=False) == "unfinished"
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"{run.path} goes on with other settings: parallel.tensor_model_parallel_size: was 1, is now 2; "
+        f"{run.path} resumes with other settings: parallel.tensor_model_parallel_size: was 1, is now 2; "
         "train.micro_batch_size: was 1, is now 4; checkpoint.keep_last: was None, is now 3"
     )
     assert "tensor_model_parallel_size: 2" in run.config.read_text()

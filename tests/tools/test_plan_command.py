@@ -39,7 +39,7 @@ def test_the_command_fits_or_not_by_its_exit_code(example, capsys):
     assert main(example) == 0
     out = capsys.readouterr().out
     assert "fit" not in out
-    assert "8 ranks: TP 8; sequence parallelism, distributed optimizer, bf16, recompute full" in out
+    assert "8 ranks: TP 8 x SP x PP 1 x DP 1; distributed optimizer, bf16, recompute full" in out
 
 
 def test_adapters_are_named_and_make_room(example, capsys):
@@ -68,7 +68,7 @@ def test_experts_of_teacher_and_student_are_counted(example, capsys):
     ]
     assert main([*example, *student, "--gpus", "16"]) == 0
     out = capsys.readouterr().out
-    assert "16 ranks: TP 4 x DP 4 x EP 8, expert TP 1;" in out
+    assert "16 ranks: TP 4 x SP x PP 1 x DP 4 x EP 8 x ETP 1;" in out
     assert "of which a rank has 16 in each layer. Tokens are taken to be spread evenly" in out
 
 
@@ -82,7 +82,7 @@ def test_several_teachers_are_named_and_counted_together(example, capsys, tmp_pa
     records = ["data.source=jsonl", "data.path=a.jsonl", "data.task=null", "data.size=null", "data.teacher_key=subject"]
     assert main(["plan", str(recipe), *records, "--gpus", "8", "--memory", "80"]) == 0
     out = capsys.readouterr().out
-    assert "learns from math: models/Qwen3-32B, code: models/Qwen3-8B; 8 ranks: TP 8" in out
+    assert "learns from math: models/Qwen3-32B, code: models/Qwen3-8B; 8 ranks: TP 8 x SP x PP 1 x DP 1" in out
     assert "each teacher is counted as if all sequences of a step were its own" in out
     # 2 x (4,095,857,664 + 1,024,111,616) bytes, counted by hand in test_plan.py and test_plan_teachers.py
     assert re.search(r"teacher's parameters +│ +9\.54 ", out)
@@ -92,12 +92,12 @@ def test_the_fewest_ranks_hold_a_copy_of_each_model(example, capsys):
     colocated = ["parallel.tensor_model_parallel_size=2", "teacher.parallel.tensor_model_parallel_size=8"]
     assert main([*example, *colocated]) == 0
     out = capsys.readouterr().out
-    assert "8 ranks: TP 2 x DP 4;" in out
+    assert "8 ranks: TP 2 x SP x PP 1 x DP 4;" in out
     assert "teacher TP 8 x SP x PP 1 x DP 1 on the same ranks" in out
     apart = ["teacher.ranks=dedicated", "teacher.parallel.pipeline_model_parallel_size=4"]
     assert main([*example, *colocated, *apart, "teacher.bf16=false"]) == 0
     out = capsys.readouterr().out
-    assert "2 of 34 ranks: TP 2;" in out
+    assert "2 of 34 ranks: TP 2 x SP x PP 1 x DP 1;" in out
     assert "teacher in fp32, teacher TP 8 x SP x PP 4 x DP 1 on 32 ranks of its own" in out
     assert "scoring 3" in out
 

@@ -18,17 +18,15 @@ def check_teacher_layout(parallel: ParallelConfig, teacher: TeacherConfig, world
         )
     if num_ranks >= world_size:
         raise ConfigError(
-            f"teacher.ranks=dedicated takes {num_ranks} ranks (tensor {resolved.tensor_model_parallel_size} x pipeline "
-            f"{resolved.pipeline_model_parallel_size} x data {teacher.data_parallel_size}) of a world of {world_size}, "
-            f"and none remains for the student. Start at least {fewest_ranks(parallel, teacher)} ranks (--nproc), or "
-            "set teacher.ranks=colocated."
+            f"teacher.ranks=dedicated takes {num_ranks} ranks ({resolved.describe(num_ranks)}) of a world of "
+            f"{world_size}, and none remains for the student. Start at least {fewest_ranks(parallel, teacher)} ranks "
+            "(--nproc), or set teacher.ranks=colocated."
         )
     if has_own_layout(parallel, teacher) and not num_ranks and world_size % resolved.model_ranks:
         raise ConfigError(
-            f"one copy of the teacher takes {resolved.model_ranks} ranks (teacher.parallel: tensor "
-            f"{resolved.tensor_model_parallel_size} x pipeline {resolved.pipeline_model_parallel_size}), which does "
-            f"not divide the world of {world_size}. Start a multiple of {fewest_ranks(parallel, teacher)} ranks "
-            "(--nproc), or change the sizes in teacher.parallel."
+            f"one copy of the teacher takes {resolved.model_ranks} ranks (teacher.parallel: {resolved.describe()}), "
+            f"which does not divide the world of {world_size}. Start a multiple of {fewest_ranks(parallel, teacher)} "
+            "ranks (--nproc), or change the sizes in teacher.parallel."
         )
 
 
@@ -42,8 +40,7 @@ def check_layout(parallel: ParallelConfig, train: TrainConfig, world_size: int) 
     _check_overlap(parallel)
     if world_size % parallel.model_ranks:
         raise ConfigError(
-            f"one copy of the model takes {parallel.model_ranks} ranks (tensor {parallel.tensor_model_parallel_size} x "
-            f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}), which does "
+            f"one copy of the model takes {parallel.model_ranks} ranks ({parallel.describe()}), which does "
             f"not divide the world of {world_size}. Start a multiple of {parallel.model_ranks} ranks (--nproc), or "
             "change the sizes in parallel."
         )

@@ -59,6 +59,24 @@ class ParallelConfig:
         """Ranks that hold one copy of a layer's experts."""
         return self.expert_model_parallel_size * self.expert_tensor_ranks
 
+    def describe(self, num_ranks: int | None = None) -> str:
+        """The sizes of the axes in one line; the data-parallel one where `num_ranks` is given.
+
+        >>> ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2).describe(8)
+        'TP 2 x SP x PP 1 x CP 2 x DP 2'
+        """
+        sizes = {
+            f"TP {self.tensor_model_parallel_size}": True,
+            "SP": self.sequence_parallel,
+            f"PP {self.pipeline_model_parallel_size}": True,
+            f"VPP {self.virtual_pipeline_model_parallel_size}": self.virtual_pipeline_model_parallel_size is not None,
+            f"CP {self.context_parallel_size}": self.context_parallel_size > 1,
+            f"DP {(num_ranks or 0) // self.model_ranks}": num_ranks is not None,
+            f"EP {self.expert_model_parallel_size}": self.expert_model_parallel_size > 1,
+            f"ETP {self.expert_tensor_parallel_size}": self.expert_tensor_parallel_size is not None,
+        }
+        return " x ".join(name for name, is_shown in sizes.items() if is_shown)
+
     @property
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""

@@ -25,8 +25,8 @@ class BatchLayout:
         pad_id: fills rows on the right. No token is compared with it: a sampled end token counts whatever its id.
         micro_batch_size: sequences of a micro-batch, each in a row of its own.
         max_tokens: tokens of a micro-batch whose sequences are packed into one row; None: one row per sequence.
-        tensor_pieces: ranks over which sequence parallelism splits the rows; 1 without it.
-        context_size, context_rank: place on the context axis.
+        sp_size: ranks over which sequence parallelism splits the rows; 1 without it.
+        cp_size, cp_rank: place on the context axis.
         multiple_of: the number of micro-batches is a multiple of this (interleaved pipelines need it).
         piece_multiple: positions of a row that one rank computes on are a multiple of this (FP8 products need it).
     """
@@ -34,22 +34,22 @@ class BatchLayout:
     pad_id: int
     micro_batch_size: int = 1
     max_tokens: int | None = None
-    tensor_pieces: int = 1
-    context_size: int = 1
-    context_rank: int = 0
+    sp_size: int = 1
+    cp_size: int = 1
+    cp_rank: int = 0
     multiple_of: int = 1
     piece_multiple: int = 1
 
     @property
     def sequence_multiple(self) -> int:
         """Alignment of packed sequences: their length, padding included, is a multiple of this."""
-        return 2 * self.context_size if self.context_size > 1 else 1
+        return 2 * self.cp_size if self.cp_size > 1 else 1
 
     @property
     def row_multiple(self) -> int:
         """Alignment of rows: their length is a multiple of this."""
-        here = self.tensor_pieces * self.piece_multiple  # of the positions of a context rank
-        return here if self.context_size == 1 else self.context_size * math.lcm(2, here)
+        here = self.sp_size * self.piece_multiple  # of the positions of a context rank
+        return here if self.cp_size == 1 else self.cp_size * math.lcm(2, here)
 
 
 def collate(rollouts: Sequence[Rollout], *, audience: Audience, batch_layout: BatchLayout) -> list[MicroBatch]:
@@ -181,8 +181,8 @@ def _micro_batch(
         torch.cat(token_index),
         torch.repeat_interleave(counts),
     )
-    if batch_layout.context_size > 1:
-        here = local_positions(starts, batch_layout.context_size, batch_layout.context_rank)
+    if batch_layout.cp_size > 1:
+        here = local_positions(starts, batch_layout.cp_size, batch_layout.cp_rank)
         place = torch.full((starts[-1],), -1).scatter_(0, here, torch.arange(len(here)))
         kept = place[rows] >= 0
         token_ids, position_ids, sequence_of = token_ids[here], position_ids[here], sequence_of[here]
@@ -199,7 +199,7 @@ def _micro_batch(
         lengths=counts,
         sequence_of=sequence_of.view(height, -1),
         boundaries=tuple(starts) if is_packed else None,
-        cp_size=batch_layout.context_size,
+        cp_size=batch_layout.cp_size,
     )
 
 

@@ -92,11 +92,11 @@ def _object(line: bytes, where: str, guess: Callable[[], str]) -> dict[str, Any]
     try:
         row = json.loads(line)
     except RecursionError as error:
-        raise DataError(f"{where}: the JSON is nested too deeply. Mend or drop the line.") from error
+        raise DataError(f"{where}: the JSON is nested too deeply. Fix or drop the line.") from error
     except ValueError as error:  # malformed JSON and malformed UTF-8
-        raise DataError(f"{where}: not valid JSON ({error}). {guess() or 'Mend or drop the line.'}") from error
+        raise DataError(f"{where}: not valid JSON ({error}). {guess() or 'Fix or drop the line.'}") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}. Mend or drop the line.")
+        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}. Fix or drop the line.")
     return row
 
 

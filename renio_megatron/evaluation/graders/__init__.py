@@ -121,7 +121,7 @@ def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grad
 
 def _grader_error(problem: str) -> DataError:
     return DataError(
-        f"{problem} Mend the record or the grader, or set data.grader_errors=count_wrong to count such completions as "
+        f"{problem} Fix the record or the grader, or set data.grader_errors=count_wrong to count such completions as "
         "wrong.",
         scope=Scope.ALL_RANKS,  # every rank that shares the sequence grades it
     )

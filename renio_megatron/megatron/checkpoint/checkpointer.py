@@ -147,9 +147,9 @@ class MegatronCheckpointer:
         self._check_same_optimizer(directory, common.get("optimizer_form"))
         if self._averages and not common.get("has_teacher_average"):
             raise CheckpointError(
-                f"the checkpoint {directory} holds no moving average of the weights, which teacher.kind=ema goes on "
-                "with. Set teacher.kind as in the run that wrote it, or start a new run from its weights: write them "
-                "with `renio export`, and give that directory as `model`.",
+                f"the checkpoint {directory} holds no moving average of the weights, which teacher.kind=ema continues. "
+                "Set teacher.kind as in the run that wrote it, or start a new run from its weights: write them with "
+                "`renio export`, and give that directory as `model`.",
                 scope=Scope.ALL_RANKS,
             )
         groups = self._learner.optimizer.param_groups
@@ -273,5 +273,5 @@ class MegatronCheckpointer:
         return (
             f"{what} cannot be written to {self._root}: {reason(error)}. "
             "Free space there, or check the disk and its permissions; earlier checkpoints are untouched, and the same "
-            "command goes on from the newest."
+            "command resumes from the newest."
         )

@@ -72,7 +72,7 @@ def adopt(root: Path, step: int) -> None:
         OSError: the disk cannot be written.
     """
     if not (root / TRACKER).is_file():
-        logger.warning("%s is missing; going on from the newest checkpoint beside it, step %d", root / TRACKER, step)
+        logger.warning("%s is missing; resuming from the newest checkpoint next to it, step %d", root / TRACKER, step)
         write_atomically(root / TRACKER, f"{step}\n")
 
 

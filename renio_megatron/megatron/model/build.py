@@ -166,9 +166,9 @@ class ModelPart:
             pad_id=pad_id,
             micro_batch_size=micro_batch_size,
             max_tokens=max_tokens,
-            tensor_pieces=layout.tensor.size if self.config.sequence_parallel else 1,
-            context_size=layout.context.size,
-            context_rank=layout.context.rank,
+            sp_size=layout.tensor.size if self.config.sequence_parallel else 1,
+            cp_size=layout.context.size,
+            cp_rank=layout.context.rank,
             multiple_of=layout.pipeline.size if len(self.chunks) > 1 else 1,
             piece_multiple=self.fp8_multiple,
         )

@@ -20,7 +20,7 @@ from renio_megatron.megatron.runtime import cpu_patches
 from renio_megatron.megatron.runtime.cudnn import torchs_cudnn
 from renio_megatron.megatron.runtime.process_groups import forget_groups, make_groups, present_layout
 from renio_megatron.parallel.layout import ParallelLayout, backend_and_device
-from renio_megatron.parallel.worlds import Bridge, join_two_worlds
+from renio_megatron.parallel.worlds import WorldBridge, join_two_worlds
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,10 @@ def start(
     return replace(present_layout(device, rendezvous_seconds), is_teacher_rank=is_teacher_rank)
 
 
-_bridges: list[Bridge] = []
+_bridges: list[WorldBridge] = []
 
 
-def bridge() -> Bridge:
+def bridge() -> WorldBridge:
     """The bridge between the ranks that train and those that only score, where `start` made two worlds of them."""
     return _bridges[0]
 

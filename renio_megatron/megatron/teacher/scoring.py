@@ -25,7 +25,7 @@ from renio_megatron.megatron.teacher.weights import TeacherWeights
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.row_exchange import RowAllToAll, RowsOf, gather_rows
 from renio_megatron.parallel.vocab import LmHead, VocabShard
-from renio_megatron.parallel.worlds import Bridge
+from renio_megatron.parallel.worlds import WorldBridge
 from renio_megatron.types import MicroBatch, Prompt, Rollout
 
 HEAD_BYTES = 64 * 2**20
@@ -108,7 +108,7 @@ class ScoringEndpoint:
         rank_map: RankMap,
         settings: ScoringSettings,
         *,
-        bridge: Bridge | None = None,
+        bridge: WorldBridge | None = None,
         shard: VocabShard | None = None,
     ) -> None:
         """Copies the teacher's LM head to the ranks with the student's; several collectives.
