@@ -19,9 +19,9 @@ from renio_megatron.config.sections.weighting import RenioWeighting, renio_in
 from renio_megatron.losses import kernels
 from renio_megatron.losses.argument_checks import check_logits, check_tokens
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
-from renio_megatron.losses.vocab_passes import VocabParallelPasses
+from renio_megatron.losses.vocab_passes import Totals, VocabParallelPasses
 from renio_megatron.objective.reduce import token_scale
-from renio_megatron.parallel.vocab import VocabShard
+from renio_megatron.parallel.vocab import LogNormalizers, VocabShard
 
 RAN_TWICE = (
     "backward through this loss ran twice; its gradient was handed over the first time. "
@@ -146,7 +146,6 @@ def distillation_loss(
         shard = VocabShard(0, student_logits.shape[-1], student_logits.shape[-1])
     check_logits(student_logits, teacher_logits, shard)
     check_tokens(len(student_logits), token_ids, owner, num_sequences, shard, weights, sequence_lengths)
-    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     with torch.no_grad():
         passes = VocabParallelPasses(loss, shard)
         normalizers = passes.normalizers(student_logits, teacher_logits, token_ids)
@@ -167,13 +166,9 @@ def distillation_loss(
         )
         denominator = mean_denominator(sample.batch_size, batch_group)
         scale_N = token_scale(sample.weights, sample.denominators, owner, sample.token_weights, denominator=denominator)
-        gradient = None
-        if needs_gradient:
-            gradient = student_logits.detach() if overwrite_logits else torch.empty_like(student_logits)
-        totals = passes.totals_and_gradient(student_logits, teacher_logits, normalizers, scale_N, gradient)
-        value = (scale_N * totals.value).sum()
-    if needs_gradient:
-        value = FinishedGradient.apply(student_logits, value, gradient)
+    value, totals = _weighted_sum(
+        passes, student_logits, teacher_logits, normalizers, scale_N, overwrite_logits=overwrite_logits
+    )
     return DistillationOutput.of(value, sample, totals.value, totals.clipped)
 
 
@@ -204,15 +199,31 @@ def weighted_divergence(
     [0.5, -0.5]
     """
     check_logits(student_logits, teacher_logits, shard)
-    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     with torch.no_grad():
         passes = VocabParallelPasses(loss, shard)
         normalizers = passes.normalizers(student_logits, teacher_logits, token_ids)
-        gradient = torch.empty_like(student_logits) if needs_gradient else None
-        scale = token_scale.to(normalizers.student_logp)
-        totals = passes.totals_and_gradient(student_logits, teacher_logits, normalizers, scale, gradient)
-        value = (scale * totals.value).sum()
-    return FinishedGradient.apply(student_logits, value, gradient) if needs_gradient else value
+        scale_N = token_scale.to(normalizers.student_logp)
+    return _weighted_sum(passes, student_logits, teacher_logits, normalizers, scale_N)[0]
+
+
+def _weighted_sum(
+    passes: VocabParallelPasses,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    normalizers: LogNormalizers,
+    scale_N: torch.Tensor,
+    *,
+    overwrite_logits: bool = False,
+) -> tuple[torch.Tensor, Totals]:
+    """(sum of scale x divergence, with a finished gradient where the logits require one; totals of each token)."""
+    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    with torch.no_grad():
+        gradient = None
+        if needs_gradient:
+            gradient = student_logits.detach() if overwrite_logits else torch.empty_like(student_logits)
+        totals = passes.totals_and_gradient(student_logits, teacher_logits, normalizers, scale_N, gradient)
+        value = (scale_N * totals.value).sum()
+    return (FinishedGradient.apply(student_logits, value, gradient) if needs_gradient else value), totals
 
 
 def mean_denominator(batch_size: torch.Tensor, batch_group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -87,7 +87,7 @@ def _own_layout(
     import torch.distributed as dist
 
     from renio_megatron.megatron.runtime.initialize import bridge
-    from renio_megatron.megatron.runtime.process_groups import place_beside
+    from renio_megatron.megatron.runtime.process_groups import make_place
     from renio_megatron.megatron.teacher.own_layout import OwnLayoutTeacher
     from renio_megatron.megatron.teacher.rank_map import RankMap
     from renio_megatron.megatron.teacher.scoring import Reader, ScoringSettings
@@ -100,7 +100,7 @@ def _own_layout(
         part = _teacher_part(config, spec, inputs, layout, report)
         reader = Reader(weights(spec.settings, None, lambda: part), None)
     elif not is_dedicated:
-        place = place_beside(spec.parallel, layout.device)
+        place = make_place(spec.parallel, layout.device)
         with place.entered():
             part = _teacher_part(config, spec, inputs, place.layout, report)
         reader = Reader(weights(spec.settings, None, lambda: part), place)

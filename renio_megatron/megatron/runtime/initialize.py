@@ -18,7 +18,7 @@ from renio_megatron.config import ParallelConfig
 from renio_megatron.errors import ConfigError, LayoutError, Scope
 from renio_megatron.megatron.runtime import cpu_patches
 from renio_megatron.megatron.runtime.cudnn import torchs_cudnn
-from renio_megatron.megatron.runtime.process_groups import forget_groups, make_groups, present_layout
+from renio_megatron.megatron.runtime.process_groups import current_layout, forget_groups, make_groups
 from renio_megatron.parallel.layout import ParallelLayout, backend_and_device
 from renio_megatron.parallel.worlds import WorldBridge, join_two_worlds
 
@@ -87,7 +87,7 @@ def start(
     make_groups(parallel)
     # No layer draws random numbers in training (dropout is 0), so the null tracker is enough, on the CPU as well.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
-    return replace(present_layout(device, rendezvous_seconds), is_teacher_rank=is_teacher_rank)
+    return replace(current_layout(device, rendezvous_seconds), is_teacher_rank=is_teacher_rank)
 
 
 _bridges: list[WorldBridge] = []

@@ -40,7 +40,7 @@ def make_groups(parallel: ParallelConfig) -> None:
     _initialize(parallel)
 
 
-def present_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> ParallelLayout:
+def current_layout(device: torch.device, rendezvous_seconds: float = 0.0) -> ParallelLayout:
     """This rank's layout in the current groups."""
     from megatron.core import parallel_state
 
@@ -85,7 +85,7 @@ class Place:
             vars(parallel_state).update(before)
 
 
-def place_beside(parallel: ParallelConfig, device: torch.device) -> Place:
+def make_place(parallel: ParallelConfig, device: torch.device) -> Place:
     """A second layout of the same ranks; every rank calls this at the same time, after `make_groups`.
 
     Args:
@@ -95,11 +95,11 @@ def place_beside(parallel: ParallelConfig, device: torch.device) -> Place:
     from megatron.core import parallel_state
 
     key = (dist.group.WORLD, *_sizes(parallel).items())
-    with Place(present_layout(device), _known.get(key, _pristine)).entered():
+    with Place(current_layout(device), _known.get(key, _pristine)).entered():
         if key not in _known:
             _initialize(parallel)
             _known[key] = _globals(parallel_state)
-        return Place(present_layout(device), _known[key])
+        return Place(current_layout(device), _known[key])
 
 
 def forget_groups() -> None:

@@ -91,7 +91,7 @@ class MegatronSampler:
             on_group(drawn)
         return drawn
 
-    def _any_goes_on(self, goes_on: bool) -> bool:
+    def _any_unfinished(self, goes_on: bool) -> bool:
         """Whether a rank that shares experts with this one makes another pass; every rank calls it before each pass."""
         experts = self._part.layout.expert_tensor_and_model
         if self._part.architecture.experts is None or experts.size == 1:
@@ -104,7 +104,7 @@ class MegatronSampler:
     def _accompany(self) -> None:
         """Runs passes over a dummy token while other ranks decode: their tokens go through this rank's experts."""
         nothing = torch.full((1, 1), self._pad_id, dtype=torch.int64, device=self._part.layout.device)
-        while self._any_goes_on(False):
+        while self._any_unfinished(False):
             self._forward(nothing, 0, StaticInferenceContext(1, 2))
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class MegatronSampler:
 
         fed, known = 0, int(lengths.min())
         while known < total and not bool(ended.all()):
-            self._any_goes_on(True)
+            self._any_unfinished(True)
             hidden = self._forward(tokens[:, fed:known], fed, cache)
             drawn = torch.zeros(count, dtype=torch.int64, device=device)
             if hidden is not None:
@@ -141,7 +141,7 @@ class MegatronSampler:
             tokens[:, known] = torch.where(active, drawn, tokens[:, known])
             stopped = active & torch.isin(drawn, self._stop_ids)
             if self._ends_in_text is not None:
-                in_text |= self._said_so(tokens[:, : known + 1], lengths, active & ~stopped)
+                in_text |= self._ended_by_text(tokens[:, : known + 1], lengths, active & ~stopped)
                 stopped |= active & in_text
             ends = torch.where(stopped, known + 1, ends)
             ended |= stopped | (known + 1 >= ends)
@@ -149,7 +149,7 @@ class MegatronSampler:
         logp = broadcast_from_last_stage(logp, part.layout).cpu()
         return self._rollouts(prompts, tokens.cpu(), logp, ends.cpu(), in_text.tolist())
 
-    def _said_so(self, tokens: torch.Tensor, lengths: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    def _ended_by_text(self, tokens: torch.Tensor, lengths: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
         """Which of the `asked` rows end by the text of their completions, bool [b]."""
         assert self._ends_in_text is not None
         said = torch.zeros_like(asked)

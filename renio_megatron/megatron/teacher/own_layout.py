@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from renio_megatron.errors import NumericsError
-from renio_megatron.megatron.model.schedules import broadcast_token_values
+from renio_megatron.megatron.teacher.logp import broadcast_teacher_logp
 from renio_megatron.megatron.teacher.payload import ShardedPayload, gather_pieces
 from renio_megatron.megatron.teacher.scoring import ScoringEndpoint, ScoringRequest
 from renio_megatron.megatron.teacher.weights import Averages
@@ -70,12 +69,7 @@ class OwnLayoutTeacher(ScoringEndpoint):
             gather_pieces(part, len(batch.token_index), student.tensor)[:, 0]
             for part, batch in zip(logp, batches, strict=False)
         ]
-        flat = broadcast_token_values(whole, student_batches, student)
-        if not bool(torch.isfinite(flat).all()):
-            raise NumericsError(
-                f"rank {student.rank}: the teacher's log-probabilities hold NaN or infinity. "
-                "Check the teacher's weights and precision."
-            )
+        flat = broadcast_teacher_logp(whole, student_batches, student)
         before = exchange.bytes_sent
         states = [self._fetch_states(exchange, number, states_of) for number in range(exchange.num_rounds)]
         sent = sum_over(exchange.bytes_sent - before, self._rank_map.axis, self._device)

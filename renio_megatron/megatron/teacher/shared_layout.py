@@ -8,9 +8,9 @@ import torch
 
 from renio_megatron.config import HeadConfig, TrainConfig
 from renio_megatron.data.batching.collate import collate
-from renio_megatron.errors import NumericsError
 from renio_megatron.losses.token_logp import linear_token_logp
-from renio_megatron.megatron.model.schedules import broadcast_token_values, run_forward
+from renio_megatron.megatron.model.schedules import run_forward
+from renio_megatron.megatron.teacher.logp import broadcast_teacher_logp
 from renio_megatron.megatron.teacher.payload import RecomputedPayload, StoredPayload, align
 from renio_megatron.megatron.teacher.weights import Averages, TeacherWeights
 from renio_megatron.parallel.vocab import LmHead
@@ -86,12 +86,7 @@ class SharedLayoutTeacher:
 
         with self.weights.activated():
             kept = run_forward(part, micro_batches, keep)
-        logp = broadcast_token_values([logp for logp, _ in kept], micro_batches, layout)
-        if not bool(torch.isfinite(logp).all()):
-            raise NumericsError(
-                f"rank {layout.rank}: the teacher's log-probabilities hold NaN or infinity. "
-                "Check the teacher's weights and precision."
-            )
+        logp = broadcast_teacher_logp([logp for logp, _ in kept], micro_batches, layout)
         rows = [states for _, states in kept if states is not None]
         if self._payload_device == "recompute":
             width, dtype = part.config.hidden_size, part.config.params_dtype

@@ -25,7 +25,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _ANY_CASE = ("gaussian", "olora", "mica")
 _READ = ("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights")
 _ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
-_SAYS_NOTHING = (
+_WITHOUT_EFFECT = (
     # its origin, and how it is kept in memory
     "task_type",
     "auto_mapping",
@@ -89,7 +89,7 @@ def read_adapter_config(directory: Path, setting: str) -> PeftAdapter:
     if not (directory / WEIGHTS).is_file():
         raise ConfigError(f"{setting}: {directory} holds no {WEIGHTS}. Save the adapter again with save_pretrained.")
     for key, value in values.items():
-        if key in _READ or key in _SAYS_NOTHING:
+        if key in _READ or key in _WITHOUT_EFFECT:
             continue
         if value not in _ONLY[key] if key in _ONLY else value:
             raise ConfigError(f"{setting}: {path} has {key}={value!r}, which these adapters do not know. {_REMEDY}")
