@@ -54,8 +54,17 @@ def test_it_is_the_one_that_torch_has_loaded_and_only_for_the_import(seen):
 
 
 @pytest.mark.parametrize("maps", ["", MAPS.replace("libcudnn.so.9", "libcudnn_ops.so.9")])
-def test_without_a_loaded_one_nothing_is_said(seen, maps):
+def test_without_any_nothing_is_said(seen, maps, tmp_path, monkeypatch):
+    monkeypatch.setattr(cudnn.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     assert seen(maps) is None
+
+
+def test_one_that_torch_has_not_loaded_yet_is_beside_it(seen, tmp_path, monkeypatch):
+    library = tmp_path / "nvidia" / "cudnn" / "lib" / "libcudnn.so.9"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(cudnn.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    assert seen("") == str(library.parent)
 
 
 def test_what_the_user_has_set_stays(seen, monkeypatch):

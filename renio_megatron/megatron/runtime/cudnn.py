@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+import torch
+
 _MAPS = Path("/proc/self/maps")
 _ASKED_FIRST = ("CUDNN_HOME", "CUDNN_PATH")
 """Variables in which Transformer Engine looks for cuDNN before it looks into the CUDA toolkit."""
@@ -20,7 +22,7 @@ def torchs_cudnn() -> Iterator[None]:
     the process has two; the second cannot load its parts, and attention silently falls back to a matrix of scores that
     is materialized and saved (seen with cuDNN 9.14 in the toolkit and 9.19 with torch). The user's settings are kept.
     """
-    folder = None if any(os.environ.get(name) for name in _ASKED_FIRST) else loaded_folder(_maps(), "libcudnn.so")
+    folder = None if any(os.environ.get(name) for name in _ASKED_FIRST) else torchs_folder()
     if folder is None:
         yield
         return
@@ -29,6 +31,14 @@ def torchs_cudnn() -> Iterator[None]:
         yield
     finally:
         del os.environ["CUDNN_HOME"]
+
+
+def torchs_folder() -> str | None:
+    """Folder of torch's cuDNN: the loaded one, else the one that torch's package comes with; None without any."""
+    if (loaded := loaded_folder(_maps(), "libcudnn.so")) is not None:
+        return loaded
+    packaged = Path(torch.__file__).parent.parent / "nvidia" / "cudnn" / "lib"
+    return str(packaged) if any(packaged.glob("libcudnn.so*")) else None
 
 
 def _maps() -> str:
