@@ -107,7 +107,7 @@ def test_the_fixed_cut(kernel, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("cut", CANDIDATES, ids=str)
+@pytest.mark.parametrize("launch", CANDIDATES, ids=str)
 def test_no_cut_that_is_offered_spills(launch, dtype, tmp_path):
     for kernel, (name, constants, _) in KERNELS.items():
         _, spilled = registers_and_spills(compiled(name, constants, launch, dtype), tmp_path)
