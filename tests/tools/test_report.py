@@ -190,7 +190,7 @@ def test_curves_that_cannot_be_written_leave_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_centered_mean_keeps_the_ends():
+def test_centred_mean_keeps_the_ends():
     assert centered_mean([0.0, 4.0, 8.0, 0.0], 3) == [2.0, 4.0, 4.0, 4.0]
     assert centered_mean([1.0, 5.0], 1) == [1.0, 5.0]
 
