@@ -20,7 +20,7 @@ token, and ReNIO weighs each sequence by what the log ratios say about it.
 
 commands:
   quickstart         the whole method on tiny models that ship with the package (CPU, minutes)
-  train              distil a teacher into a student, as a recipe says
+  train              distill a teacher into a student, as a recipe says
   sft                fine-tune on given completions, as a recipe says
   preview            show the first prompts as student and teacher see them, and what ends completions
   plan               show what a recipe will hold in each GPU's memory, without running it
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"renio {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
 
-    for kind, what in (("train", "Distil a teacher into a student."), ("sft", "Fine-tune on given completions.")):
+    for kind, what in (("train", "Distill a teacher into a student."), ("sft", "Fine-tune on given completions.")):
         usage = f"renio {kind} RECIPE [key=value ...] [--nproc N] [--fresh]"
         epilog = _RECIPE_EPILOG.format(kind=kind)
         command = commands.add_parser(kind, description=what, epilog=epilog, formatter_class=raw, usage=usage)
@@ -165,7 +165,7 @@ def _add_export(commands: Any) -> None:
 def _add_doctor(commands: Any) -> None:
     usage = "renio doctor [RECIPE] [key=value ...] [--nproc N]"
     what = (
-        "A verdict a line about versions, devices, groups, the bandwidth of each group, and the loss against a dense "
+        "One line per check of versions, devices, groups, the bandwidth of each group, and the loss against a dense "
         "one in fp64. The exit code is 0 where all are good, else 1."
     )
     epilog = "keys without a recipe: parallel.*, bf16\nexample: renio doctor parallel.tensor_model_parallel_size=2"

@@ -91,12 +91,12 @@ class MegatronSampler:
             on_group(drawn)
         return drawn
 
-    def _any_unfinished(self, goes_on: bool) -> bool:
+    def _any_unfinished(self, is_unfinished: bool) -> bool:
         """Whether a rank that shares experts with this one makes another pass; every rank calls it before each pass."""
         experts = self._part.layout.expert_tensor_and_model
         if self._part.architecture.experts is None or experts.size == 1:
-            return goes_on
-        flag = torch.tensor(float(goes_on), device=self._part.layout.device)
+            return is_unfinished
+        flag = torch.tensor(float(is_unfinished), device=self._part.layout.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=experts.group)
         return bool(flag)
 
