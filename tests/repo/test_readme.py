@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -38,6 +40,42 @@ def test_the_recipe_loads(tmp_path):
     config = load_recipe("train", path, []).config
     assert config.weighting.threshold == 0.8
     assert config.parallel.tensor_model_parallel_size == 2
+
+
+SAYS = {
+    "train": "greedy accuracy",
+    "doctor": "all good",
+    "preview": "teacher sees the same",
+    "plan": "It fits",
+    "compare-precision": "gradient: cosine",
+    "export": "models/modchain-student",
+}
+"""What each command of the page prints."""
+
+
+@pytest.mark.slow
+def test_the_commands_of_runs_run_one_after_the_other(tmp_path):
+    (commands,) = (block for block in _code("bash") if block.startswith("renio"))
+    found = {}
+    for command in commands.splitlines():
+        renio, name, *arguments = shlex.split(command.replace("examples/", f"{ROOT}/examples/"), comments=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "renio_megatron.cli.main", name, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert renio == "renio" and done.returncode == 0, done.stdout + done.stderr
+        found[name] = done.stdout
+    assert found.keys() == SAYS.keys()
+    assert [name for name, words in SAYS.items() if words not in found[name]] == []
+    rows = (tmp_path / "runs" / "modchain" / "metrics.jsonl").read_text().splitlines()
+    before, *_, after = (row["eval/accuracy_greedy"] for row in map(json.loads, rows) if "eval/accuracy_greedy" in row)
+    assert after > 0.9 > 0.5 > before
+    exported = json.loads((tmp_path / "models" / "modchain-student" / "config.json").read_text())
+    assert exported["num_hidden_layers"] == 2
 
 
 def test_what_follows_from_the_code_is_up_to_date():
