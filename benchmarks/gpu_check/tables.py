@@ -32,14 +32,18 @@ def write_tables(folder: Path, docs: Path) -> int:
         text = page.read_text(encoding="utf-8")
         page.write_text(_PLACE.sub(lambda match: _filled(match, found), text), encoding="utf-8")
         places = [match[2] for match in _PLACE.finditer(text)]
-        filled = {place for place in places if place in found or PART_OF.get(place) in found}
-        print(f"{page}: " + ", ".join(f"{place}{'' if place in filled else ' (left as it is)'}" for place in places))
+        print(f"{page}: " + ", ".join(f"{one}{'' if _stage_of(one, found) else ' (left as it is)'}" for one in places))
     return 0
+
+
+def _stage_of(name: str, found: dict[str, Found]) -> Found | None:
+    """The measurements that a table is made of."""
+    return found.get(name) or found.get(PART_OF.get(name, ""))
 
 
 def _filled(match: re.Match[str], found: dict[str, Found]) -> str:
     name = match[2]
-    stage = found.get(name) or found.get(PART_OF.get(name, ""))
+    stage = _stage_of(name, found)
     if stage is None or name not in TABLES:
         return match[0]
     return f"{match[1]}\n{TABLES[name](stage)}\n\n{_made_with(stage)}\n\n{match[3]}"

@@ -116,9 +116,9 @@ class PromptStream:
         if self._length_limits is not None:
             longest = self._length_limits.completion if is_taught else self._length_limits.answer
             longest = len(completion_ids or ()) if longest is None else longest
-            _check_room("student", self._length_limits.student, len(student_ids), longest, record)
+            _check_length("student", self._length_limits.student, len(student_ids), longest, record)
             if is_taught and teacher in self._length_limits.teachers:
-                _check_room("teacher", self._length_limits.teachers[teacher], len(teacher_ids), longest, record)
+                _check_length("teacher", self._length_limits.teachers[teacher], len(teacher_ids), longest, record)
         return Prompt(position, student_ids, teacher_ids, record.answer, completion_ids, record.metadata, teacher)
 
     def _teacher_of(self, record: Record) -> str:
@@ -151,7 +151,7 @@ class PromptStream:
         return (*encode_text(solution, self._tokenizer, record.where), self._tokenizer.eos_token_id)
 
 
-def _check_room(who: str, positions: int, prompt: int, completion: int, record: Record) -> None:
+def _check_length(who: str, positions: int, prompt: int, completion: int, record: Record) -> None:
     """Raises `DataError` where a sequence exceeds its model's positions; the last token is not read."""
     needed = prompt + completion - 1
     if needed > positions:

@@ -20,7 +20,7 @@ from renio_megatron.losses.chunked_loss import ChunkedLoss, check_main_grad
 from renio_megatron.losses.distillation import DistillationOutput, mean_denominator, renio_of
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
 from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
-from renio_megatron.parallel.reductions import sum_over_cp
+from renio_megatron.parallel.reductions import sum_over_group
 from renio_megatron.parallel.vocab import VocabShard, sum_gradient_over_shards
 
 _DEFAULT_LOSS = LossConfig()
@@ -109,7 +109,7 @@ def linear_distillation_loss(
     )
     with torch.no_grad():
         if sequence_lengths is None:
-            sequence_lengths = sum_over_cp(tokens_per_sequence(owner, num_sequences), sequence_group)
+            sequence_lengths = sum_over_group(tokens_per_sequence(owner, num_sequences), sequence_group)
         weigh = functools.partial(
             sample_weights,
             owner=owner,

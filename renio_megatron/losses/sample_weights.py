@@ -22,7 +22,7 @@ from renio_megatron.objective.normalize import divide_and_cap
 from renio_megatron.objective.reduce import tokens_per_sequence
 from renio_megatron.objective.weightings.renio import is_pivotal
 from renio_megatron.objective.weightings.strategy import WeightingInputs
-from renio_megatron.parallel.reductions import batch_mean, gather_shares, sum_over_cp
+from renio_megatron.parallel.reductions import batch_mean, gather_shares, sum_over_group
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _sums(
     for one in dict.fromkeys(weighers):
         if one.strategy.is_additive:
             named |= {(one, name): values for name, values in one.strategy.sums(one.inputs).items()}
-    table = sum_over_cp(torch.stack(list(named.values()), dim=1), groups.sequence)
+    table = sum_over_group(torch.stack(list(named.values()), dim=1), groups.sequence)
     found: dict[Weigher | None, dict[str, torch.Tensor]] = {}
     for (whose, name), values in zip(named, table.unbind(1), strict=True):
         found.setdefault(whose, {})[name] = values
@@ -185,7 +185,7 @@ def _denominators(
     if not masks:
         return lengths
     kept = torch.stack(masks).all(0).to(lengths.dtype)
-    return sum_over_cp(given.sum_of(kept), groups.sequence)
+    return sum_over_group(given.sum_of(kept), groups.sequence)
 
 
 def _is_capped(weighers: Sequence[Weigher], found: Sequence[Finished], lengths: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ class VocabParallelPasses:
         self._shard, self._temperature = shard, loss.temperature
         self._in_one_round = self._divergence.mean_under is not None and loss.entry_clip is None
         mean_under = self._divergence.mean_under if self._in_one_round else None
-        self._cross_sign = {"teacher": 1, "student": -1, None: 0}[mean_under]
+        self._cross_term_sign = {"teacher": 1, "student": -1, None: 0}[mean_under]
         self._columns: dict[str, Any] = {"num_valid": shard.num_valid, "temperature": loss.temperature}
         self._settings: dict[str, Any] = {
             **self._columns,
@@ -69,9 +69,9 @@ class VocabParallelPasses:
         """
         columns = self._shard.local_columns(token_ids)
         local = kernels.statistics(
-            student_logits, teacher_logits, columns, cross_term_sign=self._cross_sign, **self._columns
+            student_logits, teacher_logits, columns, cross_term_sign=self._cross_term_sign, **self._columns
         )
-        return merge_statistics(gather_statistics(local, self._shard, token_ids), self._cross_sign)
+        return merge_statistics(gather_statistics(local, self._shard, token_ids), self._cross_term_sign)
 
     def inputs(
         self,

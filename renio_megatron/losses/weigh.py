@@ -19,7 +19,7 @@ from renio_megatron.errors import ConfigError, LayoutError
 from renio_megatron.objective.normalize import divide_and_cap, moving_average
 from renio_megatron.objective.weightings import INPUTS
 from renio_megatron.objective.weightings.strategy import Strategy, WeightingInputs
-from renio_megatron.parallel.reductions import batch_mean, gather_shares, group_means, sum_over_cp
+from renio_megatron.parallel.reductions import batch_mean, gather_shares, group_means, sum_over_group
 
 PER_TOKEN = INPUTS[: INPUTS.index("position") + 1]
 """Inputs per token: a piece of a sequence has only those of its own tokens."""
@@ -145,9 +145,9 @@ class Weigher:
             return self._undivided(raw)
         count = torch.ones_like(raw) if kept is None else kept.to(raw.dtype)
         totals = torch.stack((inputs.sum_of(raw * count), inputs.sum_of(count)), dim=1).double()
-        totals = sum_over_cp(totals, groups.sequence)
+        totals = sum_over_group(totals, groups.sequence)
         if divisor == "batch":
-            totals = sum_over_cp(totals.sum(0, keepdim=True), groups.batch).expand(inputs.num_sequences, 2)
+            totals = sum_over_group(totals.sum(0, keepdim=True), groups.batch).expand(inputs.num_sequences, 2)
         mean_N = (totals[:, 0] / totals[:, 1].clamp(min=1.0)).to(raw.dtype)[inputs.owner]
         return torch.where(mean_N == 0, 1.0, raw / torch.where(mean_N == 0, 1.0, mean_N))
 

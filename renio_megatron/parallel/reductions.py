@@ -9,12 +9,12 @@ from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.vocab import gather_in_rank_order
 
 
-def sum_over_cp(values_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum of additive per-sequence values over the ranks that share the sequences; one collective.
+def sum_over_group(values_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum of additive values, per sequence for example, over the ranks of a group; one collective.
 
     Args:
-        values_B: [B, ...], the same sequences in the same order on every rank of the group.
-        group: context-parallel group; None: each sequence is whole here.
+        values_B: [B, ...], the same entries in the same order on every rank of the group.
+        group: the ranks, for example those that share the sequences; None: this rank alone.
     """
     if group is None or group.size() == 1:
         return values_B
@@ -116,7 +116,7 @@ def of_first_model_rank(values_B: torch.Tensor, layout: ParallelLayout) -> torch
     axes = (layout.tensor, layout.pipeline, layout.context)
     mine = values_B if all(axis.is_first for axis in axes) else torch.zeros_like(values_B)
     for axis in axes:
-        mine = sum_over_cp(mine, axis.group)
+        mine = sum_over_group(mine, axis.group)
     return mine
 
 

@@ -20,7 +20,7 @@ from renio_megatron.losses.token_logp import linear_token_scores
 from renio_megatron.losses.vocab_passes import VocabParallelPasses
 from renio_megatron.objective.weightings import OF_STUDENT
 from renio_megatron.parallel.layout import ParallelLayout
-from renio_megatron.parallel.reductions import sum_over_cp
+from renio_megatron.parallel.reductions import sum_over_group
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.types import MicroBatch
 
@@ -238,7 +238,7 @@ def _clipped_gradient(
         normalizers = passes.normalizers(student, teacher, token_ids[rows])
         passes.totals_and_gradient(student, teacher, normalizers, scale, gradient)
         energies.append(gradient.double().square().sum())
-    return sum_over_cp(torch.stack(energies), inputs.head.shard.group)
+    return sum_over_group(torch.stack(energies), inputs.head.shard.group)
 
 
 def evenly_chosen(mask: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,6 +87,18 @@ def layout_of(tp: int = 1, pp: int = 1, *, sp: bool = False) -> ParallelConfig:
     return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
 
 
+def trainer_of(config: Any, folder: Path) -> Any:
+    """A run's trainer on this rank, which saves nothing."""
+    from renio_megatron.megatron.runtime.initialize import start
+    from renio_megatron.runner.build import build_trainer
+    from renio_megatron.runner.inputs import read_inputs
+
+    layout = start(config.parallel, seed=config.train.seed)
+    trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
+    trainer.save_interval = 0
+    return trainer
+
+
 def one_step(config: DistillationConfig, folder: Path, draw: Any = None) -> dict[str, Any]:
     """One optimiser step through `Trainer.run`, compared on this rank with the single-process reference.
 
@@ -98,12 +110,8 @@ def one_step(config: DistillationConfig, folder: Path, draw: Any = None) -> dict
     Returns:
         tokens of all rollouts in the global order, weights, loss, and the worst relative errors against the reference.
     """
-    from renio_megatron.megatron.runtime.initialize import start
-    from renio_megatron.runner.build import build_trainer
-    from renio_megatron.runner.inputs import read_inputs
-
-    layout = start(config.parallel, seed=config.train.seed)
-    trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
+    trainer = trainer_of(config, folder)
+    layout = trainer.algorithm.learner.part.layout
     seen: dict[str, Any] = {}
     algorithm = trainer.algorithm
     sample, weigh, optimizer = draw or algorithm.sampler.sample, algorithm.weigh, algorithm.learner.optimizer
@@ -118,12 +126,9 @@ def one_step(config: DistillationConfig, folder: Path, draw: Any = None) -> dict
 
     make_micro_batches = algorithm.learner.make_micro_batches
     algorithm.sampler.sample = sample
-    algorithm.learner.make_micro_batches = lambda rollouts: make_micro_batches(
-        seen.setdefault("rollouts", rollouts)
-    )  # after their exchange
+    algorithm.learner.make_micro_batches = lambda exchanged: make_micro_batches(seen.setdefault("rollouts", exchanged))
     algorithm.weigh = lambda *args, **more: seen.setdefault("sample", weigh(*args, **more))
     optimizer.step = step_after_looking
-    trainer.save_interval = 0
     metrics = trainer.run()
     algorithm.close()
 

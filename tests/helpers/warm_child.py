@@ -47,9 +47,9 @@ def become(
     try:
         code = _exit_code(arguments)
     finally:
-        for rng_stream in (sys.stdout, sys.stderr):
+        for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
-                rng_stream.flush()
+                stream.flush()
         if code < 0:
             signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
@@ -183,8 +183,8 @@ def _fork_or_execute(self: Any, args: Any, executable: Any, *rest: Any) -> None:
     if start is None:
         _execute_child(self, args, executable, *rest)
         return
-    for rng_stream in (sys.stdout, sys.stderr):
-        rng_stream.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     self.pid = os.fork()
     if self.pid == 0:
         _forget_parent()

@@ -187,8 +187,8 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
         lambda real: lambda v, of, n: real(v, of.clamp(min=0), n),
         "moe/aux_loss",
     ),
-    "counts of a piece, SP": ("TP2 + SP", "sum_over_cp", lambda real: lambda values, group: values, "router"),
-    "counts of a piece, CP": ("CP2", "sum_over_cp", lambda real: lambda values, group: values, "router"),
+    "counts of a piece, SP": ("TP2 + SP", "sum_over_group", lambda real: lambda values, group: values, "router"),
+    "counts of a piece, CP": ("CP2", "sum_over_group", lambda real: lambda values, group: values, "router"),
     "whole rows, SP": ("TP2 + SP", "Routing.begin", lambda real: _whole_rows(real), "router"),
     "recomputed with another batch": ("PP2, recompute full", "Routing.observe", _forgets_recomputation, "router"),
     "copies not summed": (

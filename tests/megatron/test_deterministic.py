@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from renio_megatron.config import WeightingConfig
-from tests.helpers.training_cases import layout_of, recipe, save_models
+from tests.helpers.training_cases import layout_of, recipe, trainer_of
 from tests.megatron.route_cases import MIXED, routed
 
 ALWAYS = ("put_", "histc", "nll_loss_forward", "nll_loss2d_forward", "_embedding_bag", "resize_")
@@ -64,13 +63,7 @@ def _cases(folder: Path) -> dict[str, Any]:
 
 def _refused(config: Any, folder: Path) -> set[str]:
     """What would be refused in a run's steps, drawing included."""
-    from renio_megatron.megatron.runtime.initialize import start
-    from renio_megatron.runner.build import build_trainer
-    from renio_megatron.runner.inputs import read_inputs
-
-    layout = start(config.parallel, seed=1)
-    trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
-    trainer.save_interval = 0
+    trainer = trainer_of(config, folder)
     try:
         with Refusals() as noted:
             trainer.run()
@@ -91,13 +84,6 @@ def _run_all(folder: Path) -> dict[str, Any]:
     finally:
         sampler._must_repeat = before
     return found | {"torch's scan": _refused(next(iter(cases.values())), folder)}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    return folder
 
 
 def test_no_operation_of_a_step_is_refused(two_ranks, models):

@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from renio_megatron.config import HeadConfig, LossConfig, ParallelConfig, WeightingConfig
 from renio_megatron.config.schema import SftConfig
 from renio_megatron.config.sections.report import RenioReportConfig
-from tests.helpers.training_cases import layout_of, recipe, save_models
+from tests.helpers.training_cases import layout_of, recipe, trainer_of
 from tests.megatron.route_cases import MIXED, routed
 
 ROOMS = ("/renio_megatron/losses/", "/renio_megatron/training/", "/renio_megatron/megatron/student/learner.py")
@@ -97,13 +96,7 @@ def _cases(folder: Path) -> dict[str, Any]:
 
 def _update_of(config: Any, folder: Path) -> str:
     """What was refused in one update; empty where nothing was."""
-    from renio_megatron.megatron.runtime.initialize import start
-    from renio_megatron.runner.build import build_trainer
-    from renio_megatron.runner.inputs import read_inputs
-
-    layout = start(config.parallel, seed=1)
-    trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
-    trainer.save_interval = 0
+    trainer = trainer_of(config, folder)
     learner = trainer.algorithm.learner  # type: ignore[attr-defined]
     update, seen = learner.update, []
 
@@ -154,13 +147,6 @@ def _planted(folder: Path) -> dict[str, str]:
         finally:
             setattr(owner, function, real)
     return found
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    return folder
 
 
 def test_no_micro_batch_reads_a_value(two_ranks, models):

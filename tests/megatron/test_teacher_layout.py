@@ -19,7 +19,6 @@ from renio_megatron.parallel.layout import Axis
 from renio_megatron.parallel.row_exchange import RowAllToAll
 from tests.helpers.jobs import LIMIT, assert_gone, job_starter
 from tests.helpers.multiprocess import run_ranks
-from tests.helpers.training_cases import save_models
 from tests.megatron.teacher_layout_cases import (
     HIDDEN,
     READS,
@@ -32,13 +31,6 @@ from tests.megatron.teacher_layout_cases import (
 TOLERANCE = 1e-5
 COLOCATED = tuple(colocated_cases(Path("models")))
 DEDICATED = tuple(dedicated_cases(Path("models")))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from renio_megatron.config.load import check_models, load_recipe
 from renio_megatron.errors import ConfigError, DataError
 from tests.helpers.multiprocess import run_ranks
 from tests.helpers.resuming import rows, same
-from tests.helpers.training_cases import save_models
 from tests.megatron.route_cases import (
     MIXED,
     STEPS,
@@ -27,13 +26,6 @@ from tests.megatron.route_cases import (
 )
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

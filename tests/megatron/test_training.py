@@ -14,7 +14,7 @@ from renio_megatron.config.sections.combined_weighting import PermutedWeighting,
 from renio_megatron.config.sections.weighting import LengthWeighting, RenioWeighting, StudentEntropyWeighting
 from tests.fakes.strategies import GateWeighting, HardestWeighting
 from tests.helpers.multiprocess import Ranks
-from tests.helpers.training_cases import layout_of, one_step, recipe, save_models
+from tests.helpers.training_cases import layout_of, one_step, recipe
 
 TOLERANCE = 1e-5
 ABOVE = 2.3  # nats; about half of the tokens
@@ -81,13 +81,6 @@ def _cases(folder: Path, world_size: int) -> dict[str, Any]:
 
 def _run_case(name: str, folder: Path) -> dict[str, Any]:
     return one_step((_cases(folder, 2) | _cases(folder, 4))[name], folder)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

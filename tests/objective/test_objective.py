@@ -19,7 +19,7 @@ from renio_megatron.objective.reduce import token_scale, tokens_per_sequence
 from renio_megatron.objective.weightings import INPUTS
 from renio_megatron.objective.weightings.renio import is_pivotal, pivotal_sums, sequence_weight
 from renio_megatron.objective.weightings.strategy import WeightingInputs
-from renio_megatron.parallel.reductions import batch_mean, group_means, sum_over_cp
+from renio_megatron.parallel.reductions import batch_mean, group_means, sum_over_group
 from renio_megatron.parallel.vocab import VocabShard, gather_columns, merge_statistics
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -199,7 +199,7 @@ def test_means_on_one_rank_by_hand():
     assert (means.tolist(), count.item()) == ([2.0, 2.0, 5.0, 5.0, 6.0], 5.0)  # the last group is short
     assert group_means(raw, 9, None)[0].tolist() == [4.0] * 5
     assert group_means(raw[:0], 2, None)[0].shape == (0,)
-    assert sum_over_cp(raw, None) is raw
+    assert sum_over_group(raw, None) is raw
 
 
 def test_reductions_by_hand():

@@ -24,7 +24,7 @@ from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.param_map import is_expert
 from renio_megatron.objective.load_balance import load_balancing_loss, sum_by_sequence
 from renio_megatron.parallel.layout import ParallelLayout
-from renio_megatron.parallel.reductions import sum_over_cp
+from renio_megatron.parallel.reductions import sum_over_group
 from renio_megatron.types import MicroBatch
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.local_experts\.)(\d+)(\..+)")
@@ -163,8 +163,8 @@ class Routing:
         count = len(read.weight_B)
         scores = logits.flatten(0, 1).float().softmax(-1)
         own_counts = sum_by_sequence(is_chosen.float(), read.sequence_T, count)
-        counts = own_counts if self._pieces is None else sum_over_cp(own_counts, self._pieces.group)
-        counts = sum_over_cp(counts, self._layout.context.group)
+        counts = own_counts if self._pieces is None else sum_over_group(own_counts, self._pieces.group)
+        counts = sum_over_group(counts, self._layout.context.group)
         losses = load_balancing_loss(sum_by_sequence(scores, read.sequence_T, count), counts, self._experts.top_k)
         total = (losses * read.weight_B).sum()
         self._count(layer, own_counts, scores.detach()[read.sequence_T >= 0], total.detach(), read.weight_B)

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from renio_megatron.megatron.model.attention import packing_of
 from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.parallel.layout import ParallelLayout
-from renio_megatron.parallel.reductions import sum_over_cp
+from renio_megatron.parallel.reductions import sum_over_group
 from renio_megatron.types import MicroBatch
 
 OnRows = Callable[[int, MicroBatch, torch.Tensor], Any]
@@ -84,7 +84,7 @@ def broadcast_token_values(
         return flat
     for values, micro_batch in zip(collected, micro_batches, strict=False):
         flat[micro_batch.token_index] = values.float()
-    return broadcast_from_last_stage(sum_over_cp(flat, layout.context.group), layout)
+    return broadcast_from_last_stage(sum_over_group(flat, layout.context.group), layout)
 
 
 def _run(

@@ -30,7 +30,7 @@ from renio_megatron.megatron.model.schedules import (
 from renio_megatron.megatron.model.te_modules import slow_attention
 from renio_megatron.megatron.student.spare_rows import SpareRows
 from renio_megatron.models.param_map import is_expert
-from renio_megatron.parallel.reductions import sum_over_cp
+from renio_megatron.parallel.reductions import sum_over_group
 from renio_megatron.training.interfaces import ScoreMore, StepLoss
 from renio_megatron.training.metrics.accumulator import MetricAccumulator, reduce_metrics
 from renio_megatron.types import MicroBatch, Rollout
@@ -261,7 +261,7 @@ class MegatronLearner:
         finalize_model_grads(model, None, **kwargs)
         layout = self.part.layout
         denominator = broadcast_from_last_stage(self._denominator.clone(), layout)
-        denominator = sum_over_cp(sum_over_cp(denominator, layout.data.group), layout.context.group)
+        denominator = sum_over_group(sum_over_group(denominator, layout.data.group), layout.context.group)
         if denominator > 0:
             for chunk in model:
                 chunk.scale_gradients(1.0 / float(denominator))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.parallel.layout import Axis
-from renio_megatron.parallel.reductions import sum_over_cp
+from renio_megatron.parallel.reductions import sum_over_group
 from renio_megatron.parallel.vocab import gather_in_rank_order
 from renio_megatron.types import MicroBatch, Rollout
 
@@ -161,7 +161,7 @@ def align(
     wanted = []
     for batch in student_batches:
         tokens = _tokens_of(batch, lengths_of.tolist())
-        whole = sum_over_cp(flat[tokens.to(place)].to(device), group)
+        whole = sum_over_group(flat[tokens.to(place)].to(device), group)
         wanted.append(whole[_places(tokens, batch.token_index)].to(place))
     return wanted
 
