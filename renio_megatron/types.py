@@ -10,39 +10,63 @@ Legend of the suffixes of tensor names:
     H   hidden size
 
 Log-probabilities are natural logarithms; log ratios and divergences are in nats.
+
+Torch is not imported: records are read, and completions are graded, in processes that have no need of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Record:
+    """One problem.
+
+    Example: ``Record("2 + 2?", answer="4", where="train.jsonl:17")``.
+
+    Attributes:
+        problem: text of the problem.
+        solution: worked solution; None where there is none.
+        answer: right answer, for the grader; None where there is none.
+        metadata: the other columns, for the grader.
+        where: file and line, or number, for error messages.
+        teacher: value of the column data.teacher_key; None where there is none.
+    """
+
+    problem: str
+    solution: str | None = None
+    answer: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "record"
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One problem as the student and the teacher see it.
 
-    Example: modchain's ``^7+5*3=`` has ``student_ids == teacher_ids`` (7 tokens) and ``answer == "6"``; under
+    Example: modchain's ``^7+5*3=`` has ``student_ids == teacher_ids`` (7 tokens) and ``record.answer == "6"``; under
     self-distillation ``teacher_ids`` also holds the worked solution and is longer.
 
     Attributes:
         index: position in the run's endless order of prompts; with the seed it identifies the prompt.
         student_ids, teacher_ids: token ids of the two views, without any completion.
-        answer: right answer, for the grader; None where completions cannot be graded.
+        record: the problem itself, for the grader.
         completion_ids: a given completion (end token included) for supervised fine-tuning; None otherwise.
-        metadata: additional data for the grader.
         teacher: name of the teacher that scores the completions, of several; empty where there is one.
     """
 
     index: int
     student_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
-    answer: str | None = None
+    record: Record = Record("")
     completion_ids: tuple[int, ...] | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = ""
 
 
@@ -69,6 +93,21 @@ class Rollout:
     def answer_ids(self) -> tuple[int, ...]:
         """The completion without its end token, where it has one."""
         return self.completion_ids[:-1] if self.finished and not self.ended_by_string else self.completion_ids
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A grader's verdict on a completion.
+
+    Attributes:
+        correct: whether it is right; None where the grader failed. It counts as wrong, and is counted apart.
+        answer: the answer that was read; None where there was none.
+        reason: why it is not right, in a few words; may be empty.
+    """
+
+    correct: bool | None
+    answer: str | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,33 +175,7 @@ class MicroBatch:
         """Length S of the rows before context parallelism cut them."""
         return self.token_ids.shape[1] * self.cp_size
 
-    def select_sequences(self, chosen: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
-        """Restricts the completion tokens to those of some sequences.
-
-        The model inputs are unchanged. `token_index` and `sequence_index` still count all of the rank's rollouts.
-
-        Args:
-            chosen: mask of the sequences, bool [B].
-
-        Returns:
-            (the micro-batch of the chosen sequences, indices of their tokens in this one's [N], int64).
-        """
-        number = torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
-        rows = chosen[self.owner].nonzero()[:, 0]
-        own = replace(
-            self,
-            row_index=self.row_index[rows],
-            target_ids=self.target_ids[rows],
-            owner=number[self.owner[rows]],
-            token_index=self.token_index[rows],
-            sequence_index=self.sequence_index[chosen],
-            lengths=self.lengths[chosen],
-            sequence_of=torch.where(self.sequence_of >= 0, number[self.sequence_of.clamp(min=0)], -1),
-        )
-        return own, rows
-
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
         return replace(self, **moved)

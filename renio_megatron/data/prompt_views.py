@@ -8,9 +8,10 @@ from typing import Any
 
 from renio_megatron.config import DataConfig
 from renio_megatron.config.templates import check_fields, fields_of, filled
-from renio_megatron.data.sources.source import Record, solution_of
+from renio_megatron.data.sources.source import solution_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.models.chat_template import ChatTemplate
+from renio_megatron.types import Record
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from renio_megatron.data.prompt_views import (
     teacher_view,
 )
 from renio_megatron.data.sources import build_source
-from renio_megatron.data.sources.source import Record, Source, solution_of
+from renio_megatron.data.sources.source import Source, solution_of
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.types import Prompt
+from renio_megatron.types import Prompt, Record
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class PromptStream:
             _check_length("student", self._length_limits.student, len(student_ids), longest, record)
             if is_taught and teacher in self._length_limits.teachers:
                 _check_length("teacher", self._length_limits.teachers[teacher], len(teacher_ids), longest, record)
-        return Prompt(position, student_ids, teacher_ids, record.answer, completion_ids, record.metadata, teacher)
+        return Prompt(position, student_ids, teacher_ids, record, completion_ids, teacher)
 
     def _teacher_of(self, record: Record) -> str:
         """The name of the teacher that scores the completions of a record."""
@@ -168,7 +168,7 @@ _LARGEST = 1e300  # excludes infinity, and integers that overflow a float
 
 def number_in(prompt: Prompt, column: str) -> float:
     """The value of a column in a prompt's record; raises `DataError` where it is not a number."""
-    value = prompt.metadata.get(column)
+    value = prompt.record.metadata.get(column)
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
         raise DataError(
             f"prompt {prompt.index}: its record has {value!r} in the column {column!r}, where the weighting reads a "

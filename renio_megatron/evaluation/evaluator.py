@@ -8,7 +8,7 @@ from dataclasses import replace
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.training.interfaces import Sampler
 from renio_megatron.training.metrics.accumulator import MetricAccumulator, reduce_metrics
-from renio_megatron.types import Prompt, Rollout, SamplingParams
+from renio_megatron.types import Prompt, Rollout, SamplingParams, Verdict
 
 # Evaluation has its own random stream, the same every time, so that two evaluations differ only by the model.
 _RNG_STREAM = (0, 1)
@@ -21,7 +21,7 @@ class Evaluator:
         self,
         sampler: Sampler,
         prompts: Sequence[Prompt],
-        grader: Callable[[Rollout], bool | None],
+        grader: Callable[[Sequence[Rollout]], Sequence[Verdict]],
         sampling_params: SamplingParams,
         layout: ParallelLayout,
     ) -> None:
@@ -39,5 +39,5 @@ class Evaluator:
         ):
             # Also without problems of its own: a rank may hold experts that other ranks' forward passes need.
             rollouts = self._sampler.sample(self._mine, sampling_params, rng_stream=_RNG_STREAM)
-            accumulator.add(name, sum(bool(self._grader(rollout)) for rollout in rollouts), len(rollouts))
+            accumulator.add(name, sum(bool(verdict.correct) for verdict in self._grader(rollouts)), len(rollouts))
         return reduce_metrics(accumulator, self._layout)

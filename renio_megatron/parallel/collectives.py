@@ -44,6 +44,28 @@ def on_main_rank(layout: ParallelLayout, action: Callable[[], _Value]) -> _Value
     return outcome[0]
 
 
+def on_first_model_rank(layout: ParallelLayout, action: Callable[[], _Value]) -> _Value:
+    """Runs `action` on the first of the ranks that share a data-parallel rank's sequences, and returns its result on
+    all of these; one collective for each axis with several ranks.
+
+    Raises:
+        RenioError: any `RenioError` that `action` raised, on every one of these ranks and with the scope `ALL_RANKS`.
+    """
+    axes = (layout.tensor, layout.pipeline, layout.context)
+    outcome: list[Any] = [None, None]
+    if all(axis.is_first for axis in axes):
+        try:
+            outcome[0] = action()
+        except RenioError as error:
+            outcome[1] = error
+    for axis in axes:
+        if axis.size > 1:
+            dist.broadcast_object_list(outcome, src=axis.ranks[0], group=axis.group)
+    if outcome[1] is not None:
+        raise outcome[1].scoped(Scope.ALL_RANKS)
+    return outcome[0]
+
+
 def gather_objects(mine: _Value, group: dist.ProcessGroup | None = None) -> list[_Value]:
     """Every rank's object, in the order of ranks; they are pickled, so they are few and small. One collective.
 

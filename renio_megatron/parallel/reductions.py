@@ -111,15 +111,6 @@ def gather_shares(values: torch.Tensor, group: dist.ProcessGroup | None) -> tupl
     return torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)]), slice(start, start + len(values))
 
 
-def of_first_model_rank(values_B: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
-    """Broadcasts values from the first of the ranks that share these sequences; one small collective per axis."""
-    axes = (layout.tensor, layout.pipeline, layout.context)
-    mine = values_B if all(axis.is_first for axis in axes) else torch.zeros_like(values_B)
-    for axis in axes:
-        mine = sum_over_group(mine, axis.group)
-    return mine
-
-
 def sum_over_ranks(values: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
     """Sum over all ranks of values that are equal on tensor ranks, counted once per tensor group; one collective."""
     total = values.clone() if layout.tensor.is_first else torch.zeros_like(values)

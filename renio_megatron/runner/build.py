@@ -12,6 +12,8 @@ from renio_megatron.config.lazy import imported
 from renio_megatron.config.resume import to_yaml
 from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.evaluation.evaluator import Evaluator
+from renio_megatron.evaluation.graders import Grader
+from renio_megatron.evaluation.grading import RolloutGrader
 from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.parallel.layout import ParallelLayout
@@ -125,7 +127,7 @@ def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
             seed=config.train.seed,
         ),
         lr_at=parts.lr_at,
-        grader=parts.inputs.grader,
+        grader=_rollout_grader(parts.inputs.grader, parts.config, parts.inputs, parts.layout),
         on_rollouts=parts.on_rollouts,
         is_balanced=config.train.max_tokens_per_micro_batch is not None,
     )
@@ -195,12 +197,21 @@ def sampling_params_of(config: DistillationConfig) -> SamplingParams:
     )
 
 
+def _rollout_grader(
+    grader: Grader | None, config: JobConfig, inputs: RunInputs, layout: ParallelLayout
+) -> RolloutGrader | None:
+    if grader is None:
+        return None
+    return RolloutGrader(grader, inputs.tokenizer, errors=config.data.grader_errors, layout=layout)
+
+
 def _evaluator(
     config: JobConfig, inputs: RunInputs, layout: ParallelLayout, sampler: Sampler
 ) -> Callable[[], dict[str, float]] | None:
-    if not config.evaluate.every or inputs.eval_grader is None:
+    grader = _rollout_grader(inputs.eval_grader, config, inputs, layout)
+    if not config.evaluate.every or grader is None:
         return None
     limit = config.evaluate.max_completion_length or config.longest_completion
     assert limit is not None  # guaranteed by the recipe's rules
     sampling_params = SamplingParams(config.evaluate.temperature, None, None, limit, config.decoded_together)
-    return Evaluator(sampler, inputs.evaluation, inputs.eval_grader, sampling_params, layout)
+    return Evaluator(sampler, inputs.evaluation, grader, sampling_params, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from renio_megatron.data.prompts import LengthLimits, PromptStream, check_views_
 from renio_megatron.data.sources import build_source
 from renio_megatron.data.sources.source import Source
 from renio_megatron.errors import ConfigError
-from renio_megatron.evaluation.graders import build_grader
+from renio_megatron.evaluation.graders import Grader, build_grader, grader_name
 from renio_megatron.files import user_path
 from renio_megatron.megatron.checkpoint.directory import find_pretrained
 from renio_megatron.megatron.weights.peft_config import PeftAdapter
@@ -30,8 +30,6 @@ from renio_megatron.objective.weightings import COLUMN, INPUTS
 from renio_megatron.types import Prompt, Rollout
 
 _MAX_NAMED = 3
-Grader = Callable[[Rollout], bool | None]
-"""Whether a completion is right; None where the grader failed."""
 
 
 @dataclass(frozen=True)
@@ -228,14 +226,16 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
             check_views_differ([prompt for prompt in first if prompt.teacher == one.name], one.kind)
     if config.longest_completion is None and config.train.max_tokens_per_micro_batch is not None:
         _check_rows(config, first)
-    evaluation, eval_grader = _evaluation(config, stream, tokenizer)
-    grader = build_grader(config.data, source, tokenizer)
+    evaluation, eval_grader = _evaluation(config, stream)
+    grader = build_grader(config.data, source)
     _check_samples(config.sample_needs, first, is_graded=grader is not None)
     ends = ends_of(model, tokenizer, *stops_of(config))
     directories = [model, *(teacher.directory for teacher in teachers.values())]
     found = [notice for one in dict.fromkeys(directories) for notice in notices(one)]
     teacher_ends = {name: teacher.ends for name, teacher in teachers.items()}
     found += notices_of_prompts(stream, first, ends, teacher_ends, tokenizer)
+    graded = (source, *([stream.evaluation_source] if config.evaluate.every else []))
+    found += [notice for each in graded if (notice := grader_name(config.data, each)[1]) is not None]
     return RunInputs(
         model=model,
         weights=weights,
@@ -255,12 +255,12 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
     )
 
 
-def _evaluation(config: JobConfig, stream: PromptStream, tokenizer: Any) -> tuple[list[Prompt], Grader | None]:
+def _evaluation(config: JobConfig, stream: PromptStream) -> tuple[list[Prompt], Grader | None]:
     """The prompts of an evaluation, and their grader; empty and None where nothing is evaluated."""
     if not config.evaluate.every:
         return [], None
     prompts = stream.evaluation(config.evaluate.samples)
-    grader = build_grader(config.data, stream.evaluation_source, tokenizer)
+    grader = build_grader(config.data, stream.evaluation_source)
     if grader is None:
         raise ConfigError(
             "evaluate.every is set, but nothing can be graded: the evaluation records have no answers or "

@@ -54,7 +54,7 @@ class Preview:
             "student_ids": list(prompt.student_ids),
             "teacher_text": decoded(prompt.teacher_ids, self.tokenizer) if is_taught else None,
             "teacher_ids": list(prompt.teacher_ids) if is_taught else None,
-            "answer": prompt.answer,
+            "answer": prompt.record.answer,
         }
         if prompt.teacher:
             found["teacher"] = prompt.teacher
@@ -117,7 +117,7 @@ def prompt_lines(prompt: Prompt, tokenizer: Any, *, is_taught: bool, limit: int 
         views.append((who, prompt.teacher_ids))
     if prompt.completion_ids is not None:
         views.append(("completion", prompt.completion_ids))
-    found = [f"prompt {prompt.index}, answer {prompt.answer!r}"]
+    found = [f"prompt {prompt.index}, answer {prompt.record.answer!r}"]
     for who, ids in views:
         if who.startswith("teacher") and ids == prompt.student_ids:
             found.append(f"  {who} sees the same")

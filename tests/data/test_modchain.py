@@ -3,11 +3,7 @@ import re
 import pytest
 from transformers import AutoTokenizer, Qwen3Config
 
-from renio_megatron.config import DataConfig
 from renio_megatron.data.sources import modchain
-from renio_megatron.errors import ConfigError
-from renio_megatron.evaluation.graders import build_grader
-from renio_megatron.types import Prompt, Rollout
 
 
 def test_worked_example_by_hand():
@@ -47,20 +43,6 @@ def test_splits_share_no_problem():
     assert not train & held_out
 
 
-@pytest.mark.parametrize(
-    ("text", "finished", "right"),
-    [
-        ("+52*36-88", True, True),
-        ("+52*36-88", False, False),
-        ("+52*36-87", True, False),
-        ("8+", True, False),
-        ("", True, False),
-    ],
-)
-def test_grade(text, finished, right):
-    assert modchain.grade(text, "8", finished) is right
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("modchain")
@@ -84,38 +66,3 @@ def test_tokenizer_round_trip(tokenizer):
     assert tokenizer.decode(token_ids) == text
     assert tokenizer.decode(token_ids, skip_special_tokens=True) == text[:-1]
     assert tokenizer("").input_ids == []
-
-
-def test_grader_reads_the_tokens_before_the_end(tokenizer):
-    source = _Answers()
-    grader = build_grader(DataConfig(), source, tokenizer)
-    prompt = Prompt(0, (1,), (1,), answer="8")
-
-    def verdict(text, finished=True):
-        return grader(Rollout(prompt, tuple(tokenizer(text).input_ids), finished=finished))
-
-    assert verdict("+52*36-88$")
-    assert not verdict("+52*36-88", finished=False)
-    assert not verdict("+52*36-86$")
-    assert not verdict("+52*36-88<pad>$"), "a padding token that was drawn is not invisible"
-    assert not verdict("+52*36-88^$")
-    assert not verdict("$")
-
-
-def test_build_grader_refuses_what_it_cannot_grade(tokenizer):
-    nothing = _Answers(has_answers=False)
-    assert build_grader(DataConfig(grader="none"), _Answers(), tokenizer) is None
-    assert build_grader(DataConfig(), nothing, tokenizer) is None
-    with pytest.raises(ConfigError, match=r"data\.answer_key"):
-        build_grader(DataConfig(grader="number"), nothing, tokenizer)
-    with pytest.raises(ConfigError, match="modchain, number"):
-        build_grader(DataConfig(grader="numbers"), _Answers(), tokenizer)
-    with pytest.raises(ConfigError, match=r"data\.source=reasoning_gym"):
-        build_grader(DataConfig(grader="reasoning_gym"), _Answers(), tokenizer)
-
-
-class _Answers:
-    name, grader, score = "modchain", "modchain", None
-
-    def __init__(self, has_answers=True):
-        self.has_answers = has_answers

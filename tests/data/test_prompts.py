@@ -9,9 +9,9 @@ from renio_megatron.config import DataConfig
 from renio_megatron.data.prompt_views import PromptView, encode_view
 from renio_megatron.data.prompts import LengthLimits, PromptStream, check_views_differ
 from renio_megatron.data.sources import build_source, modchain
-from renio_megatron.data.sources.source import Record
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.models.tokenizer import check_same_tokenizer, load_tokenizer, padding_id
+from renio_megatron.types import Record
 
 CHAT = (
     "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -90,7 +90,7 @@ def test_modchain_prompt_is_exactly_its_characters(modchain_tokenizer):
     assert prompt.student_ids == prompt.teacher_ids
     assert prompt.student_ids == tuple(modchain.SYMBOLS.index(symbol) for symbol in problem.prompt)
     assert prompt.completion_ids == tuple(modchain.SYMBOLS.index(symbol) for symbol in problem.solution + "$")
-    assert prompt.answer == problem.answer
+    assert prompt.record.answer == problem.answer
 
 
 def test_beginning_of_text_only_where_the_tokenizer_writes_it():

@@ -201,9 +201,15 @@ def test_answers_are_read_as_text_in_full_digits(value: Any, text: str | None, t
 
 def test_a_small_number_is_graded() -> None:
     from renio_megatron.data.sources.columns import answer_text
-    from renio_megatron.evaluation.graders.math import grade_number
+    from renio_megatron.evaluation.graders.grader import Completion
+    from renio_megatron.evaluation.graders.number import grade_number
+    from renio_megatron.types import Record
 
     answer = answer_text({"answer": 1e-05}, "answer", "here")
-    assert answer is not None
-    assert grade_number("It is 0.00001.", answer) and grade_number(r"\boxed{\frac{1}{100000}}", answer)
-    assert not grade_number("It is 1.", answer) and not grade_number("It is 0.0001.", answer)
+    record = Record("", answer=answer)
+
+    def is_right(text: str) -> bool | None:
+        return grade_number(Completion(text), record).correct
+
+    assert is_right("It is 0.00001.") and is_right(r"\boxed{\frac{1}{100000}}")
+    assert not is_right("It is 1.") and not is_right("It is 0.0001.")

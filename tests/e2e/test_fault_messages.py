@@ -28,8 +28,8 @@ real_run = [
 # The grader fails on the third and the fourth of every eight completions.
 BROKEN_GRADER = """
 def patch(module):
-    from renio_megatron.evaluation.graders import GRADERS
-    real, graded = GRADERS["modchain"], []
+    from renio_megatron.evaluation.graders import generated
+    real, graded = generated.grade_modchain, []
 
     def judge(*args):
         graded.append(1)
@@ -37,7 +37,7 @@ def patch(module):
             raise ValueError("no such answer")
         return real(*args)
 
-    GRADERS["modchain"] = judge
+    generated.grade_modchain = judge
 """
 
 NAN_GRADIENT = """
@@ -125,7 +125,7 @@ class TestRealRuns:
         assert error.count("\n") == 1, "rank 0, whose gradient is finite, keeps still"
         assert job.rows() == []
 
-    def test_a_grader_that_raises_on_both_ranks_is_told_once(self, start, broken_grader):
+    def test_a_grader_that_raises_is_told_once(self, start, broken_grader):
         job = start(4, PATHS=broken_grader)
         assert job.wait(120.0) == 2
         error = job.error()
@@ -139,9 +139,9 @@ class TestRealRuns:
         # Two of the first four prompts, none of the next four, and again.
         assert [row["rollout/grader_error_frac"] for row in job.rows()] == [0.5, 0.0, 0.5, 0.0]
         lines = sorted(job.error().splitlines())
-        assert [line.partition("warning: ")[0] for line in lines] == ["[rank 1] ", "", ""]
-        assert "the grader failed on 50.0% of the completions of step 1" in lines[2]
-        assert lines[1].startswith("warning: prompt 2: the grader 'modchain' raised ValueError: no such answer.")
+        assert [line.partition("warning: ")[0] for line in lines] == ["", ""]
+        assert "the grader failed on 50.0% of the completions of step 1" in lines[1]
+        assert lines[0].startswith("warning: prompt 2: the grader 'modchain' raised ValueError: no such answer.")
 
 
 TIMEOUT = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete"

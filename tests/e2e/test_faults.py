@@ -33,16 +33,15 @@ def fail_at_the_third(real):
         return real(*args, **kwargs)
     return call
 
-def grader(module):
-    from renio_megatron.runner import inputs
-    real = inputs.build_grader
-    inputs.build_grader = lambda *args: fail_at_the_third(real(*args))
+def learner(module):
+    from renio_megatron.megatron.student.learner import MegatronLearner
+    MegatronLearner.make_micro_batches = fail_at_the_third(MegatronLearner.make_micro_batches)
 
 def sampler(module):
     from renio_megatron.megatron.student.sampler import MegatronSampler
     MegatronSampler.sample = fail_at_the_third(MegatronSampler.sample)
 
-patch = {"grader": grader, "sampler": sampler}[os.environ["FAULT"]]
+patch = {"learner": learner, "sampler": sampler}[os.environ["FAULT"]]
 """
 
 
@@ -95,7 +94,7 @@ def test_a_run_killed_after_a_checkpoint_is_resumed_by_the_same_command(start):
     assert again.error() == ""
 
 
-@pytest.mark.parametrize("role", ["grader", "sampler"])
+@pytest.mark.parametrize("role", ["learner", "sampler"])
 def test_a_bug_on_rank_1_alone_ends_all_and_names_rank_1(role, start, tmp_path):
     job = start(200, FAULT=role, PATHS=injected(tmp_path, FAILURES))
     ranks: dict[int, int] = {}

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from renio_megatron.config import DataConfig, RolloutConfig
+from renio_megatron.config import RolloutConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.evaluation.graders import build_grader
+from renio_megatron.evaluation.graders import Grader
+from renio_megatron.evaluation.graders.number import grade_number
+from renio_megatron.evaluation.grading import RolloutGrader
 from renio_megatron.models.ends import Ends, differing_ends, ends_of
-from renio_megatron.types import Prompt, Rollout
+from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.types import Prompt, Record, Rollout
 from tests.data.test_prompts import characters
 from tests.helpers.multiprocess import Ranks
 
@@ -199,16 +202,13 @@ def test_a_text_ends_a_completion_where_transformers_ends_it(
 
 
 def test_what_ended_by_a_text_is_graded_whole() -> None:
-    class Source:
-        name, grader, has_answers, score = "jsonl", "number", True, None
-
     tokenizer = characters()
-    grade = build_grader(DataConfig(), Source(), tokenizer)  # type: ignore[arg-type]
-    assert grade is not None
+    grade = RolloutGrader(Grader("number", grade_number), tokenizer, errors="raise", layout=ParallelLayout())
+    prompt = Prompt(0, (5,), (5,), Record("", answer="42"))
 
     def verdict(text: str, **how: bool) -> bool | None:
         ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-        return grade(Rollout(Prompt(0, (5,), (5,), "42"), ids, **how))
+        return grade([Rollout(prompt, ids, **how)])[0].correct
 
     assert verdict("it is 42", ended_by_string=True)
     assert not verdict("it is 42"), "the last token is an end token, and no part of the answer"

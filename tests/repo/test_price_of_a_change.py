@@ -87,7 +87,8 @@ def terms(student_logp, teacher_logp, beta=0.0):
 
 COUNTING = '''"""Problems of one digit, whose answer is the digit."""
 
-from renio_megatron.data.sources.source import Record, Source
+from renio_megatron.data.sources.source import Source
+from renio_megatron.types import Record
 
 
 def counting_source(config, split):

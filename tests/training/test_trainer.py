@@ -17,7 +17,7 @@ from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.training.algorithms.sft import Sft
 from renio_megatron.training.lr_schedule import learning_rate
 from renio_megatron.training.trainer import Trainer
-from renio_megatron.types import Prompt
+from renio_megatron.types import Prompt, Verdict
 from tests.training.roles import (
     CAP,
     DECODING,
@@ -231,14 +231,21 @@ def test_plain_distillation_weighs_every_sequence_1_and_still_shows_the_raw_weig
         assert metrics["renio/raw_weight_mean"] == pytest.approx(MEAN)
 
 
+NEVER_HERE = ("loss/entry_clip_frac", "renio/ceiling_frac", "rollout/grader_error_frac", "rollout/no_answer_frac")
+
+
+def right_and_wrong(rollouts):
+    return [Verdict(RIGHT[rollout.prompt.index - 8], "its answer") for rollout in rollouts]
+
+
 def test_metrics_of_a_batch_by_hand():
     roles = Roles()
-    metrics = roles.distillation(grader=lambda rollout: RIGHT[rollout.prompt.index - 8]).step(PROMPTS, 1)
+    metrics = roles.distillation(grader=right_and_wrong).step(PROMPTS, 1)
     kl, lengths = divergences(roles), (2, 1, 3, 2)
     expected = {
         "loss": sum(weight * value for weight, value in zip(WEIGHTS, kl, strict=True)) / 4,
         "loss/kl": sum(value * length for value, length in zip(kl, lengths, strict=True)) / 8,
-        **dict.fromkeys(("loss/entry_clip_frac", "renio/ceiling_frac", "rollout/grader_error_frac"), 0.0),
+        **dict.fromkeys(NEVER_HERE, 0.0),
         "weight/mean": sum(WEIGHTS) / 4,
         "weight/max": CAP,
         "renio/raw_weight_mean": MEAN,
@@ -261,7 +268,8 @@ def test_metrics_of_a_batch_by_hand():
 
 
 def test_no_auc_where_all_are_right_and_no_accuracy_where_nothing_is_graded():
-    assert "renio/auc_wrong" not in Roles().distillation(grader=lambda rollout: True).step(PROMPTS, 1)
+    all_right = Roles().distillation(grader=lambda rollouts: [Verdict(True)] * len(rollouts))
+    assert "renio/auc_wrong" not in all_right.step(PROMPTS, 1)
     assert "rollout/accuracy" not in Roles().distillation().step(PROMPTS, 1)
 
 

@@ -6,16 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from renio_megatron.config import HeadConfig, LossConfig
 from renio_megatron.config.sections.combined_weighting import ProductWeighting
 from renio_megatron.config.sections.weighting import StudentEntropyWeighting, UniformWeighting
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.objective.weightings import INPUTS
-from renio_megatron.parallel.layout import Axis, ParallelLayout
-from renio_megatron.training.algorithms.weighing import Weighing, _agreed
-from renio_megatron.types import Prompt, Rollout
+from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.training.algorithms.weighing import Weighing
+from renio_megatron.types import Prompt, Record, Rollout, Verdict
 from tests.fakes.strategies import SeenWeighting, shown
 
 LENGTHS = (2, 1, 3)
@@ -26,7 +25,7 @@ def rollouts_of_three(numbers):
     """Completions of 2, 1 and 3 tokens, of prompts with these numbers."""
     return [
         Rollout(
-            Prompt(index, (1, index), (1,), metadata={"level": level, "name": "x", "flag": True}),
+            Prompt(index, (1, index), (1,), Record("", metadata={"level": level, "name": "x", "flag": True})),
             (2,) * count,
             torch.arange(count) - 5.0,
             finished,
@@ -110,7 +109,7 @@ def test_verdicts_are_asked_once_and_one_that_failed_is_no_number():
 
     def verdicts():
         asked.append(1)
-        return [True, None, False]
+        return [Verdict(True), Verdict(None), Verdict(False)]
 
     seen = shown(["verdict"], lambda weighting: weigh_rollouts(weighting, verdicts=verdicts))
     assert seen.verdict[[0, 2]].tolist() == [1.0, 0.0] and seen.verdict[1].isnan() and asked == [1]
@@ -151,16 +150,3 @@ def test_what_the_scoring_pass_told_is_handed_on():
     assert found.token_weights.tolist() == [0.5, 1.5, 1.0, 1.0, 1.0, 1.0]
     with pytest.raises(ConfigError, match="'student_entropy' needs student_entropy"):
         weigh_rollouts(StudentEntropyWeighting())
-
-
-def test_the_first_rank_of_a_model_decides_about_verdicts(two_ranks):
-    for verdict in two_ranks.once(_verdicts_of_two_minds):
-        assert verdict[:2] == [1.0, 0.0] and verdict[2] != verdict[2]
-
-
-def _verdicts_of_two_minds():
-    """Tensor-parallel ranks whose graders disagree."""
-    rank = dist.get_rank()
-    layout = ParallelLayout(rank=rank, world_size=2, tensor=Axis(2, rank, dist.group.WORLD))
-    answers = [[True, False, None], [False, None, True]][rank]
-    return _agreed(answers, layout).tolist()

@@ -24,7 +24,6 @@ from renio_megatron.objective.divergences import DIVERGENCE_INFO
 CHOICES: dict[str, Collection[str]] = {
     "loss.divergence": DIVERGENCE_INFO,
     "data.source": SOURCES,
-    "data.grader": ("modchain", "number", "reasoning_gym", "none"),
 }
 
 

@@ -42,6 +42,25 @@ SOURCES: dict[str, SourceInfo] = {
 }
 """Name in `data.source` -> its properties."""
 
+_GRADERS = "renio_megatron.evaluation.graders"
+GRADERS: dict[str, str] = {
+    "number": f"{_GRADERS}:number_grader",
+    "math": f"{_GRADERS}:math_grader_of",
+    "modchain": f"{_GRADERS}:modchain_grader",
+    "reasoning_gym": f"{_GRADERS}:reasoning_gym_grader",
+}
+"""Name in `data.grader` -> `module:function`, (DataConfig, source of the records) -> Grader."""
+
+
+def is_place(grader: str) -> bool:
+    """Whether `data.grader` names a user's own function.
+
+    >>> is_place("my_module:grade"), is_place("math")
+    (True, False)
+    """
+    module, colon, name = grader.rpartition(":")
+    return bool(module and colon and name.isidentifier())
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -61,8 +80,9 @@ class DataConfig:
         chat: wrap the prompt in the tokenizer's chat template.
         enable_thinking: passed to the chat template of tokenizers that know it; null leaves it out.
         teacher_enable_thinking: enable_thinking of the teacher's view; null follows enable_thinking.
-        grader: `modchain`, `number` (the last number of the completion), `reasoning_gym`, `none`, or null: the source's
-            own grader.
+        grader: `number` (the last number of the completion), `math` (an expression in a box), `modchain`,
+            `reasoning_gym`, a function of one's own as `module:function` or `path/file.py:function`, `none`, or null:
+            the source's own grader, which for files is `number` where all answers are numbers, else `math`.
         grader_errors: what an exception in the grader does: `raise` stops the run and names the prompt, `count_wrong`
             counts the completion as wrong, which `rollout/grader_error_frac` shows.
         max_prompt_length: longer prompts are refused, in tokens.
@@ -95,6 +115,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", size=self.size, max_prompt_length=self.max_prompt_length)
+        if self.grader is not None and not is_place(self.grader):
+            require_choice("data.grader", self.grader, (*GRADERS, "none", "a function of your own (module:function)"))
         require_choice("data.grader_errors", self.grader_errors, ("raise", "count_wrong"))
         check_template("data.student_template", self.student_template, ("problem",))
         if self.teacher_template is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -205,3 +205,30 @@ def _micro_batch(
 
 def _ceil(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def select_sequences(batch: MicroBatch, chosen: torch.Tensor) -> tuple[MicroBatch, torch.Tensor]:
+    """Restricts the completion tokens of a micro-batch to those of some sequences.
+
+    The model inputs are unchanged. `token_index` and `sequence_index` still count all of the rank's rollouts.
+
+    Args:
+        batch: the micro-batch.
+        chosen: mask of its sequences, bool [B].
+
+    Returns:
+        (the micro-batch of the chosen sequences, indices of their tokens in `batch`'s [N], int64).
+    """
+    number = torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
+    rows = chosen[batch.owner].nonzero()[:, 0]
+    own = replace(
+        batch,
+        row_index=batch.row_index[rows],
+        target_ids=batch.target_ids[rows],
+        owner=number[batch.owner[rows]],
+        token_index=batch.token_index[rows],
+        sequence_index=batch.sequence_index[chosen],
+        lengths=batch.lengths[chosen],
+        sequence_of=torch.where(batch.sequence_of >= 0, number[batch.sequence_of.clamp(min=0)], -1),
+    )
+    return own, rows

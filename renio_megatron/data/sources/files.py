@@ -11,9 +11,10 @@ from typing import Any
 from renio_megatron.config import DataConfig
 from renio_megatron.data.sources.columns import answer_text, resolve_columns
 from renio_megatron.data.sources.row_files import rows_of
-from renio_megatron.data.sources.source import Record, Source, order_of
+from renio_megatron.data.sources.source import Source, order_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.files import user_path
+from renio_megatron.types import Record
 
 _TEXT_KINDS = ("string", "large_string", "int", "uint", "float", "double")
 

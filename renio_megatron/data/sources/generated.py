@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from renio_megatron.config import DataConfig
-from renio_megatron.data.sources.source import EVAL_SEED_OFFSET, Record, Source, order_of
+from renio_megatron.data.sources.source import EVAL_SEED_OFFSET, Source, order_of
 from renio_megatron.errors import ConfigError
+from renio_megatron.types import Record
 
 DEFAULT_GYM_SIZE = 10_000
 

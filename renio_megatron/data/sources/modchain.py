@@ -63,15 +63,6 @@ def make_problem(seed: int, split: str, index: int) -> Problem:
     return write_problem(start, [(OPERATIONS[o], int(d)) for o, d in zip(operations, operands, strict=True)])
 
 
-def grade(text: str, answer: str, finished: bool) -> bool:
-    """Whether a finished completion's last character, the end token left out, is the answer.
-
-    >>> grade("+52*36-88", "8", True), grade("+52*36-88", "8", False), grade("", "8", True)
-    (True, False, False)
-    """
-    return finished and text[-1:] == answer
-
-
 def build_tokenizer(directory: str | Path) -> None:
     """Writes the task's tokenizer as a Hugging Face fast tokenizer: one token for each of the 17 `SYMBOLS`.
 

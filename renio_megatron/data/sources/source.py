@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -11,34 +11,12 @@ import numpy as np
 
 from renio_megatron.config import DataConfig
 from renio_megatron.errors import DataError
+from renio_megatron.types import Record
 
 SPLITS = ("train", "eval")
 
 
 EVAL_SEED_OFFSET = 2**31  # reasoning-gym seeds item i with seed + i: neighboring seeds would share problems
-
-
-@dataclass(frozen=True)
-class Record:
-    """One problem.
-
-    Example: ``Record("2 + 2?", answer="4", where="train.jsonl:17")``.
-
-    Attributes:
-        problem: text of the problem.
-        solution: worked solution; None where there is none.
-        answer: right answer, for the grader; None where there is none.
-        metadata: additional data for the grader.
-        where: file and line, or number, for error messages.
-        teacher: value of the column data.teacher_key; None where there is none.
-    """
-
-    problem: str
-    solution: str | None = None
-    answer: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    where: str = "record"
-    teacher: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,24 @@
-"""Graders of completions. A new grader is a function and an entry in `GRADERS`."""
+"""Graders of completions. A new one is a function that returns a `Grader`, and an entry in `config.sections.data`.
+
+No torch here: completions are graded in processes that have no need of it.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from renio_megatron.config import DataConfig
-from renio_megatron.config.validators import require_choice
-from renio_megatron.data.sources import modchain
-from renio_megatron.errors import ConfigError, DataError, Scope
-from renio_megatron.evaluation.graders import math
-from renio_megatron.types import Prompt, Rollout
+from renio_megatron.config.lazy import imported
+from renio_megatron.config.sections.data import GRADERS, is_place
+from renio_megatron.errors import ConfigError, DataError
+from renio_megatron.evaluation.graders import generated, number
+from renio_megatron.evaluation.graders.custom import custom_grader
+from renio_megatron.evaluation.graders.grader import Completion, Grader
+from renio_megatron.evaluation.graders.math import math_grader
+from renio_megatron.types import Record, Verdict
 
-logger = logging.getLogger(__name__)
-
-Grader = Callable[[Rollout], bool | None]
-"""Whether a rollout's completion is right; None where the grader failed and `data.grader_errors` is count_wrong."""
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that grading needs."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any:
-        """Text of the tokens."""
+__all__ = ["Completion", "Grader", "Verdict", "build_grader", "grader_name"]
 
 
 class Graded(Protocol):
@@ -42,92 +37,97 @@ class Graded(Protocol):
         """Whether its records hold answers."""
 
     @property
+    def size(self) -> int | None:
+        """Number of its records; None: endless."""
+
+    @property
+    def read(self) -> Callable[[int], Record]:
+        """Index -> record."""
+
+    @property
     def score(self) -> Callable[[str, str, Mapping[str, Any]], float] | None:
         """Its own scoring of (given answer, right answer, metadata), 1.0 for right; None where it has none."""
 
 
-def _modchain(text: str, prompt: Prompt, finished: bool, source: Graded) -> bool:
-    return modchain.grade(text, prompt.answer or "", finished)
+def modchain_grader(config: DataConfig, source: Graded) -> Grader:
+    """The grader `modchain`."""
+    return Grader("modchain", generated.grade_modchain)
 
 
-def _number(text: str, prompt: Prompt, finished: bool, source: Graded) -> bool:
-    # A truncated completion ends in some number of its working; only a box marks the final answer.
-    return (finished or math.boxed(text) is not None) and math.grade_number(text, prompt.answer or "")
+def number_grader(config: DataConfig, source: Graded) -> Grader:
+    """The grader `number`."""
+    return Grader("number", number.grade_number, number.problem_of, number.same_answer)
 
 
-def _reasoning_gym(text: str, prompt: Prompt, finished: bool, source: Graded) -> bool:
-    box, answer = math.boxed(text), prompt.answer or ""
-    if not finished and box is None:
-        return False
-    given: str | None
-    if math.parse_number(answer) is not None:
-        given = math.find_number(text if box is None else box)
-    else:
-        given = box if box is not None else (text.strip().splitlines() or [""])[-1].strip()
-    assert source.score is not None  # build_grader has checked it
-    return given is not None and source.score(given, answer, prompt.metadata) == 1.0
+def math_grader_of(config: DataConfig, source: Graded) -> Grader:
+    """The grader `math`."""
+    return math_grader()
 
 
-GRADERS: dict[str, Callable[[str, Prompt, bool, Graded], bool]] = {
-    "modchain": _modchain,
-    "number": _number,
-    "reasoning_gym": _reasoning_gym,
-}
+def reasoning_gym_grader(config: DataConfig, source: Graded) -> Grader:
+    """The grader `reasoning_gym`; raises `ConfigError` for another source."""
+    if source.score is None:
+        raise ConfigError(f"data.grader=reasoning_gym needs data.source=reasoning_gym; got {source.name!r}.")
+    return Grader("reasoning_gym", generated.reasoning_gym_grade(source.score))
 
 
-def build_grader(config: DataConfig, source: Graded, tokenizer: Decoder) -> Grader | None:
-    """Builds the function that grades a rollout's completion.
+def grader_name(config: DataConfig, source: Graded) -> tuple[str, str | None]:
+    """The grader of a source's records, and a sentence where it was chosen by looking at the answers.
 
-    The completion is decoded without its end token. A completion that was cut is wrong, unless it holds a boxed answer
-    and the grader reads those.
+    Without `data.grader` a user's records are graded by `number` where all answers are numbers, else by `math`.
+    """
+    if config.grader is not None:
+        return config.grader, None
+    if not source.has_answers:
+        return "none", None
+    if source.grader == "number" and config.source_info.has_records:
+        for record in _records(source):
+            if (problem := number.problem_of(record)) is not None:
+                return "math", (
+                    f"{record.where}: {problem}, so the answers are graded by `math`: a completion must have its "
+                    "answer in \\boxed{}, or behind ####. data.grader says otherwise."
+                )
+    return source.grader, None
 
-    Returns:
-        None where `data.grader` is `none`, or null and the source has no answers. The function raises `DataError` where
-        the grader raises anything, or returns None with `data.grader_errors=count_wrong`.
+
+def build_grader(config: DataConfig, source: Graded) -> Grader | None:
+    """The grader of a source's records; None where `data.grader` is `none`, or null and the source has no answers.
+
     Raises:
         ConfigError: an unknown grader, or one that the source cannot serve.
+        DataError: an answer that the grader cannot read; names the first record, and how many there are.
     """
-    name = config.grader or (source.grader if source.has_answers else "none")
-    require_choice("data.grader", name, (*GRADERS, "none"))
+    name, _ = grader_name(config, source)
     if name == "none":
         return None
+    if is_place(name):
+        return custom_grader(name)
     if not source.has_answers:
         raise ConfigError(
             f"data.grader={name} needs answers, but the records of source {source.name!r} have none. "
             f"Set data.answer_key (now {config.answer_key!r}) to their column, or data.grader=none."
         )
-    if name == "reasoning_gym" and source.score is None:
-        raise ConfigError(f"data.grader=reasoning_gym needs data.source=reasoning_gym; got {source.name!r}.")
-    judge = GRADERS[name]
-    warned = False
-
-    def grade(rollout: Rollout) -> bool | None:
-        nonlocal warned
-        # Special tokens stay visible: a padding token that the student sampled is a mistake and must not vanish.
-        text = tokenizer.decode(list(rollout.answer_ids), skip_special_tokens=False)
-        try:
-            return judge(text, rollout.prompt, rollout.finished, source)
-        except Exception as error:  # any error of a grader, which may be user code
-            problem = f"prompt {rollout.prompt.index}: the grader {name!r} raised {type(error).__name__}: {error}."
-            if config.grader_errors == "raise":
-                raise _grader_error(problem) from error
-        if not warned:
-            logger.warning("%s It counts as wrong, as later ones will without a word.", problem)
-            warned = True
-        return None
-
-    return grade
+    grader = imported(GRADERS[name])(config, source)
+    if config.source_info.has_records:
+        _check_answers(grader, source)
+    return grader
 
 
-def _grader_error(problem: str) -> DataError:
-    return DataError(
-        f"{problem} Fix the record or the grader, or set data.grader_errors=count_wrong to count such completions as "
-        "wrong.",
-        scope=Scope.ALL_RANKS,  # every rank that shares the sequence grades it
+def _records(source: Graded) -> list[Record]:
+    return [source.read(index) for index in range(source.size or 0)]
+
+
+def _check_answers(grader: Grader, source: Graded) -> None:
+    """Raises `DataError` where the grader cannot read the answers of some records."""
+    problems = [
+        (record.where, problem) for record in _records(source) if (problem := grader.problem_of(record)) is not None
+    ]
+    if not problems:
+        return
+    where, problem = problems[0]
+    others = f" So it is for {len(problems)} of {source.size} records." if len(problems) > 1 else ""
+    other = "math" if grader.name == "number" else "none"
+    raise DataError(
+        f"{where}: {problem}, and data.grader={grader.name} could never find a completion right.{others} Fix the "
+        f"record, leave it out, or set data.grader={other}."
     )
-
-
-def accuracy(rollouts: Iterable[Rollout], grader: Grader) -> float:
-    """Fraction of the rollouts that the grader counts as right, in [0, 1]; NaN without rollouts."""
-    verdicts = [bool(grader(rollout)) for rollout in rollouts]
-    return sum(verdicts) / len(verdicts) if verdicts else float("nan")

@@ -23,7 +23,7 @@ from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 from renio_megatron.training.interfaces import Learner, Sampler, Teacher
 from renio_megatron.training.metrics.weights import renio_metrics, token_weight_metrics, weight_metrics
 from renio_megatron.training.targets import TeacherTargets
-from renio_megatron.types import Prompt, Rollout, SamplingParams
+from renio_megatron.types import Prompt, Rollout, SamplingParams, Verdict
 
 
 class Distillation:
@@ -43,7 +43,7 @@ class Distillation:
         sampling_params: SamplingParams,
         weighing: Weighing,
         lr_at: Callable[[int], float],
-        grader: Callable[[Rollout], bool | None] | None = None,
+        grader: Callable[[Sequence[Rollout]], Sequence[Verdict]] | None = None,
         is_balanced: bool = False,
         on_rollouts: Callable[[int, Sequence[Rollout], SampleWeights], None] | None = None,
     ) -> None:
@@ -55,7 +55,7 @@ class Distillation:
             sampling_params: how completions are drawn.
             weighing: computes the weights; also holds the divergence that they multiply.
             lr_at: learning rate of a step.
-            grader: checks whether a completion is right, for metrics and for weightings that need it; None: no grading.
+            grader: verdicts on completions, for metrics and for weightings that need them; None: no grading.
             is_balanced: exchange sequences between data-parallel ranks, so that all have as many tokens.
             on_rollouts: called with (step, this rank's rollouts, their weights) after each step.
         """
@@ -108,13 +108,13 @@ class Distillation:
         found = self._sample_metrics(rollouts, sample, targets, verdicts)
         return metrics | found | _time_metrics(clock, scored=weighing.needs_pass)
 
-    def _verdicts(self, rollouts: Sequence[Rollout]) -> list[bool | None]:
-        """The grader's verdict on each rollout; None where it failed."""
+    def _verdicts(self, rollouts: Sequence[Rollout]) -> Sequence[Verdict]:
+        """The grader's verdict on each rollout."""
         if self._grader is None:
             raise ConfigError(
                 "the weighting needs verdicts, and nothing is graded. Set data.grader, or choose another weighting."
             )
-        return [self._grader(rollout) for rollout in rollouts]
+        return self._grader(rollouts)
 
     def _balance(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Rollouts, balanced between data-parallel ranks where they are packed, so that the cost follows the tokens."""
@@ -167,13 +167,20 @@ class Distillation:
             columns |= {"raw": sample.renio.raw_weights, "pivotal": pivotal}
         if self._grader is not None:
             found = verdicts()
-            columns["right"] = torch.tensor([bool(one) for one in found], dtype=dtype, device=device)
-            columns["failed"] = torch.tensor([one is None for one in found], dtype=dtype, device=device)
+            for name, value_of in _OF_VERDICTS.items():
+                columns[name] = torch.tensor([value_of(one) for one in found], dtype=dtype, device=device)
         if targets.name_of is not None:
             columns["name"] = targets.name_of.to(device)
         columns |= _token_columns(sample, owner)
         table = gather_batch(torch.stack([one.to(dtype) for one in columns.values()], dim=1), self._layout.data.group)
         return _batch_metrics(dict(zip(columns, table.cpu().unbind(1), strict=True)), self._weighing, targets.names)
+
+
+_OF_VERDICTS: dict[str, Callable[[Verdict], bool]] = {
+    "right": lambda verdict: bool(verdict.correct),
+    "failed": lambda verdict: verdict.correct is None,
+    "unread": lambda verdict: verdict.correct is False and verdict.answer is None,
+}
 
 
 def _token_columns(sample: SampleWeights, owner: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -204,6 +211,7 @@ def _batch_metrics(columns: Mapping[str, torch.Tensor], weighing: Weighing, name
     metrics["rollout/tokens"] = float(lengths.sum())
     if right is not None:
         metrics["rollout/accuracy"] = float(right.mean())
+        metrics["rollout/no_answer_frac"] = float(columns["unread"].mean())
         metrics["rollout/grader_error_frac"] = float(columns["failed"].mean())
         area = float("nan") if raw is None else auc(raw, right == 0)
         if area == area:  # undefined where all are right, or all wrong

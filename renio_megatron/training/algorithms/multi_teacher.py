@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from renio_megatron.data.batching.collate import select_sequences
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import sum_over_ranks
 from renio_megatron.training.interfaces import Teacher
@@ -171,7 +172,7 @@ def _select(student_batches: Sequence[MicroBatch], here: torch.Tensor) -> dict[i
     for index, batch in enumerate(student_batches):
         chosen = here.to(batch.sequence_index.device)[batch.sequence_index]
         if bool(chosen.any()):
-            found[index] = _Selection(*batch.select_sequences(chosen), len(found))
+            found[index] = _Selection(*select_sequences(batch, chosen), len(found))
     return found
 
 

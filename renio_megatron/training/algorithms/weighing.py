@@ -17,13 +17,12 @@ from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
 from renio_megatron.objective.weightings import COLUMN, LOGIT_INPUTS
 from renio_megatron.objective.weightings.strategy import seeded
 from renio_megatron.parallel.layout import ParallelLayout
-from renio_megatron.parallel.reductions import of_first_model_rank
 from renio_megatron.parallel.vocab import LmHead
 from renio_megatron.training.interfaces import Learner, ScoreMore
 from renio_megatron.training.targets import LossInputs, TeacherTargets
-from renio_megatron.types import MicroBatch, Prompt, Rollout
+from renio_megatron.types import MicroBatch, Prompt, Rollout, Verdict
 
-Verdicts = Callable[[], Sequence[bool | None]]
+Verdicts = Callable[[], Sequence[Verdict]]
 """() -> the grader's verdict on each of the rank's rollouts."""
 
 
@@ -127,7 +126,7 @@ class Weighing:
             "sampler_logp": lambda: flat_logp(rollouts),
             "position": lambda: torch.cat([torch.arange(len(one.completion_ids)) for one in rollouts]),
             "finished": lambda: torch.tensor([rollout.finished for rollout in rollouts]),
-            "verdict": lambda: _agreed(verdicts(), layout),
+            "verdict": lambda: torch.tensor([_as_number(verdict) for verdict in verdicts()]),
             "prompt_group": lambda: torch.tensor([_group_of(rollout.prompt) for rollout in rollouts]),
             "sequence": lambda: torch.tensor(numbers),
             "generator": lambda: seeded(self.seed, step),
@@ -142,12 +141,9 @@ class Weighing:
         return {name: one.to(layout.device) if isinstance(one, torch.Tensor) else one for name, one in found.items()}
 
 
-def _agreed(verdicts: Sequence[bool | None], layout: ParallelLayout) -> torch.Tensor:
-    """1 right, 0 wrong, NaN where the grader failed, fp32 [B]; broadcast from the first rank, since a grader may not be
-    deterministic, and ranks that share sequences must weight them alike."""
-    numbers = [-1.0 if one is None else float(one) for one in verdicts]
-    agreed = of_first_model_rank(torch.tensor(numbers, device=layout.device), layout)
-    return torch.where(agreed < 0, float("nan"), agreed)
+def _as_number(verdict: Verdict) -> float:
+    """1 right, 0 wrong, NaN where the grader failed."""
+    return float("nan") if verdict.correct is None else float(verdict.correct)
 
 
 def _group_of(prompt: Prompt) -> int:

@@ -49,6 +49,7 @@ METRICS: dict[str, Metric] = {
     ),
     "loss/kl": Metric("nats/token", "mean", "unweighted divergence, mean over completion tokens"),
     "rollout/accuracy": Metric("1", "mean", "share of the step's completions that are correct"),
+    "rollout/no_answer_frac": Metric("1", "mean", "share of the step's completions in which no answer was found"),
     "rollout/grader_error_frac": Metric("1", "mean", "share of the step's completions on which the grader failed"),
     "rollout/length": Metric("tokens", "mean", "length of a completion"),
     "rollout/truncated_frac": Metric("1", "mean", "share of completions that were cut before their end token"),

@@ -3,15 +3,7 @@ import math
 import pytest
 import torch
 
-from renio_megatron.evaluation.graders import accuracy
 from renio_megatron.objective.statistics import auc
-from renio_megatron.types import Prompt, Rollout
-
-
-def test_accuracy_is_the_share_of_right_rollouts():
-    rollouts = [Rollout(Prompt(i, (1,), (1,)), (i,)) for i in range(4)]
-    assert accuracy(rollouts, lambda rollout: rollout.completion_ids == (3,)) == 0.25
-    assert math.isnan(accuracy([], lambda rollout: True))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""What a grader is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from renio_megatron.types import Record, Verdict
+
+UNCLOSED_THINKING = "the thinking is not closed"
+CUT = "cut before an answer"
+NO_ANSWER = "no answer found"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A student's completion as text.
+
+    Attributes:
+        text: the completion without its end token. Special tokens stay visible: a padding token that the student
+            sampled is a mistake and must not vanish.
+        finished: whether it ended by itself (False: cut at the maximum length).
+        in_thinking: whether the prompt ends inside an open thought, so that the text begins within it.
+    """
+
+    text: str
+    finished: bool = True
+    in_thinking: bool = False
+
+
+Grade = Callable[[Completion, Record], Verdict]
+
+
+def every_record_fits(record: Record) -> str | None:
+    """None: for graders that can use any record."""
+    return None
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two answers are the same text."""
+    return one == other
+
+
+@dataclass(frozen=True)
+class Grader:
+    """A grader of completions.
+
+    Attributes:
+        name: its name in `data.grader`.
+        grade: (completion, record) -> verdict. It may raise: `data.grader_errors` decides what follows.
+        problem_of: why a record's completions cannot be graded, for the user; None where they can.
+        same_answer: whether two answers that it read are the same, for a majority vote.
+    """
+
+    name: str
+    grade: Grade
+    problem_of: Callable[[Record], str | None] = every_record_fits
+    same_answer: Callable[[str, str], bool] = same_text

@@ -1,0 +1,76 @@
+"""Verdicts on rollouts: one of the ranks that share a sequence grades it, and the others hear the verdict."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from renio_megatron.errors import DataError, RenioError
+from renio_megatron.evaluation.graders.final_answer import opens_thinking
+from renio_megatron.evaluation.graders.grader import Completion, Grader
+from renio_megatron.parallel.collectives import on_first_model_rank
+from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.types import Rollout, Verdict
+
+logger = logging.getLogger(__name__)
+
+_LAST_TOKENS = 8
+"""Tokens at the end of a prompt that show whether it leaves a thought open."""
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that grading needs."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any:
+        """Text of the tokens."""
+
+
+class RolloutGrader:
+    """Grades rollouts with a grader of texts.
+
+    Args:
+        grader: the grader.
+        tokenizer: decodes completions, without their end token.
+        errors: what an exception of the grader does, `data.grader_errors`: `raise`, or `count_wrong`.
+        layout: the ranks that share sequences.
+    """
+
+    def __init__(self, grader: Grader, tokenizer: Decoder, *, errors: str, layout: ParallelLayout) -> None:
+        self.grader = grader
+        self._tokenizer, self._errors, self._layout = tokenizer, errors, layout
+        self._has_warned = False
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """The verdict on each of the rank's rollouts, the same on all ranks that share them. A collective of these.
+
+        A grader need not give the same verdict twice: it may have a time limit. So one rank asks it.
+
+        Raises:
+            DataError: the grader raised, and `errors` is `raise`.
+        """
+        return on_first_model_rank(self._layout, lambda: [self._grade(rollout) for rollout in rollouts])
+
+    def _grade(self, rollout: Rollout) -> Verdict:
+        try:
+            return self.grader.grade(self._completion(rollout), rollout.prompt.record)
+        except Exception as error:  # any error of a grader, which may be user code
+            said = str(error) if isinstance(error, RenioError) else f"{type(error).__name__}: {error}"
+            problem = f"prompt {rollout.prompt.index}: the grader {self.grader.name!r} raised {said}."
+            if self._errors == "raise":
+                raise DataError(
+                    f"{problem} Fix the record or the grader, or set data.grader_errors=count_wrong to count such "
+                    "completions as wrong."
+                ) from error
+        if not self._has_warned:
+            logger.warning("%s It counts as wrong, as later ones will without a word.", problem)
+            self._has_warned = True
+        return Verdict(None, None, problem)
+
+    def _completion(self, rollout: Rollout) -> Completion:
+        def text_of(token_ids: Sequence[int]) -> str:
+            return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+        # Special tokens stay visible: a padding token that the student sampled is a mistake and must not vanish.
+        prompt_end = text_of(rollout.prompt.student_ids[-_LAST_TOKENS:])
+        return Completion(text_of(rollout.answer_ids), rollout.finished, opens_thinking(prompt_end))
