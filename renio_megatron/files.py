@@ -220,9 +220,9 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def output_error(path: Path, error: OSError) -> CheckpointError:
-    """The error for a metrics file that cannot be written."""
+    """The error for an output file that cannot be written."""
     return CheckpointError(
-        f"cannot write metrics to {path}: {error.strerror or error}. "
+        f"cannot write {path}: {error.strerror or error}. "
         "Free space there or make it writable, or choose another output directory; the run can be resumed."
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from renio_megatron import __version__
+from renio_megatron.cli import evaluate
 from renio_megatron.cli.slurm import rank_variables
 from renio_megatron.errors import CheckpointError, ConfigError, RenioError
 
@@ -24,6 +25,7 @@ commands:
   sft                fine-tune on given completions, as a recipe says
   preview            show the first prompts as student and teacher see them, and what ends completions
   plan               show what a recipe will hold in each GPU's memory, without running it
+  evaluate           grade a model, a run or a server on benchmarks: avg@k, pass@k, majority, intervals
   export             write a checkpoint of a run as a Hugging Face model directory
   doctor             look at versions, devices, links and the loss in a layout before a run
   compare-precision  show what FP8 does to a recipe's weights and gradient, on the same rollouts
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, extra = parser.parse_known_args(argv)
     unknown = (
         extra
-        if arguments.command not in ("train", "sft", "preview", "plan", "doctor", "compare-precision")
+        if arguments.command not in ("train", "sft", "preview", "plan", "doctor", "compare-precision", "evaluate")
         else [text for text in extra if text.startswith("-")]
     )
     if unknown:
@@ -133,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="write JSON, token ids included")
     command.set_defaults(run=_run_preview)
 
+    _add_evaluate(commands)
     _add_export(commands)
     _add_doctor(commands)
     _add_compare_precision(commands)
@@ -150,6 +153,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="YAML file with the settings of the run")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        description=evaluate.DESCRIPTION,
+        epilog=evaluate.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="renio evaluate TARGET --benchmark NAME|PATH [--benchmark ...] [--n K] [--limit N] [key=value ...]",
+    )
+    evaluate.add_arguments(command, _positive)
+    command.set_defaults(run=_run_evaluate)
 
 
 def _add_export(commands: Any) -> None:
@@ -294,6 +309,26 @@ def _run_compare_precision(arguments: argparse.Namespace) -> int:
     check_world(config, num_ranks)
     check_models(config)
     return launch.start_ranks(rank_arguments, num_ranks)
+
+
+def _run_evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluates a server here; of a model, runs as a rank of torchrun or srun, or starts ranks itself."""
+    from renio_megatron.cli import launch
+    from renio_megatron.runner.evaluation_job import read_job
+
+    options = evaluate.options_of(arguments)
+    rank_arguments = ["evaluate", options.as_word()]
+    if launch.is_rank():
+        _refuse_nproc(arguments)
+        from renio_megatron.cli.worker import run_rank
+
+        run_rank(rank_arguments)
+
+    job = read_job(options)
+    if not job.is_local:
+        evaluate.evaluate_at_server(job)
+        return 0
+    return launch.start_ranks(rank_arguments, arguments.nproc or job.config.parallel.model_ranks)
 
 
 def _run_quickstart(arguments: argparse.Namespace) -> int:

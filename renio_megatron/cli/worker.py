@@ -32,12 +32,18 @@ def main(argv: Sequence[str]) -> int:
 
     Args:
         argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, `quickstart OUTPUT_DIR [--fresh]`,
-            `doctor RECIPE [key=value ...]` with an empty RECIPE where there is none, or
-            `compare-precision RECIPE [key=value ...] [--output=DIR]`.
+            `doctor RECIPE [key=value ...]` with an empty RECIPE where there is none,
+            `compare-precision RECIPE [key=value ...] [--output=DIR]`, or `evaluate OPTIONS`, the result of
+            `EvaluateOptions.as_word`.
     """
     fresh = "--fresh" in argv
     kind, target, *overrides = [text for text in argv if text != "--fresh"]
-    others = {"quickstart": _run_quickstart, "doctor": _run_doctor, "compare-precision": _run_compare_precision}
+    others: dict[str, Callable[[str, str, Sequence[str], bool], int | None]] = {
+        "quickstart": _run_quickstart,
+        "doctor": _run_doctor,
+        "compare-precision": _run_compare_precision,
+        "evaluate": _run_evaluate,
+    }
     run = others.get(kind, _run_recipe)
     return _guard(lambda: run(kind, target, overrides, fresh))
 
@@ -100,6 +106,12 @@ def _run_compare_precision(kind: str, target: str, overrides: Sequence[str], fre
     option = "--output="
     output = next((text.removeprefix(option) for text in overrides if text.startswith(option)), None)
     return compare_precision(target, [text for text in overrides if not text.startswith(option)], output)
+
+
+def _run_evaluate(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> None:
+    from renio_megatron.cli.evaluate import evaluate_on_rank
+
+    evaluate_on_rank(target)
 
 
 def _guard(run: Callable[[], int | None]) -> int:

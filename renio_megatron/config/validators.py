@@ -10,10 +10,16 @@ MAX_SEQUENCES = 2**20
 
 
 def require_positive(section: str, **values: float | None) -> None:
-    """Raises `ConfigError` for the first value that is not above 0 and finite; None passes."""
+    """Raises `ConfigError` for the first value that is not above 0 and finite; None passes.
+
+    Args:
+        section: the keys' section; empty at the top level.
+        values: value of each key.
+    """
     for name, value in values.items():
         if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{section}.{name} must be above 0{' and finite' if value > 0 else ''}; got {value}.")
+            key = f"{section}.{name}" if section else name
+            raise ConfigError(f"{key} must be above 0{' and finite' if value > 0 else ''}; got {value}.")
 
 
 def require_countable(section: str, **values: int) -> None:

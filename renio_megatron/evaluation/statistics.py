@@ -75,8 +75,8 @@ def interval(means: Sequence[float], num_draws: int, *, level: float = 0.95) -> 
     """Confidence interval of the mean success rate over problems, of which these are a sample.
 
     Draws of one problem resemble each other, so problems are the unit: Student's t over their means. Near 0 and 1,
-    where that leaves [0, 1] or covers too seldom, Wilson's interval with t's quantile and the effective number of draws:
-    the variance of independent draws over that of the problems' mean. It is never [0, 0] or [1, 1].
+    where that leaves [0, 1] or covers too seldom, Wilson's interval with t's quantile and the effective number of
+    draws: the variance of independent draws over that of the problems' mean. It is never [0, 0] or [1, 1].
 
     Args:
         means: share of right draws of each problem, at least one problem.

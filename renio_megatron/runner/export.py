@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
-from renio_megatron.config import LoraConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from renio_megatron.config import ParallelConfig, PrecisionConfig, TrainConfig
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import as_others_are
-from renio_megatron.megatron.checkpoint.directory import find_pretrained, latest_step, step_directory, steps
 from renio_megatron.megatron.checkpoint.saved_model import load_model_weights, saved_base
 from renio_megatron.megatron.model.build import build_model
 from renio_megatron.megatron.runtime.initialize import start, stop
@@ -28,8 +24,7 @@ from renio_megatron.megatron.weights.pretrained import fingerprint, load_pretrai
 from renio_megatron.megatron.weights.residual import residual_of
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.hf_weights import description_files
-from renio_megatron.models.shipped import model_directory
-from renio_megatron.runner.run_directory import RunDirectory
+from renio_megatron.runner.saved_run import SavedRun, read_run
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -50,64 +45,46 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
     Raises:
         CheckpointError, ConfigError: no such run, no such checkpoint, or a destination in use.
     """
-    run = RunDirectory(run_directory)
-    if not run.config.is_file():
-        raise ConfigError(
-            f"{str(run_directory)!r} is no run directory: it holds no config.yaml. Give a run's output_dir."
-        )
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"the destination {str(destination)!r} exists already. Choose another, or remove it.")
     destination = destination.resolve()  # `.` has no name from which to derive a sibling's
-    checkpoint = _checkpoint(run.checkpoints, step)
-    config = _settings(run.config)
-    lora = _adapters_of(config)
-    if merge and lora.r is None:
+    run = read_run(run_directory, step)
+    if merge and run.lora.r is None:
         raise ConfigError("--merge has nothing to merge: the run has no adapters (lora.r is null). Leave it out.")
-    source = model_directory(config.model, "model")
-    given = config.get("pretrained_checkpoint")
-    weights = source if lora.r is None or given is None else find_pretrained(given, "pretrained_checkpoint")
-    if weights != source and not merge:
+    if run.weights != run.model and not merge:
         raise ConfigError(
             f"an adapter directory names the Hugging Face model that it stands beside, and this run's is a checkpoint "
-            f"of Megatron (pretrained_checkpoint={given!r}). Export the whole model with --merge."
+            f"of Megatron (pretrained_checkpoint={run.pretrained!r}). Export the whole model with --merge."
         )
-    architecture = Architecture.from_directory(source)
-    removed = start_of(saved_base(checkpoint))
-    state = _state_of(checkpoint, architecture, weights, lora, removed, bf16=config.train.bf16, merge=merge)
+    architecture = Architecture.from_directory(run.model)
+    removed = start_of(saved_base(run.checkpoint))
+    state = _state_of(run, architecture, removed, merge=merge)
 
     def write(partial: Path) -> None:
-        if lora.r is not None and not merge:
-            write_adapter(state, lora, source.resolve(), partial, removed)
+        if run.lora.r is not None and not merge:
+            write_adapter(state, run.lora, run.model.resolve(), partial, removed)
             return
-        for path in description_files(source):
+        for path in description_files(run.model):
             shutil.copyfile(path, partial / path.name)
         _untie(architecture, partial / "config.json")
         _write_weights(_lossless(state, partial / "config.json"), partial)
 
     _publish(destination, write)
-    return int(checkpoint.name.removeprefix("iter_"))
+    return run.step
 
 
-def _state_of(
-    checkpoint: Path,
-    architecture: Architecture,
-    weights: Path,
-    lora: LoraConfig,
-    removed: Any,
-    *,
-    bf16: bool,
-    merge: bool,
-) -> dict[str, torch.Tensor]:
+def _state_of(run: SavedRun, architecture: Architecture, removed: Any, *, merge: bool) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors by Hugging Face's names, or by PEFT's where adapters are not merged. One rank.
 
-    `weights` holds the base weights of adapters, without those in `removed`.
+    The base weights of adapters are `run.weights` without those in `removed`.
     """
+    lora, weights = run.lora, run.weights
     layout = start(ParallelConfig(), seed=0)
     part = build_model(
         architecture,
         layout,
         ParallelConfig(),
-        TrainConfig(bf16=bf16),
+        TrainConfig(bf16=run.bf16),
         PrecisionConfig(),
         lora,
         vocab_size=architecture.vocab_size,
@@ -117,7 +94,7 @@ def _state_of(
     if merge:
         change = residual_of(PeftAdapter(lora, removed), weights, architecture, layout.device)
         load_pretrained(part, weights, change=change)
-    load_model_weights(checkpoint, part, base)
+    load_model_weights(run.checkpoint, part, base)
     state = dict(hf_state(part)) if lora.r is None or merge else adapter_state(part)
     if merge:
         state = merged(state, part)
@@ -139,38 +116,6 @@ def _publish(destination: Path, write: Callable[[Path], None]) -> None:
         raise CheckpointError(
             f"{destination} cannot be written: {error.strerror or error}. Check disk and rights."
         ) from error
-
-
-def _settings(path: Path) -> Any:
-    """Contents of `config.yaml` of a run.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        config = OmegaConf.load(path)
-        if isinstance(config, DictConfig) and "model" in config and "train" in config:
-            return config
-        problem = "it holds no `model` and `train`"
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        problem = " ".join(str(error).split())
-    raise CheckpointError(f"{path} cannot be read: {problem}. Restore it from a copy; the checkpoints are untouched.")
-
-
-def _adapters_of(config: Any) -> LoraConfig:
-    """The section `lora` of a run's settings; runs older than the section have no adapters."""
-    section: Any = OmegaConf.to_container(config.lora) if "lora" in config else {}
-    return LoraConfig(**section)
-
-
-def _checkpoint(root: Path, step: int | None) -> Path:
-    step = latest_step(root) if step is None else step
-    if step is None:
-        raise CheckpointError(f"{root} holds no checkpoint yet. Let the run reach its first checkpoint.save_interval.")
-    directory = step_directory(root, step)
-    if not directory.is_dir():
-        raise CheckpointError(f"there is no checkpoint of step {step} in {root}; there are {steps(root)}.")
-    return directory
 
 
 def _untie(architecture: Architecture, config_path: Path) -> None:

@@ -49,25 +49,28 @@ class Graded(Protocol):
         """Its own scoring of (given answer, right answer, metadata), 1.0 for right; None where it has none."""
 
 
-def modchain_grader(config: DataConfig, source: Graded) -> Grader:
+def modchain_grader(config: DataConfig, source: Graded | None) -> Grader:
     """The grader `modchain`."""
     return Grader("modchain", generated.grade_modchain)
 
 
-def number_grader(config: DataConfig, source: Graded) -> Grader:
+def number_grader(config: DataConfig, source: Graded | None) -> Grader:
     """The grader `number`."""
     return Grader("number", number.grade_number, number.problem_of, number.same_answer)
 
 
-def math_grader_of(config: DataConfig, source: Graded) -> Grader:
+def math_grader_of(config: DataConfig, source: Graded | None) -> Grader:
     """The grader `math`."""
     return math_grader()
 
 
-def reasoning_gym_grader(config: DataConfig, source: Graded) -> Grader:
+def reasoning_gym_grader(config: DataConfig, source: Graded | None) -> Grader:
     """The grader `reasoning_gym`; raises `ConfigError` for another source."""
-    if source.score is None:
-        raise ConfigError(f"data.grader=reasoning_gym needs data.source=reasoning_gym; got {source.name!r}.")
+    if source is None or source.score is None:
+        raise ConfigError(
+            "the grader reasoning_gym needs data.source=reasoning_gym; got "
+            f"{'records of a file' if source is None else repr(source.name)}."
+        )
     return Grader("reasoning_gym", generated.reasoning_gym_grade(source.score))
 
 
@@ -101,16 +104,27 @@ def build_grader(config: DataConfig, source: Graded) -> Grader | None:
     if name == "none":
         return None
     if is_place(name):
-        return custom_grader(name)
+        return named_grader(name, config)
     if not source.has_answers:
         raise ConfigError(
             f"data.grader={name} needs answers, but the records of source {source.name!r} have none. "
             f"Set data.answer_key (now {config.answer_key!r}) to their column, or data.grader=none."
         )
-    grader = imported(GRADERS[name])(config, source)
+    grader = named_grader(name, config, source)
     if config.source_info.has_records:
         _check_answers(grader, source)
     return grader
+
+
+def named_grader(name: str, config: DataConfig, source: Graded | None = None) -> Grader:
+    """The grader of a name, or of a place.
+
+    Args:
+        name: a name in `GRADERS`, or the place of a user's function.
+        config: settings of graders.
+        source: the source of the records; None: they come from no source of `data.source`.
+    """
+    return custom_grader(name) if is_place(name) else imported(GRADERS[name])(config, source)
 
 
 def _records(source: Graded) -> list[Record]:

@@ -49,10 +49,10 @@ class Grader:
         name: its name in `data.grader`.
         grade: (completion, record) -> verdict. It may raise: `data.grader_errors` decides what follows.
         problem_of: why a record's completions cannot be graded, for the user; None where they can.
-        same_answer: whether two answers that it read are the same, for a majority vote.
+        same_answer: whether two answers that it read are the same, for a majority vote; None: there is no such vote.
     """
 
     name: str
     grade: Grade
     problem_of: Callable[[Record], str | None] = every_record_fits
-    same_answer: Callable[[str, str], bool] = same_text
+    same_answer: Callable[[str, str], bool] | None = same_text

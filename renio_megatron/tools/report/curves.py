@@ -48,7 +48,7 @@ def plot_curves(runs: Runs, path: str | Path) -> None:
         axes.set_xlim(-0.02 * max(last_step, 1), 1.02 * max(last_step, 1))
     if any(_window(len(rows)) > 1 for rows in runs.values()):
         figure.supxlabel(f"faint: single steps; strong: centered mean over 1/{SMOOTHING} of the run", fontsize=9)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def centered_mean(values: Sequence[float], window: int) -> list[float]:
@@ -184,7 +184,8 @@ def _draw_detection(axes: Axes, runs: Runs) -> None:
     _finish(axes, "Does the raw weight find wrong completions?", "AUC, accuracy [1]", wide_legend=True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG atomically, and creates its directory; raises `CheckpointError` where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +195,6 @@ def _save(figure: Figure, path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise CheckpointError(
-            f"cannot write the curves to {path}: {error.strerror or error}. "
+            f"cannot write the picture to {path}: {error.strerror or error}. "
             "Free space there or make it writable, or choose another path."
         ) from error

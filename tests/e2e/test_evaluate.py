@@ -1,0 +1,254 @@
+"""`renio evaluate` for real: a directory, a run and a server give the same verdicts; what is killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from renio_megatron.data.sources import modchain
+from tests.helpers import warm
+from tests.helpers.jobs import python_path
+from tests.helpers.paths import ROOT
+
+pytestmark = pytest.mark.timeout(300)
+CHAIN = ["grader=modchain", "instruction=''", "max_completion_length=30"]
+NUM_PROBLEMS = 20
+
+
+def renio(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return warm.run(
+        [sys.executable, "-m", "renio_megatron.cli.main", *arguments],
+        cwd=cwd,
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def done(*arguments: str, cwd: Path, **environment: str) -> str:
+    finished = renio(*arguments, cwd=cwd, **environment)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "completions.jsonl").read_text().splitlines()]
+
+
+def verdicts(directory: Path) -> list[tuple[Any, ...]]:
+    """Everything of the rows but the tokens, of which a server counts the end as it likes."""
+    return [tuple(value for name, value in row.items() if name != "tokens") for row in rows(directory)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems, and a run of two steps with its exported model."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    with (folder / "chain.jsonl").open("w") as file:
+        for index in range(NUM_PROBLEMS):
+            problem = modchain.make_problem(1, "eval", index)
+            file.write(json.dumps({"problem": problem.prompt, "answer": problem.answer, "level": index}) + "\n")
+    recipe = ROOT / "examples" / "modchain.yaml"
+    settings = ["train.train_iters=2", "evaluate.every=0", "checkpoint.save_interval=2", "output_dir=run"]
+    done("train", str(recipe), *settings, "--nproc", "1", cwd=folder)
+    done("export", "run", "exported", cwd=folder)
+    return folder
+
+
+def evaluate(folder: Path, target: str, output: str, *more: str) -> str:
+    return done("evaluate", target, "--benchmark", "chain.jsonl", "--output", output, *CHAIN, *more, cwd=folder)
+
+
+class Served:
+    """A model served by transformers in this process, greedily, with the chat completions of OpenAI's protocol."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        lock = threading.Lock()
+        self.requests: list[dict[str, Any]] = []
+        self.fails: Callable[[int], bool] = lambda number: False
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self, status: int, content: dict[str, Any]) -> None:
+                body = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self) -> None:
+                self.answer(200, {"data": [{"id": "chain"}]})
+
+            def do_POST(self) -> None:
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock, torch.no_grad():
+                    served.requests.append(asked)
+                    if served.fails(len(served.requests)):
+                        self.answer(422, {"error": {"message": "not today"}})
+                        return
+                    ids = tokenizer(asked["messages"][-1]["content"], return_tensors="pt").input_ids
+                    drawn = model.generate(ids, max_new_tokens=asked["max_tokens"], do_sample=False)[0, ids.shape[1] :]
+                ended = int(drawn[-1]) == tokenizer.eos_token_id
+                text = tokenizer.decode(drawn[:-1] if ended else drawn)
+                choice = {"message": {"content": text}, "finish_reason": "stop" if ended else "length"}
+                self.answer(200, {"choices": [choice], "usage": {"completion_tokens": len(drawn)}})
+
+            def log_message(self, *arguments: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[Served]:
+    served = Served(folder / "exported")
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+
+
+def test_a_directory_a_run_and_a_server_give_the_same_verdicts(folder, served):
+    said = evaluate(folder, "exported", "of_directory", "temperature=0")
+    assert "chain: 20 problems x 1 from chain.jsonl" in said and "of_directory holds summary.json" in said
+    evaluate(folder, "run", "of_run", "temperature=0", "--nproc", "2")
+    evaluate(folder, "exported", "cut", "temperature=0", "--nproc", "2", "parallel.tensor_model_parallel_size=2")
+    evaluate(folder, served.url, "of_server", "temperature=0", "--model", "chain", "concurrency=3")
+    of_directory = rows(folder / "of_directory")
+    assert len(of_directory) == NUM_PROBLEMS and 0 < sum(row["correct"] for row in of_directory) < NUM_PROBLEMS
+    assert of_directory[0]["gold"] == modchain.make_problem(1, "eval", 0).answer
+    for other in ("of_run", "cut"):
+        assert rows(folder / other) == of_directory
+    assert verdicts(folder / "of_server") == verdicts(folder / "of_directory")
+    summaries = [json.loads((folder / one / "summary.json").read_text())["benchmarks"] for one in ("of_run", "cut")]
+    assert summaries[0] == summaries[1]
+    assert summaries[0]["chain"]["avg_at_k"] == pytest.approx(
+        sum(row["correct"] for row in of_directory) / NUM_PROBLEMS
+    )
+    problems = [json.loads(line) for line in (folder / "of_run" / "problems.jsonl").read_text().splitlines()]
+    assert [one["level"] for one in problems] == list(range(NUM_PROBLEMS))
+    assert [one["pass_rate"] for one in problems] == [float(row["correct"]) for row in of_directory]
+    assert (folder / "of_run" / "summary.png").stat().st_size > 5000
+
+
+def test_more_draws_and_problems_are_added_and_others_are_refused(folder):
+    evaluate(folder, "exported", "grown", "--limit", "8", "micro_batch_size=4")
+    before = rows(folder / "grown")
+    assert len(before) == 8
+    said = evaluate(folder, "exported", "grown", "--limit", "10", "--n", "2", "micro_batch_size=4")
+    assert "8 of 20 drawn before" in said
+    after = {(row["index"], row["draw"]): row for row in rows(folder / "grown")}
+    assert len(after) == 20 and [after[row["index"], 0] for row in before] == before
+    said = evaluate(folder, "exported", "grown", "--limit", "10", "--n", "2", "micro_batch_size=4")
+    assert "20 of 20 drawn before" in said
+    for setting, words in (("temperature=0.5", "temperature=1.0"), ("seed=2", "seed=1")):
+        refused = renio(
+            "evaluate", "exported", "--benchmark", "chain.jsonl", "--output", "grown", *CHAIN, setting, cwd=folder
+        )
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+    other = renio("evaluate", "modchain/student", "--benchmark", "chain.jsonl", "--output", "grown", *CHAIN, cwd=folder)
+    assert other.returncode == 2 and "holds completions with model=" in other.stderr
+    (folder / "others").mkdir()
+    lines = (folder / "chain.jsonl").read_text().splitlines()
+    (folder / "others" / "chain.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    other = renio("evaluate", "exported", "--benchmark", "others/chain.jsonl", "--output", "grown", *CHAIN, cwd=folder)
+    assert other.returncode == 2 and "completions of other problems under the name 'chain'" in other.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_what_is_killed_goes_on_to_the_same_files(folder, tmp_path, how):
+    arguments = ["evaluate", "exported", "--benchmark", "chain.jsonl", "--n", "4", *CHAIN, "micro_batch_size=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done(*arguments, "--output", str(whole), cwd=folder)
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    process = warm.Popen(
+        [sys.executable, "-m", "renio_megatron.cli.main", *arguments, "--output", str(killed)],
+        cwd=folder,
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    path, deadline = killed / "completions.jsonl", time.monotonic() + 120
+    while not (path.is_file() and path.read_bytes().count(b"\n") >= 6) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, how)
+    process.wait(60)
+    count = path.read_bytes().count(b"\n")
+    assert 6 <= count < 80
+    deadline = time.monotonic() + 60
+    while (finished := renio(*arguments, "--output", str(killed), cwd=folder)).returncode != 0:
+        assert "is being written by" in finished.stderr and time.monotonic() < deadline, finished.stderr
+    assert "of 80 drawn before" in finished.stdout
+    for name in ("completions.jsonl", "summary.json", "problems.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_server_that_fails_costs_one_message_and_nothing_that_was_drawn(folder, served, tmp_path):
+    served.fails = lambda number: number > 7
+    out = str(tmp_path / "out")
+    arguments = ["evaluate", served.url, "--model", "chain", "--benchmark", "chain.jsonl", "--output", out]
+    failed = renio(*arguments, *CHAIN, "temperature=0", "concurrency=1", cwd=folder)
+    assert failed.returncode == 2 and failed.stderr.count("error: ") == 1 and "not today" in failed.stderr, (
+        failed.stderr
+    )
+    assert len(rows(tmp_path / "out")) == 7
+    served.fails, asked = lambda number: False, len(served.requests)
+    said = done(*arguments, *CHAIN, "temperature=0", "concurrency=1", cwd=folder)
+    assert "7 of 20 drawn before" in said and len(served.requests) - asked == NUM_PROBLEMS - 7
+    assert len(rows(tmp_path / "out")) == NUM_PROBLEMS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], ["TARGET: there is no directory 'nowhere'"]),
+        (["exported", "--model", "x"], ["--model names a model of a server"]),
+        (["exported", "--step", "2"], ["--step names a checkpoint of a run"]),
+        (["run", "--step", "7"], ["no checkpoint of step 7"]),
+        (["http://127.0.0.1:9/v1"], ["--model NAME"]),
+        (["ftp://x/v1", "--model", "x"], ["no address of a server"]),
+        (["exported", "concurrency=3"], ["concurrency has no effect on a local model"]),
+        (
+            ["http://127.0.0.1:9/v1", "--model", "x", "micro_batch_size=2"],
+            ["micro_batch_size has no effect on a server"],
+        ),
+        (["exported", "temprature=1"], ["temprature", "temperature"]),
+        (["exported", "temperature=-1"], ["temperature must be at least 0"]),
+        (["exported", "grader=maths"], ["grader must be one of"]),
+        (["exported", "max_completion_length=500"], ["chain.jsonl:1", "max_completion_length"]),
+        (["exported", "--benchmark", "chain.jsonl"], ["two benchmarks have one name"]),
+        (["exported", "--benchmark", "aime99"], ["aime99"]),
+    ],
+)
+def test_mistakes_are_one_line(folder, tmp_path, arguments, words):
+    target, *more = arguments
+    refused = renio(
+        "evaluate", target, "--benchmark", "chain.jsonl", *more, "--output", str(tmp_path / "out"),
+        *(["grader=modchain", "instruction=''"] if not any("grader" in one for one in more) else []), cwd=folder,
+    )  # fmt: skip
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert refused.stderr.count("\n") == 1 and refused.stderr.startswith("error: "), refused.stderr
+    assert all(word in refused.stderr for word in words), refused.stderr
+    assert not (tmp_path / "out" / "completions.jsonl").exists() or not rows(tmp_path / "out")
