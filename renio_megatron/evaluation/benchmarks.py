@@ -1,0 +1,158 @@
+"""Benchmarks, read by name or by path. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from renio_megatron.config import DataConfig
+from renio_megatron.config.lazy import imported
+from renio_megatron.config.sections.data import GRADERS, is_place
+from renio_megatron.config.validators import require_choice
+from renio_megatron.data.sources.row_files import Row, rows_of
+from renio_megatron.data.sources.source import Source
+from renio_megatron.errors import ConfigError, DataError
+from renio_megatron.evaluation.benchmark_files import cached_rows, find_file, folders_of, is_path, missing, stem_of
+from renio_megatron.evaluation.benchmark_formats import problems_of
+from renio_megatron.evaluation.benchmark_names import NAMES, known_benchmark
+from renio_megatron.files import user_path
+from renio_megatron.types import Record
+
+__all__ = ["NAMES", "Benchmark", "load_benchmark", "record_digest"]
+
+_GENERATED = ("modchain", "reasoning_gym")
+"""Graders of generated problems, of which there are no files."""
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The problems of a benchmark, and how they are asked and graded.
+
+    Attributes:
+        name: its name in `NAMES`; of a path the file's name without suffixes.
+        records: the problems, without the instruction; `metadata` is the whole row, `solution` is None.
+        grader: name in `GRADERS`, `code`, or the place of a user's own grader.
+        instruction: what is put behind a problem, after a blank line; empty where the problems hold their own.
+        source: the file or the data set, for messages.
+    """
+
+    name: str
+    records: tuple[Record, ...]
+    grader: str
+    instruction: str
+    source: str
+
+    def prompt(self, record: Record) -> str:
+        r"""What a model is asked: the problem, a blank line, and the instruction.
+
+        >>> Benchmark("sums", (), "math", "Use \\boxed{}.", "sums.jsonl").prompt(Record("2 + 2?"))
+        '2 + 2?\n\nUse \\boxed{}.'
+        """
+        return f"{record.problem}\n\n{self.instruction}" if self.instruction else record.problem
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """`record_digest` of each record. With a larger limit they begin with the same ones."""
+        return tuple(record_digest(record) for record in self.records)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hexadecimal digest of the records in order, which differs where a problem, answer or test does."""
+        return hashlib.blake2b("\n".join(self.digests).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def record_digest(record: Record) -> str:
+    """A hexadecimal digest of a record's problem, answer and row; where it was read from does not matter.
+
+    >>> one, moved = Record("2 + 2?", answer="4", where="a:1"), Record("2 + 2?", answer="4", where="b:7")
+    >>> record_digest(one) == record_digest(moved), record_digest(one) == record_digest(Record("2 + 2?", answer="5"))
+    (True, False)
+    """
+    # Parquet has dates and bytes, which JSON has not.
+    content = json.dumps([record.problem, record.answer, dict(record.metadata)], sort_keys=True, default=repr)
+    return hashlib.blake2b(content.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def load_benchmark(
+    name_or_path: str, *, folder: str | None = None, grader: str | None = None, limit: int | None = None
+) -> Benchmark:
+    """The benchmark of a name in `NAMES`, or of a file.
+
+    A name is looked for in the folders, the first that has it, then in the cache of the library `datasets`; the network
+    is not touched. Capitals, spaces, `-` and `_` do not matter, and `+` is `plus`: `MATH-500`, `HumanEval+`. Files may
+    have longer names, as `aime24_qwq.jsonl` and `MATH-500/test.jsonl`. `humaneval` and `mbpp` are the plus sets.
+
+    Args:
+        name_or_path: a name, or a file of JSON lines, a JSON array, or parquet, whose columns tell its format.
+        folder: folder of benchmark files; None: those of the environment variable RENIO_BENCHMARKS.
+        grader: the grader to use; None: the one that fits the columns.
+        limit: take the first `limit` problems; None: all.
+
+    Raises:
+        ConfigError: an unknown name or grader, a limit below 1, a folder that is missing, or rows without what the
+            grader needs.
+        DataError: no file, or two that fit equally; rows that cannot be read; an answer or tests that the grader
+            cannot use, with file and line.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the limit must be at least 1 problem; got {limit}. Leave it out to take all.")
+    if grader is not None and not is_place(grader):
+        names = [name for name in GRADERS if name not in (*_GENERATED, "code")]
+        require_choice("the grader", grader, (*names, "code", "a function of your own (module:function)"))
+    name, rows, source = _rows_of_path(name_or_path) if is_path(name_or_path) else _rows_of_name(name_or_path, folder)
+    problems = problems_of(rows, source, grader)
+    benchmark = Benchmark(name, problems.records[:limit], problems.grader, problems.instruction, source)
+    _check_records(benchmark)
+    return benchmark
+
+
+def _rows_of_path(text: str) -> tuple[str, list[Row], str]:
+    path = user_path(text)
+    if path.is_dir():
+        raise DataError(f"benchmark {text!r} is a directory. Give a file of it: JSON lines, a JSON array, or parquet.")
+    return stem_of(path), list(rows_of(path, f"benchmark {text!r}")), str(path)
+
+
+def _rows_of_name(name: str, folder: str | None) -> tuple[str, list[Row], str]:
+    known = known_benchmark(name)
+    folders = folders_of(folder)
+    path, left_out = find_file(known, folders)
+    if path is not None:
+        return known.name, list(rows_of(path, f"benchmark {known.name}")), str(path)
+    rows, reason = cached_rows(known)
+    if rows is None:
+        raise missing(known, folders, left_out, reason)
+    source = f"{known.hub_id} (split {known.split}) in the cache of datasets"
+    if not rows:
+        raise DataError(f"{source} holds no rows. Fetch it again.")
+    return known.name, rows, source
+
+
+def _check_records(benchmark: Benchmark) -> None:
+    """Raises `DataError` where the grader cannot use a record, so that no completion is generated in vain."""
+    problem_of = _problem_of(benchmark)
+    problems = [(record.where, problem) for record in benchmark.records if (problem := problem_of(record)) is not None]
+    if not problems:
+        return
+    where, problem = problems[0]
+    others = f" So it is for {len(problems)} of {len(benchmark.records)} problems." if len(problems) > 1 else ""
+    other = ", or choose the grader math" if benchmark.grader == "number" else ""
+    raise DataError(
+        f"{where}: {problem}, and the grader {benchmark.grader} could never find a completion right.{others} Fix the "
+        f"row, leave it out{other}."
+    )
+
+
+def _problem_of(benchmark: Benchmark) -> Callable[[Record], str | None]:
+    """Why the benchmark's grader cannot use a record; a user's own grader takes any."""
+    place = GRADERS.get(benchmark.grader)
+    if place is None:
+        return lambda record: None
+    records = benchmark.records
+    has_answers = all(record.answer is not None for record in records)
+    source = Source("jsonl", records.__getitem__, benchmark.grader, len(records), has_answers=has_answers)
+    return imported(place)(DataConfig(source="jsonl", grader=benchmark.grader), source).problem_of
