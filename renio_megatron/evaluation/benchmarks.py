@@ -23,8 +23,8 @@ from renio_megatron.types import Record
 
 __all__ = ["NAMES", "Benchmark", "load_benchmark", "record_digest"]
 
-_GENERATED = ("modchain", "reasoning_gym")
-"""Graders of generated problems, of which there are no files."""
+_OF_SOURCES = ("reasoning_gym",)
+"""Graders that need their source of problems, of which there are no files."""
 _DIGEST_BYTES = 16
 
 
@@ -101,7 +101,7 @@ def load_benchmark(
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit must be at least 1 problem; got {limit}. Leave it out to take all.")
     if grader is not None and not is_place(grader):
-        names = [name for name in GRADERS if name not in (*_GENERATED, "code")]
+        names = [name for name in GRADERS if name not in (*_OF_SOURCES, "code")]
         require_choice("the grader", grader, (*names, "code", "a function of your own (module:function)"))
     name, rows, source = _rows_of_path(name_or_path) if is_path(name_or_path) else _rows_of_name(name_or_path, folder)
     problems = problems_of(rows, source, grader)

@@ -80,6 +80,28 @@ class Results:
         except OSError as error:
             raise output_error(self._settings, error) from error
 
+    def require_same_problems(self, benchmark: str, digests: Sequence[str]) -> None:
+        """Raises `ConfigError` where there are completions of other problems under the benchmark's name.
+
+        Args:
+            benchmark: its name.
+            digests: of its problems, in their order; more than before, or fewer, are no other problems.
+        """
+        path = self.directory / "digests.json"
+        known: dict[str, list[str]] = json.loads(path.read_text()) if path.is_file() else {}
+        before = known.get(benchmark, [])
+        for index, (old, new) in enumerate(zip(before, digests, strict=False)):
+            if old != new:
+                raise ConfigError(
+                    f"{self.directory} holds completions of other problems under the name {benchmark!r}: they differ "
+                    f"from problem {index} on, counted from 0. Give another --output, or rename the file."
+                )
+        if len(digests) > len(before):
+            try:
+                write_atomically(path, json.dumps({**known, benchmark: list(digests)}) + "\n")
+            except OSError as error:
+                raise output_error(path, error) from error
+
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keeps rows; they are on disk when it returns.
 

@@ -96,8 +96,8 @@ class EvaluationJob:
     def asked(self, benchmark: Benchmark, record: Record) -> Record:
         """A record whose problem ends in the instruction."""
         given = self.config.instruction
-        instruction = benchmark.instruction if given is None else given
-        return replace(record, problem=f"{record.problem}\n\n{instruction}") if instruction else record
+        asked = benchmark if given is None else replace(benchmark, instruction=given)
+        return replace(record, problem=asked.prompt(record))
 
     def describe(self, benchmark: Benchmark, missing: int) -> str:
         """A line about a benchmark, of whose completions some are `missing`."""
@@ -116,14 +116,7 @@ class EvaluationJob:
         Raises:
             ConfigError: completions of other problems are there under the benchmark's name.
         """
-        for (name, index, _), row in results.rows.items():
-            if name == benchmark.name and index < len(benchmark.records):
-                record = benchmark.records[index]
-                if (row["problem"], row["gold"]) != (record.problem, record.answer):
-                    raise ConfigError(
-                        f"{results.completions} holds completions of other problems under the name {name!r}: problem "
-                        f"{index} differs from {record.where}. Give another --output, or rename the file."
-                    )
+        results.require_same_problems(benchmark.name, benchmark.digests)
         return lambda index, draw: (benchmark.name, index, draw) not in results.rows
 
     def finish(self, results: Results) -> dict[str, BenchmarkSummary]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from renio_megatron.cli.main import main
 from renio_megatron.data.sources import modchain
 from tests.helpers import warm
 from tests.helpers.jobs import python_path
@@ -24,7 +25,7 @@ from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 CHAIN = ["grader=modchain", "instruction=''", "max_completion_length=30"]
-NUM_PROBLEMS = 20
+NUM_PROBLEMS = 12
 
 
 def renio(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -33,8 +34,6 @@ def renio(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complete
         [sys.executable, "-m", "renio_megatron.cli.main", *arguments],
         cwd=cwd,
         env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environment},
-        capture_output=True,
-        text=True,
         timeout=200,
     )
 
@@ -64,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write(json.dumps({"problem": problem.prompt, "answer": problem.answer, "level": index}) + "\n")
     recipe = ROOT / "examples" / "modchain.yaml"
     settings = ["train.train_iters=2", "evaluate.every=0", "checkpoint.save_interval=2", "output_dir=run"]
-    done("train", str(recipe), *settings, "--nproc", "1", cwd=folder)
+    done("train", str(recipe), *settings, cwd=folder)
     done("export", "run", "exported", cwd=folder)
     return folder
 
@@ -131,7 +130,7 @@ def served(folder: Path) -> Iterator[Served]:
 
 def test_a_directory_a_run_and_a_server_give_the_same_verdicts(folder, served):
     said = evaluate(folder, "exported", "of_directory", "temperature=0")
-    assert "chain: 20 problems x 1 from chain.jsonl" in said and "of_directory holds summary.json" in said
+    assert "chain: 12 problems x 1 from chain.jsonl" in said and "of_directory holds summary.json" in said
     evaluate(folder, "run", "of_run", "temperature=0", "--nproc", "2")
     evaluate(folder, "exported", "cut", "temperature=0", "--nproc", "2", "parallel.tensor_model_parallel_size=2")
     evaluate(folder, served.url, "of_server", "temperature=0", "--model", "chain", "concurrency=3")
@@ -153,32 +152,33 @@ def test_a_directory_a_run_and_a_server_give_the_same_verdicts(folder, served):
 
 
 def test_more_draws_and_problems_are_added_and_others_are_refused(folder):
-    evaluate(folder, "exported", "grown", "--limit", "8", "micro_batch_size=4")
+    evaluate(folder, "exported", "grown", "--limit", "4", "micro_batch_size=4")
     before = rows(folder / "grown")
-    assert len(before) == 8
-    said = evaluate(folder, "exported", "grown", "--limit", "10", "--n", "2", "micro_batch_size=4")
-    assert "8 of 20 drawn before" in said
+    assert len(before) == 4
+    said = evaluate(folder, "exported", "grown", "--limit", "6", "--n", "2", "micro_batch_size=4")
+    assert "4 of 12 drawn before" in said
     after = {(row["index"], row["draw"]): row for row in rows(folder / "grown")}
-    assert len(after) == 20 and [after[row["index"], 0] for row in before] == before
-    said = evaluate(folder, "exported", "grown", "--limit", "10", "--n", "2", "micro_batch_size=4")
-    assert "20 of 20 drawn before" in said
-    for setting, words in (("temperature=0.5", "temperature=1.0"), ("seed=2", "seed=1")):
-        refused = renio(
-            "evaluate", "exported", "--benchmark", "chain.jsonl", "--output", "grown", *CHAIN, setting, cwd=folder
-        )
-        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+    assert len(after) == 12 and [after[row["index"], 0] for row in before] == before
+    said = evaluate(folder, "exported", "grown", "--limit", "6", "--n", "1")
+    assert "6 of 6 drawn before" in said and len(rows(folder / "grown")) == 12
+    refused = renio(
+        "evaluate", "exported", "--benchmark", "chain.jsonl", "--output", "grown", *CHAIN, "seed=2", cwd=folder
+    )
+    assert refused.returncode == 2 and "completions with seed=1" in refused.stderr, refused.stderr
     other = renio("evaluate", "modchain/student", "--benchmark", "chain.jsonl", "--output", "grown", *CHAIN, cwd=folder)
     assert other.returncode == 2 and "holds completions with model=" in other.stderr
     (folder / "others").mkdir()
     lines = (folder / "chain.jsonl").read_text().splitlines()
     (folder / "others" / "chain.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
     other = renio("evaluate", "exported", "--benchmark", "others/chain.jsonl", "--output", "grown", *CHAIN, cwd=folder)
-    assert other.returncode == 2 and "completions of other problems under the name 'chain'" in other.stderr
+    assert (
+        other.returncode == 2 and "other problems under the name 'chain': they differ from problem 0 on" in other.stderr
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_what_is_killed_goes_on_to_the_same_files(folder, tmp_path, how):
-    arguments = ["evaluate", "exported", "--benchmark", "chain.jsonl", "--n", "4", *CHAIN, "micro_batch_size=2"]
+    arguments = ["evaluate", "exported", "--benchmark", "chain.jsonl", "--n", "2", *CHAIN, "micro_batch_size=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done(*arguments, "--output", str(whole), cwd=folder)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -191,16 +191,16 @@ def test_what_is_killed_goes_on_to_the_same_files(folder, tmp_path, how):
         start_new_session=True,
     )
     path, deadline = killed / "completions.jsonl", time.monotonic() + 120
-    while not (path.is_file() and path.read_bytes().count(b"\n") >= 6) and time.monotonic() < deadline:
+    while not (path.is_file() and path.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, how)
     process.wait(60)
     count = path.read_bytes().count(b"\n")
-    assert 6 <= count < 80
+    assert 4 <= count < 24
     deadline = time.monotonic() + 60
     while (finished := renio(*arguments, "--output", str(killed), cwd=folder)).returncode != 0:
         assert "is being written by" in finished.stderr and time.monotonic() < deadline, finished.stderr
-    assert "of 80 drawn before" in finished.stdout
+    assert "of 24 drawn before" in finished.stdout
     for name in ("completions.jsonl", "summary.json", "problems.jsonl"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
@@ -216,7 +216,7 @@ def test_a_server_that_fails_costs_one_message_and_nothing_that_was_drawn(folder
     assert len(rows(tmp_path / "out")) == 7
     served.fails, asked = lambda number: False, len(served.requests)
     said = done(*arguments, *CHAIN, "temperature=0", "concurrency=1", cwd=folder)
-    assert "7 of 20 drawn before" in said and len(served.requests) - asked == NUM_PROBLEMS - 7
+    assert "7 of 12 drawn before" in said and len(served.requests) - asked == NUM_PROBLEMS - 7
     assert len(rows(tmp_path / "out")) == NUM_PROBLEMS
 
 
@@ -230,25 +230,28 @@ def test_a_server_that_fails_costs_one_message_and_nothing_that_was_drawn(folder
         (["http://127.0.0.1:9/v1"], ["--model NAME"]),
         (["ftp://x/v1", "--model", "x"], ["no address of a server"]),
         (["exported", "concurrency=3"], ["concurrency has no effect on a local model"]),
-        (
-            ["http://127.0.0.1:9/v1", "--model", "x", "micro_batch_size=2"],
-            ["micro_batch_size has no effect on a server"],
-        ),
+        (["http://127.0.0.1:9/v1", "--model", "x", "bf16=true"], ["bf16 has no effect on a server"]),
         (["exported", "temprature=1"], ["temprature", "temperature"]),
         (["exported", "temperature=-1"], ["temperature must be at least 0"]),
         (["exported", "grader=maths"], ["grader must be one of"]),
-        (["exported", "max_completion_length=500"], ["chain.jsonl:1", "max_completion_length"]),
         (["exported", "--benchmark", "chain.jsonl"], ["two benchmarks have one name"]),
         (["exported", "--benchmark", "aime99"], ["aime99"]),
     ],
 )
-def test_mistakes_are_one_line(folder, tmp_path, arguments, words):
+def test_mistakes_are_one_line_before_a_rank_starts(folder, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(folder)
     target, *more = arguments
+    assert main(["evaluate", target, "--benchmark", "chain.jsonl", *more, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_enough_positions_is_told_by_its_ranks(folder, tmp_path):
     refused = renio(
-        "evaluate", target, "--benchmark", "chain.jsonl", *more, "--output", str(tmp_path / "out"),
-        *(["grader=modchain", "instruction=''"] if not any("grader" in one for one in more) else []), cwd=folder,
+        "evaluate", "exported", "--benchmark", "chain.jsonl", "--output", str(tmp_path), "max_completion_length=500",
+        "grader=modchain", "instruction=''", "--nproc", "2", cwd=folder,
     )  # fmt: skip
-    assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert refused.stderr.count("\n") == 1 and refused.stderr.startswith("error: "), refused.stderr
-    assert all(word in refused.stderr for word in words), refused.stderr
-    assert not (tmp_path / "out" / "completions.jsonl").exists() or not rows(tmp_path / "out")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert "chain.jsonl:1: a prompt of " in refused.stderr and "max_completion_length" in refused.stderr

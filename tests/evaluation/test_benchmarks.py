@@ -163,8 +163,8 @@ def test_a_grader_that_is_named_wins(tmp_path: Path) -> None:
     assert load_benchmark(path, grader="my_module:grade").grader == "my_module:grade"
     with pytest.raises(ConfigError, match=r"'code' needs tests: .*columns: problem, answer"):
         load_benchmark(written(tmp_path / "sums.jsonl", SUM), grader="code")
-    for grader in ("maths", "modchain", "none"):
-        with pytest.raises(ConfigError, match="the grader must be one of number, math, code, a function"):
+    for grader in ("maths", "reasoning_gym", "none"):
+        with pytest.raises(ConfigError, match="the grader must be one of number, math, modchain, code, a function"):
             load_benchmark(path, grader=grader)
 
 

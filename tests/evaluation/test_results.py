@@ -78,6 +78,16 @@ def test_what_is_no_evaluation_is_refused(tmp_path):
         Results(tmp_path, SETTINGS)
 
 
+def test_other_problems_under_the_same_name_are_refused(tmp_path):
+    results = Results(tmp_path, SETTINGS)
+    results.require_same_problems("b", ["p", "q"])
+    for more in (["p"], ["p", "q", "r"], ["p", "q"]):
+        results.require_same_problems("b", more)
+    results.require_same_problems("a", ["x"])
+    with pytest.raises(ConfigError, match="problem 2 on"):
+        results.require_same_problems("b", ["p", "q", "s"])
+
+
 def test_two_processes_do_not_write_the_same_directory(tmp_path):
     results = Results(tmp_path, SETTINGS)
     program = (
