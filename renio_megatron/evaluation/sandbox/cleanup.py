@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-_MAX_ENTRIES = 50_000  # that are counted before a directory is called too large
+_MAX_ENTRIES = 20_000  # that are counted before a directory is called too large
 
 
 def disk_bytes(directory: str) -> float:

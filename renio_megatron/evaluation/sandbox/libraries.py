@@ -29,28 +29,36 @@ def interpreter() -> tuple[Path, Path]:
     return Path(sys.executable).resolve(strict=True), Path(sys.base_prefix).resolve(strict=True)
 
 
-@functools.cache
 def sites() -> list[str]:
     """Directories of installed packages on sys.path, links resolved, in their order.
 
     The caller's own code is not among them: neither its working directory nor its home, nor a path without packages.
     """
+    return _sites(tuple(sys.path), Path.cwd())
+
+
+@functools.lru_cache(maxsize=8)
+def _sites(entries: tuple[str, ...], here: Path) -> list[str]:
     found = []
-    for entry in dict.fromkeys(sys.path):
-        path = Path(entry).resolve() if entry else Path.cwd()
-        if not path.is_dir() or path in (Path.cwd(), Path.home().resolve(), Path("/")):
+    for entry in entries:
+        path = Path(entry).resolve()
+        if not path.is_dir() or path in (here, Path.home().resolve(), Path("/")):
             continue
         if path.name in ("site-packages", "dist-packages") or next(path.glob("*.dist-info"), None) is not None:
             found.append(str(path))
     return list(dict.fromkeys(found))
 
 
-@functools.cache
 def binds() -> list[tuple[str, str]]:
     """(path, path in the program's root) of files and directories, those around others first.
 
     The first is real but for links at the top such as /lib, which are links there as well.
     """
+    return _binds(tuple(sites()))
+
+
+@functools.lru_cache(maxsize=8)
+def _binds(packages: tuple[str, ...]) -> list[tuple[str, str]]:
     executable, prefix = interpreter()
     wanted = [path for path in map(Path, _SYSTEM) if path.exists()]
     paths = sysconfig.get_paths()
@@ -59,7 +67,7 @@ def binds() -> list[tuple[str, str]]:
     wanted += [
         Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib") if Path(paths[name]).is_dir()
     ]
-    wanted += [executable, *map(Path, sites())]
+    wanted += [executable, *map(Path, packages)]
     found: dict[str, str] = {}
     for path in wanted:
         if path.parent == Path("/") and path.is_symlink():

@@ -29,18 +29,18 @@ def start(job: Job, handshake: socket.socket, theirs: socket.socket) -> int:
     """
     uid = program.unprivileged_uid()
     ending, ended = os.pipe()
-    if os.fork() == 0:
-        with contextlib.suppress(BaseException):
-            try:
-                handshake.close()
-                os.close(ending)
-                _outside(job, uid, ended, theirs)
-            except BaseException as error:
-                program.report_failure(theirs, error)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            handshake.close()
+            os.close(ending)
+            _outside(job, uid, ended, theirs)
+        except BaseException as error:
+            program.report_failure(theirs, error)
         os._exit(1)
     theirs.close()
     os.close(ended)
-    pid = int(_expect(handshake))
+    _expect(handshake, b"unshared")
     inside_and_outside = f"{program.NOBODY} {os.geteuid()} 1", f"{program.NOBODY} {os.getegid()} 1"
     if uid is not None:
         inside_and_outside = (f"0 0 1\n{program.NOBODY} {uid} 1",) * 2
@@ -49,16 +49,26 @@ def start(job: Job, handshake: socket.socket, theirs: socket.socket) -> int:
     _write(f"/proc/{pid}/uid_map", inside_and_outside[0])
     _write(f"/proc/{pid}/gid_map", inside_and_outside[1])
     handshake.send(b"mapped")
-    _expect(handshake)  # the first process of the namespace awaits this one's word, so that it cannot outlive it
+    _expect(handshake, b"forked")
+    os.waitpid(pid, 0)  # so that this process is the parent of the first one of the namespace
+    handshake.send(b"adopted")
+    _expect(handshake, b"bound")
     handshake.send(b"go")
     return ending
 
 
-def _expect(handshake: socket.socket) -> bytes:
-    message = handshake.recv(4096)
-    if not message or message.startswith(b"!"):
+def _expect(handshake: socket.socket, word: bytes) -> None:
+    """Waits for the other side's word.
+
+    Raises:
+        OSError: it says something else, which is an error's message, or has died.
+    """
+    try:
+        message = handshake.recv(4096)
+    except ConnectionResetError:
+        message = b""
+    if message != word:
         raise OSError(message[1:].decode(errors="replace") or "the process that makes the namespaces died")
-    return message
 
 
 def _write(path: str, text: str) -> None:
@@ -78,9 +88,8 @@ def _outside(job: Job, uid: int | None, ended: int, handshake: socket.socket) ->
     if uid is not None:
         os.setgroups([])
     kernel.call("unshare", kernel.CLONE_NEWUSER, what="unshare(CLONE_NEWUSER)")
-    handshake.send(str(os.getpid()).encode())
-    if handshake.recv(16) != b"mapped":
-        return
+    handshake.send(b"unshared")
+    _expect(handshake, b"mapped")
     kinds = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
     kernel.call("unshare", kinds | kernel.CLONE_NEWCGROUP, what="unshare of mounts, processes, network and IPC")
     if os.fork() == 0:
@@ -89,15 +98,16 @@ def _outside(job: Job, uid: int | None, ended: int, handshake: socket.socket) ->
         except BaseException as error:
             program.report_failure(handshake, error)
         os._exit(1)
+    handshake.send(b"forked")
     os._exit(0)
 
 
 def _first(job: Job, uid: int | None, ended: int, handshake: socket.socket) -> None:
     """Process 1 of the namespace: sets the new root up, starts the program, buries the dead, tells the end."""
+    _expect(handshake, b"adopted")
     kernel.die_with_parent(signal.SIGKILL)
-    handshake.send(b"first")
-    if handshake.recv(16) != b"go":
-        return
+    handshake.send(b"bound")
+    _expect(handshake, b"go")  # the supervisor was there after the call: this process cannot outlive it
     kernel.call("sethostname", b"sandbox", 7, what="sethostname")
     _make_root(job)
     pid = os.fork()

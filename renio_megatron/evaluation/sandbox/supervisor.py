@@ -52,7 +52,7 @@ class Program:
             self.pid, listener = confined.start(job, handshake, theirs)
             if listener is not None:
                 self.guard = ForkGuard(listener, int(job.limits["processes"]))
-        if message := handshake.recv(4096):  # else the other end was closed by exec
+        if message := handshake.recv(4096):  # at exec the other end is closed
             raise OSError(message[1:].decode(errors="replace"))
         handshake.close()
         self._found: tuple[int, float] | None = None
