@@ -34,15 +34,15 @@ def sites() -> list[str]:
 
     The caller's own code is not among them: neither its working directory nor its home, nor a path without packages.
     """
-    return _sites(tuple(sys.path), Path.cwd())
+    return _sites(tuple(sys.path), os.path.realpath("."), os.path.realpath(os.path.expanduser("~")))
 
 
 @functools.lru_cache(maxsize=8)
-def _sites(entries: tuple[str, ...], here: Path) -> list[str]:
+def _sites(entries: tuple[str, ...], *callers: str) -> list[str]:
     found = []
     for entry in entries:
         path = Path(entry).resolve()
-        if not path.is_dir() or path in (here, Path.home().resolve(), Path("/")):
+        if not path.is_dir() or str(path) in (*callers, "/"):
             continue
         if path.name in ("site-packages", "dist-packages") or next(path.glob("*.dist-info"), None) is not None:
             found.append(str(path))

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.evaluation.sandbox.programs import PRELUDE
+from tests.evaluation.sandbox.case import PRELUDE
 
 SECRET = "a-secret-of-the-caller"
 

@@ -14,14 +14,15 @@ import sys
 from renio_megatron.evaluation.sandbox import Limits, SandboxError, sandbox_problem
 from renio_megatron.evaluation.sandbox.launch import SupervisedSandbox
 from tests.evaluation.sandbox.arena import Arena, wait_for_late_marks
-from tests.evaluation.sandbox.programs import CASES, Case
+from tests.evaluation.sandbox.case import Case
+from tests.evaluation.sandbox.programs import CASES
 
 
 def in_sandbox(arena: Arena, sandbox: SupervisedSandbox, name: str, case: Case) -> list[str]:
     """What is wrong after a program has run in a sandbox."""
     limits = Limits(**{"wall_s": 20, **case.limits})
     try:
-        outcome = sandbox.run(arena.source(name, case.source), limits=limits)
+        outcome = sandbox.run(arena.source(name, case.text), limits=limits)
     except SandboxError as error:
         return [f"not run: {error}", *arena.marks(b"")]
     output = outcome.stdout + outcome.stderr + outcome.result
@@ -38,7 +39,7 @@ def in_sandbox(arena: Arena, sandbox: SupervisedSandbox, name: str, case: Case) 
 
 def outside(arena: Arena, name: str, case: Case) -> list[str]:
     """What a program leaves that runs without a sandbox."""
-    command = [sys.executable, "-c", arena.source(name, case.source)]
+    command = [sys.executable, "-c", arena.source(name, case.text)]
     plain = arena.folder / "plain"
     plain.mkdir()
     done = subprocess.run(

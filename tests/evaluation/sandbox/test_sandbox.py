@@ -32,7 +32,7 @@ def sandbox(request, monkeypatch, tmp_path_factory):
         Path(folder).chmod(0o1777)  # pytest's own is closed to others
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield SANDBOXES[request.param]
-        assert not os.listdir(folder)
+        assert not list(Path(folder).iterdir())
 
 
 def test_a_program_reads_and_writes(sandbox):
@@ -121,10 +121,10 @@ def test_the_caller_notices_nothing(sandbox):
     handlers = [signal.getsignal(number) for number in range(1, 32)]
     try:
         sandbox.run("pass")
-        descriptors = sorted(os.listdir("/proc/self/fd"))
+        descriptors = {path.name for path in Path("/proc/self/fd").iterdir()}
         for number in range(10):
             sandbox.run("import os; os.closerange(0, 4); 1 / 0" if number % 2 else "print(1)")
-        assert sorted(os.listdir("/proc/self/fd")) == descriptors
+        assert {path.name for path in Path("/proc/self/fd").iterdir()} == descriptors
         assert [signal.getsignal(number) for number in range(1, 32)] == handlers
         assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] < 1000
         assert not heard
@@ -165,16 +165,16 @@ def test_it_dies_with_its_caller(sandbox):
     finally:
         caller.kill()
         caller.wait()
-    until(lambda: not named(token) and not os.listdir(folder))
+    until(lambda: not named(token) and not list(Path(folder).iterdir()))
 
 
 def test_an_interrupt_in_the_caller_ends_the_program(sandbox):
     token = f"ri{os.getpid()}"
+    program = f"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{token}'); time.sleep(99)"
     call = (
-        "import signal, threading, time, os\n"
+        "import signal, threading, os\n"
         "threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        f"SANDBOXES[{sandbox.name!r}].run(\"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{token}'); time.sleep(99)\","
-        " limits=Limits(wall_s=99))"
+        f"SANDBOXES[{sandbox.name!r}].run({program!r}, limits=Limits(wall_s=99))"
     )
     command = [sys.executable, "-c", f"from renio_megatron.evaluation.sandbox import *\n{call}"]
     done = subprocess.run(
@@ -219,7 +219,7 @@ def test_a_back_end_that_does_not_work_is_not_used(monkeypatch, outcome, message
     other = Broken(SandboxError("Landlock: Function not implemented"))
     other.name = "landlock"
     monkeypatch.setitem(SANDBOXES, "landlock", other)
-    with pytest.raises(ConfigError, match="'namespaces': .*'landlock': Landlock: Function not implemented.*unsafe"):
+    with pytest.raises(ConfigError, match=r"'namespaces': .*'landlock': Landlock: Function not implemented.*unsafe"):
         sandboxes.open_sandbox(None)
 
 
