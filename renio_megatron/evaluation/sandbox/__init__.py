@@ -40,7 +40,11 @@ What is not:
 - Under `landlock` and `unsafe`, a supervisor that is killed from outside leaves the program's children behind, unable
   to fork under `landlock`, until their CPU time is used up.
 - The result, stdout and stderr are the program's own words: whoever grades must not take them for a judge's.
-- A program can find out that it is in a sandbox.
+- A program can find out that it is in a sandbox, and under `landlock` the name and the kernel of this machine.
+
+What honest programs lack: shells and other programs of the system, time zones other than UTC by default, memfd_create,
+System V and POSIX message queues and shared memory, and under `landlock` also UNIX sockets, /dev/shm and with it
+multiprocessing's locks, queues and pools.
 """
 
 from __future__ import annotations
@@ -65,7 +69,8 @@ __all__ = [
 SANDBOXES: dict[str, Sandbox] = {name: SupervisedSandbox(name) for name in ("namespaces", "landlock", "unsafe")}
 """The back ends by name, the best first."""
 _REMEDY = (
-    "Allow user namespaces (on Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; on Debian: "
+    "Allow user namespaces (sysctl user.max_user_namespaces above 0; on Ubuntu "
+    "kernel.apparmor_restrict_unprivileged_userns=0; on Debian: "
     "kernel.unprivileged_userns_clone=1; in a container: a seccomp profile that allows unshare), or use a kernel from "
     "5.13 on with Landlock among the modules of its lsm= option; or set data.sandbox=unsafe inside a container of your "
     "own that holds nothing else; or data.grader=none."

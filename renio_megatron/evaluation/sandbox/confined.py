@@ -42,7 +42,14 @@ def start(job: Job, handshake: socket.socket, theirs: socket.socket) -> tuple[in
     message, ancillary, _, _ = handshake.recvmsg(4096, socket.CMSG_SPACE(4))
     if not ancillary:
         raise OSError(message[1:].decode(errors="replace") or "the process that becomes the program died")
-    return pid, struct.unpack("=i", ancillary[0][2])[0]
+    (listener,) = struct.unpack("=i", ancillary[0][2])
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # then the program must not begin, since nothing could end it
+        os.close(listener)
+        raise OSError("root may not kill processes of another user here: it lacks CAP_KILL") from None
+    handshake.send(b"go")
+    return pid, listener
 
 
 def _become_program(job: Job, uid: int | None, handshake: socket.socket) -> None:
@@ -64,9 +71,7 @@ def _become_program(job: Job, uid: int | None, handshake: socket.socket) -> None
     # Where the uid is the run's own, the kernel counts its processes; else the supervisor does, asked at each fork.
     program.set_limits(job.limits, int(job.limits["processes"]) if uid is not None else None)
     if uid is not None:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
+        program.take_uid(uid)
     kernel.drop_capabilities()
     kernel.forbid_new_privileges()
     kernel.die_with_parent(signal.SIGKILL)
@@ -79,4 +84,5 @@ def _become_program(job: Job, uid: int | None, handshake: socket.socket) -> None
     listener = seccomp.install(rules, listen=True)
     handshake.sendmsg([b"listener"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", listener))])
     os.close(listener)
-    program.execute(job, job.directory, handles)
+    if handshake.recv(16) == b"go":
+        program.execute(job, job.directory, handles)

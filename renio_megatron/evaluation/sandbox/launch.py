@@ -29,7 +29,6 @@ main()
 """Without the packages' own __init__ files, which import more than a supervisor needs."""
 _SETUP_S = 60.0  # for the supervisor's own work, on a machine that has much else to do
 _CHUNK = 1 << 16
-_ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +102,13 @@ class _Run:
         except BaseException:
             self._close_all()
             raise
-        self._close(fed, stdout, stderr, *passed)
+        self._close(fed, stdout, stderr, described, result, told)
 
     def __enter__(self) -> _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close(self._control)  # says stop
+        self._stop()
         try:
             self._process.wait(_SETUP_S)
         except subprocess.TimeoutExpired:
@@ -139,7 +138,7 @@ class _Run:
                         selector.unregister(key.fd)
                     elif self._keep(gathered[key.fd], data) and not cut:
                         cut = True
-                        self._close(self._control)
+                        self._stop()
         told += _read(self._told) or b""
         for descriptor, kept in gathered.items():  # nobody writes any more
             while data := _read(descriptor):
@@ -153,6 +152,15 @@ class _Run:
         exit_code = None if stopped or not words[0] else os.waitstatus_to_exitcode(int(words[0]))
         return Outcome(exit_code, stopped, stdout, stderr, result, float(words[2]))
 
+    def _stop(self) -> None:
+        """Tells the supervisor to end. Closing the pipe would not do: a fork of the caller may hold its end as well.
+
+        It cannot raise SIGPIPE, since this process keeps the reading end, too.
+        """
+        if self._control in self._open:
+            os.write(self._control, b"x")
+            self._close(self._control)
+
     def _keep(self, kept: bytearray, data: bytes) -> bool:
         """Appends data up to the limit; whether there was too much."""
         room = self._limits.output_bytes - len(kept)
@@ -165,7 +173,8 @@ class _Run:
         with open(descriptor, "wb", closefd=False) as stream:
             stream.write(content)
         os.lseek(descriptor, 0, os.SEEK_SET)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _ALL_SEALS)
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
         return descriptor
 
     def _pipe(self) -> tuple[int, int]:

@@ -133,9 +133,7 @@ def _become_program(job: Job, uid: int | None, handshake: socket.socket) -> None
     # The limit counts within this user namespace; where the uid is the caller's, process 1 and its maker count as well.
     program.set_limits(job.limits, int(job.limits["processes"]) + (2 if uid is None else 0))
     if uid is not None:
-        os.setgroups([])
-        os.setresgid(program.NOBODY, program.NOBODY, program.NOBODY)
-        os.setresuid(program.NOBODY, program.NOBODY, program.NOBODY)
+        program.take_uid(program.NOBODY)
     kernel.drop_capabilities()
     kernel.forbid_new_privileges()
     kernel.die_with_parent(signal.SIGKILL)

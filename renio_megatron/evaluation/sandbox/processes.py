@@ -7,6 +7,10 @@ import os
 import signal
 import time
 
+_OWN_MEMORY = (b"RssAnon:", b"RssShmem:")
+_PATIENCE_S = 5.0
+_WALL = 0x40000000  # of wait: children of every kind, also those that were cloned without a signal at their end
+
 
 def descendants() -> list[int]:
     """Process ids of this process's living descendants, parents first.
@@ -25,12 +29,20 @@ def kill_descendants() -> None:
 
     It ends because a descendant's descendants become children of this process as their parents die, and because forks
     are limited or refused.
+
+    Raises:
+        PermissionError: this process may not kill one of them, and it has not ended by itself in a few seconds.
     """
+    patience = time.monotonic() + _PATIENCE_S
     while True:
         for pid in descendants():
-            _kill(pid)
+            try:
+                _kill(pid)
+            except PermissionError:
+                if time.monotonic() > patience:
+                    raise
         try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
+            while os.waitpid(-1, os.WNOHANG | _WALL)[0]:
                 pass
         except ChildProcessError:  # no child, so no descendant either
             return
@@ -53,10 +65,12 @@ def memory_bytes(enough: float) -> int:
     by shares, which takes longer.
     """
     pids = descendants()
-    total = sum(_kilobytes(pid, "status", (b"RssAnon:", b"RssShmem:")) for pid in pids) << 10
-    if total > enough:
-        total = sum(_kilobytes(pid, "smaps_rollup", (b"Pss_Anon:", b"Pss_Shmem:")) for pid in pids) << 10
-    return total
+    total = sum(_kilobytes(pid, "status", _OWN_MEMORY) for pid in pids) << 10
+    if total <= enough:
+        return total
+    shares = [_kilobytes(pid, "smaps_rollup", (b"Pss_Anon:", b"Pss_Shmem:")) for pid in pids]
+    # Root without CAP_SYS_PTRACE, as in containers, may not read the shares of another user's process.
+    return sum(share or _kilobytes(pid, "status", _OWN_MEMORY) for pid, share in zip(pids, shares, strict=True)) << 10
 
 
 def _kilobytes(pid: int, file: str, names: tuple[bytes, ...]) -> int:
@@ -70,17 +84,20 @@ def _kilobytes(pid: int, file: str, names: tuple[bytes, ...]) -> int:
 
 def _kill(pid: int) -> None:
     """Kills a process that is still a descendant; its number may have gone to a stranger meanwhile."""
+    descriptor = None
     with contextlib.suppress(OSError):
-        try:
-            descriptor = os.pidfd_open(pid)
-        except OSError:  # gone, or a kernel before 5.3
-            if pid in descendants():
-                os.kill(pid, signal.SIGKILL)
+        descriptor = os.pidfd_open(pid)
+    try:
+        if not _is_descendant(pid):
             return
-        try:
-            if _is_descendant(pid):  # so the descriptor, which is older than this look, is not a stranger's
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        finally:
+        if descriptor is None:  # a kernel before 5.3
+            os.kill(pid, signal.SIGKILL)
+        else:  # it is older than the look at the parents: not a stranger's
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        if descriptor is not None:
             os.close(descriptor)
 
 

@@ -38,12 +38,10 @@ _run()
 
 
 def unprivileged_uid() -> int | None:
-    """A uid, also a gid, for a program of this process; None where the caller is not root and has no other.
+    """A uid, also a gid, for a program of this process; None where it has to be the caller's own.
 
-    It is this run's alone where this user namespace has all uids, so that limits per user do not meet.
-
-    Raises:
-        OSError: root without any other uid.
+    That is where the caller is not root, or is the only user in a user namespace: root in name. Otherwise it is this
+    run's alone where all uids are to be had, so that limits per user do not meet.
     """
     if os.geteuid() != 0:
         return None
@@ -52,7 +50,21 @@ def unprivileged_uid() -> int | None:
     for uid in (_UNUSED_UIDS + os.getpid(), NOBODY, max(first + count - 1 for first, _, count in ranges)):
         if uid > 0 and any(first <= uid < first + count for first, _, count in ranges):
             return uid
-    raise OSError("root is the only uid here; programs would be root as well")
+    return None
+
+
+def take_uid(uid: int) -> None:
+    """Makes this process another user's, in no group but the one of the same number.
+
+    Raises:
+        OSError: root lacks the capability, or the user is not to be had in this user namespace.
+    """
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except OSError as error:
+        raise OSError(error.errno, f"becoming the unprivileged user {uid}: {error.strerror}") from error
 
 
 def report_failure(handshake: socket.socket, error: BaseException) -> None:

@@ -19,12 +19,15 @@ _TICK_S = 0.05
 _DISK_EVERY = 4  # ticks
 
 
-def readable(descriptors: list[int], seconds: float) -> list[int]:
-    """Those descriptors that can be read, or whose other end is closed, after at the most so many seconds."""
+def readable(descriptors: list[int], seconds: float) -> dict[int, bool]:
+    """Those descriptors on which something has happened, after at the most so many seconds.
+
+    The value is whether there is something to read; else the other end was closed.
+    """
     waiting = select.poll()
     for descriptor in descriptors:
         waiting.register(descriptor, select.POLLIN)
-    return [descriptor for descriptor, _ in waiting.poll(seconds * 1000)]
+    return {descriptor: bool(events & select.POLLIN) for descriptor, events in waiting.poll(seconds * 1000)}
 
 
 class Program:
@@ -46,15 +49,15 @@ class Program:
         self.pid = 0
         self.guard: ForkGuard | None = None
         handshake, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if job.backend == "namespaces":
-            self.ending = namespaces.start(job, handshake, theirs)
-        else:
-            self.pid, listener = confined.start(job, handshake, theirs)
-            if listener is not None:
-                self.guard = ForkGuard(listener, int(job.limits["processes"]))
-        if message := handshake.recv(4096):  # at exec the other end is closed
-            raise OSError(message[1:].decode(errors="replace"))
-        handshake.close()
+        with handshake, theirs:  # where a step fails, whoever waits at the other end sees the end and goes
+            if job.backend == "namespaces":
+                self.ending = namespaces.start(job, handshake, theirs)
+            else:
+                self.pid, listener = confined.start(job, handshake, theirs)
+                if listener is not None:
+                    self.guard = ForkGuard(listener, int(job.limits["processes"]))
+            if message := handshake.recv(4096):  # at exec the other end is closed
+                raise OSError(message[1:].decode(errors="replace"))
         self._found: tuple[int, float] | None = None
 
     def ended(self) -> tuple[int, float] | None:
@@ -95,7 +98,7 @@ def watch(program: Program, job: Job, control: int, wake: int) -> tuple[str | No
             return "caller", None
         if wake in ready:
             os.read(wake, 4096)
-        if guard is not None and guard.listener in ready:
+        if guard is not None and ready.get(guard.listener):
             guard.answer(time.monotonic())
 
 
