@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import stat
 
-_MAX_ENTRIES = 20_000  # that are counted before a directory is called too large
 
-
-def disk_bytes(directory: str) -> float:
-    """Bytes that the files below a directory take, links not followed; infinite where there are too many to count."""
+def disk_bytes(directory: str, max_entries: int) -> float:
+    """Bytes that the files below a directory take, links not followed; infinite where there are too many of them."""
     total, count, ahead = 0.0, 0, [directory]
     while ahead:
         try:
@@ -19,7 +17,7 @@ def disk_bytes(directory: str) -> float:
                     total += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         ahead.append(entry.path)
-                    if count > _MAX_ENTRIES:
+                    if count > max_entries:
                         return float("inf")
         except OSError:  # removed meanwhile, closed, or a path too long for the kernel
             continue

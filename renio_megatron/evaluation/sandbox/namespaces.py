@@ -15,7 +15,6 @@ _WRITABLE = (b"/tmp", b"/dev/shm")
 _DEVICES = ("null", "zero", "random", "urandom")
 _RESTRICTED = kernel.MS_NOSUID | kernel.MS_NODEV
 _OPTIONS = {"ro": kernel.MS_RDONLY, "nosuid": kernel.MS_NOSUID, "nodev": kernel.MS_NODEV, "noexec": kernel.MS_NOEXEC}
-_INODE_BYTES = 4096  # one inode for as many bytes of the private /tmp
 
 
 def start(job: Job, handshake: socket.socket, theirs: socket.socket) -> int:
@@ -152,7 +151,7 @@ def _make_root(job: Job) -> None:
     number = seccomp.number_of("pivot_root")
     kernel.call("syscall", number, b".", os.fsencode(_OLD_ROOT[1:]), what="pivot_root")
     os.chdir("/")
-    _make_scratch(int(job.limits["disk_bytes"]))
+    _make_scratch(int(job.limits["disk_bytes"]), program.max_files(job.limits))
     for name in _DEVICES:
         _bind(f"/dev/{name}", f"/dev/{name}")
     for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
@@ -167,10 +166,10 @@ def _make_root(job: Job) -> None:
     kernel.mount(None, "/", flags=kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | _RESTRICTED)
 
 
-def _make_scratch(disk_bytes: int) -> None:
+def _make_scratch(disk_bytes: int, max_files: int) -> None:
     """/tmp and /dev/shm, which share one file system and its size."""
     os.mkdir("/.scratch")
-    options = f"mode=755,size={disk_bytes},nr_inodes={max(1024, disk_bytes // _INODE_BYTES)}"
+    options = f"mode=755,size={disk_bytes},nr_inodes={max_files}"
     kernel.mount("tmpfs", "/.scratch", "tmpfs", _RESTRICTED | kernel.MS_NOEXEC, options)
     for name, target in (("tmp", "/tmp"), ("shm", "/dev/shm")):
         os.makedirs(target)

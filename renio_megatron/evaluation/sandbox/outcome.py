@@ -20,7 +20,8 @@ class Limits:
         output_bytes: of each of stdout, stderr and the result; what comes is cut there, and the program is stopped
             ("output").
         file_bytes: size of a file.
-        disk_bytes: size of the private directory; /tmp is full there, or the program is stopped ("disk").
+        disk_bytes: size of the private directory, in which a file counts 4 KiB at least; it is full there, or the
+            program is stopped ("disk").
         processes: processes and threads at a time.
         open_files: descriptors of each process.
 

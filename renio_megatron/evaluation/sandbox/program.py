@@ -13,6 +13,7 @@ from renio_megatron.evaluation.sandbox.job import RESULT_FD, Job
 PROGRAM_FILE = "program.py"
 NOBODY = 65534
 _UNUSED_UIDS = 1_879_048_192  # systemd's table of uids gives those from here to 2^31 to nobody
+_FILE_BYTES = 4096
 _STACK_BYTES = 8 << 20
 _FIRST_HANDLE = 200  # descriptors above those that a program would close or use
 
@@ -35,6 +36,11 @@ def _run():
 _run()
 """
 """Without `site`, whose .pth files are code of their own; a program's traceback begins with the program."""
+
+
+def max_files(limits: dict[str, float]) -> int:
+    """How many files and directories a program may have: many small ones fill a disk, too."""
+    return max(1024, int(limits["disk_bytes"]) // _FILE_BYTES)
 
 
 def unprivileged_uid() -> int | None:

@@ -11,12 +11,13 @@ import socket
 import sys
 import time
 
-from renio_megatron.evaluation.sandbox import cleanup, confined, kernel, namespaces, processes
+from renio_megatron.evaluation.sandbox import cleanup, confined, kernel, namespaces, processes, program
 from renio_megatron.evaluation.sandbox.fork_guard import ForkGuard
 from renio_megatron.evaluation.sandbox.job import RESULT_FD, Job
 
 _TICK_S = 0.05
-_DISK_EVERY = 4  # ticks
+_DISK_S = 0.2
+_DISK_REST = 5  # times as long as looking took
 
 
 def readable(descriptors: list[int], seconds: float) -> dict[int, bool]:
@@ -30,7 +31,7 @@ def readable(descriptors: list[int], seconds: float) -> dict[int, bool]:
     return {descriptor: bool(events & select.POLLIN) for descriptor, events in waiting.poll(seconds * 1000)}
 
 
-class Program:
+class Running:
     """A program that runs.
 
     Attributes:
@@ -72,27 +73,25 @@ class Program:
         return self._found
 
 
-def watch(program: Program, job: Job, control: int, wake: int) -> tuple[str | None, tuple[int, float] | None]:
+def watch(running: Running, job: Job, control: int, wake: int) -> tuple[str | None, tuple[int, float] | None]:
     """Waits for the program's end, or for a reason to stop it.
 
     Returns:
-        (reason, ending): why it has to be stopped, or None; and as of `Program.ended`.
+        (reason, ending): why it has to be stopped, or None; and as of `Running.ended`.
     """
     limits, start = job.limits, time.monotonic()
-    waiting = [control, wake] + ([program.ending] if program.ending is not None else [])
-    guard, ticks, looked_at = program.guard, 0, start
+    waiting = [control, wake] + ([running.ending] if running.ending is not None else [])
+    guard, excess = running.guard, Excess(job)
     if guard is not None:
         waiting.append(guard.listener)
     while True:
-        if (ended := program.ended()) is not None:
+        if (ended := running.ended()) is not None:
             return None, ended
         now = time.monotonic()
         if now - start >= limits["wall_s"]:
             return "time", None
-        if now - looked_at >= _TICK_S:
-            ticks, looked_at = ticks + 1, now
-            if reason := _excess(job, ticks):
-                return reason, None
+        if reason := excess.reason(now):
+            return reason, None
         ready = readable(waiting, min(_TICK_S, start + limits["wall_s"] - now))
         if control in ready:  # the caller has said stop, or is no more
             return "caller", None
@@ -102,15 +101,29 @@ def watch(program: Program, job: Job, control: int, wake: int) -> tuple[str | No
             guard.answer(time.monotonic())
 
 
-def _excess(job: Job, ticks: int) -> str | None:
-    """What the program uses too much of."""
-    if os.getppid() != job.parent:
-        return "caller"
-    if processes.memory_bytes(job.limits["memory_bytes"]) > job.limits["memory_bytes"]:
-        return "memory"
-    if job.backend == "namespaces" or ticks % _DISK_EVERY != 0:  # there, the file system has a size
-        return None
-    return "disk" if cleanup.disk_bytes(job.directory) > job.limits["disk_bytes"] else None
+class Excess:
+    """Looks at what the program uses that the kernel does not limit."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._next_s = self._next_disk_s = 0.0
+
+    def reason(self, now: float) -> str | None:
+        """Why the program has to be stopped, or None; `now` is the monotonic clock's time."""
+        limits = self._job.limits
+        if now < self._next_s:
+            return None
+        self._next_s = now + _TICK_S
+        if os.getppid() != self._job.parent:
+            return "caller"
+        if processes.memory_bytes(limits["memory_bytes"]) > limits["memory_bytes"]:
+            return "memory"
+        if self._job.backend == "namespaces" or now < self._next_disk_s:  # there, the file system has a size
+            return None
+        used = cleanup.disk_bytes(self._job.directory, program.max_files(limits))
+        end = time.monotonic()
+        self._next_disk_s = end + max(_DISK_S, _DISK_REST * (end - now))
+        return "disk" if used > limits["disk_bytes"] else None
 
 
 def supervise(job: Job, control: int) -> str:
@@ -127,15 +140,15 @@ def supervise(job: Job, control: int) -> str:
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    program = None
+    running = None
     try:
-        program = Program(job)
+        running = Running(job)
         start = time.monotonic()
-        reason, ended = watch(program, job, control, wake)
+        reason, ended = watch(running, job, control, wake)
         seconds = time.monotonic() - start
     finally:
-        if program is not None and program.guard is not None:
-            program.guard.close()
+        if running is not None and running.guard is not None:
+            running.guard.close()
         processes.kill_descendants()
         if os.path.isdir(job.directory):
             cleanup.remove_directory(job.directory)

@@ -28,7 +28,7 @@ CASES = {
         try:
             while children < 60:
                 if os.fork() == 0:
-                    time.sleep(3); os._exit(0)
+                    time.sleep(1.5); os._exit(0)
                 children += 1
         except OSError: pass
         print('ESCAPED' if children > 20 else children)
@@ -153,7 +153,7 @@ CASES = {
     ),
     "many_empty_files": Case(
         """
-        for number in range(30_000):
+        for number in range(8_000):
             open(f'{number:060}', 'wb').close()
         time.sleep(1)
         print('ESCAPED')
@@ -217,7 +217,7 @@ CASES = {
         while True: pass
         """,
         control=False,
-        limits={"cpu_s": 0.5},
+        limits={"cpu_s": 1},
         outcome={"stopped": "cpu", "exit_code": None},
         inside="",
     ),
