@@ -17,8 +17,8 @@ Back ends, Linux on x86_64 and aarch64:
   It is for people who run all of this in a container of their own that holds nothing else.
 
 The first two also filter system calls, drop every capability, forbid new privileges, and give a program of root's
-another uid, of which nothing else is. All have limits of time, memory, output, files and processes (`Limits`), and an
-environment without the caller's variables. When `run` returns every process of the program is dead, and nothing is
+another uid, of which nothing else is; a caller that is not root has no other uid to give. All have limits of time,
+memory, output and files, the first two also of processes (`Limits`), and an environment without the caller's variables. When `run` returns every process of the program is dead, and nothing is
 left on disk. When the caller dies its programs die, within a moment.
 
 What is stopped: reading and writing files of this machine, network, signals, tracing, shared memory, message queues,
@@ -27,14 +27,15 @@ keyrings; filling memory, disk and process tables; outliving the run.
 What is not:
 
 - Errors of the kernel and of the processor: the kernel is shared. Against those, a virtual machine.
-- Files below the interpreter's `lib`, its packages, /lib, /usr/lib and /usr/share/zoneinfo can be read, and under
-  `landlock` executed. Secrets do not belong there.
+- Files below the interpreter's `lib`, its packages, /lib, /usr/lib and /usr/share/zoneinfo can be read and
+  executed. Secrets do not belong there.
 - A run may use all processors, and as much bandwidth of memory as it can take, until its time ends. Its CPU limit is
   for each process. Memory of all its processes together is looked at 20 times a second; in between more can be taken.
 - Under `landlock` a program sees that a file exists, its size, owner and times (stat), where the uid may look. A disk
-  quota is enforced by looking 5 times a second: until then disk is limited per file and by time, and files that are
-  deleted but open are not seen. Where the caller is not root, changing modes and times of files seems to succeed and
-  has no effect, and extended attributes and owners cannot be changed, not even of the program's own files.
+  quota is enforced by looking 5 times a second: until then disk is limited per file and by time. Files that are
+  deleted but open are counted, unless the caller is root without CAP_SYS_PTRACE, as in containers.
+- Under `landlock` with a caller that is not root, changing modes and times of files seems to succeed and has no effect,
+  and extended attributes and owners cannot be changed, not even of the program's own files.
 - Under `landlock` with a caller that is root and an interpreter that other users cannot reach (in /root), the program
   holds descriptors of the interpreter's and the packages' directories, through which it may read what it may anyway.
 - Under `landlock` and `unsafe`, a supervisor that is killed from outside leaves the program's children behind, unable

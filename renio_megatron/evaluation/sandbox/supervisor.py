@@ -121,6 +121,7 @@ class Excess:
         if self._job.backend == "namespaces" or now < self._next_disk_s:  # there, the file system has a size
             return None
         used = cleanup.disk_bytes(self._job.directory, program.max_files(limits))
+        used += processes.deleted_bytes()
         end = time.monotonic()
         self._next_disk_s = end + max(_DISK_S, _DISK_REST * (end - now))
         return "disk" if used > limits["disk_bytes"] else None

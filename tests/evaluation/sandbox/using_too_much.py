@@ -151,6 +151,19 @@ CASES = {
         limits={"disk_bytes": 16777216},
         inside="",
     ),
+    "many_deleted_files": Case(
+        """
+        kept = []
+        for number in range(24):
+            kept.append(os.open('file', os.O_RDWR | os.O_CREAT))
+            os.unlink('file')
+            while os.fstat(kept[-1]).st_size < 4 << 20: os.write(kept[-1], b'x' * (1 << 20))
+        time.sleep(1)
+        print('ESCAPED')
+        """,
+        limits={"disk_bytes": 16 << 20},
+        inside="",
+    ),
     "many_empty_files": Case(
         """
         for number in range(8_000):
