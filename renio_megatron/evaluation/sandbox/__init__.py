@@ -18,8 +18,9 @@ Back ends, Linux on x86_64 and aarch64:
 
 The first two also filter system calls, drop every capability, forbid new privileges, and give a program of root's
 another uid, of which nothing else is; a caller that is not root has no other uid to give. All have limits of time,
-memory, output and files, the first two also of processes (`Limits`), and an environment without the caller's variables. When `run` returns every process of the program is dead, and nothing is
-left on disk. When the caller dies its programs die, within a moment.
+memory, output and files, the first two also of processes (`Limits`), and an environment without the caller's variables.
+When `run` returns every process of the program is dead, and nothing is left on disk. When the caller dies its programs
+die, within a moment.
 
 What is stopped: reading and writing files of this machine, network, signals, tracing, shared memory, message queues,
 keyrings; filling memory, disk and process tables; outliving the run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import select
 import signal
 import socket
@@ -162,6 +163,8 @@ def supervise(job: Job, control: int) -> str:
 
 def main() -> None:
     """Runs the job whose descriptor, and those of the pipes, are the arguments; tells its end, or what went wrong."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most if most != resource.RLIM_INFINITY and most < 1024 else 1024, most))
     # Out of the way, so that the result's pipe can have its number from the start.
     described, result, control, told = (
         fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, RESULT_FD + 1) for number in sys.argv[1:]

@@ -283,3 +283,29 @@ def test_both_architectures_have_a_filter():
             assert len(program) % 8 == 0
             assert len(program) // 8 < 4096
     assert (seccomp.unsupported_machine() is None) == (platform.machine() in ("x86_64", "aarch64"))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "os.closerange(0, 3)",
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))",
+        "kept = [os.open('/dev/null', 0) for _ in range(1100)]",
+    ],
+    ids=["no standard descriptors", "few descriptors", "many descriptors"],
+)
+def test_callers_in_odd_states(state):
+    code = (
+        "import os, resource\n"
+        "from renio_megatron.evaluation.sandbox import SANDBOXES, sandbox_problem\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))\n"
+        f"working = [SANDBOXES[name] for name in SANDBOXES if not sandbox_problem(name)]\n{state}\n"
+        "program = 'import os, sys; os.write(3, sys.stdin.buffer.read()); print(5)'\n"
+        "for sandbox in working:\n"
+        "    outcome = sandbox.run(program, b'in')\n"
+        "    if (outcome.exit_code, outcome.stdout, outcome.result) != (0, b'5\\n', b'in'): os._exit(1)\n"
+        "os._exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=120).returncode == 0
