@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.evaluation.sandbox import reaching_out
 from tests.evaluation.sandbox.programs import CASES
 from tests.helpers.paths import ROOT
 
@@ -92,7 +93,8 @@ def test_nothing_gets_out(drivers, name):
     found = findings(drivers, name)
     got_out = {case: marks for case, marks in found.items() if marks}
     assert not got_out, "\n".join(["", *(f"{case}: {marks}" for case, marks in got_out.items())])
-    assert found.keys() == CASES.keys() | {"later"}
+    cases = reaching_out.CASES if "Linux" in name else CASES
+    assert found.keys() == cases.keys() | {"later"}
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "outside" in name])
