@@ -22,7 +22,7 @@ server that speaks OpenAI's protocol (its key from RENIO_API_KEY or OPENAI_API_K
 EPILOG = """\
 keys: temperature, top_p, top_k, max_completion_length, seed, stop_strings, chat, enable_thinking, template,
 instruction, grader, grader_errors; of local models bf16, micro_batch_size, stop_token_ids, parallel.*, precision.*; of
-servers concurrency, request_timeout_s
+servers concurrency, timeout_s
 
 examples:
   renio evaluate models/mine --benchmark math500 --benchmark aime25 --n 4 --benchmarks data

@@ -37,8 +37,9 @@ def evaluate_server(job: EvaluationJob, progress: EvaluationProgress) -> dict[st
         job.target.model,
         key=server_key(),
         concurrency=config.concurrency,
-        timeout_s=config.request_timeout_s,
+        timeout_s=config.timeout_s,
         report=progress.say,
+        key_variable="RENIO_API_KEY",
     )
     length = config.max_completion_length or MAX_COMPLETION_LENGTH
     results = Results(job.directory, job.settings({"server": job.target.model}, length))

@@ -156,7 +156,7 @@ def read_job(options: EvaluateOptions) -> EvaluationJob:
     if isinstance(target, ServerTarget):
         useless = [key for key in sorted(read.given) if key.partition(".")[0] in (*OF_LOCAL_MODELS, "chat", "template")]
     else:
-        useless = [key for key in sorted(read.given) if key in ("concurrency", "request_timeout_s")]
+        useless = [key for key in sorted(read.given) if key in ("concurrency", "timeout_s")]
     if useless:
         raise ConfigError(
             f"{useless[0]} has no effect on {'a server' if isinstance(target, ServerTarget) else 'a local model'}. "

@@ -127,7 +127,7 @@ def test_a_server_that_is_late():
         release.set()
     assert str(caught.value) == (
         f"{server.url}/chat/completions: no answer within 0.4 s, after 2 tries. Raise timeout_s (now 0.4), or lower "
-        f"concurrency (now 3) or max_tokens (now 64).{OUTCOME}"
+        f"concurrency (now 3) or max_completion_length (now 64).{OUTCOME}"
     )
 
 
@@ -199,7 +199,7 @@ def test_a_connection_that_was_idle_for_too_long_is_no_failure():
 
 def test_an_answer_that_is_too_large(monkeypatch):
     assert transport_module.MAX_BYTES == 64 * 2**20
-    said = f"URL/chat/completions: an answer of more than 64 MiB, at the first try. Lower max_tokens.{OUTCOME}"
+    said = f"URL/chat/completions: an answer of more than 64 MiB, at the first try. Lower max_completion_length.{OUTCOME}"
     assert refusal(Says(b"{}", headers={"Content-Length": str(2**26 + 1)})) == said
     monkeypatch.setattr(transport_module, "MAX_BYTES", 2**20)
     said = said.replace("64", "1")

@@ -40,7 +40,7 @@ class EvaluationJobConfig:
         bf16: parameters in bf16; null: as a run has trained, and for other models where there is a GPU.
         micro_batch_size: sequences that a rank draws at a time.
         concurrency: requests that a server is sent at a time.
-        request_timeout_s: seconds after which a request to a server is tried again.
+        timeout_s: seconds after which a request to a server is tried again.
         parallel, precision: sections, see `config.sections`.
     """
 
@@ -60,7 +60,7 @@ class EvaluationJobConfig:
     bf16: bool | None = None
     micro_batch_size: int = 32
     concurrency: int = 16
-    request_timeout_s: float = 600.0
+    timeout_s: float = 600.0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
@@ -71,7 +71,7 @@ class EvaluationJobConfig:
             max_completion_length=self.max_completion_length,
             micro_batch_size=self.micro_batch_size,
             concurrency=self.concurrency,
-            request_timeout_s=self.request_timeout_s,
+            timeout_s=self.timeout_s,
         )
         if not 0.0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature must be at least 0 (0: greedy); got {self.temperature}.")

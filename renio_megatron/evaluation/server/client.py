@@ -151,7 +151,7 @@ class CompletionServer:
             return replace(
                 reply,
                 advice=f"Raise timeout_s (now {self._timeout_s:g}), or lower concurrency (now {self._concurrency}) or "
-                f"max_tokens (now {sampling.max_tokens}).",
+                f"max_completion_length (now {sampling.max_tokens}).",
             )
         return reply
 
