@@ -197,9 +197,14 @@ def test_a_connection_that_was_idle_for_too_long_is_no_failure():
     assert found == ["4"] * 3 and server.opened == 3 and pauses == []
 
 
+LOWER = "Lower max_completion_length."
+
+
 def test_an_answer_that_is_too_large(monkeypatch):
     assert transport_module.MAX_BYTES == 64 * 2**20
-    said = f"URL/chat/completions: an answer of more than 64 MiB, at the first try. Lower max_completion_length.{OUTCOME}"
+    said = (
+        f"URL/chat/completions: an answer of more than 64 MiB, at the first try. Lower max_completion_length.{OUTCOME}"
+    )
     assert refusal(Says(b"{}", headers={"Content-Length": str(2**26 + 1)})) == said
     monkeypatch.setattr(transport_module, "MAX_BYTES", 2**20)
     said = said.replace("64", "1")

@@ -136,7 +136,9 @@ class Connection:
                 return reply
             except _TooLarge:
                 self.close()
-                return Fault(f"an answer of more than {MAX_BYTES // 2**20} MiB", "Lower max_completion_length.", retried=False)
+                return Fault(
+                    f"an answer of more than {MAX_BYTES // 2**20} MiB", "Lower max_completion_length.", retried=False
+                )
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 # A server closes lines that were idle for long: that is no failure of this request.
