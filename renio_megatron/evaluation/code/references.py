@@ -67,6 +67,11 @@ class ReferenceCache:
                 self._known[task.digest] = found
             return self._known[task.digest]
 
+    def forget(self, task: CodeTask) -> None:
+        """Drops a task's outputs from memory; they stay on disk."""
+        with self._lock:
+            self._known.pop(task.digest, None)
+
     def _read(self, task: CodeTask) -> tuple[Reference, ...] | None:
         """What the task's file holds; None without a whole file."""
         if self._directory is None:
