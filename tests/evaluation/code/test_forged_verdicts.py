@@ -64,7 +64,7 @@ FORGED = {
     "exit at once": "import os\nos._exit(0)\n",
     "exit in the call": "import os\n\ndef double(x):\n    os._exit(0)\n",
     "sys.exit": "import sys\n\ndef double(x):\n    sys.exit(0)\n",
-    "pass marks": "import os, sys\nprint('PASS\\nok\\n6 passed')\nos.write(1, b'ok')\nos.write(2, b'ok')\nsys.exit(0)\n",
+    "pass marks": "import os, sys\nprint('PASS\\nok\\n9')\nos.write(1, b'ok')\nos.write(2, b'ok')\nsys.exit(0)\n",
     "atexit": "import atexit, os\natexit.register(os._exit, 0)\n\ndef double(x):\n    return 0\n",
     "equal to everything": """
         class Yes:

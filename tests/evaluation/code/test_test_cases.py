@@ -61,7 +61,8 @@ CALL_ROWS = {
 RIGHT_PROGRAMS = {
     "input": "input()\nprint(sum(map(int, input().split())))\n",
     "readline": "import sys\nsys.stdin.readline()\nprint(sum(map(int, sys.stdin.readline().split())))\n",
-    "buffer": "import sys\nx = sys.stdin.buffer.read().split()[1:]\nsys.stdout.buffer.write(b'%d' % sum(map(int, x)))\n",
+    "buffer": "import sys\nx = sys.stdin.buffer.read().split()\n"
+    "sys.stdout.buffer.write(b'%d' % sum(map(int, x[1:])))\n",
     "iteration": "import sys\nlines = [line for line in sys.stdin]\nprint(sum(map(int, lines[1].split())))\n",
     "open(0)": "print(sum(map(int, open(0).read().split()[1:])))\n",
     "os.read": "import os\nprint(sum(map(int, os.read(0, 9999).split()[1:])))\n",
