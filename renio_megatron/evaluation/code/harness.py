@@ -17,11 +17,9 @@ import resource
 import select
 import signal
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from renio_megatron.evaluation.code.values import LONG_TEXT, MAX_CHARS, build, encode
@@ -181,8 +179,7 @@ def file_of(text: bytes) -> int:
     try:
         descriptor = os.memfd_create("stdin")
     except (AttributeError, OSError):
-        descriptor, name = tempfile.mkstemp()
-        Path(name).unlink()
+        descriptor = os.open(".", os.O_RDWR | os.O_TMPFILE)
     while text:
         text = text[os.write(descriptor, text) :]
     os.lseek(descriptor, 0, os.SEEK_SET)

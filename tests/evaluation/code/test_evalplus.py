@@ -149,7 +149,7 @@ def test_right_programs_pass(rows, sandbox, references):
 
 def test_bodies_pass(rows, sandbox, references):
     for name in sample(rows):
-        if name.startswith("HumanEval/"):
+        if name.startswith("HumanEval/") and name not in SPECIAL:
             task = evalplus_task(rows[name])
             program = find_program(rows[name]["canonical_solution"], task.entry_point, task.prompt)
             assert judge_program(program, task, sandbox, references=references).correct, name
@@ -158,7 +158,7 @@ def test_bodies_pass(rows, sandbox, references):
 @pytest.mark.parametrize("kind", ["None", "pass", "off", "only base"])
 def test_wrong_programs_fail(kind, rows, sandbox, references):
     failed_plus = 0
-    for name in [name for name in sample(rows) if name not in LENIENT][:: 1 if kind == "off" else 3]:
+    for name in [name for name in sample(rows) if name not in LENIENT][:: 2 if kind == "off" else 3]:
         row, task = rows[name], evalplus_task(rows[name])
         program = {
             "None": f"def {task.entry_point}(*arguments):\n    return None\n",
