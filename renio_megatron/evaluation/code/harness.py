@@ -158,8 +158,8 @@ def run_programs(request: dict[str, Any]) -> bool:
     for number, (text, cap) in enumerate(zip(request["stdins"], request["caps"], strict=True)):
         try:
             child, pipes = start_child(text.encode("utf-8", "surrogatepass"))
-        except OSError as error:
-            send_fields(fault=told(error))
+        except OSError as error:  # at the beginning it worked
+            send_fields(n=number, error=told(error))
             return False
         if child == 0:
             run_as_main(code)
@@ -184,6 +184,15 @@ def file_of(text: bytes) -> int:
         text = text[os.write(descriptor, text) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
+
+
+def check_forking(text: str) -> None:
+    """Raises OSError where no child can be started, or given such a text: before a candidate can have a part in it."""
+    os.close(file_of(text.encode("utf-8", "surrogatepass")))
+    child = os.fork()
+    if child == 0:
+        _exit(0)
+    os.waitpid(child, 0)
 
 
 def start_child(text: bytes) -> tuple[int, tuple[int, int]]:
@@ -249,6 +258,12 @@ def main() -> None:
     with contextlib.suppress(OSError, ValueError):
         most = resource.getrlimit(resource.RLIMIT_STACK)[1]  # deep recursion is honest
         resource.setrlimit(resource.RLIMIT_STACK, (most, most))
+    try:
+        if request["kind"] == "programs":
+            check_forking(max(request["stdins"], key=len))
+    except OSError as error:
+        send_fields(fault=told(error))
+        _exit(1)
     send_fields(ready=1)
     if request["kind"] == "programs":
         if run_programs(request):

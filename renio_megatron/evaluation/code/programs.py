@@ -47,10 +47,12 @@ def find_program(completion: str, entry_point: str | None, prompt: str | None) -
     if text is None:
         return None
     program = _chosen(text, entry_point, prompt)
-    if program is None or not program.strip() or entry_point is None:
-        return program if program is not None and program.strip() else None
-    tree = syntax.tree_of(program)
-    return program if tree is None else syntax.without_tests(program, tree, entry_point)
+    if program is None or not program.strip():
+        return None
+    tree = syntax.tree_of(program) if entry_point is not None else None
+    if tree is not None and entry_point is not None:
+        program = syntax.without_tests(program, tree, entry_point)
+    return program.rstrip() + "\n"
 
 
 def _answer(completion: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from renio_megatron.errors import DataError, RenioError
 from renio_megatron.evaluation.code.sandbox_face import Limits, Outcome, Sandbox
 from renio_megatron.evaluation.code.tasks import CodeTask
-from renio_megatron.evaluation.code.values import BadValueError, Opaque, build, encode, parse
+from renio_megatron.evaluation.code.values import MAX_CHARS, BadValueError, Opaque, build, encode, parse
 
 _FUTURE = "from __future__ import annotations\n"
 _VALUES = "from renio_megatron.evaluation.code.values import LONG_TEXT, MAX_CHARS, build, encode\n"
@@ -115,7 +115,7 @@ class Run:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        record = parse(line)
+        record = parse(line) if len(line) <= MAX_CHARS + 1000 else None  # no honest one is longer
     except BadValueError:
         record = None
     return record if isinstance(record, dict) else {}
@@ -242,12 +242,13 @@ def _run(task: CodeTask, request: str, sandbox: Sandbox, total_s: float, size: i
     except (OSError, RenioError) as error:
         raise _sandbox_error(task, sandbox, str(error)) from error
     lines = outcome.result.split(b"\n")
+    # The first line is written before the candidate runs; of all others it may be the author.
+    if lines[0].startswith(b'{"fault":'):
+        raise _sandbox_error(task, sandbox, f"the harness cannot fork: {lines[0][:200]!r}")
     if lines[0] != b'{"ready":1}':
         end = f"stopped by the limit of {outcome.stopped}" if outcome.stopped else f"exit code {outcome.exit_code}"
         last = outcome.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
         raise _sandbox_error(task, sandbox, f"the interpreter did not start the harness ({end}) {''.join(last)}")
-    if len(lines) > 1 and lines[1].startswith(b'{"fault":'):
-        raise _sandbox_error(task, sandbox, f"the harness cannot fork: {lines[1][:200]!r}")
     return Run(where, [line for line in lines[1:] if line], outcome)
 
 

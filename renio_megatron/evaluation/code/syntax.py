@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 MAX_CHARS = 1 << 16
 _MAX_PARSED = 1 << 22  # characters, all tries together: the parser reads a text to its end, wherever its error is
 _ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
-_MAIN_TEST = re.compile(r"__name__\s*==|==\s*__name__")
 # Lines that may begin a program; without this, each line of prose would be parsed.
 _START = re.compile(
     r"(?:def|async|class|import|from|if|for|while|with|try)\b|@|#|[rRuUbB]?(?:\"\"\"|''')"
@@ -144,13 +143,14 @@ def missing_names(tree: ast.AST) -> set[str]:
 def without_tests(text: str, tree: ast.Module, entry_point: str) -> str:
     """The program without statements of its top level that only try the entry point out, or ask for input.
 
-    Such are assertions, prints, calls of the entry point and of what calls it, `input`, and the block of `__main__`.
-    A wrong example of a model must not make a right function fail. Imports, definitions, and what they need stay.
+    Such are assertions, prints, calls of the entry point and of what calls it, `input`, the block of `__main__`, and
+    variables that the entry point does not need. A wrong example of a model must not make a right function fail.
+    Imports, definitions, and what they need stay.
     """
     trying = {entry_point, "input", "unittest", "doctest"}
     definitions = [node for node in tree.body if isinstance(node, _Definition)]
     used = {name for node in definitions for name in missing_names(node)} | {entry_point}
-    size = 0
+    needed, size = _needed(tree, entry_point), 0
     while len(trying) > size:  # what calls the entry point is a test as well, and so is what holds its results
         size = len(trying)
         trying |= {
@@ -164,15 +164,33 @@ def without_tests(text: str, tree: ast.Module, entry_point: str) -> str:
     for node in tree.body:
         if isinstance(node, (*_Definition, ast.Import, ast.ImportFrom)):
             continue
-        mentions, names = _mentions(node), names_of(node)
+        names = names_of(node)
+        # An attribute of the entry point may be set: what is assigned counts, not where.
+        mentions = _mentions(node.value if isinstance(node, ast.Assign) else node)
         tries = isinstance(node, ast.Assert) or _is_main(node) or trying & mentions or _prints(node)
         if tries and not names & (used - trying) and entry_point not in names:
             dropped.append(node)
             trying |= names
+        elif names and isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and not names & needed:
+            dropped.append(node)
     gone = {id(node) for node in dropped}
     kept = {line for node in tree.body if id(node) not in gone for line in _lines_of(node)}
     cut = {line for node in dropped for line in _lines_of(node)} - kept
     return "\n".join(line for number, line in enumerate(lines, 1) if number not in cut)
+
+
+def _needed(tree: ast.Module, entry_point: str) -> set[str]:
+    """Names of the top level that the entry point needs, directly or not; all of them where it may look names up."""
+    if _mentions(tree) & {"globals", "locals", "vars", "eval", "exec"}:
+        return bound_names(tree)
+    needed, size = {entry_point, "Solution"}, 0
+    bound = [(names_of(node), missing_names(node) | _mentions(node)) for node in tree.body]
+    while len(needed) > size:
+        size = len(needed)
+        for names, reads in bound:
+            if not names or names & needed:  # what binds nothing may change what is needed
+                needed |= reads
+    return needed
 
 
 def _lines_of(node: ast.stmt) -> Iterator[int]:
@@ -192,7 +210,9 @@ def _defines_inside(node: ast.AST, name: str) -> bool:
 
 
 def _is_main(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and bool(_MAIN_TEST.search(ast.unparse(node.test)))
+    return isinstance(node, ast.If) and any(
+        isinstance(inner, ast.Name) and inner.id == "__name__" for inner in ast.walk(node.test)
+    )
 
 
 def _prints(node: ast.stmt) -> bool:

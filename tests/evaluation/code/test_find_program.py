@@ -68,6 +68,11 @@ COMPLETIONS = {
     "unittest": fenced(
         f"import unittest\n{F}\nclass T(unittest.TestCase):\n    def test(self):\n        f(1)\n\nunittest.main()\n"
     ),
+    "a variable that is not needed": fenced(f"{F}\nresult = undefined(3)\nother: int = result\n"),
+    "a chain of variables": fenced("A = 1\nB = [A]\nC, D = B, 0\nD += 0\n\ndef f(x):\n    return x + C[D]\n"),
+    "a table filled later": fenced("t = {}\none = 1\nt[1] = one + 1\n\ndef f(x):\n    return t[x]\n"),
+    "a name looked up": fenced("one = 1\n\ndef f(x):\n    return x + globals()['one']\n"),
+    "an attribute": fenced("one = 2\n\ndef f(x):\n    return f.memo[x]\n\nf.memo = {1: one}\n"),
     "a table that is needed": fenced(
         "TABLE = {}\nfor i in range(9):\n    TABLE[i] = i + 1\n\ndef f(x):\n    return TABLE[x]\n"
     ),
