@@ -156,8 +156,9 @@ def run_programs(request: dict[str, Any]) -> bool:
         return False
     gc.freeze()  # pages stay shared with the children
     for number, (text, cap) in enumerate(zip(request["stdins"], request["caps"], strict=True)):
+        given = text.encode("utf-8", "surrogatepass")
         try:
-            child, pipes = start_child(text.encode("utf-8", "surrogatepass"))
+            child, pipes = start_child()
         except OSError as error:  # at the beginning it worked
             send_fields(n=number, error=told(error))
             return False
@@ -165,7 +166,7 @@ def run_programs(request: dict[str, Any]) -> bool:
             run_as_main(code)
             return True
         start = _clock()
-        output, errors, end = watch(child, pipes, request["seconds"], cap)
+        output, errors, end = watch(child, pipes, given, request["seconds"], cap)
         last = (errors.decode("utf-8", "replace").strip().splitlines() or [""])[-1][:_TOLD_CHARS]
         out = base64.b64encode(output).decode("ascii")
         send_fields(n=number, s=_clock() - start, end=end, last=last, out=out)
@@ -174,42 +175,29 @@ def run_programs(request: dict[str, Any]) -> bool:
     return False
 
 
-def file_of(text: bytes) -> int:
-    """Descriptor of a file without a name that holds the text, at its beginning."""
-    try:
-        descriptor = os.memfd_create("stdin")
-    except (AttributeError, OSError):
-        descriptor = os.open(".", os.O_RDWR | os.O_TMPFILE)
-    while text:
-        text = text[os.write(descriptor, text) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
-
-
-def check_forking(text: str) -> None:
-    """Raises OSError where no child can be started, or given such a text: before a candidate can have a part in it."""
-    os.close(file_of(text.encode("utf-8", "surrogatepass")))
+def check_forking() -> None:
+    """Raises OSError where no child can be started: before a candidate can have a part in that."""
     child = os.fork()
     if child == 0:
         _exit(0)
     os.waitpid(child, 0)
 
 
-def start_child(text: bytes) -> tuple[int, tuple[int, int]]:
-    """Forks: (child, pipes to read); in the child, which sees itself as 0, the standard streams are the other ends."""
-    given = file_of(text)
-    read_out, write_out = os.pipe()
-    read_err, write_err = os.pipe()
+def start_child() -> tuple[int, tuple[int, int, int]]:
+    """Forks: (child, its standard input's, output's and error's other ends); the child sees itself as 0."""
+    # A pipe and no file for the input: files of a sandbox have limits of their own.
+    pairs = os.pipe(), os.pipe(), os.pipe()
+    theirs = (pairs[0][0], pairs[1][1], pairs[2][1])
     child = os.fork()
     if child == 0:
         os.setsid()
-        for target, source in enumerate((given, write_out, write_err)):
+        for target, source in enumerate(theirs):
             os.dup2(source, target)
-        os.closerange(RESULT_FD, max(given, read_out, write_out, read_err, write_err) + 1)
+        os.closerange(RESULT_FD, max(map(max, pairs)) + 1)
     else:
-        for descriptor in (given, write_out, write_err):
+        for descriptor in theirs:
             os.close(descriptor)
-    return child, (read_out, read_err)
+    return child, (pairs[0][1], pairs[1][0], pairs[2][0])
 
 
 def run_as_main(code: Any) -> None:
@@ -220,17 +208,32 @@ def run_as_main(code: Any) -> None:
     exec(code, new_module("__main__").__dict__)
 
 
-def watch(child: int, pipes: tuple[int, int], seconds: float, cap: int) -> tuple[bytes, bytes, str]:
+def feed(pipe: int, text: memoryview) -> memoryview:
+    """Writes what the pipe takes; what is left, or nothing where nobody reads any more."""
+    try:
+        return text[os.write(pipe, text[:_CHUNK]) :]
+    except BlockingIOError:
+        return text
+    except BrokenPipeError:
+        return text[len(text) :]
+
+
+def watch(child: int, pipes: tuple[int, int, int], text: bytes, seconds: float, cap: int) -> tuple[bytes, bytes, str]:
     """What the child writes to its two pipes, and how it ends: its exit code as text, `late` or `cut`."""
     deadline, output, errors, end = _clock() + seconds, bytearray(), bytearray(), ""
-    waiting, status = list(pipes), None
+    given, left, status = pipes[0], memoryview(text), None
+    readable, writable = list(pipes[1:]), [given]
+    os.set_blocking(given, False)
     while not end:
-        ready = select.select(waiting, [], [], 0 if status is not None else _POLL_S)[0]
+        ready, free, _ = select.select(readable, writable, [], 0 if status is not None else _POLL_S)
+        if free and not (left := feed(given, left)):
+            writable.clear()
+            os.close(given)
         for pipe in ready:
             data = os.read(pipe, _CHUNK)
             if not data:
-                waiting.remove(pipe)
-            elif pipe == pipes[0]:
+                readable.remove(pipe)
+            elif pipe == pipes[1]:
                 output += data
             else:
                 errors = (errors + data)[-_STDERR_TAIL:]
@@ -240,14 +243,15 @@ def watch(child: int, pipes: tuple[int, int], seconds: float, cap: int) -> tuple
             end = str(os.waitstatus_to_exitcode(status))
         elif _clock() > deadline:
             end = "late"
-        elif status is None and (not ready or not waiting):
+        elif status is None and (not ready or not readable):
             ended, code = os.waitpid(child, os.WNOHANG)
             status = code if ended else None
-    with contextlib.suppress(OSError):
-        os.killpg(child, signal.SIGKILL)
+    for kill in (os.killpg, os.kill) if status is None else (os.killpg,):
+        with contextlib.suppress(OSError):
+            kill(child, signal.SIGKILL)
     if status is None:
         os.waitpid(child, 0)
-    for pipe in pipes:
+    for pipe in (*writable, *pipes[1:]):
         os.close(pipe)
     return bytes(output[:cap]), bytes(errors), end
 
@@ -260,7 +264,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_STACK, (most, most))
     try:
         if request["kind"] == "programs":
-            check_forking(max(request["stdins"], key=len))
+            check_forking()
     except OSError as error:
         send_fields(fault=told(error))
         _exit(1)

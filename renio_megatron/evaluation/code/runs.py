@@ -106,7 +106,7 @@ class Run:
 
     def _end(self, number: int) -> str:
         where, stopped, code = self.where(number), self.outcome.stopped, self.outcome.exit_code
-        if stopped == "time" or (stopped is None and code in _TIME_SIGNALS):
+        if stopped in ("time", "cpu") or (stopped is None and code in _TIME_SIGNALS):
             return f"time: it ran out in {where}"
         if stopped is not None:
             return f"{stopped}: the limit was reached in {where}"

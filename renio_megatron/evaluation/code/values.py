@@ -25,7 +25,7 @@ _SMALL = 1 << 63
 _MAX_INT_TEXT = 20  # longer integers are hexadecimal: reading decimal digits takes the square of their number
 _LONG_INT = re.compile(r"[0-9]{21}")
 _MAX_SAME_HASH = 32  # a set whose members were made to collide would take the square of their number
-_MANY = 50
+_MANY, _SLICE = 50, 1000  # items from which on they are written at once, and how many at once
 _ODD_FLOATS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 _ITERABLES: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
 _SIZED = frozenset({*_ITERABLES, str, bytes, bytearray, dict})
@@ -154,12 +154,7 @@ def _write_value(value: Any, depth: int, write: Callable[[str], None], long_text
         write(_text(value) if len(value) <= long_text else f'["h","{_digest_of(value)}"]')
     elif kind in _ITERABLES:
         write(f'["{_ITERABLES[kind]}"')
-        if len(value) > _MANY and (text := _many(value, long_text)) is not None:
-            write(text)
-            value = ()
-        for item in value:
-            write(",")
-            _write_value(item, depth - 1, write, long_text)
+        _write_items(value, depth - 1, write, long_text)
         write("]")
     elif kind is dict:
         write('["d"')
@@ -198,11 +193,24 @@ def _write_rare(value: Any, kind: type, depth: int, write: Callable[[str], None]
             _write_value(plain, depth, write, long_text)
 
 
+def _write_items(value: Any, depth: int, write: Callable[[str], None], long_text: float) -> None:
+    items = value if type(value) in (list, tuple) else tuple(value)
+    for start in range(0, len(items), _SLICE):
+        part = items[start : start + _SLICE]
+        text = _many(part, long_text) if len(part) > _MANY else None
+        if text is not None:
+            write(text)
+            continue
+        for item in part:
+            write(",")
+            _write_value(item, depth, write, long_text)
+
+
 def _many(values: Any, long_text: float) -> str | None:
     """What `_write_value` writes for many numbers, or many texts, faster; None where they are not the ordinary ones."""
     kinds = set(map(type, values))
     if kinds == {str}:
-        if max(map(len, values)) > long_text or not "".join(values).isascii():
+        if max(map(len, values)) > min(long_text, LONG_TEXT) or not "".join(values).isascii():
             return None
         return "," + ",".join(map(encode_basestring_ascii, values))
     if not kinds <= {int, float}:

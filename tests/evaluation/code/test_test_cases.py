@@ -157,6 +157,15 @@ def test_wrong_programs(program, reason, sandbox):
     assert len(verdict.reason) <= 200
 
 
+def test_long_inputs_and_outputs(sandbox):
+    given = "\n".join(map(str, range(400_000)))
+    task = code_task({"test_cases": {"inputs": [given, "7"], "outputs": [given, "7"]}})
+    copy = "import sys\nfor line in sys.stdin:\n    sys.stdout.write(line)\n"
+    assert judge_program(copy, task, sandbox).correct
+    assert judge_program("print(input())\n", task, sandbox).reason.startswith("test test 1: expected '0\\n1\\n")
+    assert judge_program("import time\nprint(7)\ntime.sleep(0.1)\n", task, sandbox).reason.startswith("test test 1: ex")
+
+
 def test_a_program_that_is_wrong_at_once_is_not_run_through_all_tests(sandbox):
     many = {"inputs": ["1"] * 60, "outputs": ["1"] * 60}
     before = sandbox.runs
