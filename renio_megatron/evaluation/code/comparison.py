@@ -25,8 +25,9 @@ def evalplus_equal(
 ) -> bool:
     """Whether EvalPlus 0.3.1 counts `got` as right: equal, close where floats may be, or right by a task's own rule.
 
-    One difference is meant: EvalPlus raises its tolerance of 0 to 1e-6 where an expected output is a float, and keeps
+    Two differences are meant: EvalPlus raises its tolerance of 0 to 1e-6 where an expected output is a float, and keeps
     it for all later inputs of the task, so that a verdict hangs on the inputs before it. Here each is judged alone.
+    Another: EvalPlus 0.3.1 never lets HumanEval/32 pass, because it forgets to count the inputs that were right.
 
     >>> evalplus_equal([0.3], [0.1 + 0.2], dataset="mbpp", entry_point="f", arguments=[], atol=0)
     True

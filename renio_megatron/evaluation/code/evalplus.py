@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from renio_megatron.errors import DataError
-from renio_megatron.evaluation.code.tasks import CodeTask, Tests
+from renio_megatron.evaluation.code.tasks import Cases, CodeTask
 
 _VERSION = 1  # of conversion and harness: outputs that are kept on disk under another one are not read
 _COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
@@ -55,7 +55,7 @@ def evalplus_task(row: Mapping[str, Any]) -> CodeTask:
     )
 
 
-def _tests(row: Mapping[str, Any], column: str, dataset: str, number: int, name: str) -> Tests:
+def _tests(row: Mapping[str, Any], column: str, dataset: str, number: int, name: str) -> Cases:
     inputs = row[column] or []  # one row of MBPP+ has {} for no inputs
     convert = _CONVERSIONS.get(number, _as_it_is) if dataset == "mbpp" else _as_it_is
     try:
@@ -64,7 +64,7 @@ def _tests(row: Mapping[str, Any], column: str, dataset: str, number: int, name:
         converted = tuple(convert(arguments) for arguments in inputs)
     except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise DataError(f"task {name}: column {column!r} cannot be read: {error}.") from error
-    return Tests(column.removesuffix("_input"), converted)
+    return Cases(column.removesuffix("_input"), converted)
 
 
 def _as_it_is(arguments: _Arguments) -> _Arguments:

@@ -11,7 +11,7 @@ from renio_megatron.evaluation.code.comparison import evalplus_equal, json_equal
 from renio_megatron.evaluation.code.references import Reference, ReferenceCache
 from renio_megatron.evaluation.code.runs import printed_of, run_calls, run_programs, show, value_of
 from renio_megatron.evaluation.code.sandbox_face import Sandbox
-from renio_megatron.evaluation.code.tasks import CodeTask, Tests
+from renio_megatron.evaluation.code.tasks import Cases, CodeTask
 from renio_megatron.evaluation.code.values import build, encode, parse
 
 # EvalPlus's limits: of a call by its reference time, of a group by the sum of its calls.
@@ -69,7 +69,7 @@ def judge_program(
     return CodeVerdict(True, base, "")
 
 
-def _evalplus(program: str, task: CodeTask, tests: Tests, reference: Reference, sandbox: Sandbox) -> str | None:
+def _evalplus(program: str, task: CodeTask, tests: Cases, reference: Reference, sandbox: Sandbox) -> str | None:
     """Why the program fails the group of tests."""
     if not tests.inputs:
         return None
@@ -100,13 +100,13 @@ def _evalplus(program: str, task: CodeTask, tests: Tests, reference: Reference, 
     return run.failure(len(tests.inputs), accept, known=reference.outputs)
 
 
-def _in_chunks(program: str, task: CodeTask, tests: Tests, sandbox: Sandbox) -> str | None:
+def _in_chunks(program: str, task: CodeTask, tests: Cases, sandbox: Sandbox) -> str | None:
     """Why the program fails the group of tests, which are run a few at first, and then more."""
     left_s, name = task.total_s, tests.name
     judge: Callable[..., str | None] = _programs if task.kind == "programs" else _calls
     for start, end in _chunks(tests.inputs):
         assert tests.outputs is not None
-        chunk = Tests(name, tests.inputs[start:end], tests.outputs[start:end])
+        chunk = Cases(name, tests.inputs[start:end], tests.outputs[start:end])
         chunk_s = min(left_s, task.test_s * (end - start))
         begin = time.monotonic()
         problem = judge(program, task, chunk, sandbox, total_s=chunk_s + _SPARE_S, first=start)
@@ -130,7 +130,7 @@ def _chunks(inputs: Sequence[Any]) -> Iterator[tuple[int, int]]:
         start, number = end, number + 1
 
 
-def _calls(program: str, task: CodeTask, tests: Tests, sandbox: Sandbox, *, total_s: float, first: int) -> str | None:
+def _calls(program: str, task: CodeTask, tests: Cases, sandbox: Sandbox, *, total_s: float, first: int) -> str | None:
     outputs = tests.outputs or ()
     run = run_calls(
         task,
@@ -154,7 +154,7 @@ def _calls(program: str, task: CodeTask, tests: Tests, sandbox: Sandbox, *, tota
 
 
 def _programs(
-    program: str, task: CodeTask, tests: Tests, sandbox: Sandbox, *, total_s: float, first: int
+    program: str, task: CodeTask, tests: Cases, sandbox: Sandbox, *, total_s: float, first: int
 ) -> str | None:
     outputs = tests.outputs or ()
     run = run_programs(

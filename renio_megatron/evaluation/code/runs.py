@@ -199,7 +199,7 @@ def run_calls(
     }
     text = json.dumps(request)[:-1] + f', "inputs": [{",".join(map(encode, inputs))}]}}'
     size = result_bytes + _RECORD_BYTES * len(inputs) + _MARGIN_BYTES
-    return _run(task, text, sandbox, total_s, size, lambda number: f"{name} test {first + number + 1}")
+    return _run(task, text, sandbox, total_s, size, lambda number: f"{name} test {first + number + 1}".strip())
 
 
 def run_programs(
@@ -231,7 +231,9 @@ def run_programs(
     """
     request = {"kind": "programs", "source": program, "stdins": list(inputs), "caps": list(caps), "seconds": seconds}
     size = sum(caps) * 4 // 3 + (_RECORD_BYTES + 400) * len(inputs) + _MARGIN_BYTES
-    return _run(task, json.dumps(request), sandbox, total_s, size, lambda number: f"{name} test {first + number + 1}")
+    return _run(
+        task, json.dumps(request), sandbox, total_s, size, lambda number: f"{name} test {first + number + 1}".strip()
+    )
 
 
 def _run(task: CodeTask, request: str, sandbox: Sandbox, total_s: float, size: int, where: Callable[[int], str]) -> Run:

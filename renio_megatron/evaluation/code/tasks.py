@@ -9,11 +9,11 @@ Kind = Literal["evalplus", "calls", "programs"]
 
 
 @dataclass(frozen=True)
-class Tests:
+class Cases:
     """A group of tests that stand or fall together.
 
     Attributes:
-        name: what messages call it: `base`, `plus`, `test`.
+        name: what messages call it, `base` or `plus`; empty where there is one group.
         inputs: for each test the arguments of a call (list or tuple), or the text of standard input.
         outputs: for each test what is expected; None where the task's canonical program says it.
     """
@@ -47,7 +47,7 @@ class CodeTask:
     name: str
     kind: Kind
     entry_point: str | None
-    groups: tuple[Tests, ...]
+    groups: tuple[Cases, ...]
     prompt: str | None = None
     canonical: str | None = None
     dataset: str = ""

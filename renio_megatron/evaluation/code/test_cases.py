@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from renio_megatron.errors import DataError
-from renio_megatron.evaluation.code.tasks import CodeTask, Tests
+from renio_megatron.evaluation.code.tasks import Cases, CodeTask
 
 _MAX_UNPACKED = 1 << 30  # bytes of private tests
 _TEXT_OPCODES = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
@@ -49,9 +49,6 @@ def test_cases_task(row: Mapping[str, Any]) -> CodeTask:
     return _livecodebench_task(row, name or "without question_id")
 
 
-test_cases_task.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
@@ -78,8 +75,8 @@ def _paired_task(column: Any, name: str) -> CodeTask:
             "of one as of the other, and at least one."
         )
     if function is None:
-        tests = Tests(
-            "test",
+        tests = Cases(
+            "",
             tuple(_lines(value, "an input", name) for value in inputs),
             tuple(_lines(value, "an output", name) for value in outputs),
         )
@@ -87,7 +84,7 @@ def _paired_task(column: Any, name: str) -> CodeTask:
     if not isinstance(function, str) or not function.isidentifier():
         raise DataError(f"task {name}: 'fn_name' must be the name of a function; got {function!r}.")
     arguments = tuple(_arguments(value, name) for value in inputs)
-    return CodeTask(name, "calls", function, (Tests("test", arguments, tuple(outputs)),), prelude=PRELUDE, wrapped=True)
+    return CodeTask(name, "calls", function, (Cases("", arguments, tuple(outputs)),), prelude=PRELUDE, wrapped=True)
 
 
 def _lines(value: Any, what: str, name: str) -> str:
@@ -123,7 +120,7 @@ def _livecodebench_task(row: Mapping[str, Any], name: str) -> CodeTask:
     kinds = {case.get("testtype") for case in cases}
     if kinds == {"stdin"}:
         pairs = tuple(case["input"] for case in cases), tuple(case["output"] for case in cases)
-        return CodeTask(name, "programs", None, (Tests("test", *pairs),))
+        return CodeTask(name, "programs", None, (Cases("", *pairs),))
     if kinds != {"functional"}:
         raise DataError(f"task {name}: all tests must be of one testtype, stdin or functional; got {kinds or 'none'}.")
     metadata = _json(row.get("metadata"), "column 'metadata'", name)
@@ -132,7 +129,7 @@ def _livecodebench_task(row: Mapping[str, Any], name: str) -> CodeTask:
         raise DataError(f"task {name}: functional tests need 'func_name' in column 'metadata'; got {function!r}.")
     arguments = tuple(_arguments(case["input"], name) for case in cases)
     outputs = tuple(_json(case["output"], "an output", name) for case in cases)
-    return CodeTask(name, "calls", function, (Tests("test", arguments, outputs),), prelude=PRELUDE)
+    return CodeTask(name, "calls", function, (Cases("", arguments, outputs),), prelude=PRELUDE)
 
 
 def _cases(value: Any, column: str, name: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from renio_megatron.evaluation.code.evalplus import evalplus_task
 from renio_megatron.evaluation.code.judge import judge_program
 from renio_megatron.evaluation.code.references import ReferenceCache
-from renio_megatron.evaluation.code.test_cases import test_cases_task
+from renio_megatron.evaluation.code.rows import code_task
 from tests.evaluation.code.stand_in import PlainProcess
 
 ROW = {
@@ -287,6 +287,6 @@ FORGED_PROGRAMS = {
 
 @pytest.mark.parametrize("case", FORGED_PROGRAMS)
 def test_a_forged_run_is_wrong(case, sandbox):
-    verdict = judge_program(textwrap.dedent(FORGED_PROGRAMS[case]), test_cases_task(PROGRAM_ROW), sandbox)
+    verdict = judge_program(textwrap.dedent(FORGED_PROGRAMS[case]), code_task(PROGRAM_ROW), sandbox)
     assert not verdict.correct
     assert 0 < len(verdict.reason) <= 200

@@ -119,7 +119,7 @@ def test_programs_of_every_kind_of_row(row, sandbox):
     assert judge_program(RIGHT_PROGRAMS["input"], task, sandbox).correct
     verdict = judge_program("input()\nprint(sum(map(int, input().split())) % 44)\n", task, sandbox)
     assert (verdict.correct, verdict.base_correct) == (False, None)
-    assert verdict.reason.startswith("test test 3: expected ")
+    assert verdict.reason.startswith("test 3: expected ")
 
 
 @pytest.mark.parametrize("program", RIGHT_PROGRAMS)
@@ -131,22 +131,22 @@ def test_right_programs(program, sandbox):
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        ("print(3)\n", "test test 2: expected '4\\n', got '3\\n'"),
-        ("print(input(), input(), input())\n", "test test 1: exit code 1: EOFError"),
-        ("print(1 / 0)\n", "test test 1: exit code 1: ZeroDivisionError: division by zero"),
+        ("print(3)\n", "test 2: expected '4\\n', got '3\\n'"),
+        ("print(input(), input(), input())\n", "test 1: exit code 1: EOFError"),
+        ("print(1 / 0)\n", "test 1: exit code 1: ZeroDivisionError: division by zero"),
         ("def f(:\n", "SyntaxError: "),
-        ("import os\nos.abort()\n", "test test 1: exit code -6"),
-        ("print('3' * 1000000)\n", "test test 1: output: it printed too much"),
+        ("import os\nos.abort()\n", "test 1: exit code -6"),
+        ("print('3' * 1000000)\n", "test 1: output: it printed too much"),
         (
             "n = int(input())\nwhile n == 4: pass\nprint(sum(map(int, input().split())))\n",
-            "time: test test 4 took more",
+            "time: test 4 took more",
         ),
         (
             "n = int(input())\nimport time\ntime.sleep(99 * (n == 4))\nprint(sum(map(int, input().split())))\n",
             "time: test",
         ),
-        ("import os, time\nif os.fork() == 0: time.sleep(99)\nprint(3)\n", "test test 2: expected"),
-        ("import os\nos.close(1)\nos.close(2)\nwhile True: pass\n", "time: test test 1 took more"),
+        ("import os, time\nif os.fork() == 0: time.sleep(99)\nprint(3)\n", "test 2: expected"),
+        ("import os\nos.close(1)\nos.close(2)\nwhile True: pass\n", "time: test 1 took more"),
     ],
 )
 def test_wrong_programs(program, reason, sandbox):
@@ -162,8 +162,8 @@ def test_long_inputs_and_outputs(sandbox):
     task = code_task({"test_cases": {"inputs": [given, "7"], "outputs": [given, "7"]}})
     copy = "import sys\nfor line in sys.stdin:\n    sys.stdout.write(line)\n"
     assert judge_program(copy, task, sandbox).correct
-    assert judge_program("print(input())\n", task, sandbox).reason.startswith("test test 1: expected '0\\n1\\n")
-    assert judge_program("import time\nprint(7)\ntime.sleep(0.1)\n", task, sandbox).reason.startswith("test test 1: ex")
+    assert judge_program("print(input())\n", task, sandbox).reason.startswith("test 1: expected '0\\n1\\n")
+    assert judge_program("import time\nprint(7)\ntime.sleep(0.1)\n", task, sandbox).reason.startswith("test 1: ex")
 
 
 def test_a_program_that_is_wrong_at_once_is_not_run_through_all_tests(sandbox):
