@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # A longer text is no program of a model, and deep trees can overflow the stack of Python's parser before 3.11.
 MAX_CHARS = 1 << 16
 _MAX_PARSED = 1 << 22  # characters, all tries together: the parser reads a text to its end, wherever its error is
+_MAX_ROUNDS = 50
+_PARSING = threading.Lock()  # filters of warnings are one for all threads
 _ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
 # Lines that may begin a program; without this, each line of prose would be parsed.
 _START = re.compile(
@@ -31,7 +34,7 @@ def tree_of(text: str) -> ast.Module | None:
 
 
 def _parse(text: str) -> ast.Module:
-    with warnings.catch_warnings():
+    with _PARSING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd escapes in the candidate's texts
         tree = ast.parse(text)
         compile(tree, "<program>", "exec", dont_inherit=True)  # it sees more: a `return` outside of a function
@@ -147,19 +150,16 @@ def without_tests(text: str, tree: ast.Module, entry_point: str) -> str:
     variables that the entry point does not need. A wrong example of a model must not make a right function fail.
     Imports, definitions, and what they need stay.
     """
-    trying = {entry_point, "input", "unittest", "doctest"}
     definitions = [node for node in tree.body if isinstance(node, _Definition)]
     used = {name for node in definitions for name in missing_names(node)} | {entry_point}
-    needed, size = _needed(tree, entry_point), 0
-    while len(trying) > size:  # what calls the entry point is a test as well, and so is what holds its results
-        size = len(trying)
-        trying |= {
-            node.name
-            for node in definitions
-            if node.name not in ("Solution", entry_point)
-            and trying & _mentions(node)
-            and not _defines_inside(node, entry_point)
-        }
+    needed = _needed(tree, entry_point)
+    testing = [  # what calls the entry point is a test as well
+        ({node.name}, _mentions(node))
+        for node in definitions
+        if node.name not in ("Solution", entry_point) and not _defines_inside(node, entry_point)
+    ]
+    trying = {entry_point, "input", "unittest", "doctest"}
+    _spread(trying, testing, lambda names, mentions: names if mentions & trying else set())
     lines, dropped = text.split("\n"), []
     for node in tree.body:
         if isinstance(node, (*_Definition, ast.Import, ast.ImportFrom)):
@@ -183,14 +183,24 @@ def _needed(tree: ast.Module, entry_point: str) -> set[str]:
     """Names of the top level that the entry point needs, directly or not; all of them where it may look names up."""
     if _mentions(tree) & {"globals", "locals", "vars", "eval", "exec"}:
         return bound_names(tree)
-    needed, size = {entry_point, "Solution"}, 0
+    needed = {entry_point, "Solution"}
     bound = [(names_of(node), missing_names(node) | _mentions(node)) for node in tree.body]
-    while len(needed) > size:
-        size = len(needed)
-        for names, reads in bound:
-            if not names or names & needed:  # what binds nothing may change what is needed
-                needed |= reads
-    return needed
+    # What binds nothing may change what is needed.
+    complete = _spread(needed, bound, lambda names, reads: reads if not names or names & needed else set())
+    return needed if complete else bound_names(tree)
+
+
+def _spread(
+    found: set[str], pairs: list[tuple[set[str], set[str]]], found_by: Callable[[set[str], set[str]], set[str]]
+) -> bool:
+    """Adds to `found` what the pairs lead to, until nothing is new; False where that takes too many rounds."""
+    for _ in range(_MAX_ROUNDS):
+        size = len(found)
+        for one, other in pairs:
+            found |= found_by(one, other)
+        if len(found) == size:
+            return True
+    return False
 
 
 def _lines_of(node: ast.stmt) -> Iterator[int]:

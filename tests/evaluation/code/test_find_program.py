@@ -171,9 +171,14 @@ def test_whole_programs_keep_what_they_do(completion, program):
         "\0\n" * 1_000,
         "```python\n" * 10_000,
         "def f(x): return '\ud800'",
+        "def f(): return a9\n" + "".join(f"a{n}=a{n - 1}\n" for n in reversed(range(5000))),
+        "def f(): 0\n" + "".join(f"def a{n}(): a{n - 1}()\n" for n in reversed(range(2500))) + "a0=f",
+        "a," * 30_000,
+        "a<" * 30_000 + "1",
+        "@a\n" * 20_000 + "def f(): 0",
         "if x:\n" + "".join(" " * n + "if x:\n" for n in range(1, 300)),
     ],
-    ids=range(11),
+    ids=range(16),
 )
 def test_hostile_texts_end(text):
     for prompt in (None, HEAD):
