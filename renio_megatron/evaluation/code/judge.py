@@ -9,7 +9,7 @@ from typing import Any
 
 from renio_megatron.evaluation.code.comparison import evalplus_equal, json_equal, text_equal
 from renio_megatron.evaluation.code.references import Reference, ReferenceCache
-from renio_megatron.evaluation.code.runs import printed_of, run_calls, run_programs, show, value_of
+from renio_megatron.evaluation.code.runs import printed_of, run_calls, run_programs, show, text_of, value_of
 from renio_megatron.evaluation.code.sandbox_face import Sandbox
 from renio_megatron.evaluation.code.tasks import Cases, CodeTask
 from renio_megatron.evaluation.code.values import build, encode, parse
@@ -171,7 +171,7 @@ def _programs(
 
     def accept(number: int, record: dict[str, Any]) -> str | None:
         expected, got = outputs[number], printed_of(record).decode("utf-8", "replace")
-        end, last = record.get("end"), record.get("last")
+        end, last = record.get("end"), text_of(record.get("last"))
         if end == "late":
             return f"time: {run.where(number)} took more than {task.test_s:g} s"
         if end == "cut":

@@ -59,13 +59,12 @@ class ReferenceCache:
         with self._lock:
             lock = self._locks.setdefault(task.digest, threading.Lock())
         with lock:  # of several threads that judge one task, the first runs its canonical program
-            if task.digest not in self._known:
-                found = self._read(task)
-                if found is None:
-                    found = run_canonical(task, sandbox)
-                    self._write(task, found)
-                self._known[task.digest] = found
-            return self._known[task.digest]
+            found = self._known.get(task.digest) or self._read(task)
+            if found is None:
+                found = run_canonical(task, sandbox)
+                self._write(task, found)
+            self._known[task.digest] = found
+            return found
 
     def forget(self, task: CodeTask) -> None:
         """Drops a task's outputs from memory; they stay on disk."""

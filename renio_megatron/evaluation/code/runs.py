@@ -24,6 +24,7 @@ _HEAD = f"{_FUTURE}import builtins\n__builtins__ = dict(vars(builtins))\n"
 _START_S = 4.0  # for the interpreter, on a busy machine
 _BYTES_A_SECOND = 4_000_000  # of outputs that are written and sent; the time limits are for the program alone
 _RECORD_BYTES = 100  # a record without its value
+_FIELDS_BYTES = 3000  # with a message, escaped
 _MARGIN_BYTES = 1 << 20
 _TIME_SIGNALS = (-signal.SIGVTALRM, 128 + signal.SIGVTALRM, -signal.SIGXCPU, 128 + signal.SIGXCPU)
 _SHORT = 200
@@ -64,11 +65,13 @@ class Run:
         where: what messages call a test by its number; the first is 0.
         records: the harness's records, behind the first one.
         outcome: how the process ended.
+        longest: bytes of the longest record that an honest run can give.
     """
 
     where: Callable[[int], str]
     records: list[bytes]
     outcome: Outcome
+    longest: int
 
     def failure(
         self, count: int, accept: Callable[[int, dict[str, Any]], str | None], known: Sequence[bytes] = ()
@@ -85,14 +88,14 @@ class Run:
                 if number + 1 == count:
                     return None
                 continue
-            record = _parsed(line)
+            record = _parsed(line) if len(line) <= self.longest else {}
             kind = "error" if "error" in record else "late" if "late" in record else ""
             whole = record.get("n") == -1
             if kind and (whole or record.get("n") == number):
                 if kind == "late":
                     what = "loading the program" if whole else self.where(number)
                     return short(f"time: {what} took more than {_seconds(record['late'])} s")
-                error = _text(record["error"])
+                error = text_of(record["error"])
                 return short(error if whole else f"{self.where(number)}: raised {error}")
             if record.get("n") != number and self.outcome.stopped is not None and number == len(self.records) - 1:
                 return short(self._end(number))  # a line that was cut
@@ -115,7 +118,7 @@ class Run:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        record = parse(line) if len(line) <= MAX_CHARS + 1000 else None  # no honest one is longer
+        record = parse(line)
     except BadValueError:
         record = None
     return record if isinstance(record, dict) else {}
@@ -131,12 +134,13 @@ def _seconds(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else "?"
 
 
-def _text(tree: Any) -> str:
+def text_of(tree: Any) -> str:
+    """The text in a record's field."""
     try:
         value = build(tree)
     except BadValueError:
         value = None
-    return value if isinstance(value, str) else "an error that cannot be read"
+    return value if isinstance(value, str) else "a message that cannot be read"
 
 
 def value_of(record: dict[str, Any]) -> Any:
@@ -199,7 +203,7 @@ def run_calls(
     }
     text = json.dumps(request)[:-1] + f', "inputs": [{",".join(map(encode, inputs))}]}}'
     size = result_bytes + _RECORD_BYTES * len(inputs) + _MARGIN_BYTES
-    return _run(task, text, sandbox, total_s, size, lambda number: f"{name} test {first + number + 1}".strip())
+    return _run(task, text, sandbox, total_s, size, MAX_CHARS + _FIELDS_BYTES, _namer(name, first))
 
 
 def run_programs(
@@ -230,13 +234,24 @@ def run_programs(
         DataError: the sandbox failed.
     """
     request = {"kind": "programs", "source": program, "stdins": list(inputs), "caps": list(caps), "seconds": seconds}
-    size = sum(caps) * 4 // 3 + (_RECORD_BYTES + 400) * len(inputs) + _MARGIN_BYTES
-    return _run(
-        task, json.dumps(request), sandbox, total_s, size, lambda number: f"{name} test {first + number + 1}".strip()
-    )
+    size = sum(caps) * 4 // 3 + _FIELDS_BYTES * len(inputs) + _MARGIN_BYTES
+    longest = max(caps) * 4 // 3 + _FIELDS_BYTES
+    return _run(task, json.dumps(request), sandbox, total_s, size, longest, _namer(name, first))
 
 
-def _run(task: CodeTask, request: str, sandbox: Sandbox, total_s: float, size: int, where: Callable[[int], str]) -> Run:
+def _namer(name: str, first: int) -> Callable[[int], str]:
+    return lambda number: f"{name} test {first + number + 1}".strip()
+
+
+def _run(
+    task: CodeTask,
+    request: str,
+    sandbox: Sandbox,
+    total_s: float,
+    size: int,
+    longest: int,
+    where: Callable[[int], str],
+) -> Run:
     wall_s = total_s + _START_S + size / _BYTES_A_SECOND
     limits = Limits(wall_s=wall_s, cpu_s=wall_s, output_bytes=size)
     try:
@@ -251,7 +266,7 @@ def _run(task: CodeTask, request: str, sandbox: Sandbox, total_s: float, size: i
         end = f"stopped by the limit of {outcome.stopped}" if outcome.stopped else f"exit code {outcome.exit_code}"
         last = outcome.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
         raise _sandbox_error(task, sandbox, f"the interpreter did not start the harness ({end}) {''.join(last)}")
-    return Run(where, [line for line in lines[1:] if line], outcome)
+    return Run(where, [line for line in lines[1:] if line], outcome, longest)
 
 
 def _sandbox_error(task: CodeTask, sandbox: Sandbox, problem: str) -> DataError:
