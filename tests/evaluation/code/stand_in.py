@@ -52,7 +52,7 @@ class PlainProcess:
             path.write_text(source, "utf-8")
             start = _START.format(fd=write, memory=limits.memory_bytes, path=str(path))
             child = subprocess.Popen(
-                [sys.executable, "-I", "-c", start],
+                [sys.executable, "-I", "-S", "-c", start],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

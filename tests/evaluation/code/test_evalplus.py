@@ -138,21 +138,15 @@ def judge(program, row, sandbox, references):
 def test_right_programs_pass(rows, sandbox, references):
     names = sample(rows)
     assert 60 <= len(names) <= 75
-    for name in names:
+    for number, name in enumerate(names):
         row = rows[name]
         completion = f"<think>\nHm.\n</think>\n\n```python\n{row['prompt']}{row['canonical_solution']}\n```\n"
+        if number % 2 and name.startswith("HumanEval/") and name not in SPECIAL:
+            completion = row["canonical_solution"]  # a body, which continues the prompt
         task = evalplus_task(row)
         program = find_program(completion, task.entry_point, task.prompt)
         verdict = judge_program(program, task, sandbox, references=references)
         assert (verdict.correct, verdict.base_correct, verdict.reason) == (True, True, ""), name
-
-
-def test_bodies_pass(rows, sandbox, references):
-    for name in sample(rows):
-        if name.startswith("HumanEval/") and name not in SPECIAL:
-            task = evalplus_task(rows[name])
-            program = find_program(rows[name]["canonical_solution"], task.entry_point, task.prompt)
-            assert judge_program(program, task, sandbox, references=references).correct, name
 
 
 @pytest.mark.parametrize("kind", ["None", "pass", "off", "only base"])

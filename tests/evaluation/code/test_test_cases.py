@@ -163,7 +163,6 @@ def test_long_inputs_and_outputs(sandbox):
     copy = "import sys\nwhile text := sys.stdin.read(9999):\n    sys.stdout.write(text)\n"
     assert judge_program(copy, task, sandbox).correct
     assert judge_program("print(input())\n", task, sandbox).reason.startswith("test 1: expected '777")
-    assert judge_program("import time\nprint(7)\ntime.sleep(0.1)\n", task, sandbox).reason.startswith("test 1: ex")
 
 
 def test_a_program_that_is_wrong_at_once_is_not_run_through_all_tests(sandbox):
