@@ -261,6 +261,9 @@ def watch(child: int, pipes: tuple[int, int, int], text: bytes, seconds: float, 
 def main() -> None:
     """Reads the request, and obeys it."""
     request = json.loads(sys.stdin.buffer.read())
+    for name in ("exit", "quit"):  # an interpreter that was started without `site` has none
+        if not hasattr(builtins, name):
+            setattr(builtins, name, sys.exit)
     with contextlib.suppress(OSError, ValueError):
         most = resource.getrlimit(resource.RLIMIT_STACK)[1]  # deep recursion is honest
         resource.setrlimit(resource.RLIMIT_STACK, (most, most))
