@@ -31,6 +31,7 @@ LONGEST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--shuffle`: tests of one file must not need those of another, in whatever order files come."""
     parser.addoption("--shuffle", type=int, metavar="SEED", help="take the files in a random order")
+    parser.addoption("--exhaustive", action="store_true", help="also tests that take ten minutes or more")
     parser.addoption("--fast", action="store_true", help="no slow tests, and of each matrix one case in a few")
 
 
@@ -58,6 +59,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Whole files, the longest first, or at random."""
+    if not config.getoption("--exhaustive"):
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(pytest.mark.skip(reason="ten minutes or more: --exhaustive runs it"))
     if config.getoption("--fast"):
         _leave_out(config, items)
     files = list(dict.fromkeys(item.path for item in items))

@@ -101,8 +101,8 @@ def load_benchmark(
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit must be at least 1 problem; got {limit}. Leave it out to take all.")
     if grader is not None and not is_place(grader):
-        names = [name for name in GRADERS if name not in (*_OF_SOURCES, "code")]
-        require_choice("the grader", grader, (*names, "code", "a function of your own (module:function)"))
+        names = [name for name in GRADERS if name not in _OF_SOURCES]
+        require_choice("the grader", grader, (*names, "a function of your own (module:function)"))
     name, rows, source = _rows_of_path(name_or_path) if is_path(name_or_path) else _rows_of_name(name_or_path, folder)
     problems = problems_of(rows, source, grader)
     benchmark = Benchmark(name, problems.records[:limit], problems.grader, problems.instruction, source)

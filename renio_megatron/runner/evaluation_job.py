@@ -169,7 +169,9 @@ def read_job(options: EvaluateOptions) -> EvaluationJob:
     names = [benchmark.name for benchmark in benchmarks]
     if len(set(names)) < len(names):
         raise ConfigError(f"two benchmarks have one name among {', '.join(names)}. Rename a file, or give each once.")
-    graders = {benchmark.name: named_grader(benchmark.grader, DataConfig()) for benchmark in benchmarks}
+    graders = {
+        benchmark.name: named_grader(benchmark.grader, DataConfig(sandbox=config.sandbox)) for benchmark in benchmarks
+    }
     return EvaluationJob(options, config, target, benchmarks, graders)
 
 

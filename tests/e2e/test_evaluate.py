@@ -7,18 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from renio_megatron.cli.main import main
 from renio_megatron.data.sources import modchain
+from renio_megatron.evaluation.sandbox import sandbox_problem
+from tests.fakes.completion_server import Asked, Says, completion, standing_in
+from tests.fakes.served_model import Served
 from tests.helpers import warm
 from tests.helpers.jobs import python_path
 from tests.helpers.paths import ROOT
@@ -72,60 +72,10 @@ def evaluate(folder: Path, target: str, output: str, *more: str) -> str:
     return done("evaluate", target, "--benchmark", "chain.jsonl", "--output", output, *CHAIN, *more, cwd=folder)
 
 
-class Served:
-    """A model served by transformers in this process, greedily, with the chat completions of OpenAI's protocol."""
-
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        lock = threading.Lock()
-        self.requests: list[dict[str, Any]] = []
-        self.fails: Callable[[int], bool] = lambda number: False
-        served = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self, status: int, content: dict[str, Any]) -> None:
-                body = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def do_GET(self) -> None:
-                self.answer(200, {"data": [{"id": "chain"}]})
-
-            def do_POST(self) -> None:
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock, torch.no_grad():
-                    served.requests.append(asked)
-                    if served.fails(len(served.requests)):
-                        self.answer(422, {"error": {"message": "not today"}})
-                        return
-                    ids = tokenizer(asked["messages"][-1]["content"], return_tensors="pt").input_ids
-                    drawn = model.generate(ids, max_new_tokens=asked["max_tokens"], do_sample=False)[0, ids.shape[1] :]
-                ended = int(drawn[-1]) == tokenizer.eos_token_id
-                text = tokenizer.decode(drawn[:-1] if ended else drawn)
-                choice = {"message": {"content": text}, "finish_reason": "stop" if ended else "length"}
-                self.answer(200, {"choices": [choice], "usage": {"completion_tokens": len(drawn)}})
-
-            def log_message(self, *arguments: Any) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 @pytest.fixture
 def served(folder: Path) -> Iterator[Served]:
-    served = Served(folder / "exported")
-    yield served
-    served.server.shutdown()
-    served.server.server_close()
+    with Served(folder / "exported") as served:
+        yield served
 
 
 def test_a_directory_a_run_and_a_server_give_the_same_verdicts(folder, served):
@@ -133,7 +83,7 @@ def test_a_directory_a_run_and_a_server_give_the_same_verdicts(folder, served):
     assert "chain: 12 problems x 1 from chain.jsonl" in said and "of_directory holds summary.json" in said
     evaluate(folder, "run", "of_run", "temperature=0", "--nproc", "2")
     evaluate(folder, "exported", "cut", "temperature=0", "--nproc", "2", "parallel.tensor_model_parallel_size=2")
-    evaluate(folder, served.url, "of_server", "temperature=0", "--model", "chain", "concurrency=3")
+    evaluate(folder, served.url, "of_server", "temperature=0", "--model", "model", "concurrency=3")
     of_directory = rows(folder / "of_directory")
     assert len(of_directory) == NUM_PROBLEMS and 0 < sum(row["correct"] for row in of_directory) < NUM_PROBLEMS
     assert of_directory[0]["gold"] == modchain.make_problem(1, "eval", 0).answer
@@ -208,7 +158,7 @@ def test_what_is_killed_goes_on_to_the_same_files(folder, tmp_path, how):
 def test_a_server_that_fails_costs_one_message_and_nothing_that_was_drawn(folder, served, tmp_path):
     served.fails = lambda number: number > 7
     out = str(tmp_path / "out")
-    arguments = ["evaluate", served.url, "--model", "chain", "--benchmark", "chain.jsonl", "--output", out]
+    arguments = ["evaluate", served.url, "--model", "model", "--benchmark", "chain.jsonl", "--output", out]
     failed = renio(*arguments, *CHAIN, "temperature=0", "concurrency=1", cwd=folder)
     assert failed.returncode == 2 and failed.stderr.count("error: ") == 1 and "not today" in failed.stderr, (
         failed.stderr
@@ -218,6 +168,46 @@ def test_a_server_that_fails_costs_one_message_and_nothing_that_was_drawn(folder
     said = done(*arguments, *CHAIN, "temperature=0", "concurrency=1", cwd=folder)
     assert "7 of 12 drawn before" in said and len(served.requests) - asked == NUM_PROBLEMS - 7
     assert len(rows(tmp_path / "out")) == NUM_PROBLEMS
+
+
+CODE_ROWS = [
+    {
+        "task_id": f"HumanEval/{number}",
+        "prompt": f"def add{number}(x):\n",
+        "entry_point": f"add{number}",
+        "canonical_solution": f"    return x + {number}\n",
+        "base_input": [[1], [2]],
+        "plus_input": [[-4], [0]],
+        "atol": 0,
+    }
+    for number in (9001, 9002)
+]
+
+
+def test_programs_are_judged_in_a_sandbox(tmp_path):
+    if all(sandbox_problem(name) is not None for name in ("namespaces", "landlock")):
+        pytest.skip("no sandbox works here: " + str(sandbox_problem("namespaces")))
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CODE_ROWS))
+
+    def says(asked: Asked) -> Says:
+        if asked.body is None:
+            return Says({"data": [{"id": "coder"}]})
+        text = asked.body["messages"][0]["content"]
+        assert "```python" in text or "python block" in text
+        number = "9001" if "add9001" in text else "9002"
+        return completion(f"Here:\n```python\ndef add{number}(x):\n    return x + 9001\n```\n", tokens=9)
+
+    with standing_in(says) as server:
+        said = done(
+            "evaluate", server.url, "--model", "coder", "--benchmark", "code.jsonl", "--output", "out", "--n", "2",
+            cwd=tmp_path,
+        )  # fmt: skip
+    assert "code" in said
+    found = [(row["correct"], row["reason"]) for row in rows(tmp_path / "out")]
+    assert [correct for correct, _ in found] == [True, True, False, False]
+    assert found[2][1] == "base test 1: expected 9003, got 9002"
+    figures = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["code"]
+    assert (figures["avg_at_k"], figures["majority_at_k"], figures["length"]) == (0.5, None, 9.0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.tools.plan.memory import plan_memory
 from renio_megatron.tools.plan.models import read_model
+from tests.e2e.test_evaluate import done, verdicts
+from tests.fakes.served_model import Served
 from tests.helpers import warm
 from tests.helpers.multiprocess import run_ranks
 from tests.helpers.paths import ROOT
@@ -196,3 +198,18 @@ def test_logits_agree_with_transformers_at_tp_3(model: Path) -> None:
     for found in run_ranks(_logits, 3, model, token_ids, timeout=300):
         error = float((found - expected).abs().max() / expected.abs().max())
         assert error < 1e-5, error
+
+
+def test_evaluated_from_the_directory_the_run_and_a_server(model, whole, tmp_path):
+    """The run's two steps leave it so near to its start that a few greedy tokens stay the same, or do not: the run is
+    compared with what it exports."""
+    problems = [{"problem": f"What is {a} + {b}?", "answer": a + b} for a, b in ((7, 5), (2, 2), (30, 12))]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    done("export", str(whole.directory), "exported", cwd=tmp_path)
+    settings = ["--benchmark", "sums.jsonl", "temperature=0", "max_completion_length=16", "grader=number"]
+    done("evaluate", str(whole.directory), *settings, "--output", "of_run", "--nproc", "2", cwd=tmp_path)
+    done("evaluate", "exported", *settings, "--output", "of_directory", "bf16=false", cwd=tmp_path)
+    with Served(tmp_path / "exported") as served:
+        done("evaluate", served.url, "--model", "model", *settings, "--output", "of_server", cwd=tmp_path)
+    found = [verdicts(tmp_path / name) for name in ("of_run", "of_directory", "of_server")]
+    assert len(found[0]) == 3 and found[0] == found[1] == found[2]

@@ -164,7 +164,7 @@ def test_a_grader_that_is_named_wins(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'code' needs tests: .*columns: problem, answer"):
         load_benchmark(written(tmp_path / "sums.jsonl", SUM), grader="code")
     for grader in ("maths", "reasoning_gym", "none"):
-        with pytest.raises(ConfigError, match="the grader must be one of number, math, modchain, code, a function"):
+        with pytest.raises(ConfigError, match="the grader must be one of number, math, code, modchain, a function"):
             load_benchmark(path, grader=grader)
 
 

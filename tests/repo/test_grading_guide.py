@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from renio_megatron.config import DataConfig
-from renio_megatron.config.sections.data import GRADERS
+from renio_megatron.config.sections.data import GRADERS, SANDBOXES
 from renio_megatron.evaluation.graders import Completion, build_grader
 from renio_megatron.evaluation.graders.math import MAX_LENGTH, math_grader
 from renio_megatron.types import Record, Verdict
@@ -33,6 +33,9 @@ def test_every_grader_has_a_row():
     assert len(ROWS) > 20 and f"more than {MAX_LENGTH} characters" in PAGE
     table = PAGE.partition("| `data.grader` |")[2].partition("\n\n")[0]
     assert {*GRADERS, "none"} <= set(re.findall(r"`([a-z_]+)`", table))
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE.partition("`data.sandbox` is")[2], flags=re.MULTILINE)) == set(
+        SANDBOXES
+    )
 
 
 def test_its_own_grader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

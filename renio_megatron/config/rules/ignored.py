@@ -76,6 +76,11 @@ _IGNORED_BY_ALL = (
         "data.chat is false and no chat template is applied",
     ),
     _Ignored(
+        ("data.sandbox",),
+        lambda config: config.data.grader not in (None, "code"),
+        "only data.grader=code runs programs",
+    ),
+    _Ignored(
         ("data.grader_errors",),
         lambda config: config.data.grader == "none",
         "data.grader is none and nothing is graded",

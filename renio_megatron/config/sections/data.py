@@ -46,10 +46,17 @@ _GRADERS = "renio_megatron.evaluation.graders"
 GRADERS: dict[str, str] = {
     "number": f"{_GRADERS}:number_grader",
     "math": f"{_GRADERS}:math_grader_of",
+    "code": f"{_GRADERS}.code:code_grader",
     "modchain": f"{_GRADERS}:modchain_grader",
     "reasoning_gym": f"{_GRADERS}:reasoning_gym_grader",
 }
 """Name in `data.grader` -> `module:function`, (DataConfig, source of the records) -> Grader."""
+
+
+NEED_NO_ANSWERS = ("code",)
+"""Graders of records without an answer."""
+SANDBOXES = ("namespaces", "landlock", "unsafe")
+"""Names in `data.sandbox`, the best first."""
 
 
 def is_place(grader: str) -> bool:
@@ -80,9 +87,12 @@ class DataConfig:
         chat: wrap the prompt in the tokenizer's chat template.
         enable_thinking: passed to the chat template of tokenizers that know it; null leaves it out.
         teacher_enable_thinking: enable_thinking of the teacher's view; null follows enable_thinking.
-        grader: `number` (the last number of the completion), `math` (an expression in a box), `modchain`,
-            `reasoning_gym`, a function of one's own as `module:function` or `path/file.py:function`, `none`, or null:
-            the source's own grader, which for files is `number` where all answers are numbers, else `math`.
+        grader: `number` (the last number of the completion), `math` (an expression in a box), `code` (a program, on the
+            record's tests), `modchain`, `reasoning_gym`, a function of one's own as `module:function` or
+            `path/file.py:function`, `none`, or null: the source's own grader, which for files is `number` where all
+            answers are numbers, `math` for other answers, and `code` for records with tests.
+        sandbox: where the grader `code` runs programs: `namespaces`, `landlock`, `unsafe` (nothing is kept out: inside
+            a container of one's own), or null: the first of the former two that works.
         grader_errors: what an exception in the grader does: `raise` stops the run and names the prompt, `count_wrong`
             counts the completion as wrong, which `rollout/grader_error_frac` shows.
         max_prompt_length: longer prompts are refused, in tokens.
@@ -104,6 +114,7 @@ class DataConfig:
     enable_thinking: bool | None = None
     teacher_enable_thinking: bool | None = None
     grader: str | None = None
+    sandbox: str | None = None
     grader_errors: str = "raise"
     max_prompt_length: int = 4096
 
@@ -117,6 +128,8 @@ class DataConfig:
         require_positive("data", size=self.size, max_prompt_length=self.max_prompt_length)
         if self.grader is not None and not is_place(self.grader):
             require_choice("data.grader", self.grader, (*GRADERS, "none", "a function of your own (module:function)"))
+        if self.sandbox is not None:
+            require_choice("data.sandbox", self.sandbox, SANDBOXES)
         require_choice("data.grader_errors", self.grader_errors, ("raise", "count_wrong"))
         check_template("data.student_template", self.student_template, ("problem",))
         if self.teacher_template is not None:

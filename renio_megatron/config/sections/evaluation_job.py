@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from renio_megatron.config.sections.data import GRADERS, is_place
+from renio_megatron.config.sections.data import GRADERS, SANDBOXES, is_place
 from renio_megatron.config.sections.parallel import ParallelConfig
 from renio_megatron.config.sections.precision import PrecisionConfig
 from renio_megatron.config.templates import check_template
@@ -36,6 +36,7 @@ class EvaluationJobConfig:
         template: text of the prompt, with the field {problem}.
         instruction: text put behind each problem; null: the benchmark's own, `''`: none.
         grader: as `data.grader`; null: the benchmark's own.
+        sandbox: as `data.sandbox`.
         grader_errors: `count_wrong`, an exception of the grader counts as wrong and as ungraded, or `raise`.
         bf16: parameters in bf16; null: as a run has trained, and for other models where there is a GPU.
         micro_batch_size: sequences that a rank draws at a time.
@@ -56,6 +57,7 @@ class EvaluationJobConfig:
     template: str = "{problem}"
     instruction: str | None = None
     grader: str | None = None
+    sandbox: str | None = None
     grader_errors: str = "count_wrong"
     bf16: bool | None = None
     micro_batch_size: int = 32
@@ -87,5 +89,7 @@ class EvaluationJobConfig:
             raise ConfigError("enable_thinking is read by a chat template, and chat is false. Leave one of them out.")
         if self.grader is not None and not is_place(self.grader):
             require_choice("grader", self.grader, (*GRADERS, "a function of your own (module:function)"))
+        if self.sandbox is not None:
+            require_choice("sandbox", self.sandbox, SANDBOXES)
         require_choice("grader_errors", self.grader_errors, ("raise", "count_wrong"))
         check_template("template", self.template, ("problem",))

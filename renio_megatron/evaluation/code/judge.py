@@ -10,9 +10,9 @@ from typing import Any
 from renio_megatron.evaluation.code.comparison import evalplus_equal, json_equal, text_equal
 from renio_megatron.evaluation.code.references import Reference, ReferenceCache
 from renio_megatron.evaluation.code.runs import printed_of, run_calls, run_programs, show, text_of, value_of
-from renio_megatron.evaluation.code.sandbox_face import Sandbox
 from renio_megatron.evaluation.code.tasks import Cases, CodeTask
 from renio_megatron.evaluation.code.values import build, encode, parse
+from renio_megatron.evaluation.sandbox import Sandbox
 
 # EvalPlus's limits: of a call by its reference time, of a group by the sum of its calls.
 _LEAST_CALL_S = 1.0

@@ -15,8 +15,8 @@ from typing import Any
 from renio_megatron.errors import DataError
 from renio_megatron.evaluation.code.comparison import evalplus_equal
 from renio_megatron.evaluation.code.runs import run_calls, seconds_of, show, value_of, value_text
-from renio_megatron.evaluation.code.sandbox_face import Sandbox
 from renio_megatron.evaluation.code.tasks import CodeTask
+from renio_megatron.evaluation.sandbox import Sandbox
 
 _CALL_S = 100.0
 _TOTAL_S = 300.0
@@ -42,10 +42,12 @@ class ReferenceCache:
     Args:
         directory: where to keep them between runs, one file a task, named by the task's digest; created if missing.
             None keeps them in memory only. Candidates must not be able to read it: it holds the answers.
+        most_bytes: of outputs in memory; beyond, those that were not asked for longest are dropped. One task of
+            HumanEval+ has 114 MB of them.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path | None = None, *, most_bytes: int = 2**30) -> None:
+        self._directory, self._most_bytes = directory, most_bytes
         self._known: dict[str, tuple[Reference, ...]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -63,8 +65,18 @@ class ReferenceCache:
             if found is None:
                 found = run_canonical(task, sandbox)
                 self._write(task, found)
-            self._known[task.digest] = found
+            self._keep(task.digest, found)
             return found
+
+    def _keep(self, digest: str, found: tuple[Reference, ...]) -> None:
+        with self._lock:
+            self._known.pop(digest, None)
+            self._known[digest] = found  # the last of them, now
+            total = sum(map(_size, self._known.values()))
+            for old in list(self._known)[:-1]:
+                if total <= self._most_bytes:
+                    break
+                total -= _size(self._known.pop(old))
 
     def forget(self, task: CodeTask) -> None:
         """Drops a task's outputs from memory; they stay on disk."""
@@ -111,6 +123,11 @@ class ReferenceCache:
     def _file(self, task: CodeTask) -> Path:
         assert self._directory is not None
         return self._directory / f"{task.digest}.outputs"
+
+
+def _size(groups: tuple[Reference, ...]) -> int:
+    """Bytes of outputs."""
+    return sum(len(output) for group in groups for output in group.outputs)
 
 
 def run_canonical(task: CodeTask, sandbox: Sandbox) -> tuple[Reference, ...]:

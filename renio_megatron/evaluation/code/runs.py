@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.errors import DataError, RenioError
-from renio_megatron.evaluation.code.sandbox_face import Limits, Outcome, Sandbox
 from renio_megatron.evaluation.code.tasks import CodeTask
 from renio_megatron.evaluation.code.values import MAX_CHARS, BadValueError, Opaque, build, encode, parse
+from renio_megatron.evaluation.sandbox import Limits, Outcome, Sandbox
 
 _FUTURE = "from __future__ import annotations\n"
 _VALUES = "from renio_megatron.evaluation.code.values import LONG_TEXT, MAX_CHARS, build, encode\n"

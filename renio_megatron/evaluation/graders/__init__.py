@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from renio_megatron.config import DataConfig
 from renio_megatron.config.lazy import imported
-from renio_megatron.config.sections.data import GRADERS, is_place
+from renio_megatron.config.sections.data import GRADERS, NEED_NO_ANSWERS, is_place
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.evaluation.graders import generated, number
+from renio_megatron.evaluation.graders.code import has_tests
 from renio_megatron.evaluation.graders.custom import custom_grader
 from renio_megatron.evaluation.graders.grader import Completion, Grader
 from renio_megatron.evaluation.graders.math import math_grader
@@ -77,12 +78,14 @@ def reasoning_gym_grader(config: DataConfig, source: Graded | None) -> Grader:
 def grader_name(config: DataConfig, source: Graded) -> tuple[str, str | None]:
     """The grader of a source's records, and a sentence where it was chosen by looking at the answers.
 
-    Without `data.grader` a user's records are graded by `number` where all answers are numbers, else by `math`.
+    Without `data.grader` a user's records are graded by `number` where all answers are numbers, by `math` where they
+    are not, and by `code` where there are none and the records hold tests.
     """
     if config.grader is not None:
         return config.grader, None
     if not source.has_answers:
-        return "none", None
+        is_code = config.source_info.has_records and source.size and has_tests(source.read(0))
+        return "code" if is_code else "none", None
     if source.grader == "number" and config.source_info.has_records:
         for record in _records(source):
             if (problem := number.problem_of(record)) is not None:
@@ -105,7 +108,7 @@ def build_grader(config: DataConfig, source: Graded) -> Grader | None:
         return None
     if is_place(name):
         return named_grader(name, config)
-    if not source.has_answers:
+    if not source.has_answers and name not in NEED_NO_ANSWERS:
         raise ConfigError(
             f"data.grader={name} needs answers, but the records of source {source.name!r} have none. "
             f"Set data.answer_key (now {config.answer_key!r}) to their column, or data.grader=none."

@@ -14,8 +14,8 @@ from renio_megatron.evaluation.code.evalplus import evalplus_task
 from renio_megatron.evaluation.code.judge import judge_program
 from renio_megatron.evaluation.code.programs import find_program
 from renio_megatron.evaluation.code.references import ReferenceCache
-from renio_megatron.evaluation.code.sandbox_face import Limits
-from tests.evaluation.code.stand_in import PlainProcess, all_rows
+from renio_megatron.evaluation.sandbox import Limits
+from tests.evaluation.code.stand_in import CountedSandbox, all_rows
 
 SLOW = {
     "HumanEval/15",
@@ -102,7 +102,7 @@ def rows(shared):
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return PlainProcess()
+    return CountedSandbox()
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_tasks_with_a_rule_of_their_own(name, program, right, rows, sandbox, ref
     assert verdict.correct is right, verdict.reason
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(2400)
 def test_all_canonical_programs_pass(rows, sandbox):
     references = ReferenceCache()

@@ -10,7 +10,7 @@ from renio_megatron.evaluation.code.evalplus import evalplus_task
 from renio_megatron.evaluation.code.judge import judge_program
 from renio_megatron.evaluation.code.references import ReferenceCache
 from renio_megatron.evaluation.code.rows import code_task
-from tests.evaluation.code.stand_in import PlainProcess
+from tests.evaluation.code.stand_in import CountedSandbox
 
 ROW = {
     "task_id": "HumanEval/9001",
@@ -199,7 +199,7 @@ FORGED = {
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return PlainProcess()
+    return CountedSandbox()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 
@@ -11,7 +12,8 @@ from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.evaluation.code.evalplus import evalplus_task
 from renio_megatron.evaluation.code.judge import judge_program
 from renio_megatron.evaluation.code.references import ReferenceCache
-from tests.evaluation.code.stand_in import PlainOutcome, PlainProcess
+from renio_megatron.evaluation.sandbox import Outcome
+from tests.evaluation.code.stand_in import CountedSandbox
 from tests.evaluation.code.test_forged_verdicts import ROW
 
 RIGHT = "def double(x):\n    return 2 * x\n"
@@ -22,7 +24,7 @@ def row_of(solution, **changes):
 
 
 def test_a_canonical_program_runs_once():
-    sandbox, references, task = PlainProcess(), ReferenceCache(), evalplus_task(ROW)
+    sandbox, references, task = CountedSandbox(), ReferenceCache(), evalplus_task(ROW)
     threads = [threading.Thread(target=references.get, args=(task, sandbox)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -38,7 +40,7 @@ def test_a_canonical_program_runs_once():
 
 
 def test_outputs_are_kept_on_disk(tmp_path):
-    folder, task, sandbox = tmp_path / "a" / "b", evalplus_task(ROW), PlainProcess()
+    folder, task, sandbox = tmp_path / "a" / "b", evalplus_task(ROW), CountedSandbox()
     first = ReferenceCache(folder).get(task, sandbox)
     assert ReferenceCache(folder).get(task, sandbox) == first
     assert sandbox.runs == 1
@@ -54,7 +56,7 @@ def test_outputs_are_kept_on_disk(tmp_path):
 
 
 def test_another_row_has_another_file(tmp_path):
-    sandbox = PlainProcess()
+    sandbox = CountedSandbox()
     rows = [ROW, row_of("return 2 * x + 0"), {**ROW, "base_input": [[1]]}, {**ROW, "atol": 1e-3}]
     for row in rows:
         ReferenceCache(tmp_path).get(evalplus_task(row), sandbox)
@@ -66,7 +68,7 @@ def test_another_row_has_another_file(tmp_path):
 def test_a_directory_that_cannot_be_written_is_no_error(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
-    assert len(ReferenceCache(file / "below").get(evalplus_task(ROW), PlainProcess())) == 2
+    assert len(ReferenceCache(file / "below").get(evalplus_task(ROW), CountedSandbox())) == 2
 
 
 @pytest.mark.parametrize(
@@ -82,12 +84,12 @@ def test_a_directory_that_cannot_be_written_is_no_error(tmp_path):
 )
 def test_a_canonical_program_that_is_no_use_is_an_error(solution, message):
     with pytest.raises(DataError, match=r"task HumanEval/9001: its canonical program cannot be used: ") as caught:
-        judge_program(RIGHT, evalplus_task(row_of(solution)), PlainProcess(), references=ReferenceCache())
+        judge_program(RIGHT, evalplus_task(row_of(solution)), CountedSandbox(), references=ReferenceCache())
     assert message in str(caught.value)
 
 
 def outcome(**changes):
-    return PlainOutcome(
+    return Outcome(
         **{"exit_code": 1, "stopped": None, "stdout": b"", "stderr": b"", "result": b"", "seconds": 0.1, **changes}
     )
 
@@ -120,14 +122,14 @@ class Broken:
 )
 def test_a_sandbox_that_fails_gives_no_verdict(does):
     references, task = ReferenceCache(), evalplus_task(ROW)
-    references.get(task, PlainProcess())
+    references.get(task, CountedSandbox())
     with pytest.raises(DataError, match=r"task HumanEval/9001: the sandbox 'broken' failed: "):
         judge_program(RIGHT, task, Broken(does), references=references)
 
 
 def test_records_that_are_cut_or_odd_are_wrong():
     references, task = ReferenceCache(), evalplus_task(ROW)
-    references.get(task, PlainProcess())
+    references.get(task, CountedSandbox())
     right = [b'{"ready":1}', *(b'{"n":%d,"s":0.0,"value":%d}' % (n, x) for n, x in enumerate((2, 4, 60)))]
     for lines in (
         right[:3],
@@ -170,5 +172,15 @@ def test_rows_that_cannot_be_used_are_named(changes, message):
 def test_one_row_has_an_object_for_no_inputs():
     task = evalplus_task({**ROW, "plus_input": {}})
     assert task.groups[1].inputs == ()
-    verdict = judge_program(RIGHT, task, PlainProcess(), references=ReferenceCache())
+    verdict = judge_program(RIGHT, task, CountedSandbox(), references=ReferenceCache())
     assert verdict.correct
+
+
+def test_memory_is_bounded_and_what_was_asked_for_last_stays():
+    tasks = [dataclasses.replace(evalplus_task(ROW), digest=name) for name in "abc"]
+    sandbox = CountedSandbox()
+    size = sum(len(output) for group in ReferenceCache().get(tasks[0], sandbox) for output in group.outputs)
+    bounded = ReferenceCache(most_bytes=2 * size)
+    for number, runs in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+        bounded.get(tasks[number], sandbox)
+        assert sandbox.runs - 1 == runs

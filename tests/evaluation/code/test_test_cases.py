@@ -15,7 +15,7 @@ import pytest
 from renio_megatron.errors import DataError
 from renio_megatron.evaluation.code.judge import judge_program
 from renio_megatron.evaluation.code.rows import code_task
-from tests.evaluation.code.stand_in import PlainProcess
+from tests.evaluation.code.stand_in import CountedSandbox
 
 NUMBERS = [3, 1, 40, 7, 2, 9]
 SUMS = {
@@ -109,7 +109,7 @@ RIGHT_PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return PlainProcess()
+    return CountedSandbox()
 
 
 @pytest.mark.parametrize("row", PROGRAM_ROWS)
