@@ -203,13 +203,13 @@ def test_logits_agree_with_transformers_at_tp_3(model: Path) -> None:
 def test_evaluated_from_the_directory_the_run_and_a_server(model, whole, tmp_path):
     """The run's two steps leave it so near to its start that a few greedy tokens stay the same, or do not: the run is
     compared with what it exports."""
-    problems = [{"problem": f"What is {a} + {b}?", "answer": a + b} for a, b in ((7, 5), (2, 2), (30, 12))]
+    problems = [{"problem": f"What is {a} + {b}?", "answer": a + b} for a, b in ((7, 5), (30, 12))]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     done("export", str(whole.directory), "exported", cwd=tmp_path)
-    settings = ["--benchmark", "sums.jsonl", "temperature=0", "max_completion_length=16", "grader=number"]
+    settings = ["--benchmark", "sums.jsonl", "temperature=0", "max_completion_length=8", "grader=number"]
     done("evaluate", str(whole.directory), *settings, "--output", "of_run", "--nproc", "2", cwd=tmp_path)
     done("evaluate", "exported", *settings, "--output", "of_directory", "bf16=false", cwd=tmp_path)
     with Served(tmp_path / "exported") as served:
         done("evaluate", served.url, "--model", "model", *settings, "--output", "of_server", cwd=tmp_path)
     found = [verdicts(tmp_path / name) for name in ("of_run", "of_directory", "of_server")]
-    assert len(found[0]) == 3 and found[0] == found[1] == found[2]
+    assert len(found[0]) == 2 and found[0] == found[1] == found[2]
