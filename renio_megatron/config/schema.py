@@ -79,6 +79,14 @@ class JobConfig:
         return None
 
     @property
+    def evaluates_held_out(self) -> bool:
+        """Whether accuracies on held-out problems are measured: not where benchmarks stand in for a missing file."""
+        reads_files = "eval_path" in self.data.source_info.settings
+        return self.evaluate.every > 0 and not (
+            self.evaluate.benchmarks and reads_files and self.data.eval_path is None
+        )
+
+    @property
     def decoded_together(self) -> int | None:
         """Sequences that are sampled at a time; None: all of a rank's."""
         return None
@@ -144,6 +152,14 @@ class DistillationConfig(JobConfig):
     def longest_completion(self) -> int | None:
         """Tokens after which a completion of the student is cut."""
         return self.rollout.max_completion_length
+
+    @property
+    def evaluates_held_out(self) -> bool:
+        """Whether accuracies on held-out problems are measured: not where benchmarks stand in for a missing file."""
+        reads_files = "eval_path" in self.data.source_info.settings
+        return self.evaluate.every > 0 and not (
+            self.evaluate.benchmarks and reads_files and self.data.eval_path is None
+        )
 
     @property
     def decoded_together(self) -> int | None:

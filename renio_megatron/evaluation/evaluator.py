@@ -30,8 +30,8 @@ class Evaluator:
         self._mine = list(prompts)[layout.data.rank :: layout.data.size]
         self._sampler, self._grader, self._sampling_params, self._layout = sampler, grader, sampling_params, layout
 
-    def __call__(self) -> dict[str, float]:
-        """`eval/accuracy_greedy` and `eval/accuracy_sampled`, equal on every rank."""
+    def __call__(self, step: int) -> dict[str, float]:
+        """`eval/accuracy_greedy` and `eval/accuracy_sampled` after a step, equal on every rank."""
         accumulator = MetricAccumulator()
         for name, sampling_params in (
             ("eval/accuracy_greedy", replace(self._sampling_params, temperature=0.0)),

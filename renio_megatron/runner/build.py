@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from renio_megatron.config.lazy import imported
 from renio_megatron.config.resume import to_yaml
 from renio_megatron.config.schema import DistillationConfig, JobConfig
+from renio_megatron.data.prompt_views import student_view
 from renio_megatron.evaluation.evaluator import Evaluator
 from renio_megatron.evaluation.graders import Grader
 from renio_megatron.evaluation.grading import RolloutGrader
@@ -18,7 +19,9 @@ from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.runner.build_teachers import build_teacher
+from renio_megatron.runner.evaluate import Drawer
 from renio_megatron.runner.inputs import RunInputs, max_completion_tokens
+from renio_megatron.runner.run_evaluation import BenchmarkEvaluator
 from renio_megatron.runner.run_log import RunLog
 from renio_megatron.training.algorithms import Algorithm
 from renio_megatron.training.algorithms.distillation import Distillation
@@ -207,11 +210,26 @@ def _rollout_grader(
 
 def _evaluator(
     config: JobConfig, inputs: RunInputs, layout: ParallelLayout, sampler: Sampler
-) -> Callable[[], dict[str, float]] | None:
-    grader = _rollout_grader(inputs.eval_grader, config, inputs, layout)
-    if not config.evaluate.every or grader is None:
-        return None
+) -> Callable[[int], dict[str, float]] | None:
+    """Step -> metrics of the held-out problems and of the benchmarks; None where nothing is evaluated."""
     limit = config.evaluate.max_completion_length or config.longest_completion
+    found: list[Callable[[int], dict[str, float]]] = []
+    if not config.evaluate.every:
+        return None
     assert limit is not None  # guaranteed by the recipe's rules
-    sampling_params = SamplingParams(config.evaluate.temperature, None, None, limit, config.decoded_together)
-    return Evaluator(sampler, inputs.evaluation, grader, sampling_params, layout)
+    of_draws = (config.evaluate.temperature, config.evaluate.top_p, config.evaluate.top_k, limit)
+    grader = _rollout_grader(inputs.eval_grader, config, inputs, layout)
+    if grader is not None:
+        sampling_params = SamplingParams(*of_draws, config.decoded_together)
+        found.append(Evaluator(sampler, inputs.evaluation, grader, sampling_params, layout))
+    if inputs.benchmarks is not None:
+        drawer = Drawer(
+            sampler,
+            SamplingParams(*of_draws),
+            inputs.tokenizer,
+            student_view(config.data),
+            inputs.stream.chat_template,
+            inputs.architecture.max_sequence_length,
+        )
+        found.append(BenchmarkEvaluator(inputs.benchmarks, drawer, layout, config.output_dir))
+    return lambda step: {name: value for evaluate in found for name, value in evaluate(step).items()}

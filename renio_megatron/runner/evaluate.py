@@ -34,6 +34,7 @@ from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.runner.environment import describe_world
 from renio_megatron.runner.evaluation_job import MAX_COMPLETION_LENGTH, EvaluationJob
 from renio_megatron.runner.evaluation_target import ModelTarget
+from renio_megatron.training.interfaces import Sampler
 from renio_megatron.types import Prompt, Rollout, SamplingParams, Verdict
 
 _RNG_STREAM = 2  # 0 and 1 are of training: its evaluations, and its steps
@@ -56,10 +57,16 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _Drawer:
-    """A model that draws, and how it sees a problem."""
+class Drawer:
+    """A model that draws, and how it sees a problem.
 
-    sampler: MegatronSampler
+    Attributes:
+        sampler, sampling_params: the model's sampler, and how it draws.
+        tokenizer, view, chat_template: how a problem becomes tokens.
+        max_sequence_length: positions of the model.
+    """
+
+    sampler: Sampler
     sampling_params: SamplingParams
     tokenizer: Any
     view: PromptView
@@ -88,6 +95,25 @@ def evaluate_model(job: EvaluationJob, progress: EvaluationProgress | None = Non
     opened: list[Results] = []
     date = on_main_rank(layout, lambda: _open(job, architecture, tokenizer, opened))
     drawer = _drawer(job, layout, architecture, tokenizer, date, report)
+    return draw_job(job, drawer, layout, opened, progress)
+
+
+def draw_job(
+    job: EvaluationJob,
+    drawer: Drawer,
+    layout: ParallelLayout,
+    opened: Sequence[Results],
+    progress: EvaluationProgress | None = None,
+) -> dict[str, BenchmarkSummary]:
+    """Draws what is missing of a job's completions; its figures by benchmark, the same on every rank.
+
+    Args:
+        job: the job.
+        drawer: the model.
+        layout: this rank's place.
+        opened: the results on the first rank, nothing on others.
+        progress: shows what is drawn; None: nothing is shown.
+    """
     for benchmark in job.benchmarks:
         _evaluate(job, benchmark, drawer, layout, opened, progress)
     return on_main_rank(layout, lambda: job.finish(opened[0]))
@@ -136,7 +162,7 @@ def _drawer(
     tokenizer: Any,
     date: datetime | None,
     report: Callable[[str], None],
-) -> _Drawer:
+) -> Drawer:
     """Builds the model and its sampler."""
     assert isinstance(job.target, ModelTarget)
     config = job.config
@@ -155,7 +181,7 @@ def _drawer(
     sampling_params = SamplingParams(config.temperature, config.top_p, config.top_k, length)
     template = _chat_template(job, tokenizer, date)
     view = PromptView(config.template, template is not None, config.enable_thinking, "template")
-    return _Drawer(sampler, sampling_params, tokenizer, view, template, architecture.max_sequence_length)
+    return Drawer(sampler, sampling_params, tokenizer, view, template, architecture.max_sequence_length)
 
 
 def _part(
@@ -196,14 +222,14 @@ def _part(
 def _evaluate(
     job: EvaluationJob,
     benchmark: Benchmark,
-    drawer: _Drawer,
+    drawer: Drawer,
     layout: ParallelLayout,
     opened: Sequence[Results],
     progress: EvaluationProgress | None,
 ) -> None:
     """Draws and grades what is missing of one benchmark."""
     with on_every_rank():
-        prompts = [_prompt(job, benchmark, index, drawer) for index in range(len(benchmark.records))]
+        prompts = prompts_of(job, benchmark, drawer)
     pending = on_main_rank(layout, lambda: _pending(job, benchmark, opened[0]))
     if progress is not None:
         missing = sum(len(chunk.missing) for chunk in pending)
@@ -249,8 +275,12 @@ def _pending(job: EvaluationJob, benchmark: Benchmark, results: Results) -> list
     return found
 
 
-def _prompt(job: EvaluationJob, benchmark: Benchmark, index: int, drawer: _Drawer) -> Prompt:
-    """The prompt of a problem."""
+def prompts_of(job: EvaluationJob, benchmark: Benchmark, drawer: Drawer) -> list[Prompt]:
+    """The prompts of a benchmark's problems; raises `DataError` for one that is empty, or too long for the model."""
+    return [_prompt(job, benchmark, index, drawer) for index in range(len(benchmark.records))]
+
+
+def _prompt(job: EvaluationJob, benchmark: Benchmark, index: int, drawer: Drawer) -> Prompt:
     record = benchmark.records[index]
     asked = job.asked(benchmark, record)
     ids = encode_view(drawer.view, asked, drawer.tokenizer, drawer.chat_template)

@@ -27,6 +27,8 @@ from renio_megatron.models.hf_weights import WeightFiles
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.models.tokenizer import check_embedding, check_same_tokenizer, load_tokenizer, padding_id
 from renio_megatron.objective.weightings import COLUMN, INPUTS
+from renio_megatron.runner.evaluation_job import EvaluationJob
+from renio_megatron.runner.recipe_benchmarks import benchmarks_of
 from renio_megatron.types import Prompt, Rollout
 
 _MAX_NAMED = 3
@@ -63,6 +65,7 @@ class RunInputs:
         stream: the prompts.
         evaluation: prompts of the evaluation; empty where nothing is evaluated.
         grader, eval_grader: graders of training and evaluation problems; None where nothing can be graded.
+        benchmarks: benchmarks that are evaluated; None: none are.
         ends: tokens and texts that end a completion.
         tokenizer: the student's tokenizer.
         pad_id: fills rows on the right.
@@ -80,6 +83,7 @@ class RunInputs:
     evaluation: Sequence[Prompt]
     grader: Grader | None
     eval_grader: Grader | None
+    benchmarks: EvaluationJob | None
     ends: Ends
     tokenizer: Any
     pad_id: int
@@ -234,7 +238,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
     found = [notice for one in dict.fromkeys(directories) for notice in notices(one)]
     teacher_ends = {name: teacher.ends for name, teacher in teachers.items()}
     found += notices_of_prompts(stream, first, ends, teacher_ends, tokenizer)
-    graded = (source, *([stream.evaluation_source] if config.evaluate.every else []))
+    graded = (source, *([stream.evaluation_source] if config.evaluates_held_out else []))
     found += [notice for each in graded if (notice := grader_name(config.data, each)[1]) is not None]
     return RunInputs(
         model=model,
@@ -247,6 +251,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
         evaluation=evaluation,
         grader=grader,
         eval_grader=eval_grader,
+        benchmarks=benchmarks_of(config),
         ends=ends,
         tokenizer=tokenizer,
         pad_id=padding_id(tokenizer),
@@ -257,7 +262,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
 
 def _evaluation(config: JobConfig, stream: PromptStream) -> tuple[list[Prompt], Grader | None]:
     """The prompts of an evaluation, and their grader; empty and None where nothing is evaluated."""
-    if not config.evaluate.every:
+    if not config.evaluates_held_out:
         return [], None
     prompts = stream.evaluation(config.evaluate.samples)
     grader = build_grader(config.data, stream.evaluation_source)

@@ -10,13 +10,15 @@ from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.schema import JobConfig, Recipe
 from renio_megatron.data.sources import check_files
 from renio_megatron.errors import on_every_rank
+from renio_megatron.runner.recipe_benchmarks import benchmarks_of
 
 
 def check_data(config: JobConfig) -> None:
     """Raises `ConfigError` or `DataError` where a file of records is missing or invalid."""
     check_files(config.data, "train")
-    if config.evaluate.every:
+    if config.evaluates_held_out:
         check_files(config.data, "eval")
+    benchmarks_of(config)
 
 
 def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:

@@ -28,7 +28,7 @@ class Trainer:
         train_iters, global_batch_size: steps of the run, sequences of a step.
         data_rank, data_size: this rank's share of each step: consecutive sequences.
         save_interval: steps between checkpoints; the last step is saved in any case.
-        evaluate: accuracies of the current student; None: no evaluation.
+        evaluate: step -> accuracies of the current student; None: no evaluation.
         evaluate_every: steps between evaluations; the start and the end are evaluated as well.
         observers: called with every step's metrics, and with the evaluation before the first step as step 0.
         stop_requested: called after every step, on every rank, whether the run must stop; all ranks get one answer.
@@ -44,7 +44,7 @@ class Trainer:
     data_rank: int = 0
     data_size: int = 1
     save_interval: int = 100
-    evaluate: Callable[[], dict[str, float]] | None = None
+    evaluate: Callable[[int], dict[str, float]] | None = None
     evaluate_every: int = 0
     observers: Sequence[Observer] = ()
     stop_requested: Callable[[], bool] = lambda: False
@@ -81,11 +81,11 @@ class Trainer:
         """
         metrics: dict[str, float] = {}
         if self.step == 0 and self.evaluate is not None:
-            self._tell(0, self.evaluate())
+            self._tell(0, self.evaluate(0))
         while self.step < self.train_iters and not self.stopped:
             metrics = self._train_step()
             if self.evaluate is not None and self._is_due(self.evaluate_every):
-                metrics |= self.evaluate()
+                metrics |= self.evaluate(self.step)
             self._tell(self.step, metrics)
             self._check_progress(metrics)
             self.checkpointer.poll()

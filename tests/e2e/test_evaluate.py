@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,3 +246,55 @@ def test_a_model_without_enough_positions_is_told_by_its_ranks(folder, tmp_path)
     )  # fmt: skip
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
     assert "chain.jsonl:1: a prompt of " in refused.stderr and "max_completion_length" in refused.stderr
+
+
+def test_a_run_evaluates_on_benchmarks_and_resumes_to_the_same_rows(folder, tmp_path):
+    """On 2 tensor ranks; the second start has a step that was evaluated before it was cut off."""
+    settings = [
+        "train.train_iters=2", "checkpoint.save_interval=1", "evaluate.every=1", "evaluate.samples=4", "evaluate.n=2",
+        f"evaluate.benchmarks=[{folder}/chain.jsonl]", "evaluate.limit=5", "evaluate.top_p=0.9",
+        "evaluate.grader=modchain",
+        "evaluate.instruction=''",
+        "train.global_batch_size=8", "train.micro_batch_size=8",
+    ]  # fmt: skip
+    recipe = str(ROOT / "examples" / "modchain.yaml")
+    done("train", recipe, *settings, "output_dir=whole", cwd=tmp_path)
+    whole = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    names = {f"eval/chain/{name}" for name in ("avg_at_n", "pass_at_n", "interval_low", "length", "cut_frac")}
+    assert len(whole) == 3 and all(names <= row.keys() for row in whole)
+    step = tmp_path / "whole" / "evaluations" / "step-0000002"
+    found = rows(step)
+    assert len(found) == 10
+    assert whole[2]["eval/chain/avg_at_n"] == sum(bool(row["correct"]) for row in found) / 10
+    assert whole[2]["eval/chain/length"] == sum(row["tokens"] for row in found) / 10
+    assert json.loads((step / "summary.json").read_text())["benchmarks"]["chain"]["n"] == 2
+    # As a job that was killed in step 2's evaluation.
+    run = tmp_path / "whole"
+    (run / "finished.json").unlink()
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1\n")
+    shutil.rmtree(run / "checkpoints" / "iter_0000002")
+    lines = (step / "completions.jsonl").read_text().splitlines(keepends=True)
+    (step / "completions.jsonl").write_text("".join(lines[:3]))
+    done("train", recipe, *settings, "output_dir=whole", cwd=tmp_path)
+    times = ("time/", "tokens_per_s")
+    for old, new in zip(whole, (run / "metrics.jsonl").read_text().splitlines(), strict=True):
+        kept = {name: value for name, value in json.loads(new).items() if not name.startswith(times)}
+        assert kept == {name: value for name, value in old.items() if not name.startswith(times)}
+    assert rows(step) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["evaluate.benchmarks=[nowhere.jsonl]"], ["nowhere.jsonl"]),
+        (["evaluate.n=2"], ["evaluate.n", "evaluate.benchmarks is null"]),
+        (["evaluate.every=0", "evaluate.benchmarks=[chain.jsonl]"], ["evaluate.every is 0"]),
+        (["evaluate.top_p=1.5"], ["evaluate.top_p must lie in (0, 1]"]),
+    ],
+)
+def test_benchmarks_of_a_recipe_are_read_before_a_rank_starts(folder, tmp_path, monkeypatch, capsys, settings, words):
+    monkeypatch.chdir(folder)
+    arguments = ["train", str(ROOT / "examples" / "modchain.yaml"), *settings, f"output_dir={tmp_path}/out"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and all(word in said for word in words), said

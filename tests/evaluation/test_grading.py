@@ -100,7 +100,7 @@ def test_completions_without_an_answer_are_counted():
 def test_accuracies_count_it_as_wrong():
     sampler = SimpleNamespace(sample=lambda prompts, sampling_params, rng_stream: rollouts(len(prompts)))
     prompts = [rollout.prompt for rollout in rollouts()]
-    found = Evaluator(sampler, prompts, graded("count_wrong"), SamplingParams(1.0, None, None, 4), ParallelLayout())()
+    found = Evaluator(sampler, prompts, graded("count_wrong"), SamplingParams(1.0, None, None, 4), ParallelLayout())(3)
     assert found == {"eval/accuracy_greedy": 0.25, "eval/accuracy_sampled": 0.25}
 
 

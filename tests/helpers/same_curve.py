@@ -40,7 +40,7 @@ RENAMED_KEYS: dict[str, str] = {"weighting.normalize": "weighting.normalise"}
 """Key of a recipe ("section.key") -> the name that it had before; a tree gets the one that its settings hold."""
 RENAMED_METRICS = {new: old for old, new in registry.RENAMED_METRICS.items()}
 """Name of a metric -> the name that it had before."""
-NEW_METRICS = ("rollout/tokens", "teacher/*/weight_mean")
+NEW_METRICS = ("rollout/tokens", "rollout/no_answer_frac", "teacher/*/weight_mean")
 """Metrics (fnmatch's patterns) that an older commit does not have: where only the newer one has them, no difference."""
 OF_THE_CLOCK = ("time/", "tokens_per_s", "memory/")
 

@@ -106,7 +106,9 @@ def test_checkpoints_are_due_at_every_interval_and_at_the_end(interval, steps):
 @pytest.mark.parametrize(("every", "steps"), [(2, [0, 2, 4, 5]), (5, [0, 5]), (3, [0, 3, 5]), (7, [0, 5])])
 def test_evaluations_are_due_before_training_at_every_interval_and_at_the_end(every, steps):
     told: dict[int, dict[str, float]] = {}
-    run = trainer(evaluate=lambda: {"eval/accuracy_greedy": 0.5}, evaluate_every=every, observers=[told.__setitem__])
+    run = trainer(
+        evaluate=lambda step: {"eval/accuracy_greedy": 0.5}, evaluate_every=every, observers=[told.__setitem__]
+    )
     last = run.run()
     assert [step for step, row in told.items() if "eval/accuracy_greedy" in row] == steps
     assert told[0] == {"step": 0, "eval/accuracy_greedy": 0.5}, "the state before training, and nothing else"
@@ -116,7 +118,12 @@ def test_evaluations_are_due_before_training_at_every_interval_and_at_the_end(ev
 
 def test_the_first_evaluation_is_of_the_untrained_student():
     algorithm, steps_done = Algorithm(), []
-    evaluate = lambda: steps_done.append(len(algorithm.seen)) or {}  # noqa: E731
+
+    def evaluate(step):
+        assert step == len(algorithm.seen)
+        steps_done.append(step)
+        return {}
+
     trainer(algorithm=algorithm, evaluate=evaluate, evaluate_every=2).run()
     assert steps_done == [0, 2, 4, 5]
 
@@ -138,7 +145,7 @@ def test_without_a_checkpoint_nothing_is_restored_and_after_the_last_one_nothing
     assert run.resume() == 0
     assert (run.step, run.cursor, run.algorithm.restored) == (0, 0, None)
     checkpointer = Checkpointer((5, {"cursor": 20, "algorithm": {"steps": 5}}))
-    run = trainer(checkpointer=checkpointer, evaluate=lambda: {"eval/accuracy_greedy": 0.5})
+    run = trainer(checkpointer=checkpointer, evaluate=lambda step: {"eval/accuracy_greedy": 0.5})
     assert (run.resume(), run.run()) == (5, {})
     assert run.algorithm.seen == run.checkpointer.saved == []
 
@@ -154,7 +161,7 @@ def test_a_metric_that_is_not_finite_names_step_and_metric_and_is_not_saved(valu
 
 
 def test_an_evaluation_that_is_not_finite_is_found_before_training():
-    run = trainer(evaluate=lambda: {"eval/accuracy_greedy": math.nan}, evaluate_every=1)
+    run = trainer(evaluate=lambda step: {"eval/accuracy_greedy": math.nan}, evaluate_every=1)
     with pytest.raises(NumericsError, match="step 0: eval/accuracy_greedy is not finite"):
         run.run()
     assert run.algorithm.seen == []

@@ -88,12 +88,21 @@ _IGNORED_BY_ALL = (
     _Ignored(
         (
             "data.eval_path",
-            "evaluate.samples",
-            "evaluate.temperature",
-            "evaluate.max_completion_length",
+            *(f"evaluate.{name}" for name in ("samples", "temperature", "top_p", "top_k", "max_completion_length")),
+            *(f"evaluate.{name}" for name in ("benchmarks", "benchmarks_dir", "grader", "n", "limit", "instruction")),
         ),
         lambda config: config.evaluate.every == 0,
         "evaluate.every is 0 and nothing is evaluated",
+    ),
+    _Ignored(
+        tuple(f"evaluate.{name}" for name in ("benchmarks_dir", "grader", "n", "limit", "instruction")),
+        lambda config: config.evaluate.every > 0 and not config.evaluate.benchmarks,
+        "evaluate.benchmarks is null",
+    ),
+    _Ignored(
+        ("evaluate.samples",),
+        lambda config: config.evaluate.every > 0 and not config.evaluates_held_out,
+        "data.eval_path is null: only benchmarks are evaluated",
     ),
     _Ignored(
         ("train.micro_batch_size",),
@@ -227,8 +236,9 @@ _NEEDED_BY_ALL = (
     _Needed("data.path", _reads_files, "the sources jsonl and datasets read records from it"),
     _Needed(
         "data.eval_path",
-        lambda config: _reads_files(config) and config.evaluate.every > 0,
-        "evaluate.every is above 0 and held-out problems are read from it; evaluate.every=0 does without",
+        lambda config: _reads_files(config) and config.evaluates_held_out,
+        "evaluate.every is above 0 and held-out problems are read from it; evaluate.every=0 does without, and so does "
+        "evaluate.benchmarks",
     ),
     _Needed(
         "data.task",

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from renio_megatron.training.metrics.registry import family_of
+
 PLAIN_INTERVAL_S = 2.0
 AVERAGED_STEPS = 20
 
@@ -134,4 +136,5 @@ def _parts(values: Mapping[str, float | None]) -> list[str]:
 
 def _evaluation(values: Mapping[str, float | None]) -> list[str]:
     names = {"eval/accuracy_greedy": "greedy accuracy", "eval/accuracy_sampled": "sampled accuracy"}
+    names |= {name: f"{name.split('/')[1]} avg@n" for name in values if family_of(name) == "eval/*/avg_at_n"}
     return [f"{text} {value:.3f}" for name, text in names.items() if (value := values.get(name)) is not None]

@@ -80,6 +80,14 @@ METRICS: dict[str, Metric] = {
     "tokens_per_s": Metric("tokens/s", "mean", "completion tokens of all ranks over the time of the step"),
     "eval/accuracy_greedy": Metric("1", "mean", "accuracy on held-out problems, most likely tokens"),
     "eval/accuracy_sampled": Metric("1", "mean", "accuracy on held-out problems, sampled completions"),
+    "eval/*/avg_at_n": Metric("1", "mean", "of a benchmark: share of right completions, mean over problems"),
+    "eval/*/interval_low": Metric("1", "mean", "of a benchmark: lower end of avg_at_n's 95 % interval over problems"),
+    "eval/*/interval_high": Metric("1", "mean", "of a benchmark: its upper end"),
+    "eval/*/pass_at_n": Metric("1", "mean", "of a benchmark: share of problems with a right completion among n"),
+    "eval/*/majority_at_n": Metric("1", "mean", "of a benchmark: problems whose most frequent answer is right"),
+    "eval/*/length": Metric("tokens", "mean", "of a benchmark: length of a completion"),
+    "eval/*/cut_frac": Metric("1", "mean", "of a benchmark: share of completions that were cut"),
+    "eval/*/unparsable_frac": Metric("1", "mean", "of a benchmark: share of the others in which no answer was found"),
 }
 
 RENAMED_METRICS = {
