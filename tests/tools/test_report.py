@@ -88,10 +88,10 @@ def test_resumed_run_measures_its_own_pace():
 def test_terminal_shows_one_moving_line():
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None, legacy_windows=False)
     with Progress("ReNIO", 10, console) as progress:
-        progress.update(0, {"eval/accuracy_greedy": 0.1, "eval/accuracy_sampled": 0.05})
+        progress.update(0, {"eval/accuracy_greedy": 0.1, "eval/accuracy_sampled": 0.05, "eval/aime25/avg_at_n": 0.25})
         progress.update(10, ROW)
     text = console.file.getvalue()
-    assert "ReNIO step 0: greedy accuracy 0.100, sampled accuracy 0.050\n" in text
+    assert "ReNIO step 0: greedy accuracy 0.100, sampled accuracy 0.050, aime25 avg@n 0.250\n" in text
     assert "10/10 loss 0.500 grad 1.25 w 1.00/3.50 acc 0.25" in text
     # One line break after the evaluation, one at the end: nothing else scrolls.
     assert text.count("\n") == 2
@@ -200,7 +200,7 @@ def drawn(monkeypatch, tmp_path, runs):
     from renio_megatron.tools.report import curves
 
     caught = []
-    monkeypatch.setattr(curves, "_save", lambda figure, path: caught.append(figure))
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path: caught.append(figure))
     plot_curves(runs, tmp_path / "x.png")
     return caught[0].axes
 

@@ -130,7 +130,8 @@ def test_the_first_evaluation_is_of_the_untrained_student():
 
 def test_a_resumed_run_goes_on_where_the_checkpoint_stands():
     told, checkpointer = list[int](), Checkpointer((3, {"cursor": 12, "algorithm": {"steps": 3}}))
-    settings = {"data_rank": 1, "data_size": 2, "evaluate": lambda: {"eval/accuracy_greedy": 0.5}, "evaluate_every": 2}
+    half = {"eval/accuracy_greedy": 0.5}
+    settings = {"data_rank": 1, "data_size": 2, "evaluate": lambda step: half, "evaluate_every": 2}
     run = trainer(checkpointer=checkpointer, observers=[lambda step, _: told.append(step)], **settings)
     assert run.resume() == 3
     assert run.algorithm.restored == {"steps": 3}
