@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-
 _NEAR_AN_END = 0.1
 """Distance of a rate from 0 or 1 within which the interval is Wilson's."""
 
@@ -87,6 +85,8 @@ def interval(means: Sequence[float], num_draws: int, *, level: float = 0.95) -> 
     >>> found.method, round(found.low, 4), round(found.high, 4)
     ('wilson', 0.1038, 0.8962)
     """
+    from scipy import stats  # more than a second, which no command shall take that evaluates nothing
+
     count, rate = len(means), math.fsum(means) / len(means)
     squares = math.fsum((mean - rate) ** 2 for mean in means)
     # Of one problem, nothing is known of others: the interval is that of its own rate.

@@ -19,9 +19,7 @@ from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.runner.build_teachers import build_teacher
-from renio_megatron.runner.evaluate import Drawer
 from renio_megatron.runner.inputs import RunInputs, max_completion_tokens
-from renio_megatron.runner.run_evaluation import BenchmarkEvaluator
 from renio_megatron.runner.run_log import RunLog
 from renio_megatron.training.algorithms import Algorithm
 from renio_megatron.training.algorithms.distillation import Distillation
@@ -223,6 +221,9 @@ def _evaluator(
         sampling_params = SamplingParams(*of_draws, config.decoded_together)
         found.append(Evaluator(sampler, inputs.evaluation, grader, sampling_params, layout))
     if inputs.benchmarks is not None:
+        from renio_megatron.runner.evaluate import Drawer
+        from renio_megatron.runner.run_evaluation import BenchmarkEvaluator
+
         drawer = Drawer(
             sampler,
             SamplingParams(*of_draws),
