@@ -17,6 +17,8 @@ THINKING = (
 
 _BOX = re.compile(r"\\f?boxed(?![a-zA-Z])|\\fbox(?![a-zA-Z])")
 _PLACEHOLDERS = ("", "...", "\\ldots", "\\dots", "\\cdots", "\u2026")
+_MAX_GROUP = 32
+"""Boxes that may be one list."""
 _BETWEEN_BOXES = re.compile(
     r"(?:\s|[$,;]|\\[()\[\],;! ]|\\q?quad|and|or|\\text\s*\{\s*(?:and|or)\s*\}|[a-zA-Z](?:_\{?[a-zA-Z0-9]+\}?)?\s*=)*"
 )
@@ -106,7 +108,7 @@ def last_boxes(text: str) -> list[str]:
     """
     found = boxes(text) or []
     group = found[-1:]
-    for box in reversed(found[:-1]):
+    for box in reversed(found[-_MAX_GROUP:-1]):
         if not _BETWEEN_BOXES.fullmatch(text[box.end : group[0].start]):
             break
         group.insert(0, box)

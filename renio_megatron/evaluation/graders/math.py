@@ -7,6 +7,7 @@ not decide, math-verify does (https://github.com/huggingface/Math-Verify), on si
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, field
 
 from renio_megatron.evaluation.graders.equality import MathVerify
@@ -19,6 +20,8 @@ from renio_megatron.types import Record, Verdict
 
 MAX_LENGTH = 1000
 """Characters of an answer; a longer one is no final answer, and would keep a parser busy."""
+MAX_SECONDS = 10.0
+"""After which nothing more is asked of math-verify about an answer of several parts."""
 _MAX_DEPTH = 3
 
 _CHOICE = re.compile(
@@ -46,14 +49,16 @@ class Comparison:
 
     verifier: MathVerify
     reason: str = field(default="", init=False)
+    _deadline: float = field(default=0.0, init=False)
 
     def same(self, expected: str, given: str) -> bool:
         """Whether a given answer is the expected one; both as written, with or without dollars."""
         self.reason = ""
-        sides = clean(expected), clean(given)
-        if not all(sides) or max(map(len, sides)) > MAX_LENGTH:
+        if max(len(expected), len(given)) > MAX_LENGTH:  # before anything that looks at each character
             return False
-        return self._same(*sides, _MAX_DEPTH)
+        sides = clean(expected), clean(given)
+        self._deadline = time.monotonic() + MAX_SECONDS
+        return all(sides) and self._same(*sides, _MAX_DEPTH)
 
     def _same(self, expected: str, given: str, depth: int) -> bool:
         if compact(expected) == compact(given):
@@ -69,6 +74,9 @@ class Comparison:
             is_equation = (name is None and "=" in expected) or (other_name is None and "=" in given)
             if not is_equation:
                 return self._same(value, other, depth - 1)
+        if time.monotonic() > self._deadline:  # a list of many parts, each of which takes long
+            self.reason = f"the comparison took more than {MAX_SECONDS:g} s"
+            return False
         equality = self.verifier.same(expected, given)
         self.reason = equality.reason or self.reason
         return bool(equality.same)

@@ -14,6 +14,7 @@ from renio_megatron.evaluation.graders.quantities import Quantity, parse_quantit
 from renio_megatron.evaluation.graders.structures import without_name
 from renio_megatron.types import Record, Verdict
 
+_MAX_BOX = 1000
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
     rf"(?:(?<![\w)\]}}])-)?(?:(?<![0-9.,/])[0-9]+ +[0-9]+/[1-9][0-9]*(?![0-9./])|(?:{_DIGITS})(?:/(?:{_DIGITS}))?)"
@@ -45,7 +46,9 @@ def _numbers(text: str) -> list[str]:
 
 
 def _in_box(box: str) -> Quantity | None:
-    """The number in a box, around which words may stand."""
+    """The number in a box, around which words may stand; None in one that is longer than any number."""
+    if len(box) > _MAX_BOX:
+        return None
     value, _ = without_name(clean(box))
     return parse_quantity(value) or parse_quantity(clean(_LATEX_TEXT.sub(" ", value)))
 

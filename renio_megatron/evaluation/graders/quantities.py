@@ -14,6 +14,7 @@ from fractions import Fraction
 from renio_megatron.evaluation.graders.latex import clean
 
 _MAX_DIGITS = 200  # longer digit strings are not answers, and Python refuses to convert very long ones
+_MAX_LENGTH = 1000  # characters of a number with its unit
 _MAX_EXPONENT = 300
 _ROUNDED_DIGITS = 6
 """Decimals from which a decimal number also stands for a number that it is the rounding of, as in math-verify."""
@@ -39,8 +40,10 @@ _CURRENCIES = {r"\$": "dollar", "\N{EURO SIGN}": "euro", "\N{POUND SIGN}": "poun
 _CURRENCY = re.compile(r"(?P<minus>-?)\s*(?P<mark>\\\$|\N{EURO SIGN}|\N{POUND SIGN}|\N{YEN SIGN})\s*")
 _SQUARED = re.compile(r"\^\s*\{?\s*([23])\s*\}?|\b(squared|cubed)\b|\b(square|sq|cubic)\.?\s")
 _POWERS = {"2": "2", "3": "3", "squared": "2", "cubed": "3", "square": "2", "sq": "2", "cubic": "3"}
+# Its alternatives begin with different characters, so that there is one way to match a text, however long it is.
 _UNIT_TEXT = re.compile(
-    r"(?:\\text\s*\{[^{}]*\}|\\circ|\\%|%|\\\$|[^\W\d_]+\.?|[{}\s/\-]|\^\s*\{?\s*[23]?(?![0-9])|\\cdot)+"
+    r"(?:\\text\s*\{[^{}]*\}|\\circ|\\%|%|\\\$|\\cdot|[^\W\d_]|[.{}\s/\-]"
+    r"|\^(?=\s*\{?\s*(?:[23](?![0-9])|\\circ))|(?<=[\^{])[23](?![0-9]))+"
 )
 _NO_UNITS = frozenset(
     [
@@ -150,13 +153,15 @@ class Quantity:
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    r"""The quantity that a cleaned answer consists of; None where it holds anything else.
+    r"""The quantity that a cleaned answer consists of; None where it holds anything else, or is longer than any number.
 
     >>> parse_quantity(r"1\frac{4}{5}").value, parse_quantity("2 1/2").value, parse_quantity("-1,234.50").value
     (Fraction(9, 5), Fraction(5, 2), Fraction(-2469, 2))
     >>> parse_quantity(r"\$18.90").unit, parse_quantity("12 sq. cm").unit, parse_quantity("2x"), parse_quantity("1e3")
     ('dollar', 'cm^2', None, Quantity(value=Fraction(1000, 1), unit='', decimals=None))
     """
+    if len(text) > _MAX_LENGTH:
+        return None
     text, unit = text.strip(), ""
     if currency := _CURRENCY.match(text):
         unit, text = _CURRENCIES[currency["mark"]], currency["minus"] + text[currency.end() :]
@@ -296,5 +301,5 @@ def parse_number(text: str) -> Fraction | None:
     >>> parse_number("$1,200.50"), parse_number("50%"), parse_number("3/0"), parse_number("x + 1")
     (Fraction(2401, 2), Fraction(50, 1), None, None)
     """
-    quantity = parse_quantity(clean(text))
+    quantity = parse_quantity(clean(text)) if len(text) <= _MAX_LENGTH else None
     return None if quantity is None else quantity.value
