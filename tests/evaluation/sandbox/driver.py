@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 from renio_megatron.evaluation.sandbox import Limits, SandboxError, sandbox_problem
 from renio_megatron.evaluation.sandbox.launch import SupervisedSandbox
@@ -50,7 +51,10 @@ def outside(arena: Arena, name: str, case: Case) -> list[str]:
     shutil.rmtree(plain)
     if name == "daemon":
         wait_for_late_marks()
-    return arena.marks(done.stdout + done.stderr)
+    output, deadline = done.stdout + done.stderr, time.monotonic() + 5
+    while not (found := arena.marks(output)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # a signal may be on its way
+    return found
 
 
 def main() -> None:
