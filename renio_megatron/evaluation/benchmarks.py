@@ -78,7 +78,12 @@ def record_digest(record: Record) -> str:
 
 
 def load_benchmark(
-    name_or_path: str, *, folder: str | None = None, grader: str | None = None, limit: int | None = None
+    name_or_path: str,
+    *,
+    folder: str | None = None,
+    grader: str | None = None,
+    limit: int | None = None,
+    sandbox: str | None = None,
 ) -> Benchmark:
     """The benchmark of a name in `NAMES`, or of a file.
 
@@ -91,6 +96,7 @@ def load_benchmark(
         folder: folder of benchmark files; None: those of the environment variable RENIO_BENCHMARKS.
         grader: the grader to use; None: the one that fits the columns.
         limit: take the first `limit` problems; None: all.
+        sandbox: where the grader `code` will run programs, as `data.sandbox`.
 
     Raises:
         ConfigError: an unknown name or grader, a limit below 1, a folder that is missing, or rows without what the
@@ -106,7 +112,7 @@ def load_benchmark(
     name, rows, source = _rows_of_path(name_or_path) if is_path(name_or_path) else _rows_of_name(name_or_path, folder)
     problems = problems_of(rows, source, grader)
     benchmark = Benchmark(name, problems.records[:limit], problems.grader, problems.instruction, source)
-    _check_records(benchmark)
+    _check_records(benchmark, sandbox)
     return benchmark
 
 
@@ -132,9 +138,9 @@ def _rows_of_name(name: str, folder: str | None) -> tuple[str, list[Row], str]:
     return known.name, rows, source
 
 
-def _check_records(benchmark: Benchmark) -> None:
+def _check_records(benchmark: Benchmark, sandbox: str | None) -> None:
     """Raises `DataError` where the grader cannot use a record, so that no completion is generated in vain."""
-    problem_of = _problem_of(benchmark)
+    problem_of = _problem_of(benchmark, sandbox)
     problems = [(record.where, problem) for record in benchmark.records if (problem := problem_of(record)) is not None]
     if not problems:
         return
@@ -147,7 +153,7 @@ def _check_records(benchmark: Benchmark) -> None:
     )
 
 
-def _problem_of(benchmark: Benchmark) -> Callable[[Record], str | None]:
+def _problem_of(benchmark: Benchmark, sandbox: str | None) -> Callable[[Record], str | None]:
     """Why the benchmark's grader cannot use a record; a user's own grader takes any."""
     place = GRADERS.get(benchmark.grader)
     if place is None:
@@ -155,4 +161,4 @@ def _problem_of(benchmark: Benchmark) -> Callable[[Record], str | None]:
     records = benchmark.records
     has_answers = all(record.answer is not None for record in records)
     source = Source("jsonl", records.__getitem__, benchmark.grader, len(records), has_answers=has_answers)
-    return imported(place)(DataConfig(source="jsonl", grader=benchmark.grader), source).problem_of
+    return imported(place)(DataConfig(source="jsonl", grader=benchmark.grader, sandbox=sandbox), source).problem_of

@@ -163,7 +163,7 @@ def read_job(options: EvaluateOptions) -> EvaluationJob:
             "Leave it out."
         )
     benchmarks = tuple(
-        load_benchmark(name, folder=options.folder, grader=config.grader, limit=options.limit)
+        load_benchmark(name, folder=options.folder, grader=config.grader, limit=options.limit, sandbox=config.sandbox)
         for name in options.benchmarks
     )
     names = [benchmark.name for benchmark in benchmarks]

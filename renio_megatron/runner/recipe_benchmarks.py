@@ -25,7 +25,9 @@ def benchmarks_of(config: JobConfig) -> EvaluationJob | None:
     if not evaluate.every or not evaluate.benchmarks:
         return None
     benchmarks = tuple(
-        load_benchmark(name, folder=evaluate.benchmarks_dir, grader=evaluate.grader, limit=evaluate.limit)
+        load_benchmark(
+            name, folder=evaluate.benchmarks_dir, grader=evaluate.grader, limit=evaluate.limit, sandbox=data.sandbox
+        )
         for name in evaluate.benchmarks
     )
     instruction = evaluate.instruction

@@ -224,3 +224,12 @@ def test_digests_see_the_problem_the_answer_and_the_tests() -> None:
     two = Benchmark("two", (record, others[0]), "math", "", "two.jsonl")
     swapped = Benchmark("two", (others[0], record), "math", "", "two.jsonl")
     assert two.digest != swapped.digest and set(two.digests) == set(swapped.digests)
+
+
+def test_tests_are_looked_at_in_the_sandbox_that_is_named(tmp_path, monkeypatch):
+    """Where no other works, `unsafe` must not be refused for want of one."""
+    asked = []
+    monkeypatch.setattr("renio_megatron.evaluation.graders.code.open_sandbox", asked.append)
+    row = {"problem": "Add.", "test_cases": {"inputs": ["1"], "outputs": ["1"]}}
+    load_benchmark(written(tmp_path / "code.jsonl", row), sandbox="unsafe")
+    assert asked == ["unsafe"]
