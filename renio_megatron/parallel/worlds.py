@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from renio_megatron.parallel.gloo import gloo_group
 from renio_megatron.parallel.layout import Axis
 from renio_megatron.parallel.row_exchange import axis_of
 
@@ -68,7 +69,7 @@ def join_two_worlds(backend: str, timeout: datetime.timedelta, num_teacher_ranks
 
 def _group(backend: str, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:
     if backend == "gloo":
-        return dist.ProcessGroupGloo(store, rank, size, timeout)  # type: ignore[return-value]
+        return gloo_group(store, rank, size, timeout)  # type: ignore[return-value]
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)  # type: ignore[return-value]

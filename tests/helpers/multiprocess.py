@@ -27,8 +27,8 @@ from tests.helpers.rank import LAUNCH
 
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 1.0
-MANY_THREADS = 500
-"""Every process group has some, and torch gives none back: beyond this many a rank is slow, and the next one is new."""
+MANY_THREADS = 2000
+"""Every process group has two that sleep, and torch gives none back: beyond this many the next rank is new."""
 
 
 class RankError(AssertionError):

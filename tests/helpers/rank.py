@@ -30,6 +30,8 @@ def main(folder: Path, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
+    from renio_megatron.parallel.gloo import share_gloo_device
+
     stack = (folder / f"{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     environment, path, timeout = pickle.loads((folder / LAUNCH).read_bytes())
@@ -41,6 +43,7 @@ def main(folder: Path, rank: int) -> None:
     calls = os.fdopen(os.dup(0))  # nothing that a call starts may read them
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
+        share_gloo_device()
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/store",

@@ -19,6 +19,7 @@ from renio_megatron.errors import ConfigError, LayoutError, Scope
 from renio_megatron.megatron.runtime import cpu_patches
 from renio_megatron.megatron.runtime.cudnn import torchs_cudnn
 from renio_megatron.megatron.runtime.process_groups import current_layout, forget_groups, make_groups
+from renio_megatron.parallel.gloo import share_gloo_device
 from renio_megatron.parallel.layout import ParallelLayout, backend_and_device
 from renio_megatron.parallel.worlds import WorldBridge, join_two_worlds
 
@@ -62,6 +63,8 @@ def start(
     backend, device = backend_and_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        share_gloo_device()
     begin = time.monotonic()
     if not dist.is_initialized():
         _check_address()
