@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from renio_megatron.config import DataConfig
-from renio_megatron.config.lazy import imported
 from renio_megatron.config.sections.data import GRADERS, is_place
 from renio_megatron.config.validators import require_choice
 from renio_megatron.data.sources.row_files import Row, rows_of
-from renio_megatron.data.sources.source import Source
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.evaluation.benchmark_files import cached_rows, find_file, folders_of, is_path, missing, stem_of
 from renio_megatron.evaluation.benchmark_formats import problems_of
 from renio_megatron.evaluation.benchmark_names import NAMES, known_benchmark
+from renio_megatron.evaluation.graders import Grader, named_grader, unusable
 from renio_megatron.files import user_path
 from renio_megatron.types import Record
 
-__all__ = ["NAMES", "Benchmark", "load_benchmark", "record_digest"]
+__all__ = ["NAMES", "Benchmark", "grader_of", "load_benchmark", "record_digest"]
 
 _OF_SOURCES = ("reasoning_gym",)
 """Graders that need their source of problems, of which there are no files."""
@@ -138,27 +136,20 @@ def _rows_of_name(name: str, folder: str | None) -> tuple[str, list[Row], str]:
     return known.name, rows, source
 
 
+def grader_of(benchmark: Benchmark, sandbox: str | None) -> Grader:
+    """The grader of a benchmark's completions, which runs programs in a `sandbox`.
+
+    Raises:
+        ConfigError: a user's own that cannot be imported; no sandbox works here.
+    """
+    return named_grader(benchmark.grader, DataConfig(sandbox=sandbox))
+
+
 def _check_records(benchmark: Benchmark, sandbox: str | None) -> None:
     """Raises `DataError` where the grader cannot use a record, so that no completion is generated in vain."""
-    problem_of = _problem_of(benchmark, sandbox)
-    problems = [(record.where, problem) for record in benchmark.records if (problem := problem_of(record)) is not None]
-    if not problems:
+    if is_place(benchmark.grader):  # it takes any
         return
-    where, problem = problems[0]
-    others = f" So it is for {len(problems)} of {len(benchmark.records)} problems." if len(problems) > 1 else ""
-    other = ", or choose the grader math" if benchmark.grader == "number" else ""
-    raise DataError(
-        f"{where}: {problem}, and the grader {benchmark.grader} could never find a completion right.{others} Fix the "
-        f"row, leave it out{other}."
-    )
-
-
-def _problem_of(benchmark: Benchmark, sandbox: str | None) -> Callable[[Record], str | None]:
-    """Why the benchmark's grader cannot use a record; a user's own grader takes any."""
-    place = GRADERS.get(benchmark.grader)
-    if place is None:
-        return lambda record: None
-    records = benchmark.records
-    has_answers = all(record.answer is not None for record in records)
-    source = Source("jsonl", records.__getitem__, benchmark.grader, len(records), has_answers=has_answers)
-    return imported(place)(DataConfig(source="jsonl", grader=benchmark.grader, sandbox=sandbox), source).problem_of
+    grader = grader_of(benchmark, sandbox)
+    if (problem := unusable(grader, benchmark.records, f"the grader {grader.name}", "problems")) is not None:
+        other = ", or choose the grader math" if grader.name == "number" else ""
+        raise DataError(f"{problem} Fix the row, leave it out{other}.")

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from renio_megatron.errors import DataError, RenioError
 from renio_megatron.evaluation.graders.final_answer import opens_thinking
-from renio_megatron.evaluation.graders.grader import Completion, Grader
+from renio_megatron.evaluation.graders.grader import Completion, Grader, GuardedGrader
 from renio_megatron.parallel.collectives import on_first_model_rank
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.types import Rollout, Verdict
@@ -32,14 +31,23 @@ class RolloutGrader:
     Args:
         grader: the grader.
         tokenizer: decodes completions, without their end token.
-        errors: what an exception of the grader does, `data.grader_errors`: `raise`, or `count_wrong`.
+        errors: what an exception of the grader does: `raise`, or `count_wrong`.
         layout: the ranks that share sequences.
+        setting: name of the setting that says so, for messages.
     """
 
-    def __init__(self, grader: Grader, tokenizer: Decoder, *, errors: str, layout: ParallelLayout) -> None:
+    def __init__(
+        self,
+        grader: Grader,
+        tokenizer: Decoder,
+        *,
+        errors: str,
+        layout: ParallelLayout,
+        setting: str = "data.grader_errors",
+    ) -> None:
         self.grader = grader
-        self._tokenizer, self._errors, self._layout = tokenizer, errors, layout
-        self._has_warned = False
+        self._guarded = GuardedGrader(grader, errors=errors, setting=setting, report=logger.warning)
+        self._tokenizer, self._layout = tokenizer, layout
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """The verdict on each of the rank's rollouts, the same on all ranks that share them. A collective of these.
@@ -52,20 +60,7 @@ class RolloutGrader:
         return on_first_model_rank(self._layout, lambda: [self._grade(rollout) for rollout in rollouts])
 
     def _grade(self, rollout: Rollout) -> Verdict:
-        try:
-            return self.grader.grade(self._completion(rollout), rollout.prompt.record)
-        except Exception as error:  # any error of a grader, which may be user code
-            said = str(error) if isinstance(error, RenioError) else f"{type(error).__name__}: {error}"
-            problem = f"prompt {rollout.prompt.index}: the grader {self.grader.name!r} raised {said}."
-            if self._errors == "raise":
-                raise DataError(
-                    f"{problem} Fix the record or the grader, or set data.grader_errors=count_wrong to count such "
-                    "completions as wrong."
-                ) from error
-        if not self._has_warned:
-            logger.warning("%s It counts as wrong, as later ones will without a word.", problem)
-            self._has_warned = True
-        return Verdict(None, None, problem)
+        return self._guarded(self._completion(rollout), rollout.prompt.record, f"prompt {rollout.prompt.index}")
 
     def _completion(self, rollout: Rollout) -> Completion:
         def text_of(token_ids: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from renio_megatron.errors import CheckpointError, ConfigError, DataError
 from renio_megatron.files import JsonLines, Lock, output_error, write_atomically
+from renio_megatron.types import Record, Verdict
 
 Row = Mapping[str, Any]
 """An object of completions.jsonl."""
@@ -152,6 +153,32 @@ def saved_date(directory: Path) -> datetime | None:
 def key_of(row: Mapping[str, Any]) -> Key:
     """What identifies a completion."""
     return row["benchmark"], row["index"], row["draw"]
+
+
+def row_of(
+    benchmark: str,
+    index: int,
+    draw: int,
+    record: Record,
+    verdict: Verdict,
+    completion: str,
+    *,
+    finish_reason: str,
+    tokens: int | None,
+) -> dict[str, Any]:
+    """A row of completions.jsonl.
+
+    Args:
+        benchmark, index, draw: what identifies it.
+        record: the problem, without the instruction.
+        verdict: on the completion.
+        completion: its text.
+        finish_reason: `stop`, or `length` where it was cut; of a server what that says.
+        tokens: its length, the end token included; None where a server does not say it.
+    """
+    asked = (benchmark, index, draw, record.problem, completion, verdict.answer, record.answer)
+    judged = (verdict.correct, verdict.reason, finish_reason, tokens)
+    return dict(zip(FIELDS, (*asked, *judged), strict=True))
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from renio_megatron.errors import DataError, on_every_rank
 from renio_megatron.evaluation.benchmarks import Benchmark
 from renio_megatron.evaluation.grading import RolloutGrader
 from renio_megatron.evaluation.progress import EvaluationProgress
-from renio_megatron.evaluation.results import Results, saved_date
+from renio_megatron.evaluation.results import Results, row_of, saved_date
 from renio_megatron.evaluation.summary import BenchmarkSummary
 from renio_megatron.megatron.checkpoint.saved_model import load_model_weights, saved_base
 from renio_megatron.megatron.model.build import ModelPart, build_model
@@ -235,7 +235,13 @@ def _evaluate(
         missing = sum(len(chunk.missing) for chunk in pending)
         progress.say(job.describe(benchmark, missing))
         progress.expect(missing)
-    grade = RolloutGrader(job.graders[benchmark.name], drawer.tokenizer, errors=job.config.grader_errors, layout=layout)
+    grade = RolloutGrader(
+        job.graders[benchmark.name],
+        drawer.tokenizer,
+        errors=job.config.grader_errors,
+        layout=layout,
+        setting=job.grader_errors_setting,
+    )
     for first in range(0, len(pending), layout.data.size):
         chunks = pending[first : first + layout.data.size]
         mine = chunks[layout.data.rank] if layout.data.rank < len(chunks) else None
@@ -304,20 +310,16 @@ def _drawn(prompt: Prompt, draw: int) -> Prompt:
 def _row(benchmark: Benchmark, rollout: Rollout, verdict: Verdict, tokenizer: Any) -> dict[str, Any]:
     """A row of completions.jsonl."""
     draw, index = divmod(rollout.prompt.index, _DRAW)
-    record = rollout.prompt.record
-    return {
-        "benchmark": benchmark.name,
-        "index": index,
-        "draw": draw,
-        "problem": record.problem,
-        "completion": str(tokenizer.decode(list(rollout.answer_ids), skip_special_tokens=False)),
-        "answer": verdict.answer,
-        "gold": record.answer,
-        "correct": verdict.correct,
-        "reason": verdict.reason,
-        "finish_reason": "stop" if rollout.finished else "length",
-        "tokens": len(rollout.completion_ids),
-    }
+    return row_of(
+        benchmark.name,
+        index,
+        draw,
+        rollout.prompt.record,
+        verdict,
+        str(tokenizer.decode(list(rollout.answer_ids), skip_special_tokens=False)),
+        finish_reason="stop" if rollout.finished else "length",
+        tokens=len(rollout.completion_ids),
+    )
 
 
 def _number_of(name: str) -> int:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 from renio_megatron.config.templates import filled
-from renio_megatron.errors import DataError, RenioError
 from renio_megatron.evaluation.benchmarks import Benchmark
-from renio_megatron.evaluation.graders import Completion, Grader
+from renio_megatron.evaluation.graders import Completion, GuardedGrader
 from renio_megatron.evaluation.progress import EvaluationProgress
-from renio_megatron.evaluation.results import Results
+from renio_megatron.evaluation.results import Results, Row, row_of
 from renio_megatron.evaluation.server import CompletionServer, Drawn, ServerRequest, ServerSampling
 from renio_megatron.evaluation.summary import BenchmarkSummary
 from renio_megatron.runner.evaluation_job import MAX_COMPLETION_LENGTH, EvaluationJob, server_key
 from renio_megatron.runner.evaluation_target import ServerTarget
-from renio_megatron.types import Record, Verdict
 
 _SEEDS = 2**31
 
@@ -60,8 +57,14 @@ def evaluate_server(job: EvaluationJob, progress: EvaluationProgress) -> dict[st
         progress.say(job.describe(benchmark, len(pending[benchmark.name])))
         progress.expect(len(pending[benchmark.name]))
 
-        def keep(request: ServerRequest, drawn: Drawn, benchmark: Benchmark = benchmark) -> None:
-            row = _row(job, benchmark, request, drawn)
+        grader = GuardedGrader(
+            job.graders[benchmark.name], errors=config.grader_errors, setting="grader_errors", report=progress.say
+        )
+
+        def keep(
+            request: ServerRequest, drawn: Drawn, benchmark: Benchmark = benchmark, grader: GuardedGrader = grader
+        ) -> None:
+            row = _row(benchmark, request, drawn, grader)
             results.add([row])
             progress.add(benchmark.name, [row])
 
@@ -88,33 +91,11 @@ def _seed(seed: int, name: str, index: int, draw: int) -> int:
     return int.from_bytes(digest, "big") % _SEEDS
 
 
-def _row(job: EvaluationJob, benchmark: Benchmark, request: ServerRequest, drawn: Drawn) -> dict[str, Any]:
+def _row(benchmark: Benchmark, request: ServerRequest, drawn: Drawn, grader: GuardedGrader) -> Row:
     """A row of completions.jsonl."""
     index, draw = request.key
     record = benchmark.records[index]
-    verdict = _verdict(job, job.graders[benchmark.name], Completion(drawn.text, drawn.finish_reason == "stop"), record)
-    return {
-        "benchmark": benchmark.name,
-        "index": index,
-        "draw": draw,
-        "problem": record.problem,
-        "completion": drawn.text,
-        "answer": verdict.answer,
-        "gold": record.answer,
-        "correct": verdict.correct,
-        "reason": verdict.reason,
-        "finish_reason": drawn.finish_reason,
-        "tokens": drawn.tokens,
-    }
-
-
-def _verdict(job: EvaluationJob, grader: Grader, completion: Completion, record: Record) -> Verdict:
-    try:
-        return grader.grade(completion, record)
-    except Exception as error:  # any error of a grader, which may be user code
-        said = str(error) if isinstance(error, RenioError) else f"{type(error).__name__}: {error}"
-        if job.config.grader_errors == "raise":
-            raise DataError(
-                f"{record.where}: the grader {grader.name!r} raised {said}. Fix it, or give grader_errors=count_wrong."
-            ) from error
-        return Verdict(None, None, f"the grader {grader.name!r} raised {said}")
+    verdict = grader(Completion(drawn.text, drawn.finish_reason == "stop"), record, record.where)
+    return row_of(
+        benchmark.name, index, draw, record, verdict, drawn.text, finish_reason=drawn.finish_reason, tokens=drawn.tokens
+    )

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from renio_megatron.config.parser import read_recipe
-from renio_megatron.config.sections.data import DataConfig
 from renio_megatron.config.sections.evaluation_job import OF_DRAWS, OF_LOCAL_MODELS, EvaluationJobConfig
 from renio_megatron.errors import ConfigError
-from renio_megatron.evaluation.benchmarks import Benchmark, load_benchmark
-from renio_megatron.evaluation.graders import Grader, named_grader
+from renio_megatron.evaluation.benchmarks import Benchmark, grader_of, load_benchmark
+from renio_megatron.evaluation.graders import Grader
 from renio_megatron.evaluation.results import Results, Row
 from renio_megatron.evaluation.summary import BenchmarkSummary, pass_rates, summarize
 from renio_megatron.files import user_path
@@ -74,6 +73,7 @@ class EvaluationJob:
         target: what is evaluated.
         benchmarks: the problems.
         graders: grader of each benchmark, by its name.
+        grader_errors_setting: name of the setting `grader_errors` where the user gave it, for messages.
     """
 
     options: EvaluateOptions
@@ -81,6 +81,7 @@ class EvaluationJob:
     target: ServerTarget | ModelTarget
     benchmarks: tuple[Benchmark, ...]
     graders: Mapping[str, Grader]
+    grader_errors_setting: str = "grader_errors"
 
     @property
     def is_local(self) -> bool:
@@ -169,9 +170,7 @@ def read_job(options: EvaluateOptions) -> EvaluationJob:
     names = [benchmark.name for benchmark in benchmarks]
     if len(set(names)) < len(names):
         raise ConfigError(f"two benchmarks have one name among {', '.join(names)}. Rename a file, or give each once.")
-    graders = {
-        benchmark.name: named_grader(benchmark.grader, DataConfig(sandbox=config.sandbox)) for benchmark in benchmarks
-    }
+    graders = {benchmark.name: grader_of(benchmark, config.sandbox) for benchmark in benchmarks}
     return EvaluationJob(options, config, target, benchmarks, graders)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from renio_megatron.config import DataConfig
 from renio_megatron.config.schema import JobConfig
 from renio_megatron.config.sections.evaluation_job import EvaluationJobConfig
-from renio_megatron.evaluation.benchmarks import load_benchmark
-from renio_megatron.evaluation.graders import named_grader
+from renio_megatron.evaluation.benchmarks import grader_of, load_benchmark
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.runner.evaluation_job import EvaluateOptions, EvaluationJob
 from renio_megatron.runner.evaluation_target import ModelTarget
@@ -47,7 +45,7 @@ def benchmarks_of(config: JobConfig) -> EvaluationJob | None:
         grader_errors=data.grader_errors,
         sandbox=data.sandbox,
     )
-    graders = {one.name: named_grader(one.grader, DataConfig(sandbox=data.sandbox)) for one in benchmarks}
+    graders = {one.name: grader_of(one, data.sandbox) for one in benchmarks}
     options = EvaluateOptions(config.output_dir, tuple(evaluate.benchmarks), evaluate.n, evaluate.limit)
     target = ModelTarget(model_directory(config.model, "model"), None, "student")
-    return EvaluationJob(options, settings, target, benchmarks, graders)
+    return EvaluationJob(options, settings, target, benchmarks, graders, "data.grader_errors")

@@ -97,7 +97,17 @@ def install_twice_and_train():
     calls = set(cpu_patches.CALLS)
     cpu_patches.CALLS.clear()
     with_experts = train_one_step(experts=True)
-    return changed, changed_again, (calls, metrics), (set(cpu_patches.CALLS), with_experts)
+    return changed, changed_again, (calls, metrics), (set(cpu_patches.CALLS), with_experts), recompute()
+
+
+def recompute():
+    """(gradient of a recomputed square at 3, calls that it left for when CUDA is initialized)."""
+    from megatron.core.tensor_parallel import random
+
+    before = len(torch.cuda._queued_calls)
+    x = torch.tensor(3.0, requires_grad=True)
+    random.checkpoint(torch.square, False, x).backward()
+    return x.grad.item(), len(torch.cuda._queued_calls) - before
 
 
 OPTIMIZER = """
@@ -202,11 +212,16 @@ def test_an_installation_patches_and_a_second_one_does_not(installed):
 
 
 def test_a_training_step_needs_only_known_patches(installed):
-    for _, _, dense, with_experts in installed:
+    for _, _, dense, with_experts, _ in installed:
         for (calls, metrics), expected in ((dense, EXPECTED_CALLS), (with_experts, EXPECTED_WITH_EXPERTS)):
             assert metrics["grad_norm"] > 0.0
             assert calls and calls <= expected
         assert with_experts[0] >= EXPECTED_WITH_EXPERTS - EXPECTED_CALLS
+
+
+def test_a_recomputed_layer_leaves_nothing_behind(installed):
+    """CUDA is never initialized here: a long run would keep a stack for every layer of every step."""
+    assert [recomputed for *_, recomputed in installed] == [(6.0, 0)] * 2
 
 
 @pytest.mark.parametrize(

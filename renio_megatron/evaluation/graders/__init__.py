@@ -5,7 +5,7 @@ No torch here: completions are graded in processes that have no need of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from renio_megatron.config import DataConfig
@@ -15,11 +15,20 @@ from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.evaluation.graders import generated, number
 from renio_megatron.evaluation.graders.code import has_tests
 from renio_megatron.evaluation.graders.custom import custom_grader
-from renio_megatron.evaluation.graders.grader import Completion, Grader
+from renio_megatron.evaluation.graders.grader import Completion, Grader, GuardedGrader
 from renio_megatron.evaluation.graders.math import math_grader
 from renio_megatron.types import Record, Verdict
 
-__all__ = ["Completion", "Grader", "Verdict", "build_grader", "grader_name"]
+__all__ = [
+    "Completion",
+    "Grader",
+    "GuardedGrader",
+    "Verdict",
+    "build_grader",
+    "grader_name",
+    "named_grader",
+    "unusable",
+]
 
 
 class Graded(Protocol):
@@ -115,7 +124,10 @@ def build_grader(config: DataConfig, source: Graded) -> Grader | None:
         )
     grader = named_grader(name, config, source)
     if config.source_info.has_records:
-        _check_answers(grader, source)
+        problem = unusable(grader, _records(source), f"data.grader={name}", "records")
+        if problem is not None:
+            other = "math" if name == "number" else "none"
+            raise DataError(f"{problem} Fix the record, leave it out, or set data.grader={other}.")
     return grader
 
 
@@ -134,17 +146,18 @@ def _records(source: Graded) -> list[Record]:
     return [source.read(index) for index in range(source.size or 0)]
 
 
-def _check_answers(grader: Grader, source: Graded) -> None:
-    """Raises `DataError` where the grader cannot read the answers of some records."""
-    problems = [
-        (record.where, problem) for record in _records(source) if (problem := grader.problem_of(record)) is not None
-    ]
+def unusable(grader: Grader, records: Sequence[Record], named: str, noun: str) -> str | None:
+    """Sentences about the first record whose completions could never be right; None where there is none.
+
+    Args:
+        grader: it says of each record whether it can use it.
+        records: all of them, to count.
+        named: what messages call the grader.
+        noun: what they call records, in the plural.
+    """
+    problems = [(record.where, problem) for record in records if (problem := grader.problem_of(record)) is not None]
     if not problems:
-        return
+        return None
     where, problem = problems[0]
-    others = f" So it is for {len(problems)} of {source.size} records." if len(problems) > 1 else ""
-    other = "math" if grader.name == "number" else "none"
-    raise DataError(
-        f"{where}: {problem}, and data.grader={grader.name} could never find a completion right.{others} Fix the "
-        f"record, leave it out, or set data.grader={other}."
-    )
+    others = f" So it is for {len(problems)} of {len(records)} {noun}." if len(problems) > 1 else ""
+    return f"{where}: {problem}, and {named} could never find a completion right.{others}"

@@ -101,6 +101,9 @@ def install() -> None:
     dispatch: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatch.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream  # else it makes one
     _replace(dispatch, "maybe_move_tensor_to_cpu", _counts_on_the_host)
+    # The state of the CPU's generator is restored anyway; torch would keep the call, with its stack, for a later CUDA.
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    _replace(random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
     mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     mappings._gather_along_first_dim = _gather_in_equal_pieces(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = _reduce_whole(mappings._reduce_scatter_along_first_dim)

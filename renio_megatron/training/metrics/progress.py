@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Column
 
+from renio_megatron.training.metrics.live_bar import LiveBar
 from renio_megatron.training.metrics.registry import family_of
 
 PLAIN_INTERVAL_S = 2.0
@@ -37,39 +35,25 @@ class Progress:
     ) -> None:
         self.title = title
         self.total = total
-        self._console = console or Console()
         self._clock = clock
         self._last: tuple[float, int] | None = None
         self._seconds_per_step: deque[float] = deque(maxlen=AVERAGED_STEPS)
         self._shown_at: float | None = None
         self._pending: str | None = None
-        self._bar: RichProgress | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            # On a narrow terminal the bar gives way first, then the end of the text.
-            self._bar = RichProgress(
-                TextColumn("{task.description}", markup=False, style="bold", table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=24)),
-                TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-                console=self._console,
-                auto_refresh=False,
-            )
-            self._task = self._bar.add_task(title, total=total, text=f"0/{total}")
+        self._bar = LiveBar(console, title, total, f"0/{total}")
 
     def __enter__(self) -> Progress:
         """Shows the empty bar."""
-        if self._bar is not None:
-            self._bar.start()
-            self._bar.refresh()
+        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leaves the last state on the screen, also where the run ended early."""
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._pending is not None:
-            self._print(self._pending)
+        self._bar.stop()
+        if self._pending is not None:
+            self._bar.say(self._pending)
 
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
         """Shows the state after `step` (0: before training); `values` by the names of `METRICS`, any may be missing."""
@@ -79,15 +63,15 @@ class Progress:
         self._last = (now, step)
         text = " ".join([f"{step:>{len(str(self.total))}}/{self.total}", *_parts(values), *self._timing(step, values)])
         evaluation = _evaluation(values)
-        if self._bar is not None:
+        if self._bar.is_live:
             if evaluation:
-                self._print(f"{self.title} step {step}: {', '.join(evaluation)}")
-            self._bar.update(self._task, completed=step, text=text, refresh=True)
+                self._bar.say(f"{self.title} step {step}: {', '.join(evaluation)}")
+            self._bar.update(step, self.total, text)
             return
         self._pending = " ".join([self.title, "step", text, *evaluation])
         due = self._shown_at is None or now - self._shown_at >= PLAIN_INTERVAL_S
         if due or evaluation or step >= self.total:
-            self._print(self._pending)
+            self._bar.say(self._pending)
             self._shown_at, self._pending = now, None
 
     def _timing(self, step: int, values: Mapping[str, float | None]) -> list[str]:
@@ -99,9 +83,6 @@ class Progress:
             pace = sum(self._seconds_per_step) / len(self._seconds_per_step)
             parts.append(f"eta {format_duration(pace * (self.total - step))}")
         return parts
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def format_duration(seconds: float) -> str:
