@@ -174,6 +174,7 @@ def test_an_interrupt_in_the_caller_ends_the_program(sandbox):
     program = f"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{token}'); time.sleep(99)"
     call = (
         "import signal, threading, os\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's `&` has it ignored
         "threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         f"SANDBOXES[{sandbox.name!r}].run({program!r}, limits=Limits(wall_s=99))"
     )
