@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.multiprocess import Ranks
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads under /proc")
 
@@ -35,6 +39,27 @@ def _many_groups() -> tuple[int, int, list[float], list[float]]:
     found += [value[0].item() for value in values]
     dist.monitored_barrier(groups[3], timeout=timedelta(seconds=60))
     return before, _loops(), found, timeouts
+
+
+def test_interfaces_are_those_of_the_environment() -> None:
+    """One device for each, and a name that there is not is refused, as torch refuses it."""
+    code = (
+        "import torch.distributed as dist; from renio_megatron.parallel.gloo import share_gloo_device;"
+        "share_gloo_device(); dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1);"
+        "from tests.parallel.test_gloo import _loops; print(_loops())"
+    )
+
+    def run(names: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": names}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100, check=False
+        )
+
+    for names, expected in (("", "1\n"), ("lo", "1\n"), ("lo,lo", "2\n")):
+        done = run(names)
+        assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    done = run("none0")
+    assert done.returncode != 0 and "none0" in done.stderr
 
 
 def test_groups_share_one_thread_that_wakes() -> None:
