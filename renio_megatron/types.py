@@ -81,6 +81,7 @@ class Rollout:
             top-p and top-k, fp32 [len(completion_ids)] on the CPU; None where the completion was given.
         finished: whether it ended by itself (False: cut at ``max_completion_length``).
         ended_by_string: whether it ended with a stop string, which is part of the answer, rather than an end token.
+        unread_ids: tokens that were drawn after `completion_ids` and are graded only: neither scored nor learned from.
     """
 
     prompt: Prompt
@@ -88,11 +89,34 @@ class Rollout:
     logp: torch.Tensor | None = None
     finished: bool = True
     ended_by_string: bool = False
+    unread_ids: tuple[int, ...] = ()
+
+    @property
+    def drawn_ids(self) -> tuple[int, ...]:
+        """All tokens of the completion."""
+        return self.completion_ids + self.unread_ids
 
     @property
     def answer_ids(self) -> tuple[int, ...]:
-        """The completion without its end token, where it has one."""
-        return self.completion_ids[:-1] if self.finished and not self.ended_by_string else self.completion_ids
+        """The whole completion without its end token, where it has one."""
+        return self.drawn_ids[:-1] if self.finished and not self.ended_by_string else self.drawn_ids
+
+    def prefix(self, length: int | None) -> Rollout:
+        """The same rollout, of which at most the first `length` tokens are scored and learned from; None: all.
+
+        >>> cut = Rollout(Prompt(0, (1,), (1,)), (5, 6, 7)).prefix(2)
+        >>> cut.completion_ids, cut.unread_ids, cut.answer_ids
+        ((5, 6), (7,), (5, 6))
+        """
+        if length is None or len(self.completion_ids) <= length:
+            return self
+        ids, logp = self.completion_ids, self.logp
+        return replace(
+            self,
+            completion_ids=ids[:length],
+            logp=None if logp is None else logp[:length],
+            unread_ids=ids[length:] + self.unread_ids,
+        )
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,16 @@ class JobConfig:
         return None
 
     @property
+    def longest_trained(self) -> int | None:
+        """Completion tokens of a sequence that the models read in an update, at most; None where they are given."""
+        return None
+
+    @property
+    def completions_per_prompt(self) -> int:
+        """Sequences in a row that have one prompt."""
+        return 1
+
+    @property
     def evaluates_held_out(self) -> bool:
         """Whether accuracies on held-out problems are measured: not where benchmarks stand in for a missing file."""
         reads_files = "eval_path" in self.data.source_info.settings
@@ -152,6 +162,16 @@ class DistillationConfig(JobConfig):
     def longest_completion(self) -> int | None:
         """Tokens after which a completion of the student is cut."""
         return self.rollout.max_completion_length
+
+    @property
+    def longest_trained(self) -> int | None:
+        """Completion tokens of a sequence that the models read in an update, at most."""
+        return self.rollout.prefix_length or self.rollout.max_completion_length
+
+    @property
+    def completions_per_prompt(self) -> int:
+        """Sequences in a row that have one prompt."""
+        return self.rollout.completions_per_prompt
 
     @property
     def evaluates_held_out(self) -> bool:

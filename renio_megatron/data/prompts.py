@@ -17,6 +17,7 @@ from renio_megatron.data.prompt_views import (
     student_view,
     teacher_view,
 )
+from renio_megatron.data.selection import OverlongError, Selection
 from renio_megatron.data.sources import build_source
 from renio_megatron.data.sources.source import Source, solution_of
 from renio_megatron.errors import ConfigError, DataError
@@ -50,6 +51,7 @@ class PromptStream:
         teacher_views: how each of several teachers sees a problem, by the names used in records; None: there is one
             teacher, with the view set in `config`.
         with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
+        completions_per_prompt: positions in a row that have the same problem.
         length_limits: limits of the models; None: not checked.
         now: the time that a chat template may insert; None: the clock's.
     Attributes:
@@ -67,6 +69,7 @@ class PromptStream:
         *,
         teacher_views: Mapping[str, PromptView] | None = None,
         with_completions: bool = False,
+        completions_per_prompt: int = 1,
         length_limits: LengthLimits | None = None,
         now: datetime | None = None,
     ) -> None:
@@ -75,12 +78,15 @@ class PromptStream:
         self.source = source
         self._tokenizer = tokenizer
         self._config = config
-        self._with_completions = with_completions
+        self._with_completions, self._repeats = with_completions, completions_per_prompt
         self._student_view = student_view(config)
         self._teacher_views = {"": teacher_view(config)} if teacher_views is None else teacher_views
         self._is_routed = teacher_views is not None
         if with_completions:
             source.require_solutions("fine-tuning uses it as the completion")
+        self._selections: list[Selection] = []
+        if config.overlong == "skip":
+            self._selections = [Selection(source, lambda record: self._prompt(record, 0), "training")]
         everyones = (self._student_view, *(() if self._is_routed else self._teacher_views.values()))
         for view in everyones:  # with several teachers, each one's records are checked when their prompts are built
             if view.uses_solution:
@@ -88,21 +94,40 @@ class PromptStream:
 
     def batch(self, start: int, count: int) -> list[Prompt]:
         """Prompts `start` to `start + count - 1` of the endless training order."""
-        return [self._prompt(self.source, position) for position in range(start, start + count)]
+        return [self._train_prompt(position) for position in range(start, start + count)]
+
+    def distinct(self, count: int) -> list[Prompt]:
+        """The prompts of the first `count` problems of the training order, or of all where there are fewer."""
+        count = count if self.source.size is None else min(count, self.source.size)
+        if self._selections:
+            count = self._selections[0].num_distinct(count)
+        return [self._train_prompt(number * self._repeats) for number in range(count)]
+
+    def notices(self) -> list[str]:
+        """Sentences about records that were left out so far, of training and of evaluation."""
+        return [one.notice() for one in self._selections if one.left_out]
 
     def evaluation(self, count: int) -> list[Prompt]:
         """The first `count` evaluation prompts, or all where there are fewer; no teacher reads them."""
         source = self.evaluation_source
         count = count if source.size is None else min(count, source.size)
-        return [self._prompt(source, position, is_taught=False) for position in range(count)]
+        if self._config.overlong == "refuse":
+            return [self._prompt(source.record(index), index, is_taught=False) for index in range(count)]
+        selection = Selection(source, lambda record: self._prompt(record, 0, is_taught=False), "evaluation")
+        self._selections[1:] = [selection]
+        numbers = range(selection.num_distinct(count))
+        return [self._prompt(selection.record(number), number, is_taught=False) for number in numbers]
 
     @cached_property
     def evaluation_source(self) -> Source:
         """The evaluation problems, opened at the first use."""
         return build_source(self._config, "eval")
 
-    def _prompt(self, source: Source, position: int, *, is_taught: bool = True) -> Prompt:
-        record = source.record(position)
+    def _train_prompt(self, position: int) -> Prompt:
+        number = position // self._repeats
+        return self._prompt((self._selections[0] if self._selections else self.source).record(number), position)
+
+    def _prompt(self, record: Record, position: int, *, is_taught: bool = True) -> Prompt:
         student_ids = encode_view(self._student_view, record, self._tokenizer, self.chat_template)
         teacher, teacher_ids = "", student_ids
         if is_taught:
@@ -141,9 +166,10 @@ class PromptStream:
         if length == 0:
             raise DataError(f"{record.where}: the {who}'s prompt has no tokens, so nothing predicts the first token.")
         if length > self._config.max_prompt_length:
-            raise DataError(
+            raise OverlongError(
                 f"{record.where}: the {who}'s prompt has {length} tokens, more than "
-                f"data.max_prompt_length={self._config.max_prompt_length}. Raise it, or leave the record out."
+                f"data.max_prompt_length={self._config.max_prompt_length}. Raise it, or leave the record out, as "
+                "data.overlong=skip does."
             )
 
     def _completion(self, record: Record) -> tuple[int, ...]:
@@ -155,11 +181,12 @@ def _check_length(who: str, positions: int, prompt: int, completion: int, record
     """Raises `DataError` where a sequence exceeds its model's positions; the last token is not read."""
     needed = prompt + completion - 1
     if needed > positions:
-        raise DataError(
+        raise OverlongError(
             f"{record.where}: the {who}'s prompt of {prompt} tokens and a completion of up to {completion} need "
             f"{needed} positions; the {who} was made for {positions} (max_position_embeddings). Allow shorter "
-            "completions (rollout.max_completion_length, evaluate.max_completion_length), leave the record out, or "
-            "choose another model. If the model is known to work beyond, say so in its config.json."
+            "completions (rollout.max_completion_length, evaluate.max_completion_length), leave the record out, as "
+            "data.overlong=skip does, or choose another model. If the model is known to work beyond, say so in its "
+            "config.json."
         )
 
 

@@ -119,6 +119,7 @@ def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
         parts.learner,
         layout=parts.layout,
         sampling_params=sampling_params_of(config),
+        prefix_length=config.rollout.prefix_length,
         weighing=Weighing(
             config.weighting,
             config.renio_report,

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.config import LoraConfig, TrainConfig
+from renio_megatron.config import LoraConfig
 from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.data.batching.collate import BatchLayout, collate
@@ -96,7 +96,7 @@ def max_completion_tokens(config: JobConfig, inputs: RunInputs) -> int:
     maximum length."""
     if config.train.max_tokens_per_micro_batch is not None:
         return config.train.max_tokens_per_micro_batch
-    return config.train.micro_batch_size * (config.longest_completion or inputs.architecture.max_sequence_length)
+    return config.train.micro_batch_size * (config.longest_trained or inputs.architecture.max_sequence_length)
 
 
 def stops_of(config: JobConfig) -> tuple[list[int], list[str]]:
@@ -175,7 +175,7 @@ def notices_of_prompts(
         teacher_ends: ends of each teacher's own completions, by its name.
         tokenizer: the student's tokenizer.
     """
-    found = list(stream.source.notices)
+    found = [*stream.source.notices, *stream.notices()]
     who_ends: dict[Ends, list[str]] = {}
     for name, one in teacher_ends.items():
         who_ends.setdefault(one, []).append("the teacher" if name == ONLY else f"the teacher {name}")
@@ -221,10 +221,11 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
         config.data,
         teacher_views=teacher_views(config, tokenizer),
         with_completions=config.longest_completion is None,
+        completions_per_prompt=config.completions_per_prompt,
         length_limits=_length_limits(config, architecture, teachers),
         now=now,
     )
-    first = stream.batch(0, _num_checked(source, config.train, config.data.source_info.has_records))
+    first = stream.distinct(_num_checked(source, config, config.data.source_info.has_records))
     for one in config.teachers:
         if one.settings.model is None:
             check_views_differ([prompt for prompt in first if prompt.teacher == one.name], one.kind)
@@ -324,12 +325,12 @@ def _length_limits(config: JobConfig, student: Architecture, teachers: Mapping[s
     )
 
 
-def _num_checked(source: Source, train: TrainConfig, has_records: bool) -> int:
+def _num_checked(source: Source, config: JobConfig, has_records: bool) -> int:
     """Number of prompts that are built at setup, so that a bad one is found before step 1.
 
     All that the run will use of a file's records; a few of generated problems, which are all similar.
     """
-    used = train.train_iters * train.global_batch_size
+    used = config.train.train_iters * config.train.global_batch_size // config.completions_per_prompt
     if source.size is None or not has_records:
         return min(8, used)
     return min(source.size, used)

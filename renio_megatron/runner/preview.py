@@ -96,8 +96,9 @@ def preview(config: JobConfig, count: int) -> Preview:
         config.data,
         teacher_views=teacher_views(config, tokenizer),
         with_completions=config.longest_completion is None,
+        completions_per_prompt=config.completions_per_prompt,
     )
-    prompts, ends = stream.batch(0, count), ends_of(model, tokenizer, *stops_of(config))
+    prompts, ends = stream.distinct(count), ends_of(model, tokenizer, *stops_of(config))
     notices = notices_of_prompts(stream, prompts, ends, teacher_ends, tokenizer)
     return Preview(prompts, tokenizer, ends, teacher_ends, notices)
 

@@ -13,8 +13,8 @@ RolloutObserver = Callable[[int, Sequence[Rollout], Sequence[float]], None]
 
 
 class RolloutSink:
-    """Writes one JSON object per line and sequence: step, prompt (its index), completion_ids, weight, finished; and the
-    teacher's name, where there are several.
+    """Writes one JSON object per line and sequence: step, prompt (its index), completion_ids, weight, finished; the
+    teacher's name, where there are several; and unread_ids, the tokens behind rollout.prefix_length.
 
     An existing file is continued, as `JsonlSink` continues its own.
 
@@ -44,6 +44,7 @@ class RolloutSink:
                 "weight": float(weight),
                 "finished": rollout.finished,
                 **({"teacher": rollout.prompt.teacher} if rollout.prompt.teacher else {}),
+                **({"unread_ids": list(rollout.unread_ids)} if rollout.unread_ids else {}),
             }
             for rollout, weight in zip(rollouts, weights, strict=True)
         )

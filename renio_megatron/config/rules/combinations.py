@@ -15,8 +15,9 @@ def check_combinations(config: Any) -> None:
     Args:
         config: a JobConfig.
     """
-    if config.longest_completion is not None:
-        _check_packing(config, config.longest_completion)
+    _check_completions_per_prompt(config)
+    if config.longest_trained is not None:
+        _check_packing(config, config.longest_trained)
     if config.teachers:
         _check_routes(config)
         for one in config.teachers:
@@ -32,6 +33,15 @@ def check_combinations(config: Any) -> None:
     _check_precision(config)
     if config.lora.r is not None:
         _check_lora(config)
+
+
+def _check_completions_per_prompt(config: Any) -> None:
+    count, batch = config.completions_per_prompt, config.train.global_batch_size
+    if batch % count:
+        raise ConfigError(
+            f"rollout.completions_per_prompt={count} does not divide train.global_batch_size={batch}, which counts "
+            f"completions: a step has whole prompts. Choose a multiple of {count}, such as {-(-batch // count) * count}."
+        )
 
 
 def _check_routes(config: Any) -> None:
@@ -95,10 +105,11 @@ def _check_packing(config: Any, completion: int) -> None:
     context = config.parallel.context_parallel_size
     padding = 2 * context - 1 if context > 1 else 0
     longest = config.data.max_prompt_length + completion - 1 + padding
+    setting = f"rollout.{'max_completion_length' if completion == config.longest_completion else 'prefix_length'}"
     if limit is not None and longest > limit:
         raise ConfigError(
             f"train.max_tokens_per_micro_batch={limit} cannot hold the longest sequence that the recipe allows: "
-            f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_completion_length={completion} "
+            f"data.max_prompt_length={config.data.max_prompt_length} and {setting}={completion} "
             f"make {longest} tokens. Raise it to {longest}, or lower one of the two."
         )
 

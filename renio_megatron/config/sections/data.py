@@ -95,7 +95,9 @@ class DataConfig:
             a container of one's own), or null: the first of the former two that works.
         grader_errors: what an exception in the grader does: `raise` stops the run and names the prompt, `count_wrong`
             counts the completion as wrong, which `rollout/grader_error_frac` shows.
-        max_prompt_length: longer prompts are refused, in tokens.
+        max_prompt_length: tokens of the longest prompt that is used.
+        overlong: what becomes of records whose prompts are longer, or which a model has too few positions for:
+            `refuse` names the first and stops, `skip` leaves them out and says how many. Nothing is cut.
     """
 
     source: str = "modchain"
@@ -117,6 +119,7 @@ class DataConfig:
     sandbox: str | None = None
     grader_errors: str = "raise"
     max_prompt_length: int = 4096
+    overlong: str = "refuse"
 
     @property
     def source_info(self) -> SourceInfo:
@@ -130,6 +133,7 @@ class DataConfig:
             require_choice("data.grader", self.grader, (*GRADERS, "none", "a function of your own (module:function)"))
         if self.sandbox is not None:
             require_choice("data.sandbox", self.sandbox, SANDBOXES)
+        require_choice("data.overlong", self.overlong, ("refuse", "skip"))
         require_choice("data.grader_errors", self.grader_errors, ("raise", "count_wrong"))
         check_template("data.student_template", self.student_template, ("problem",))
         if self.teacher_template is not None:

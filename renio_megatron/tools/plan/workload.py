@@ -86,7 +86,8 @@ class Workload:
 def workload(config: DistillationConfig, teacher: TeacherSpec, world_size: int, *, fused_norm: bool = True) -> Workload:
     """The largest passes of the student and of one teacher.
 
-    Every prompt has data.max_prompt_length tokens, every completion rollout.max_completion_length.
+    Every prompt has data.max_prompt_length tokens, every completion rollout.max_completion_length, of which an
+    update reads rollout.prefix_length.
     """
     parallel, rollout = config.parallel, config.rollout
     trainers, readers = ranks_of(teacher, world_size)
@@ -125,7 +126,8 @@ def _forward_work(
     config: DistillationConfig, parallel: ParallelConfig, num_ranks: int, *, bytes_per_value: int, fused: bool
 ) -> ForwardWork:
     """The passes of a model over its share of the sequences, whose length has the same bound for both models."""
-    train, completion = config.train, config.rollout.max_completion_length
+    train, completion = config.train, config.longest_trained
+    assert completion is not None  # completions are drawn
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     sequences = _sequences(config, parallel, num_ranks)
     # The last token is not read. Rows are padded as `data.collate.BatchLayout` does it.

@@ -41,6 +41,7 @@ class Distillation:
         *,
         layout: ParallelLayout,
         sampling_params: SamplingParams,
+        prefix_length: int | None = None,
         weighing: Weighing,
         lr_at: Callable[[int], float],
         grader: Callable[[Sequence[Rollout]], Sequence[Verdict]] | None = None,
@@ -53,6 +54,7 @@ class Distillation:
             sampler, teacher, learner: the implementations; several teachers as one `MultiTeacher`.
             layout: this rank's layout; weights are normalized over its data axis.
             sampling_params: how completions are drawn.
+            prefix_length: tokens of a completion that are scored and learned from, at most; None: all.
             weighing: computes the weights; also holds the divergence that they multiply.
             lr_at: learning rate of a step.
             grader: verdicts on completions, for metrics and for weightings that need them; None: no grading.
@@ -61,7 +63,7 @@ class Distillation:
         """
         self.sampler, self.teacher, self.learner = sampler, teacher, learner
         self._layout, self._sampling_params, self._weighing = layout, sampling_params, weighing
-        self._lr_at, self._grader = lr_at, grader
+        self._prefix_length, self._lr_at, self._grader = prefix_length, lr_at, grader
         self._is_balanced, self._on_rollouts = is_balanced, on_rollouts
         self._weighting_state: torch.Tensor | None = None
 
@@ -81,8 +83,13 @@ class Distillation:
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimizer step on this rank's prompts."""
         clock = [time.perf_counter()]
-        drawn = self.sampler.sample(prompts, self._sampling_params, rng_stream=(step,), on_group=self.teacher.prefetch)
-        rollouts = self._balance(drawn)
+        drawn = self.sampler.sample(
+            prompts,
+            self._sampling_params,
+            rng_stream=(step,),
+            on_group=lambda group: self.teacher.prefetch(self._prefixes(group)),
+        )
+        rollouts = self._balance(self._prefixes(drawn))
         clock.append(time.perf_counter())
         batches = self.learner.make_micro_batches(rollouts)
         targets = self.teacher.score(rollouts, batches)
@@ -115,6 +122,9 @@ class Distillation:
                 "the weighting needs verdicts, and nothing is graded. Set data.grader, or choose another weighting."
             )
         return self._grader(rollouts)
+
+    def _prefixes(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        return [rollout.prefix(self._prefix_length) for rollout in rollouts]
 
     def _balance(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Rollouts, balanced between data-parallel ranks where they are packed, so that the cost follows the tokens."""
@@ -160,7 +170,9 @@ class Distillation:
         dtype, device = torch.float64, sample.weights.device
         unfinished = torch.tensor([not rollout.finished for rollout in rollouts], dtype=dtype, device=device)
         capped = sample.is_capped.to(dtype)
+        drawn = torch.tensor([len(rollout.drawn_ids) for rollout in rollouts], dtype=dtype, device=device)
         columns = {"weight": sample.weights, "capped": capped, "length": sample.lengths, "cut": unfinished}
+        columns["drawn"] = drawn
         owner = flat_completions(rollouts)[1].to(device)
         if sample.renio is not None:
             pivotal = torch.zeros_like(unfinished).index_add_(0, owner, sample.renio.is_pivotal.to(dtype))
@@ -206,7 +218,7 @@ def _batch_metrics(columns: Mapping[str, torch.Tensor], weighing: Weighing, name
     if raw is not None and weighing.report is not None:
         metrics |= renio_metrics(raw, weighing.report)
         metrics["renio/pivotal_frac"] = float(columns["pivotal"].sum() / lengths.sum())
-    metrics["rollout/length"] = float(lengths.mean())
+    metrics["rollout/length"] = float(columns["drawn"].mean())
     metrics["rollout/truncated_frac"] = float(columns["cut"].mean())
     metrics["rollout/tokens"] = float(lengths.sum())
     if right is not None:
