@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
+Turn = tuple[str, str]
+"""A turn of a conversation: role (system, user, assistant, ...) and text."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One problem.
@@ -37,6 +41,8 @@ class Record:
         metadata: the other columns, for the grader.
         where: file and line, or number, for error messages.
         teacher: value of the column data.teacher_key; None where there is none.
+        before: turns of the conversation before the problem, which is the user's last turn.
+        teacher_turns: what the teacher sees in place of the problem and the turns before it; None: the same.
     """
 
     problem: str
@@ -45,6 +51,8 @@ class Record:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     where: str = "record"
     teacher: str | None = None
+    before: tuple[Turn, ...] = ()
+    teacher_turns: tuple[Turn, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class JobConfig:
         """Whether accuracies on held-out problems are measured: not where benchmarks stand in for a missing file."""
         reads_files = "eval_path" in self.data.source_info.settings
         return self.evaluate.every > 0 and not (
-            self.evaluate.benchmarks and reads_files and self.data.eval_path is None
+            self.evaluate.benchmarks and reads_files and self.data.eval_path is None and self.data.eval_split is None
         )
 
     @property
@@ -178,7 +178,7 @@ class DistillationConfig(JobConfig):
         """Whether accuracies on held-out problems are measured: not where benchmarks stand in for a missing file."""
         reads_files = "eval_path" in self.data.source_info.settings
         return self.evaluate.every > 0 and not (
-            self.evaluate.benchmarks and reads_files and self.data.eval_path is None
+            self.evaluate.benchmarks and reads_files and self.data.eval_path is None and self.data.eval_split is None
         )
 
     @property

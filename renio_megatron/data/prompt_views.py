@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,7 +12,7 @@ from renio_megatron.config.templates import check_fields, fields_of, filled
 from renio_megatron.data.sources.source import solution_of
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.models.chat_template import ChatTemplate
-from renio_megatron.types import Record
+from renio_megatron.types import Record, Turn
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,33 @@ def encode_view(
         DataError: the record lacks a solution that the template uses, the chat template fails on it, or the tokenizer
             cannot encode the text.
     """
-    text = view.fill(record)
+    return encode_turns(view, (*record.before, ("user", view.fill(record))), record, tokenizer, chat_template)
+
+
+def encode_turns(
+    view: PromptView,
+    turns: Sequence[Turn],
+    record: Record,
+    tokenizer: Any,
+    chat_template: ChatTemplate | None = None,
+) -> tuple[int, ...]:
+    """Token ids of a conversation as `encode_view` makes them, in place of the text of the view's template.
+
+    Raises:
+        DataError: as `encode_view`; or a conversation of several turns, which only a chat template can write.
+    """
     if view.chat:
         options = {} if view.enable_thinking is None else {"enable_thinking": view.enable_thinking}
-        turns = [{"role": "user", "content": text}]
-        text = (chat_template or ChatTemplate.of(tokenizer)).render(turns, record.where, **options)
+        asked = [{"role": role, "content": text} for role, text in turns]
+        text = (chat_template or ChatTemplate.of(tokenizer)).render(asked, record.where, **options)
         return encode_text(text, tokenizer, record.where)
+    if len(turns) > 1:
+        roles = ", ".join(role for role, _ in turns)
+        raise DataError(
+            f"{record.where}: the prompt is a conversation of {len(turns)} turns ({roles}), which only a chat template "
+            "can write. Set data.chat=true."
+        )
+    text = turns[0][1]
     token_ids = encode_text(text, tokenizer, record.where)
     bos = tokenizer.bos_token_id
     starts_with_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]

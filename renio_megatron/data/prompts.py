@@ -13,6 +13,7 @@ from renio_megatron.data.prompt_views import (
     PromptView,
     chat_template_of,
     encode_text,
+    encode_turns,
     encode_view,
     student_view,
     teacher_view,
@@ -133,7 +134,10 @@ class PromptStream:
         if is_taught:
             teacher = self._teacher_of(record)
             view = self._teacher_views[teacher]
-            if view != self._student_view:
+            if record.teacher_turns is not None and view.setting == self._student_view.setting:
+                turns = record.teacher_turns
+                teacher_ids = encode_turns(view, turns, record, self._tokenizer, self.chat_template)
+            elif view != self._student_view:
                 teacher_ids = encode_view(view, record, self._tokenizer, self.chat_template)
         for who, token_ids in (("student", student_ids), ("teacher", teacher_ids)):
             self._check_length(who, len(token_ids), record)

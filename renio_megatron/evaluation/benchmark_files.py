@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from renio_megatron.data.sources.hub import offline
 from renio_megatron.data.sources.row_files import Row
 from renio_megatron.errors import ConfigError, DataError
 from renio_megatron.evaluation.benchmark_names import KNOWN, Known, plain_name
@@ -133,7 +133,7 @@ def cached_rows(known: Known) -> tuple[list[Row] | None, str]:
     """
     import datasets
 
-    with _offline():
+    with offline():
         try:
             data = datasets.load_dataset(known.hub_id, known.config or None, split=known.split)
         except OSError:  # the set is not there: datasets would ask the network now
@@ -141,23 +141,6 @@ def cached_rows(known: Known) -> tuple[list[Row] | None, str]:
         except ValueError as error:  # another configuration or split of it is
             return None, str(error)
     return [(f"{known.hub_id}, split {known.split}, row {number}", dict(row)) for number, row in enumerate(data)], ""
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keeps `datasets` from the network. It has read the environment when it was imported, so its settings change."""
-    import datasets
-    import huggingface_hub
-
-    modules = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    try:
-        for module in modules:
-            setattr(module, "HF_HUB_OFFLINE", True)  # noqa: B010  mypy takes the constant for final
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            setattr(module, "HF_HUB_OFFLINE", value)  # noqa: B010
 
 
 def missing(known: Known, folders: list[Path], left_out: list[Path], cache: str) -> DataError:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from renio_megatron.config.sections.data import is_place
-from renio_megatron.data.sources.columns import ALIASES, answer_text
+from renio_megatron.data.sources.columns import ALIASES, answer_text, behind_hashes, column_names, value_of
+from renio_megatron.data.sources.conversations import conversation_of
 from renio_megatron.data.sources.row_files import Row
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.evaluation.graders.final_answer import behind_hashes
 from renio_megatron.types import Record
 
 MATH_INSTRUCTION = r"Think step by step, and put the final answer in \boxed{}."
@@ -69,7 +69,7 @@ def problems_of(rows: Sequence[Row], source: str, grader: str | None = None) -> 
         ConfigError: the rows hold nothing that this grader could use.
         DataError: a row without a problem, or without what others have; columns of no format.
     """
-    names = list(dict.fromkeys(name for _, row in rows for name, value in row.items() if value is not None))
+    names = column_names({name: value for name, value in row.items() if value is not None} for _, row in rows)
     read, found, instruction = _format_of(names, source, grader)
     records = [read(where, row) for where, row in rows]
     holds = (_HOLDS_MATH if instruction == MATH_INSTRUCTION else _HOLDS_CODE).search
@@ -155,7 +155,10 @@ def _column(names: list[str], key: str, source: str) -> str | None:
 
 def _record(where: str, row: dict[str, Any], column: str | None, **values: Any) -> Record:
     """The record of a row; the whole row is its metadata, so that a grader finds everything."""
-    problem = row.get(column) if column is not None else None
+    problem = None if column is None else value_of(row, column)
+    if column is not None and isinstance(problem, list):
+        asked = conversation_of(problem, column, where)
+        problem, values = asked.question, {**values, "before": asked.before}
     if not isinstance(problem, str) or not problem.strip():
         found = "nothing" if problem is None or problem == "" else f"{type(problem).__name__} without a text"
         raise DataError(

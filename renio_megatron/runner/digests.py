@@ -33,6 +33,8 @@ def origins(config: JobConfig, inputs: RunInputs) -> dict[str, str]:
     for setting, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
         if path is not None:
             places[setting] = _files(user_path(path))
+    if inputs.stream.source.fingerprint:
+        places["data.path"] = iter([inputs.stream.source.fingerprint.encode()])
     for one in config.teachers:
         teacher, found = one.settings, inputs.teachers[one.name]
         is_copy = teacher.model is None and not one.shares_student

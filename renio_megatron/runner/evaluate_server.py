@@ -81,7 +81,9 @@ def _pending(job: EvaluationJob, benchmark: Benchmark, results: Results) -> list
             if is_missing(index, draw):
                 text = filled(job.config.template, {"problem": job.asked(benchmark, record).problem}.__getitem__)
                 seed = _seed(job.config.seed, benchmark.name, index, draw)
-                found.append(ServerRequest((index, draw), ({"role": "user", "content": text},), seed))
+                turns = (*record.before, ("user", text))
+                messages = tuple({"role": role, "content": content} for role, content in turns)
+                found.append(ServerRequest((index, draw), messages, seed))
     return found
 
 

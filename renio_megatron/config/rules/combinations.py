@@ -39,8 +39,8 @@ def _check_completions_per_prompt(config: Any) -> None:
     count, batch = config.completions_per_prompt, config.train.global_batch_size
     if batch % count:
         raise ConfigError(
-            f"rollout.completions_per_prompt={count} does not divide train.global_batch_size={batch}, which counts "
-            f"completions: a step has whole prompts. Choose a multiple of {count}, such as {-(-batch // count) * count}."
+            f"rollout.completions_per_prompt={count} does not divide train.global_batch_size={batch}, a number of "
+            f"completions: a step has whole prompts. Choose a multiple of it, such as {-(-batch // count) * count}."
         )
 
 
@@ -80,7 +80,9 @@ def _check_self_teacher(config: Any, one: TeacherSpec) -> None:
     data, kind = one.data, one.kind
     same_text = data.teacher_template in (None, data.student_template)
     same_thinking = data.teacher_enable_thinking in (None, data.enable_thinking)
-    if one.settings.model is None and same_text and same_thinking:
+    # Records may hold the teacher's prompts; whether they do is seen when they are read.
+    may_differ = data.source_info.has_records and data.teacher_template is None
+    if one.settings.model is None and same_text and same_thinking and not may_differ:
         raise ConfigError(
             f"teacher.kind={kind} with the student's own view of the prompt: teacher and student are then the same "
             "model on the same text, and their KL is exactly zero at the first step. Give data.teacher_template "

@@ -34,7 +34,7 @@ SOURCES: dict[str, SourceInfo] = {
     ),
     "datasets": SourceInfo(
         f"{_SOURCES}.files:datasets_source",
-        ("path", "eval_path"),
+        ("path", "eval_path", "subset", "split", "eval_split"),
         has_records=True,
         check=f"{_SOURCES}.files:check_datasets",
     ),
@@ -76,12 +76,18 @@ class DataConfig:
     Attributes:
         source: `modchain`, `jsonl`, `datasets` or `reasoning_gym`.
         seed: seed of the problems' order, and of the problems themselves where they are generated.
-        path: file (`jsonl`) or directory written by `datasets.save_to_disk` (`datasets`).
-        eval_path: file or directory of the evaluation problems; the generated sources need none.
+        path: file (`jsonl`); or directory or name of a data set of the library `datasets` (`datasets`), which is looked
+            for in its cache before it is fetched.
+        eval_path: file, directory or name of the evaluation problems; the generated sources need none, nor does a data
+            set with an eval_split.
+        subset: of a data set that holds several, the name of one.
+        split, eval_split: splits of a data set; null: `train`, and `test` of eval_path.
         task: generator of `reasoning_gym`, for example `gsm_symbolic`.
         size: number of problems that `reasoning_gym` generates before they repeat.
         problem_key, solution_key, answer_key: columns of a record. Solution and answer are optional.
         teacher_key: column that names which of teacher.routes scores a record's completions.
+        teacher_prompt_key: column with what the teacher sees in place of the problem, text or turns, where records have
+            it and teacher_template is null.
         student_template, teacher_template: text of the prompt, with the fields {problem} and {solution}; a null
             teacher_template is the student's, which must have {problem}.
         chat: wrap the prompt in the tokenizer's chat template.
@@ -104,12 +110,16 @@ class DataConfig:
     seed: int = 1
     path: str | None = None
     eval_path: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    eval_split: str | None = None
     task: str | None = None
     size: int | None = None
     problem_key: str = "problem"
     solution_key: str = "solution"
     answer_key: str = "answer"
     teacher_key: str | None = None
+    teacher_prompt_key: str = "teacher_prompt"
     student_template: str = "{problem}"
     teacher_template: str | None = None
     chat: bool = False

@@ -25,7 +25,7 @@ def build_source(config: DataConfig, split: str) -> Source:
     require_choice("split", split, SPLITS)
     if not 0 <= config.seed < EVAL_SEED_OFFSET:
         raise ConfigError(f"data.seed must lie in [0, 2**31); got {config.seed}.")
-    for name in ("path", "eval_path", "task", "size"):
+    for name in ("path", "eval_path", "subset", "split", "eval_split", "task", "size"):
         if getattr(config, name) is not None and name not in info.settings:
             raise ConfigError(f"data.{name} has no meaning for data.source={config.source}; leave it out.")
     return imported(info.opener)(config, split)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -12,9 +12,12 @@ from renio_megatron.config import DataConfig
 from renio_megatron.errors import DataError
 
 ALIASES: dict[str, tuple[str, ...]] = {
-    "problem_key": ("problem", "question", "prompt", "instruction", "query"),
+    "problem_key": ("problem", "question", "prompt", "instruction", "query", "messages", "conversations"),
     "solution_key": ("solution", "response", "completion", "rationale", "generated_solution"),
-    "answer_key": ("answer", "final_answer", "expected_answer", "ground_truth", "target"),
+    "answer_key": (
+        *("answer", "final_answer", "expected_answer", "ground_truth", "target"),
+        "reward_model.ground_truth",
+    ),
 }
 """Common names of each column, case-insensitive. They are searched where the setting has its default, the first of
 them, and the file has no such column."""
@@ -33,7 +36,7 @@ def resolve_columns(
 
     Args:
         config: the settings.
-        names: all column names of the file's records.
+        names: all column names of the file's records, as `column_names` gives them.
         where: the file, for messages.
         is_text: whether a column holds text or numbers.
 
@@ -42,7 +45,7 @@ def resolve_columns(
     """
     changed: dict[str, Any] = {}
     told = []
-    given = {config.problem_key, config.solution_key, config.answer_key, config.teacher_key}
+    given = {config.problem_key, config.solution_key, config.answer_key, config.teacher_key, config.teacher_prompt_key}
     for setting, aliases in ALIASES.items():
         wanted = getattr(config, setting)
         if wanted != aliases[0] or wanted in names:
@@ -67,6 +70,46 @@ def resolve_columns(
     return replace(config, **changed), told
 
 
+def column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of all columns, in order of appearance; of those in a column of objects `column.name`.
+
+    >>> column_names([{"a": 1, "b": {"c": 2}}, {"d": None}])
+    ['a', 'b', 'b.c', 'd']
+    """
+    found: dict[str, None] = {}
+    for row in rows:
+        for name, value in row.items():
+            found[name] = None
+            if isinstance(value, Mapping):
+                found.update(dict.fromkeys(f"{name}.{inner}" for inner in value))
+    return list(found)
+
+
+def value_of(row: Mapping[str, Any], key: str) -> Any:
+    """The value of a column, or of `column.name` in a column of objects; None where there is none.
+
+    >>> value_of({"a": {"b": 2}}, "a.b"), value_of({"a.b": 1}, "a.b"), value_of({}, "a.b")
+    (2, 1, None)
+    """
+    if key in row:
+        return row[key]
+    outer, dot, inner = key.partition(".")
+    within = row.get(outer) if dot else None
+    return value_of(within, inner) if isinstance(within, Mapping) else None
+
+
+def behind_hashes(text: str) -> str | None:
+    """The line behind the last ``####``, or the next line where nothing follows on the same; None without hashes.
+
+    >>> behind_hashes("... 72 #### 72\\n\\nThis took 3 steps."), behind_hashes("####\\n5"), behind_hashes("5")
+    ('72', '5', None)
+    """
+    _, mark, after = text.rpartition("####")
+    if not mark:
+        return None
+    return next((line.strip() for line in after.splitlines() if line.strip()), "")
+
+
 def answer_text(row: Mapping[str, Any], key: str, where: str) -> str | None:
     """A record's right answer as text; numbers in full digits.
 
@@ -76,7 +119,7 @@ def answer_text(row: Mapping[str, Any], key: str, where: str) -> str | None:
     Raises:
         DataError: it is empty, not a number, or neither text nor a number.
     """
-    value = row.get(key)
+    value = value_of(row, key)
     if value is None:
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool):

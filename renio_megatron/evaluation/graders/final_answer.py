@@ -123,15 +123,3 @@ def boxed(text: str) -> str | None:
     """
     found = boxes(text)
     return found[-1].contents if found else None
-
-
-def behind_hashes(text: str) -> str | None:
-    """The line behind the last ``####``, or the next line where nothing follows on the same; None without hashes.
-
-    >>> behind_hashes("... 72 #### 72\\n\\nThis took 3 steps."), behind_hashes("####\\n5"), behind_hashes("5")
-    ('72', '5', None)
-    """
-    _, mark, after = text.rpartition("####")
-    if not mark:
-        return None
-    return next((line.strip() for line in after.splitlines() if line.strip()), "")

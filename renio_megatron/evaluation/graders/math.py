@@ -10,8 +10,9 @@ import re
 import time
 from dataclasses import dataclass, field
 
+from renio_megatron.data.sources.columns import behind_hashes
 from renio_megatron.evaluation.graders.equality import MathVerify
-from renio_megatron.evaluation.graders.final_answer import after_thinking, behind_hashes, boxed, last_boxes
+from renio_megatron.evaluation.graders.final_answer import after_thinking, boxed, last_boxes
 from renio_megatron.evaluation.graders.grader import CUT, NO_ANSWER, UNCLOSED_THINKING, Completion, Grader
 from renio_megatron.evaluation.graders.latex import clean, compact, is_balanced
 from renio_megatron.evaluation.graders.quantities import parse_quantity, same_quantity

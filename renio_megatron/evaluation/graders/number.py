@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 
-from renio_megatron.evaluation.graders.final_answer import after_thinking, behind_hashes, boxed
+from renio_megatron.data.sources.columns import behind_hashes
+from renio_megatron.evaluation.graders.final_answer import after_thinking, boxed
 from renio_megatron.evaluation.graders.grader import CUT, NO_ANSWER, UNCLOSED_THINKING, Completion
 from renio_megatron.evaluation.graders.latex import clean
 from renio_megatron.evaluation.graders.quantities import Quantity, parse_quantity, same_quantity

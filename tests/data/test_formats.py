@@ -1,0 +1,206 @@
+"""Data as people have it: each format gives the same prompts as JSON lines with plain columns."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from renio_megatron.config import DataConfig
+from renio_megatron.data.prompts import PromptStream
+from renio_megatron.data.sources import build_source
+from renio_megatron.data.sources.conversations import conversation_of
+from renio_megatron.errors import DataError
+from tests.data.test_prompts import CHAT, characters
+
+ROWS = [{"problem": f"{n} + {n}?", "solution": f"Twice {n}.", "answer": str(2 * n)} for n in range(1, 8)]
+ROLES = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def prompts(path: Path, count: int = 16, start: int = 0, chat: str | None = None, **settings: Any) -> list:
+    """Prompts, told apart from where they come from."""
+    config = DataConfig(**{"source": "jsonl", "path": str(path), "chat": chat is not None, **settings})
+    stream = PromptStream(build_source(config, "train"), characters(chat=chat), config)
+    found = stream.batch(start, count)
+    return [(one.index, one.student_ids, one.teacher_ids, one.record.solution, one.record.answer) for one in found]
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def written(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The rows in a format; and the settings that it needs."""
+    import pyarrow
+    import pyarrow.parquet
+
+    datasets = pytest.importorskip("datasets")
+    path, settings = folder / name, {}
+    if name == "rows.jsonl.gz":
+        path.write_bytes(gzip.compress(lines(folder / "rows.jsonl", ROWS).read_bytes()))
+    elif name == "array.json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif name == "rows.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif name == "question.jsonl":
+        lines(path, [{"Question": r["problem"], "response": r["solution"], "final_answer": r["answer"]} for r in ROWS])
+    elif name == "messages.jsonl":
+        lines(path, [_chat("messages", row) for row in ROWS])
+    elif name == "from_value.jsonl":
+        turns = [[("human", row["problem"]), ("gpt", row["solution"])] for row in ROWS]
+        pairs = [[{"from": role, "value": text} for role, text in one] for one in turns]
+        lines(path, [{"conversations": one, "answer": row["answer"]} for one, row in zip(pairs, ROWS, strict=True)])
+    elif name == "verl.parquet":
+        rows = [
+            {
+                "data_source": "sums",
+                "prompt": [{"role": "user", "content": row["problem"]}],
+                "solution": row["solution"],
+                "reward_model": {"style": "rule", "ground_truth": row["answer"]},
+            }
+            for row in ROWS
+        ]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif name in ("saved", "of splits"):
+        data = datasets.Dataset.from_list(ROWS)
+        (datasets.DatasetDict({"mine": data}) if name == "of splits" else data).save_to_disk(str(path))
+        settings = {"source": "datasets"} | ({"split": "mine"} if name == "of splits" else {})
+    elif name in ("folder", "folder of two"):
+        path.mkdir()
+        if name == "folder":
+            lines(path / "train.jsonl", ROWS)
+        else:  # as the hub's repositories have them
+            for part, rows in enumerate((ROWS[:3], ROWS[3:])):
+                file = path / f"train-0000{part}-of-00002.parquet"
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        settings = {"source": "datasets"}
+    return path, settings
+
+
+def _chat(column: str, row: dict[str, str]) -> dict[str, Any]:
+    turns = [{"role": "user", "content": row["problem"]}, {"role": "assistant", "content": row["solution"]}]
+    return {column: turns, "answer": row["answer"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rows.jsonl.gz", "array.json", "rows.parquet", "question.jsonl", "messages.jsonl", "from_value.jsonl"),
+        *("verl.parquet", "saved", "of splits", "folder", "folder of two"),
+    ],
+)
+def test_each_format_gives_the_prompts_of_json_lines_also_in_the_middle_of_an_epoch(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    expected = prompts(lines(tmp_path / "plain.jsonl", ROWS), teacher_template="{problem} {solution}")
+    path, settings = written(tmp_path, name)
+    settings["teacher_template"] = "{problem} {solution}"
+    assert prompts(path, **settings) == expected
+    assert prompts(path, 6, 10, **settings) == expected[10:]
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "And {doubled}?"},
+]
+
+
+@pytest.mark.parametrize("chat", [CHAT, ROLES])
+@pytest.mark.parametrize("column", ["messages", "prompt", "conversations"])
+def test_a_conversation_without_a_view_is_what_the_chat_template_makes_of_it(tmp_path, column, chat):
+    tokenizer = characters(chat=chat)
+    expected = tuple(tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False))
+    for turns, solution in ((TURNS, None), ([*TURNS, {"role": "assistant", "content": "4"}], "4")):
+        ((_, student, teacher, found, _),) = prompts(lines(tmp_path / "a.jsonl", [{column: turns}]), 1, chat=chat)
+        assert (student, teacher, found) == (expected, expected, solution)
+
+
+def test_a_template_writes_the_last_turn_and_keeps_the_others(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"messages": TURNS}])
+    ((_, student, _, _, _),) = prompts(path, 1, chat=ROLES, student_template="[{problem}]")
+    text = "<system>Be brief.<user>1 + 1?<assistant>2<user>[And {doubled}?]<assistant>"
+    assert characters().decode(list(student)) == text
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .* 4 turns \(system, user, assistant, user\).*data\.chat=true"):
+        prompts(path, 1)
+
+
+def test_contents_in_parts_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]
+    found = conversation_of([{"role": "user", "content": parts}], "messages", "here")
+    assert (found.before, found.question, found.answer) == ((), "1 + 1?", None)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], r"must end with a turn of the user.*got nothing"),
+        ([{"role": "system", "content": "x"}], r"got a turn of 'system'"),
+        ([{"role": "assistant", "content": "x"}], r"got nothing there"),
+        (["x"], r"turn 1: a turn is an object with `role` and `content`.*got 'x'"),
+        ([{"role": "user"}], r"turn 1: a turn is an object"),
+        ([{"role": "user", "content": None}], r"got NoneType as its contents"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a"}]}], r"got list as its contents. Images"),
+        ([{"role": 3, "content": "x"}], r"got the role 3"),
+    ],
+)
+def test_what_is_no_conversation_is_named_with_its_line(tmp_path, turns, message):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'messages'.*" + message):
+        prompts(lines(tmp_path / "a.jsonl", [{"messages": turns}]), 1, chat=ROLES)
+
+
+def test_the_answers_of_gsm8k_are_solution_and_answer(tmp_path):
+    rows = [
+        {"question": "Half of 48?", "answer": "It is 48/2 = <<48/2=24>>24.\n#### 24"},
+        {"question": "1000 + 1?", "answer": "It is 1,001.\n#### 1,001"},
+    ]
+    path = lines(tmp_path / "a.jsonl", rows)
+    source = build_source(DataConfig(source="jsonl", path=str(path), eval_path=str(path)), "eval")
+    assert [(source.record(n).solution, source.record(n).answer) for n in (0, 1)] == [
+        (rows[0]["answer"], "24"),
+        (rows[1]["answer"], "1,001"),
+    ]
+    assert any("the answer what follows ####" in notice for notice in source.notices)
+    rows[0]["solution"] = "Halve it."
+    source = build_source(DataConfig(source="jsonl", path=str(lines(path, rows))), "train")
+    assert {source.record(n).solution for n in (0, 1)} == {"Halve it.", None}
+    assert all("####" in (source.record(n).answer or "") for n in (0, 1))
+
+
+def test_the_teachers_own_prompt(tmp_path):
+    turns = [{"role": "system", "content": "You know it is 2."}, {"role": "user", "content": "1 + 1?"}]
+    rows = [{"problem": "1 + 1?", "teacher_prompt": turns}, {"problem": "2?", "teacher_prompt": "2? (2)"}]
+    path = lines(tmp_path / "a.jsonl", [*rows, {"problem": "3?", "teacher_prompt": None}])
+    config = DataConfig(source="jsonl", path=str(path), eval_path=str(path), chat=True)
+    tokenizer = characters(chat=ROLES)
+    found = PromptStream(build_source(config, "eval"), tokenizer, config).batch(0, 3)
+    texts = [tokenizer.decode(list(one.teacher_ids)) for one in found]
+    assert texts == [
+        "<system>You know it is 2.<user>1 + 1?<assistant>",
+        "<user>2? (2)<assistant>",
+        "<user>3?<assistant>",
+    ]
+    assert tokenizer.decode(list(found[0].student_ids)) == "<user>1 + 1?<assistant>"
+    told = DataConfig(source="jsonl", path=str(path), teacher_template="{problem}!", chat=True)
+    source = build_source(told, "train")
+    assert source.record(0).teacher_turns is None
+    assert any("'teacher_prompt' is not read" in notice for notice in source.notices)
+    rows[0]["teacher_prompt"] = [*turns, {"role": "assistant", "content": "2"}]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*ends with the assistant's answer"):
+        build_source(DataConfig(source="jsonl", path=str(lines(path, rows)), chat=True), "train")
+    rows[0]["teacher_prompt"] = 3
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'teacher_prompt' must hold a prompt.*got 3"):
+        build_source(DataConfig(source="jsonl", path=str(lines(path, rows)), chat=True), "train")
+
+
+def test_a_nested_column_by_a_setting(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"problem": "p", "extra": {"gold": {"value": 7}}}])
+    source = build_source(DataConfig(source="jsonl", path=str(path), answer_key="extra.gold.value"), "train")
+    assert source.record(0).answer == "7" and source.record(0).metadata == {"extra": {"gold": {"value": 7}}}
