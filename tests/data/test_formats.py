@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from renio_megatron.config import DataConfig
 from renio_megatron.data.prompts import PromptStream
-from renio_megatron.data.sources import build_source
+from renio_megatron.data.sources import build_source, check_files
 from renio_megatron.data.sources.conversations import conversation_of
 from renio_megatron.errors import DataError
 from tests.data.test_prompts import CHAT, characters
@@ -103,6 +104,60 @@ def test_each_format_gives_the_prompts_of_json_lines_also_in_the_middle_of_an_ep
     settings["teacher_template"] = "{problem} {solution}"
     assert prompts(path, **settings) == expected
     assert prompts(path, 6, 10, **settings) == expected[10:]
+
+
+def test_a_name_is_read_from_the_cache_and_the_network_is_not_asked(tmp_path, monkeypatch):
+    """What `load_dataset` leaves there: a folder for each data set, configuration, version and hash."""
+    import datasets
+    import pyarrow
+
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "cache" / "someone___sums" / "easy" / "0.0.0" / "0123"
+    folder.mkdir(parents=True)
+    splits = {"train": ROWS[:5], "test": ROWS[5:]}
+    for split, rows in splits.items():
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(str(folder / f"sums-{split}.arrow"), table.schema) as out:
+            out.write_table(table)
+    info = {
+        "features": {name: {"dtype": "string", "_type": "Value"} for name in ROWS[0]},
+        "dataset_name": "sums",
+        "config_name": "easy",
+        "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0},
+        "splits": {
+            name: {"name": name, "num_bytes": 1, "num_examples": len(rows), "dataset_name": "sums"}
+            for name, rows in splits.items()
+        },
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    named = {"source": "datasets", "subset": "easy", "eval_split": "test"}
+    expected = prompts(lines(tmp_path / "plain.jsonl", ROWS[:5]))
+    config = DataConfig(**{**named, "path": "someone/sums"})
+    check_files(config, "train")
+    source = build_source(config, "train")
+    stream = PromptStream(source, characters(), config)
+    assert [one.student_ids for one in stream.batch(0, 16)] == [student for _, student, *_ in expected]
+    assert source.record(0).where.startswith("someone/sums (easy), row ")
+    assert source.fingerprint and source.fingerprint == build_source(config, "train").fingerprint
+    assert [build_source(config, "eval").record(n).problem for n in (0, 1)] == ["6 + 6?", "7 + 7?"]
+
+
+def test_a_name_that_cannot_be_had_says_how(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"data\.path: someone/none, split 'train', cannot be .*load_dataset\('some"
+    ):
+        check_files(DataConfig(source="datasets", path="someone/none"), "train")
+    with pytest.raises(DataError, match=r"data\.path: there is no directory"):
+        check_files(DataConfig(source="datasets", path="./none"), "train")
 
 
 TURNS = [

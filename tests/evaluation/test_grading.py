@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,15 @@ def test_the_grader_sees_the_text_before_the_end_and_whether_the_prompt_opened_a
         Completion("4", True, False),
     ]
     assert all(one is record for _, one in seen)
+
+
+def test_it_reads_what_lies_behind_a_prefix():
+    seen: list[str] = []
+    look = Grader("look", lambda completion, record: Verdict(bool(seen.append(completion.text))))
+    grade = RolloutGrader(look, CHARACTERS, errors="raise", layout=ParallelLayout())
+    whole = Rollout(Prompt(0, (65,), (65,), Record("2+2?")), tuple(map(ord, "so 4|")))
+    grade([whole, whole.prefix(2), replace(whole, finished=False).prefix(2)])
+    assert seen == ["so 4", "so 4", "so 4|"]
 
 
 def test_it_raises_and_names_prompt_grader_and_cause():

@@ -140,7 +140,9 @@ def one_step(config: DistillationConfig, folder: Path, draw: Any = None) -> dict
     is_permuted = any(part.inner is not None for part in config.weighting.parts)
     reference = reference_step(config, rollouts, found=(weights, token_weights) if is_permuted else None)
     return {
+        "prompts": [rollout.prompt.student_ids for rollout in rollouts],
         "tokens": [rollout.completion_ids for rollout in rollouts],
+        "unread": [rollout.unread_ids for rollout in rollouts],
         "weights": weights,
         "token_weights": token_weights,
         "loss": metrics["loss"],

@@ -28,6 +28,7 @@ WEIGHTINGS = {
     "entropies where the teacher is unsure": GateWeighting(above=ABOVE),
     "divergence": HardestWeighting(),
 }
+DRAWS = {"prefixes": {"prefix_length": 3}, "4 a prompt": {"completions_per_prompt": 4}}
 
 
 def _cases(folder: Path, world_size: int) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def _cases(folder: Path, world_size: int) -> dict[str, Any]:
     recompute = replace(base.rollout, student_scores="recompute")
     tp, pp, tied = layout_of(2), layout_of(1, 2), str(folder / "tied")
     shared, context = layout_of(2, sp=True), ParallelConfig(context_parallel_size=2)
+    layouts = {"TP2 + SP": shared, "PP2": pp, "CP2": context, "DP2": layout_of()}
     if world_size == 4:
         both = layout_of(2, 2)
         return {
@@ -73,8 +75,13 @@ def _cases(folder: Path, world_size: int) -> dict[str, Any]:
         "DP2, reverse KL": recipe(folder, loss=LossConfig(beta=1.0, temperature=1.1)),
         **{
             f"{layout}, weighting {name}": recipe(folder, parallel=parallel, weighting=weighting)
-            for layout, parallel in {"TP2 + SP": shared, "PP2": pp, "CP2": context, "DP2": layout_of()}.items()
+            for layout, parallel in layouts.items()
             for name, weighting in WEIGHTINGS.items()
+        },
+        **{
+            f"{layout}, drawn {name}": recipe(folder, parallel=parallel, rollout=replace(base.rollout, **settings))
+            for layout, parallel in layouts.items()
+            for name, settings in DRAWS.items()
         },
     }
 
@@ -110,7 +117,7 @@ def test_update_equals_the_single_process_reference(name: str, result: Any) -> N
 
 @pytest.mark.matrix(5)
 def test_every_layout_draws_the_same_rollouts(result: Any) -> None:
-    untied = [found for name in CASES if "tied" not in name for found in result(name)]
+    untied = [found for name in CASES if "tied" not in name and "drawn" not in name for found in result(name)]
     tied = [found for name in CASES if "tied" in name for found in result(name)]
     for group in (untied, tied):
         assert all(found["tokens"] == group[0]["tokens"] for found in group)
@@ -119,8 +126,30 @@ def test_every_layout_draws_the_same_rollouts(result: Any) -> None:
 
 
 @pytest.mark.matrix(5)
+def test_prefixes_are_the_first_tokens_of_the_same_draws(result: Any) -> None:
+    whole = result("DP2")[0]["tokens"]
+    assert max(map(len, whole)) == 6
+    for found in _drawn("prefixes", result):
+        assert found["tokens"] == [tokens[:3] for tokens in whole]
+        assert found["unread"] == [tokens[3:] for tokens in whole]
+
+
+@pytest.mark.matrix(5)
+def test_completions_of_a_prompt_are_different_draws_and_the_same_ones_in_every_layout(result: Any) -> None:
+    once = result("DP2")[0]["prompts"]
+    first, *others = _drawn("4 a prompt", result)
+    assert first["prompts"] == [prompt for prompt in once[:2] for _ in range(4)]
+    assert len(set(first["tokens"][:4])) > 2 and len(set(first["tokens"][4:])) > 2
+    assert all(found["tokens"] == first["tokens"] for found in others)
+
+
+def _drawn(name: str, result: Any) -> list[dict[str, Any]]:
+    return [found for case in CASES if case.endswith(f"drawn {name}") for found in result(case)]
+
+
+@pytest.mark.matrix(5)
 def test_micro_batch_and_layout_change_no_weight(result: Any) -> None:
-    others = ("tied", "KL", "JSD", "clipped", "plain", "weighting")
+    others = ("tied", "KL", "JSD", "clipped", "plain", "weighting", "drawn")
     plain = [name for name in CASES if not any(word in name for word in others)]
     first = result(plain[0])[0]
     assert max(first["weights"]) > 1.05
