@@ -18,6 +18,7 @@ class FlatSettings:
     Attributes:
         values: dotted key -> (value, where it was given), including keys that only another tag has.
         chosen: the sections of tables and lists; they exist even where nothing is set in them.
+        sources: where settings were given, in order.
     """
 
     def __init__(self, schema: type) -> None:
@@ -25,6 +26,7 @@ class FlatSettings:
         self.schema = schema
         self.values: dict[str, tuple[Any, str]] = {}
         self.chosen: dict[str, None] = {}
+        self.sources: dict[str, None] = {}
 
     def put(self, key: str, value: Any, source: str) -> None:
         """Sets a key, or the whole recipe for an empty key, to the value that `source` gives.
@@ -32,6 +34,7 @@ class FlatSettings:
         Raises:
             ConfigError: there is no such key, or it cannot hold a value of this kind.
         """
+        self.sources[source] = None
         place = place_of(self.schema, key) if key else Place("section", self.schema, "")
         if place is None:
             refuse_unknown(key, self.keys(), source)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from renio_megatron.config.expand_views import expand_views
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.rules.combinations import check_combinations
 from renio_megatron.config.rules.experts import check_expert_ranks, check_experts
@@ -79,7 +80,7 @@ def _read(kind: str, algorithm: str, path: str | Path, overrides: Sequence[str])
     """
     dropped: dict[str, str] = {}
     while True:
-        read = read_recipe(schema_of(algorithm), path, overrides, without=dropped)
+        read = read_recipe(schema_of(algorithm), path, overrides, without=dropped, expand=expand_views)
         check_settings(read.config)
         ignored = {**read.misplaced, **ignored_settings(read.config, read.explicit)}
         if not ignored:
@@ -93,7 +94,7 @@ def _mistakes_of(algorithm: str, path: str | Path, overrides: Sequence[str]) -> 
     """Keys of a recipe that have no effect by themselves; of the command line only its top-level keys are applied."""
     try:
         plain = [text for text in overrides if text.partition("=")[0].strip() in _PLAIN_KEYS]
-        read = read_recipe(schema_of(algorithm), path, plain)
+        read = read_recipe(schema_of(algorithm), path, plain, expand=expand_views)
         return frozenset((*read.misplaced, *ignored_settings(read.config, read.explicit)))
     except ConfigError:  # it needs the command line to be a recipe at all
         return frozenset()

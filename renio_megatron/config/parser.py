@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -61,6 +61,7 @@ def read_recipe(
     overrides: Sequence[str] = (),
     *,
     without: Collection[str] = (),
+    expand: Callable[[FlatSettings], None] = lambda settings: None,
 ) -> Read[_Schema]:
     """The dataclass that a recipe and its overrides describe, and the keys they set.
 
@@ -73,6 +74,7 @@ def read_recipe(
         path: the YAML file; None: there is none, only overrides.
         overrides: settings that replace those of the file, in the order of the command line.
         without: dotted keys that are left out, from the file and from the overrides.
+        expand: replaces settings that stand for others, when all are known.
 
     Raises:
         ConfigError: the file cannot be read, or a key or a value is not one of the schema's.
@@ -81,6 +83,7 @@ def read_recipe(
     if path is not None:
         settings.put("", _load(Path(path)), str(path))
     _apply_overrides(settings, overrides)
+    expand(settings)
     settings.without(without)
     keys, flat = settings.keys(), settings.values
     explicit = frozenset(key for key, (value, _) in flat.items() if value is not None)

@@ -97,11 +97,14 @@ def _sections_of_each(config: Any) -> dict[str, tuple[TeacherConfig, TeacherPrec
         return {ONLY: (shared, config.teacher_precision, config.data)}
     found = {}
     for name, route in shared.routes.items():
-        views = {f"teacher_{key}": getattr(route, key) for key in ("template", "enable_thinking")}
+        views = {f"teacher_{key}": getattr(route, key) for key in ("template", "system", "enable_thinking")}
         given = {key: value for key, value in views.items() if value is not None}
         data = replace(config.data, teacher_key=None, **given)
         of_all = {one.name: getattr(shared, one.name) for one in fields(TeacherConfig) if _is_of_all(one)}
-        teacher, precision = replace(route, template=None, enable_thinking=None, **of_all), config.teacher_precision
+        teacher, precision = (
+            replace(route, template=None, system=None, enable_thinking=None, **of_all),
+            config.teacher_precision,
+        )
         if _shares_student(teacher, config):
             precision = TeacherPrecisionConfig()
             teacher = replace(

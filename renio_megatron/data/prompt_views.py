@@ -27,6 +27,7 @@ class PromptView:
         chat: wrap the text in the tokenizer's chat template, as the user's turn.
         enable_thinking: passed to the chat template; None leaves it out.
         setting: the setting that holds the template, for error messages.
+        system: system turn before the others; None: none.
     Raises:
         ConfigError: an unknown field in the template.
     """
@@ -35,6 +36,7 @@ class PromptView:
     chat: bool
     enable_thinking: bool | None
     setting: str
+    system: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self.setting, self.template)
@@ -55,18 +57,35 @@ class PromptView:
             values["solution"] = solution_of(record, f"{self.setting} uses {{solution}}")
         return filled(self.template, values.__getitem__)
 
+    def turns(self, record: Record) -> tuple[Turn, ...]:
+        """The prompt's conversation: the system turn, those before the problem, and the template.
+
+        Raises:
+            DataError: the record has a system turn, too.
+        """
+        system = () if self.system is None else (("system", self.system),)
+        if system and record.before and record.before[0][0] == "system":
+            raise DataError(
+                f"{record.where}: the record has a system turn of its own, and "
+                f"{self.setting.replace('template', 'system')} is set. Leave one of them out."
+            )
+        return (*system, *record.before, ("user", self.fill(record)))
+
 
 def student_view(config: DataConfig) -> PromptView:
     """The student's view of a problem."""
-    return PromptView(config.student_template, config.chat, config.enable_thinking, "data.student_template")
+    return PromptView(
+        config.student_template, config.chat, config.enable_thinking, "data.student_template", config.student_system
+    )
 
 
 def teacher_view(config: DataConfig, setting: str = "data.teacher_template") -> PromptView:
     """The teacher's view of a problem, with the student's for unset values; `setting` is the key of its template."""
     thinking = config.enable_thinking if config.teacher_enable_thinking is None else config.teacher_enable_thinking
     if config.teacher_template is None:
-        return PromptView(config.student_template, config.chat, thinking, "data.student_template")
-    return PromptView(config.teacher_template, config.chat, thinking, setting)
+        system = config.student_system if config.teacher_system is None else config.teacher_system
+        return PromptView(config.student_template, config.chat, thinking, "data.student_template", system)
+    return PromptView(config.teacher_template, config.chat, thinking, setting, config.teacher_system)
 
 
 def chat_template_of(tokenizer: Any, config: DataConfig, now: datetime | None = None) -> ChatTemplate | None:
@@ -110,7 +129,7 @@ def encode_view(
         DataError: the record lacks a solution that the template uses, the chat template fails on it, or the tokenizer
             cannot encode the text.
     """
-    return encode_turns(view, (*record.before, ("user", view.fill(record))), record, tokenizer, chat_template)
+    return encode_turns(view, view.turns(record), record, tokenizer, chat_template)
 
 
 def encode_turns(

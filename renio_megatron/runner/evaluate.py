@@ -180,7 +180,7 @@ def _drawer(
     length = _max_completion_length(job, architecture)
     sampling_params = SamplingParams(config.temperature, config.top_p, config.top_k, length)
     template = _chat_template(job, tokenizer, date)
-    view = PromptView(config.template, template is not None, config.enable_thinking, "template")
+    view = job.view(is_chat=template is not None)
     return Drawer(sampler, sampling_params, tokenizer, view, template, architecture.max_sequence_length)
 
 

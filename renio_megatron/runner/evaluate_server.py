@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-from renio_megatron.config.templates import filled
 from renio_megatron.evaluation.benchmarks import Benchmark
 from renio_megatron.evaluation.graders import Completion, GuardedGrader
 from renio_megatron.evaluation.progress import EvaluationProgress
@@ -74,14 +73,13 @@ def evaluate_server(job: EvaluationJob, progress: EvaluationProgress) -> dict[st
 
 def _pending(job: EvaluationJob, benchmark: Benchmark, results: Results) -> list[ServerRequest]:
     """The requests of a benchmark's missing completions."""
-    is_missing = job.missing(results, benchmark)
+    is_missing, view = job.missing(results, benchmark), job.view(is_chat=True)
     found = []
     for draw in range(job.options.n):
         for index, record in enumerate(benchmark.records):
             if is_missing(index, draw):
-                text = filled(job.config.template, {"problem": job.asked(benchmark, record).problem}.__getitem__)
                 seed = _seed(job.config.seed, benchmark.name, index, draw)
-                turns = (*record.before, ("user", text))
+                turns = view.turns(job.asked(benchmark, record))
                 messages = tuple({"role": role, "content": content} for role, content in turns)
                 found.append(ServerRequest((index, draw), messages, seed))
     return found

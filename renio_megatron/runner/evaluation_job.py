@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from renio_megatron.config.expand_views import expand_views
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.sections.evaluation_job import OF_DRAWS, OF_LOCAL_MODELS, EvaluationJobConfig
+from renio_megatron.data.prompt_views import PromptView
 from renio_megatron.errors import ConfigError
 from renio_megatron.evaluation.benchmarks import Benchmark, grader_of, load_benchmark
 from renio_megatron.evaluation.graders import Grader
@@ -100,6 +102,11 @@ class EvaluationJob:
         asked = benchmark if given is None else replace(benchmark, instruction=given)
         return replace(record, problem=asked.prompt(record))
 
+    def view(self, *, is_chat: bool) -> PromptView:
+        """How a model sees a problem; `is_chat`: by a chat template, as behind a server."""
+        config = self.config
+        return PromptView(config.template, is_chat, config.enable_thinking, "template", config.system)
+
     def describe(self, benchmark: Benchmark, missing: int) -> str:
         """A line about a benchmark, of whose completions some are `missing`."""
         count = len(benchmark.records) * self.options.n
@@ -151,11 +158,11 @@ def read_job(options: EvaluateOptions) -> EvaluationJob:
     Raises:
         ConfigError, DataError, CheckpointError: a target, a benchmark or a setting that cannot be used.
     """
-    read = read_recipe(EvaluationJobConfig, None, options.overrides)
+    read = read_recipe(EvaluationJobConfig, None, options.overrides, expand=expand_views)
     config = read.config
     target = resolve_target(options.target, model=options.model, step=options.step)
     if isinstance(target, ServerTarget):
-        useless = [key for key in sorted(read.given) if key.partition(".")[0] in (*OF_LOCAL_MODELS, "chat", "template")]
+        useless = [key for key in sorted(read.given) if key.partition(".")[0] in (*OF_LOCAL_MODELS, "chat")]
     else:
         useless = [key for key in sorted(read.given) if key in ("concurrency", "timeout_s")]
     if useless:

@@ -39,6 +39,7 @@ def benchmarks_of(config: JobConfig) -> EvaluationJob | None:
         max_completion_length=evaluate.max_completion_length or config.longest_completion,
         micro_batch_size=config.decoded_together or _TOGETHER,
         template=data.student_template,
+        system=data.student_system,
         instruction=instruction,
         chat=data.chat,
         enable_thinking=data.enable_thinking,

@@ -152,9 +152,7 @@ def test_a_name_that_cannot_be_had_says_how(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        DataError, match=r"data\.path: someone/none, split 'train', cannot be .*load_dataset\('some"
-    ):
+    with pytest.raises(DataError, match=r"data\.path: someone/none, split 'train', cannot be .*load_dataset\('some"):
         check_files(DataConfig(source="datasets", path="someone/none"), "train")
     with pytest.raises(DataError, match=r"data\.path: there is no directory"):
         check_files(DataConfig(source="datasets", path="./none"), "train")

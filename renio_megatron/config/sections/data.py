@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from renio_megatron.config.templates import check_template
 from renio_megatron.config.validators import require_choice, require_positive
+from renio_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class DataConfig:
             it and teacher_template is null.
         student_template, teacher_template: text of the prompt, with the fields {problem} and {solution}; a null
             teacher_template is the student's, which must have {problem}.
+        student_view, teacher_view: name or file of a view, which stands for a template and a system turn: `math`,
+            `math-bare`, `math-solution`, `code`, `code-bare`, `code-solution`, or a text file beside the recipe.
+        student_system, teacher_system: system turn of a prompt, which needs `chat`; null: none, and for the teacher
+            without a teacher_template the student's.
         chat: wrap the prompt in the tokenizer's chat template.
         enable_thinking: passed to the chat template of tokenizers that know it; null leaves it out.
         teacher_enable_thinking: enable_thinking of the teacher's view; null follows enable_thinking.
@@ -122,6 +127,10 @@ class DataConfig:
     teacher_prompt_key: str = "teacher_prompt"
     student_template: str = "{problem}"
     teacher_template: str | None = None
+    student_view: str | None = None
+    teacher_view: str | None = None
+    student_system: str | None = None
+    teacher_system: str | None = None
     chat: bool = False
     enable_thinking: bool | None = None
     teacher_enable_thinking: bool | None = None
@@ -145,6 +154,9 @@ class DataConfig:
             require_choice("data.sandbox", self.sandbox, SANDBOXES)
         require_choice("data.overlong", self.overlong, ("refuse", "skip"))
         require_choice("data.grader_errors", self.grader_errors, ("raise", "count_wrong"))
+        for name in ("student_system", "teacher_system"):
+            if getattr(self, name) is not None and not self.chat:
+                raise ConfigError(f"data.{name} needs data.chat=true: only a chat template writes a system turn.")
         check_template("data.student_template", self.student_template, ("problem",))
         if self.teacher_template is not None:
             check_template("data.teacher_template", self.teacher_template, ("problem", "solution"))

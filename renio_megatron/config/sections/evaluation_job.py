@@ -13,7 +13,7 @@ from renio_megatron.errors import ConfigError
 
 OF_DRAWS = (
     *("temperature", "top_p", "top_k", "max_completion_length", "seed", "stop_token_ids", "stop_strings"),
-    *("chat", "enable_thinking", "template", "instruction", "grader"),
+    *("chat", "enable_thinking", "template", "system", "instruction", "grader"),
 )
 """Settings that change what is drawn or how it is judged: one directory of results has one value of each."""
 OF_LOCAL_MODELS = ("bf16", "micro_batch_size", "stop_token_ids", "parallel", "precision")
@@ -34,6 +34,8 @@ class EvaluationJobConfig:
         chat: wrap a problem in the tokenizer's chat template; null: where there is one.
         enable_thinking: passed to the chat template; null leaves it out.
         template: text of the prompt, with the field {problem}.
+        system: system turn of a prompt; null: none.
+        view: name or file of a view in their place, as `data.student_view`.
         instruction: text put behind each problem; null: the benchmark's own, `''`: none.
         grader: as `data.grader`; null: the benchmark's own.
         sandbox: as `data.sandbox`.
@@ -55,6 +57,8 @@ class EvaluationJobConfig:
     chat: bool | None = None
     enable_thinking: bool | None = None
     template: str = "{problem}"
+    system: str | None = None
+    view: str | None = None
     instruction: str | None = None
     grader: str | None = None
     sandbox: str | None = None
@@ -85,6 +89,8 @@ class EvaluationJobConfig:
             raise ConfigError(f"stop_token_ids are token ids, from 0 on; got {self.stop_token_ids}.")
         if "" in (self.stop_strings or ()):
             raise ConfigError("stop_strings: an empty text ends every completion at once. Remove it.")
+        if self.chat is False and self.system is not None:
+            raise ConfigError("system is written by a chat template, and chat is false. Leave one of them out.")
         if self.chat is False and self.enable_thinking is not None:
             raise ConfigError("enable_thinking is read by a chat template, and chat is false. Leave one of them out.")
         if self.grader is not None and not is_place(self.grader):

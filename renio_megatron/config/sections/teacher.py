@@ -75,8 +75,9 @@ class TeacherConfig(Tagged):
         ranks: `colocated`, the student's ranks; `dedicated`, the last ranks of the world, which only score.
         data_parallel_size: copies of the teacher on dedicated ranks.
         routes: several teachers by name; data.teacher_key is the column that names one for each record.
-        template, enable_thinking: a route's view of a problem; null: data.teacher_template,
-            data.teacher_enable_thinking.
+        template, system, enable_thinking: a route's view of a problem; null: data.teacher_template,
+            data.teacher_system, data.teacher_enable_thinking.
+        view: name or file of a view in their place, as data.teacher_view.
     """
 
     SECTION: ClassVar[str] = "teacher"
@@ -99,6 +100,8 @@ class TeacherConfig(Tagged):
     data_parallel_size: int = _of("teacher", 1)
     routes: dict[str, TeacherConfig] = field(default_factory=dict, metadata={"of": "teacher"})
     template: str | None = _of("routes", None)
+    system: str | None = _of("routes", None)
+    view: str | None = _of("routes", None)
     enable_thinking: bool | None = _of("routes", None)
 
     @property
