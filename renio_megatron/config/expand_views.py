@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from renio_megatron.config.flat import FlatSettings
+from renio_megatron.config.parser import literal
 from renio_megatron.config.views import read_view
 from renio_megatron.errors import ConfigError
 
@@ -35,6 +36,6 @@ def _expand(settings: FlatSettings, prefix: str) -> None:
         return
     path = Path(source)
     view = read_view(str(name), f"{source}: {key}", path.parent if path.is_file() else None)
-    settings.values[template] = (view.template, source)
+    settings.values[template] = (literal(view.template), source)
     if view.system is not None and system not in settings.values:
-        settings.values[system] = (view.system, source)
+        settings.values[system] = (literal(view.system), source)

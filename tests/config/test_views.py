@@ -77,7 +77,7 @@ def test_routes_have_views(tmp_path):
     ("data", "message"),
     [
         ("student_view: maths", r"data\.student_view: there is no view 'maths'.*Did you mean 'math'\?.*code-solution"),
-        ("student_view: math, student_template: x{problem}", r"data\.student_view and data\.student_template both"),
+        ("student_view: math, student_template: 'x{problem}'", r"data\.student_view and data\.student_template both"),
         ("student_view: empty.txt", r"empty\.txt: the user's turn is empty"),
         ("student_view: wrong.txt", r"wrong\.txt: a view is text, or a line \[system\]"),
         ("student_view: none.txt", r"data\.student_template='Solve it\.' would give every record the same prompt"),
@@ -93,6 +93,11 @@ def test_what_cannot_be_used_is_named(tmp_path, data, message):
     (tmp_path / "with.txt").write_text("[system]\nx\n[user]\n{problem}")
     with pytest.raises(ConfigError, match=message):
         data_of(tmp_path, data)
+
+
+def test_what_looks_like_an_interpolation_is_text(tmp_path):
+    (tmp_path / "mine.txt").write_text("Cost ${{x}}: {problem}")
+    assert data_of(tmp_path, "student_view: mine.txt").student_template == "Cost ${{x}}: {problem}"
 
 
 def test_a_bracket_inside_a_text_is_text():

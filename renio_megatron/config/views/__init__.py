@@ -57,8 +57,8 @@ def read_view(name: str, setting: str, folder: Path | None) -> View:
         near = difflib.get_close_matches(name, SHIPPED, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"{setting}: there is no view {name!r}, nor a file {str(path)!r}.{hint} Give one of {', '.join(SHIPPED)}, or "
-            "a text file with {problem} in it."
+            f"{setting}: there is no view {name!r}, nor a file {str(path)!r}.{hint} Give one of "
+            f"{', '.join(SHIPPED)}, or a text file with {{problem}} in it."
         )
     try:
         return parse_view(path.read_text(encoding="utf-8"), str(path))
