@@ -128,11 +128,13 @@ def _parser() -> argparse.ArgumentParser:
         "preview",
         description="Show the first prompts of a recipe of `renio train` or `renio sft` as the models see them, with "
         "special tokens, answers, lengths, and what ends completions. No weights are read.",
-        usage="renio preview RECIPE [key=value ...] [--prompts N] [--json]",
+        usage="renio preview RECIPE [key=value ...] [--prompts N] [--json | --resolved]",
     )
     _add_recipe(command)
     command.add_argument("--prompts", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
-    command.add_argument("--json", action="store_true", help="write JSON, token ids included")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="write JSON, token ids included")
+    form.add_argument("--resolved", action="store_true", help="write the settings as one recipe")
     command.set_defaults(run=_run_preview)
 
     _add_evaluate(commands)
@@ -265,7 +267,8 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 def _run_preview(arguments: argparse.Namespace) -> int:
     from renio_megatron.cli.preview import show
 
-    show(arguments.recipe, [*arguments.overrides, *arguments.extra], arguments.prompts, as_json=arguments.json)
+    overrides = [*arguments.overrides, *arguments.extra]
+    show(arguments.recipe, overrides, arguments.prompts, as_json=arguments.json, is_resolved=arguments.resolved)
     return 0
 
 

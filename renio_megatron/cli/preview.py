@@ -7,18 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from renio_megatron.config.load import kind_of, load_recipe
+from renio_megatron.config.resolved import resolved_yaml
 from renio_megatron.runner.recipe import check_data
 
 
-def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool) -> None:
-    """Prints the first `count` prompts of a recipe of `renio train` or `renio sft`.
+def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool, is_resolved: bool = False) -> None:
+    """Prints the first `count` prompts of a recipe of `renio train` or `renio sft`, or its settings.
 
     Args:
         path, overrides: as for `renio train` and `renio sft`.
         count: number of prompts.
         as_json: print JSON.
+        is_resolved: print the settings alone, as one recipe without bases and views; models and data are not read.
     """
     recipe = load_recipe(kind_of(path, overrides), path, overrides)
+    if is_resolved:
+        print(resolved_yaml(recipe), end="")
+        return
     check_data(recipe.config)
     from renio_megatron.runner.preview import preview
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from renio_megatron.config.expand_views import expand_views
+from renio_megatron.config.inheritance import files_of
 from renio_megatron.config.parser import read_recipe
 from renio_megatron.config.rules.combinations import check_combinations
 from renio_megatron.config.rules.experts import check_expert_ranks, check_experts
@@ -86,7 +85,9 @@ def _read(kind: str, algorithm: str, path: str | Path, overrides: Sequence[str])
         if not ignored:
             return Recipe(config=read.config, explicit=read.explicit, kind=kind, dropped=dropped)
         mistakes = _mistakes_of(algorithm, path, overrides)
-        refuse_ignored({key: because for key, because in ignored.items() if key in read.given or key in mistakes})
+        refuse_ignored(
+            {key: because for key, because in ignored.items() if key in read.given or key in mistakes - read.of_bases}
+        )
         dropped |= ignored
 
 
@@ -105,12 +106,11 @@ def _names_a_teacher(path: str | Path) -> bool:
 
 
 def _top_of(path: str | Path) -> dict[Any, Any]:
-    """Contents of a recipe's file; empty where it cannot be read, which `read_recipe` reports."""
+    """Contents of a recipe's files by top-level key; empty where one cannot be read, which `read_recipe` reports."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {key: value for _, content in files_of(Path(path)) for key, value in content.items()}
+    except ConfigError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def kind_of(path: str | Path, overrides: Sequence[str] = ()) -> str:

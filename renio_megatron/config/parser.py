@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from renio_megatron.config.flat import FlatSettings
+from renio_megatron.config.inheritance import files_of
 from renio_megatron.config.keys import Keys, first_line, refuse_unknown
 from renio_megatron.config.places import place_of
 from renio_megatron.errors import ConfigError
@@ -46,12 +47,14 @@ class Read(Generic[_Schema]):
         config: the settings.
         explicit: dotted keys with a value other than null in the file or the overrides.
         given: those of them that the overrides set.
+        of_bases: those of them that a base of the file set.
         misplaced: keys with a value that would be valid with another tag, and why they are not valid here.
     """
 
     config: _Schema
     explicit: frozenset[str]
     given: frozenset[str]
+    of_bases: frozenset[str]
     misplaced: Mapping[str, str]
 
 
@@ -71,7 +74,7 @@ def read_recipe(
 
     Args:
         schema: the dataclass to build.
-        path: the YAML file; None: there is none, only overrides.
+        path: the YAML file, with the bases that it names; None: there is none, only overrides.
         overrides: settings that replace those of the file, in the order of the command line.
         without: dotted keys that are left out, from the file and from the overrides.
         expand: replaces settings that stand for others, when all are known.
@@ -80,14 +83,15 @@ def read_recipe(
         ConfigError: the file cannot be read, or a key or a value is not one of the schema's.
     """
     settings = FlatSettings(schema)
-    if path is not None:
-        settings.put("", _load(Path(path)), str(path))
+    for name, content in [] if path is None else files_of(Path(path)):
+        settings.put("", content, name)
     _apply_overrides(settings, overrides)
     expand(settings)
     settings.without(without)
     keys, flat = settings.keys(), settings.values
     explicit = frozenset(key for key, (value, _) in flat.items() if value is not None)
     given = frozenset(key for key in explicit if flat[key][1] == COMMAND_LINE)
+    of_bases = frozenset(key for key in explicit - given if path is not None and flat[key][1] != str(Path(path)))
     misplaced = {}
     for key in [key for key in flat if key not in keys.values]:
         if (because := keys.misplaced(key)) is None:
@@ -99,32 +103,7 @@ def read_recipe(
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
         if field.name in keys.values and field.default is dataclasses.MISSING and field.name not in flat:
             raise ConfigError(f"{path}: {field.name} is missing. Add it, or give {field.name}=... on the command line.")
-    return Read(_build(keys, flat), explicit, given, misplaced)
-
-
-def _load(path: Path) -> Mapping[Any, Any]:
-    """The file's mapping, with interpolations unresolved."""
-    if path.is_dir():
-        raise ConfigError(f"the recipe {str(path)!r} is a directory; give the YAML file.")
-    if not path.is_file():
-        raise ConfigError(
-            f"there is no recipe {str(path)!r}. Give the path of a YAML file, for example one of examples/."
-        )
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path}: {where}not valid YAML: {error.problem}.") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: cannot be read as a recipe: it is nested too deeply.") from error
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: cannot be read as a recipe: {first_line(error)}.") from error
-    if content == {} or content is None:
-        raise ConfigError(f"{path}: the recipe is empty. It needs at least `model` and `output_dir`.")
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values; got a {type(content).__name__}.")
-    return content
+    return Read(_build(keys, flat), explicit, given, of_bases, misplaced)
 
 
 def _apply_overrides(settings: FlatSettings, overrides: Sequence[str]) -> None:

@@ -104,7 +104,7 @@ def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
     sections = {key.rpartition(".")[0] for key in old}
     for key in new.keys() - old.keys():  # a setting that is newer than the file
         if not _is_chosen(key.rpartition(".")[0], keys) or key.rpartition(".")[0] in sections:
-            old[key] = _default_of(config, key)
+            old[key] = default_of(config, key)
     return {
         key: f"{key}: was {old.get(key, '(not there)')!r}, is now {new.get(key, '(not there)')!r}"
         for key in dict.fromkeys([*new, *old])
@@ -117,7 +117,7 @@ def _is_chosen(section: str, keys: Keys) -> bool:
     return section.rpartition(".")[0] in keys.tables | keys.lists
 
 
-def _default_of(config: JobConfig, key: str) -> Any:
+def default_of(config: JobConfig, key: str) -> Any:
     """The default of a dotted key; None where it has none."""
     section: Any = config
     *path, last = key.split(".")
