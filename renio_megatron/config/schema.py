@@ -84,6 +84,11 @@ class JobConfig:
         return None
 
     @property
+    def learns_prompts(self) -> bool:
+        """Whether tokens of prompts are learned, too."""
+        return False
+
+    @property
     def completions_per_prompt(self) -> int:
         """Sequences in a row that have one prompt."""
         return 1
@@ -218,12 +223,14 @@ class SftConfig(JobConfig):
 
     Attributes:
         init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
+        completion_only_loss: as in TRL: `false` learns the tokens of the prompt, too, all but its first.
     """
 
     builder: ClassVar[str] = "renio_megatron.runner.build:build_sft"
 
     algorithm: str = "sft"
     init: str = "pretrained"
+    completion_only_loss: bool = True
 
     def __post_init__(self) -> None:
         require_choice("init", self.init, ("pretrained", "random"))
@@ -233,6 +240,11 @@ class SftConfig(JobConfig):
         """Whether the student's weights are loaded, not initialized at random."""
         return self.init == "pretrained"
 
+    @property
+    def learns_prompts(self) -> bool:
+        """The opposite of `completion_only_loss`."""
+        return not self.completion_only_loss
+
 
 SECTIONS: tuple[str, ...] = (
     *(
@@ -240,6 +252,7 @@ SECTIONS: tuple[str, ...] = (
         "pretrained_checkpoint",
         "algorithm",
         "init",
+        "completion_only_loss",
         "teacher",
         "data",
         "rollout",

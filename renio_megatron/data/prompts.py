@@ -52,6 +52,7 @@ class PromptStream:
         teacher_views: how each of several teachers sees a problem, by the names used in records; None: there is one
             teacher, with the view set in `config`.
         with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
+        learns_prompts: of given completions, all tokens of a prompt but its first are a part.
         completions_per_prompt: positions in a row that have the same problem.
         length_limits: limits of the models; None: not checked.
         now: the time that a chat template may insert; None: the clock's.
@@ -70,6 +71,7 @@ class PromptStream:
         *,
         teacher_views: Mapping[str, PromptView] | None = None,
         with_completions: bool = False,
+        learns_prompts: bool = False,
         completions_per_prompt: int = 1,
         length_limits: LengthLimits | None = None,
         now: datetime | None = None,
@@ -79,7 +81,8 @@ class PromptStream:
         self.source = source
         self._tokenizer = tokenizer
         self._config = config
-        self._with_completions, self._repeats = with_completions, completions_per_prompt
+        self._with_completions, self._learns_prompts = with_completions, learns_prompts
+        self._repeats = completions_per_prompt
         self._student_view = student_view(config)
         self._teacher_views = {"": teacher_view(config)} if teacher_views is None else teacher_views
         self._is_routed = teacher_views is not None
@@ -142,6 +145,9 @@ class PromptStream:
         for who, token_ids in (("student", student_ids), ("teacher", teacher_ids)):
             self._check_length(who, len(token_ids), record)
         completion_ids = self._completion(record) if self._with_completions else None
+        if completion_ids is not None and self._learns_prompts and is_taught:
+            student_ids, completion_ids = student_ids[:1], student_ids[1:] + completion_ids
+            teacher_ids = student_ids
         if self._length_limits is not None:
             longest = self._length_limits.completion if is_taught else self._length_limits.answer
             longest = len(completion_ids or ()) if longest is None else longest

@@ -221,6 +221,7 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
         config.data,
         teacher_views=teacher_views(config, tokenizer),
         with_completions=config.longest_completion is None,
+        learns_prompts=config.learns_prompts,
         completions_per_prompt=config.completions_per_prompt,
         length_limits=_length_limits(config, architecture, teachers),
         now=now,

@@ -96,6 +96,7 @@ def preview(config: JobConfig, count: int) -> Preview:
         config.data,
         teacher_views=teacher_views(config, tokenizer),
         with_completions=config.longest_completion is None,
+        learns_prompts=config.learns_prompts,
         completions_per_prompt=config.completions_per_prompt,
     )
     prompts, ends = stream.distinct(count), ends_of(model, tokenizer, *stops_of(config))

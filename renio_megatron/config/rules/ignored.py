@@ -202,6 +202,11 @@ _IGNORED_BY_ROUTES = (
         "each of teacher.routes has a template of its own",
     ),
     _Ignored(
+        ("data.teacher_prompt_key",),
+        lambda config: config.data.teacher_template is not None,
+        "data.teacher_template says what the teacher sees",
+    ),
+    _Ignored(
         ("data.teacher_enable_thinking",),
         lambda config: _all_routes_have(config, "enable_thinking"),
         "each of teacher.routes has its own enable_thinking",
@@ -209,7 +214,10 @@ _IGNORED_BY_ROUTES = (
 )
 _IGNORED_BY_SFT = (
     _Ignored(
-        ("data.teacher_key", "data.teacher_template", "data.teacher_enable_thinking"),
+        (
+            *("data.teacher_key", "data.teacher_template", "data.teacher_system", "data.teacher_enable_thinking"),
+            "data.teacher_prompt_key",
+        ),
         lambda config: True,
         "supervised fine-tuning has no teacher",
     ),
