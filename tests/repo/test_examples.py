@@ -18,7 +18,7 @@ from renio_megatron.tools.quickstart import QUICKSTART_VARIANTS
 from tests.helpers.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
-RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
+RECIPES = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "parts")
 ASSETS = QUICKSTART_RECIPE.parent
 SHIPPED_MODELS = {"modchain/student", "modchain/teacher"}
 
@@ -28,7 +28,7 @@ def _name(path: Path) -> str:
 
 
 def _kind(path: Path) -> str:
-    return "sft" if path.parent == EXAMPLES / "modchain" else "train"
+    return "sft" if path.parent == EXAMPLES / "modchain" or path.name.startswith("sft") else "train"
 
 
 def test_there_are_recipes_of_both_kinds():
