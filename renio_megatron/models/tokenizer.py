@@ -62,7 +62,7 @@ def conversion_notice(tokenizer: Any) -> str | None:
                 return (
                     f"transformers reads {file} as a {type(tokenizer).__name__}, which makes {its!r} of the text "
                     f"{text!r}; by the file itself it is {files!r}. If the model was trained by the file, name the "
-                    "right tokenizer_class in tokenizer_config.json (TokenizersBackend takes a tokenizer.json as it is)."
+                    "right tokenizer_class in tokenizer_config.json (TokenizersBackend takes tokenizer.json as it is)."
                 )
     return None
 
