@@ -127,14 +127,17 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "preview",
         description="Show the first prompts of a recipe of `renio train` or `renio sft` as the models see them, with "
-        "special tokens, answers, lengths, and what ends completions. No weights are read.",
-        usage="renio preview RECIPE [key=value ...] [--prompts N] [--json | --resolved]",
+        "special tokens, answers, lengths, and what ends completions. No weights are read, but with --check: then the "
+        "models draw and score the completions of the first step, as `renio train` would, and nothing is trained.",
+        usage="renio preview RECIPE [key=value ...] [--prompts N] [--json | --resolved | --check [--nproc N]]",
     )
     _add_recipe(command)
     command.add_argument("--prompts", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="write JSON, token ids included")
     form.add_argument("--resolved", action="store_true", help="write the settings as one recipe")
+    form.add_argument("--check", action="store_true", help="look at the first step of a recipe of `renio train`")
+    command.add_argument("--nproc", type=_positive, metavar="N", help="with --check: ranks to start on this machine")
     command.set_defaults(run=_run_preview)
 
     _add_evaluate(commands)
@@ -265,11 +268,38 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
 
 def _run_preview(arguments: argparse.Namespace) -> int:
+    """Shows prompts in this process; for `--check`, runs as a rank of torchrun or srun, or starts ranks itself."""
     from renio_megatron.cli.preview import show
 
     overrides = [*arguments.overrides, *arguments.extra]
+    if arguments.check:
+        return _check_first_step(arguments, overrides)
+    if arguments.nproc is not None:
+        raise ConfigError("--nproc starts ranks for --check; without it, `renio preview` needs none. Leave it out.")
     show(arguments.recipe, overrides, arguments.prompts, as_json=arguments.json, is_resolved=arguments.resolved)
     return 0
+
+
+def _check_first_step(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from renio_megatron.cli import launch
+
+    rank_arguments = ["check", arguments.recipe, *overrides]
+    if launch.is_rank():
+        _refuse_nproc(arguments)
+        from renio_megatron.cli.worker import run_rank
+
+        run_rank(rank_arguments)
+
+    from renio_megatron.config.load import check_models, check_world, kind_of, load_recipe
+    from renio_megatron.runner.recipe import check_canaries, check_data
+
+    config = load_recipe(kind_of(arguments.recipe, overrides), arguments.recipe, overrides).config
+    check_canaries(config)
+    num_ranks = arguments.nproc or config.fewest_ranks
+    check_world(config, num_ranks)
+    check_models(config)
+    check_data(config)
+    return launch.start_ranks(rank_arguments, num_ranks)
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:

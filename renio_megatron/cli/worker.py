@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
     Args:
         argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, `quickstart OUTPUT_DIR [--fresh]`,
-            `doctor RECIPE [key=value ...]` with an empty RECIPE where there is none,
+            `check RECIPE [key=value ...]`, `doctor RECIPE [key=value ...]` with an empty RECIPE where there is none,
             `compare-precision RECIPE [key=value ...] [--output=DIR]`, or `evaluate OPTIONS`, the result of
             `EvaluateOptions.as_word`.
     """
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     kind, target, *overrides = [text for text in argv if text != "--fresh"]
     others: dict[str, Callable[[str, str, Sequence[str], bool], int | None]] = {
         "quickstart": _run_quickstart,
+        "check": _run_check,
         "doctor": _run_doctor,
         "compare-precision": _run_compare_precision,
         "evaluate": _run_evaluate,
@@ -92,6 +93,12 @@ def _run_quickstart(kind: str, target: str, overrides: Sequence[str], fresh: boo
     from renio_megatron.tools.quickstart import quickstart
 
     quickstart(Path(target), fresh=fresh)
+
+
+def _run_check(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> None:
+    from renio_megatron.cli.train import check
+
+    check(target, overrides)
 
 
 def _run_doctor(kind: str, target: str, overrides: Sequence[str], fresh: bool) -> int:

@@ -36,6 +36,7 @@ CHANGEABLE: dict[str, str] = {
     "teacher.offload": "the same weights, kept elsewhere",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
     "rollout.log": "what is written of the completions",
+    "canaries": "whether a run that begins is looked at",
     "also_report*": "what is reported in addition to the weights",
     "rollout.prefix": "whether completions that are cut are warned of",
     "checkpoint.save_interval": "when the state is written",

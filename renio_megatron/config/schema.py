@@ -29,6 +29,9 @@ from renio_megatron.config.teachers import TeacherSpec, fewest_ranks, num_teache
 from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
 
+CANARIES = ("stop", "warn", "off")
+"""What a fault in the first step does to the run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
@@ -134,6 +137,8 @@ class DistillationConfig(JobConfig):
     Attributes:
         teacher, rollout, loss, head, weighting, teacher_precision: sections, see `config.sections`.
         also_report: diagnostics in addition to those of `weighting`: `[renio]`.
+        canaries: what happens where the first step shows that student, teacher and sampler do not fit together: `stop`
+            the run before its first update, or `warn`; `off` does not look.
     """
 
     builder: ClassVar[str] = "renio_megatron.runner.build:build_distillation"
@@ -145,9 +150,11 @@ class DistillationConfig(JobConfig):
     head: HeadConfig = field(default_factory=HeadConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     also_report: tuple[ReportConfig, ...] = ()
+    canaries: str = "stop"
     teacher_precision: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
 
     def __post_init__(self) -> None:
+        require_choice("canaries", self.canaries, CANARIES)
         object.__setattr__(self, "also_report", tuple(self.also_report))
         if len(self.also_report) > len({one.name for one in self.also_report}):
             raise ConfigError("also_report names diagnostics twice. Give each once.")
@@ -177,14 +184,6 @@ class DistillationConfig(JobConfig):
     def completions_per_prompt(self) -> int:
         """Sequences in a row that have one prompt."""
         return self.rollout.completions_per_prompt
-
-    @property
-    def evaluates_held_out(self) -> bool:
-        """Whether accuracies on held-out problems are measured: not where benchmarks stand in for a missing file."""
-        reads_files = "eval_path" in self.data.source_info.settings
-        return self.evaluate.every > 0 and not (
-            self.evaluate.benchmarks and reads_files and self.data.eval_path is None and self.data.eval_split is None
-        )
 
     @property
     def decoded_together(self) -> int | None:
@@ -260,6 +259,7 @@ SECTIONS: tuple[str, ...] = (
         "head",
         "weighting",
         "also_report",
+        "canaries",
         "parallel",
     ),
     *("precision", "teacher_precision", "lora", "train", "checkpoint", "evaluate", "output_dir"),

@@ -96,11 +96,13 @@ def linear_token_inputs(
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
-    """`student_logp` and those of `LOGIT_INPUTS` that are wanted, nats [N]; the others as in `linear_divergence`."""
+    """`student_logp`, `teacher_logp` and those of `LOGIT_INPUTS` that are wanted, nats [N]; the others as in
+    `linear_divergence`."""
     check_heads(student_hidden, student_head, teacher_hidden, teacher_head, shard)
     models = student_hidden, student_head, teacher_hidden, teacher_head
     chunked = ChunkedLoss(*models, token_ids, loss, shard, chunk_size, logits_dtype)
-    return {"student_logp": chunked.student_logp, **chunked.find_inputs(wanted)}
+    found = chunked.find_inputs(wanted)
+    return {"student_logp": chunked.student_logp, "teacher_logp": chunked.teacher_logp, **found}
 
 
 class ChunkedLoss:

@@ -19,6 +19,7 @@ from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.runner.build_teachers import build_teacher
+from renio_megatron.runner.canaries import build_canaries
 from renio_megatron.runner.inputs import RunInputs, max_completion_tokens
 from renio_megatron.runner.run_log import RunLog
 from renio_megatron.training.algorithms import Algorithm
@@ -113,6 +114,7 @@ def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
     """Builds on-policy distillation with its teachers."""
     config: DistillationConfig = parts.config
     teacher = build_teacher(config, parts.inputs, parts.layout, parts.learner.part, parts.report)
+    canaries = build_canaries(config, parts.inputs, parts.layout, parts.report)
     algorithm = Distillation(
         parts.sampler,
         teacher,
@@ -132,6 +134,7 @@ def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
         grader=_rollout_grader(parts.inputs.grader, parts.config, parts.inputs, parts.layout),
         on_rollouts=parts.on_rollouts,
         is_balanced=config.train.max_tokens_per_micro_batch is not None,
+        look_at_first=None if canaries is None else canaries.look,
     )
     return algorithm, teacher.averages
 

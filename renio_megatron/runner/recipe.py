@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from renio_megatron.config.load import check_models, check_world, load_recipe
-from renio_megatron.config.schema import JobConfig, Recipe
+from renio_megatron.config.schema import DistillationConfig, JobConfig, Recipe
 from renio_megatron.data.sources import check_files
-from renio_megatron.errors import on_every_rank
+from renio_megatron.errors import ConfigError, on_every_rank
 from renio_megatron.runner.recipe_benchmarks import benchmarks_of
 
 
@@ -19,6 +19,16 @@ def check_data(config: JobConfig) -> None:
     if config.evaluates_held_out:
         check_files(config.data, "eval")
     benchmarks_of(config)
+
+
+def check_canaries(config: JobConfig) -> None:
+    """Raises `ConfigError` where a recipe's first step is not looked at."""
+    if not isinstance(config, DistillationConfig):
+        raise ConfigError(
+            "--check looks at a first step's teacher and sampler, and a recipe of `renio sft` has neither."
+        )
+    if config.canaries == "off":
+        raise ConfigError("--check looks at the first step, and canaries=off leaves that out. Add canaries=warn.")
 
 
 def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Recipe:

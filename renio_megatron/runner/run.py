@@ -25,6 +25,7 @@ from renio_megatron.runner.preview import prompt_lines
 from renio_megatron.runner.run_directory import RunDirectory
 from renio_megatron.runner.run_log import ProgressMaker, RunLog
 from renio_megatron.runner.signals import StopSignal
+from renio_megatron.training.algorithms.distillation import Distillation
 from renio_megatron.training.metrics.sinks import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,36 @@ def run_recipe(
         return "finished"
     log = RunLog(run.config, run.directory, is_main=run.layout.is_main, title=title, progress=progress)
     return _train(run, log, lambda: run.directory.open(recipe, fresh, begun), report)
+
+
+def look_at_first_step(recipe: Recipe, *, report: Callable[[str], None] = print) -> None:
+    """Draws and scores the completions of a recipe's first step, and reports its canaries; nothing is written.
+
+    Args:
+        recipe: checked settings, of `renio train`.
+        report: as in `run_recipe`.
+
+    Raises:
+        ConfigError: a fault that would stop the run. RenioError: as `run_recipe`.
+    """
+    run = _join(recipe, fresh=True)
+    if run.layout.is_teacher_rank:
+        _serve_teachers(run)
+        return
+    _report_start(run, report)
+    if run.config.num_teacher_ranks:
+        tell_teacher_ranks(False, run.layout)
+    trainer = build_trainer(
+        run.config,
+        run.inputs,
+        run.layout,
+        run.directory.checkpoints,
+        report=report if run.layout.is_main else None,
+    )
+    algorithm = trainer.algorithm
+    assert isinstance(algorithm, Distillation)  # the command refuses others
+    algorithm.look(trainer.next_prompts())
+    algorithm.close()
 
 
 @dataclass(frozen=True)

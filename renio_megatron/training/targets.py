@@ -97,6 +97,7 @@ class TeacherTargets(ABC):
             all ranks that share the sequences.
         has_logp: where it is known, bool [N]; None: everywhere. Elsewhere `logp` is the student's own: a log ratio of
             0.
+        has_distribution: whether `token_inputs` knows the teacher's whole distribution.
         payload_bytes: bytes that are stored for the loss on the device at a time.
         sent_bytes: bytes of hidden states sent between ranks, over all ranks; None where none were sent.
         names, name_of: for several teachers their names, and the index of each sequence's teacher in them, int64 [B];
@@ -105,6 +106,7 @@ class TeacherTargets(ABC):
 
     logp: torch.Tensor
     has_logp: torch.Tensor | None = None
+    has_distribution: bool = False
     payload_bytes: int = 0
     sent_bytes: int | None = None
     names: tuple[str, ...] = ()
@@ -113,7 +115,7 @@ class TeacherTargets(ABC):
     def token_inputs(
         self, wanted: frozenset[str], index: int, micro_batch: MicroBatch, inputs: LossInputs
     ) -> dict[str, torch.Tensor]:
-        """Inputs of weightings from logits before the loss: `student_logp` and those of `LOGIT_INPUTS`, nats [N] each.
+        """Inputs from logits before the loss: `student_logp`, `teacher_logp`, those of `LOGIT_INPUTS`; nats [N] each.
 
         Called on the stage that has the student's LM head, in order; `inputs.token_scale` is not used.
 
@@ -139,6 +141,8 @@ class TeacherTargets(ABC):
 
 class HiddenStateTargets(TeacherTargets):
     """The teacher's final hidden states, from which its LM head makes the full distribution, a chunk at a time."""
+
+    has_distribution = True
 
     def __init__(
         self,

@@ -95,11 +95,14 @@ class Trainer:
         self.checkpointer.finish()
         return metrics
 
+    def next_prompts(self) -> Sequence[Prompt]:
+        """This rank's prompts of the next step."""
+        share = self.global_batch_size // self.data_size
+        return self.prompts(self.cursor + self.data_rank * share, share)
+
     def _train_step(self) -> dict[str, float]:
         start = time.perf_counter()
-        share = self.global_batch_size // self.data_size
-        prompts = self.prompts(self.cursor + self.data_rank * share, share)
-        metrics = self.algorithm.step(prompts, self.step + 1)
+        metrics = self.algorithm.step(self.next_prompts(), self.step + 1)
         self.step += 1
         self.cursor += self.global_batch_size
         seconds = time.perf_counter() - start

@@ -23,7 +23,7 @@ from renio_megatron.training.algorithms.weighted_loss import WeightedLoss
 from renio_megatron.training.interfaces import Learner, Sampler, Teacher
 from renio_megatron.training.metrics.weights import renio_metrics, token_weight_metrics, weight_metrics
 from renio_megatron.training.targets import TeacherTargets
-from renio_megatron.types import Prompt, Rollout, SamplingParams, Verdict
+from renio_megatron.types import MicroBatch, Prompt, Rollout, SamplingParams, Verdict
 
 
 class Distillation:
@@ -47,6 +47,8 @@ class Distillation:
         grader: Callable[[Sequence[Rollout]], Sequence[Verdict]] | None = None,
         is_balanced: bool = False,
         on_rollouts: Callable[[int, Sequence[Rollout], SampleWeights], None] | None = None,
+        look_at_first: Callable[[Sequence[Rollout], Sequence[MicroBatch], Learner, TeacherTargets], object]
+        | None = None,
     ) -> None:
         """Sets up a step from its parts.
 
@@ -60,11 +62,13 @@ class Distillation:
             grader: verdicts on completions, for metrics and for weightings that need them; None: no grading.
             is_balanced: exchange sequences between data-parallel ranks, so that all have as many tokens.
             on_rollouts: called with (step, this rank's rollouts, their weights) after each step.
+            look_at_first: called in the first step before its update, with this rank's rollouts, its micro-batches, the
+                learner and the teacher's targets; it raises an error where the run must not go on.
         """
         self.sampler, self.teacher, self.learner = sampler, teacher, learner
         self._layout, self._sampling_params, self._weighing = layout, sampling_params, weighing
         self._prefix_length, self._lr_at, self._grader = prefix_length, lr_at, grader
-        self._is_balanced, self._on_rollouts = is_balanced, on_rollouts
+        self._is_balanced, self._on_rollouts, self._look_at_first = is_balanced, on_rollouts, look_at_first
         self._weighting_state: torch.Tensor | None = None
 
     def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
@@ -83,17 +87,14 @@ class Distillation:
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimizer step on this rank's prompts."""
         clock = [time.perf_counter()]
-        drawn = self.sampler.sample(
-            prompts,
-            self._sampling_params,
-            rng_stream=(step,),
-            on_group=lambda group: self.teacher.prefetch(self._prefixes(group)),
-        )
-        rollouts = self._balance(self._prefixes(drawn))
+        rollouts = self._draw(prompts, step)
         clock.append(time.perf_counter())
         batches = self.learner.make_micro_batches(rollouts)
         targets = self.teacher.score(rollouts, batches)
         clock.append(time.perf_counter())
+        if step == 1 and self._look_at_first is not None:
+            self._look_at_first(rollouts, batches, self.learner, targets)
+            clock = [moment + time.perf_counter() - clock[-1] for moment in clock]  # in time/step_s alone
         weighing, verdicts = self._weighing, functools.cache(functools.partial(self._verdicts, rollouts))
         scores = weighing.scores(rollouts, batches, self.learner, targets)
         if weighing.needs_pass:
@@ -114,6 +115,23 @@ class Distillation:
             self._on_rollouts(step, rollouts, sample)
         found = self._sample_metrics(rollouts, sample, targets, verdicts)
         return metrics | found | _time_metrics(clock, scored=weighing.needs_pass)
+
+    def look(self, prompts: Sequence[Prompt]) -> None:
+        """Draws and scores a first step's completions and looks at them; nothing is learned."""
+        assert self._look_at_first is not None
+        rollouts = self._draw(prompts, 1)
+        batches = self.learner.make_micro_batches(rollouts)
+        self._look_at_first(rollouts, batches, self.learner, self.teacher.score(rollouts, batches))
+
+    def _draw(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        """This rank's completions of a step, which the teacher may read as they come."""
+        drawn = self.sampler.sample(
+            prompts,
+            self._sampling_params,
+            rng_stream=(step,),
+            on_group=lambda group: self.teacher.prefetch(self._prefixes(group)),
+        )
+        return self._balance(self._prefixes(drawn))
 
     def _verdicts(self, rollouts: Sequence[Rollout]) -> Sequence[Verdict]:
         """The grader's verdict on each rollout."""

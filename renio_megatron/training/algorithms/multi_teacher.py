@@ -106,6 +106,7 @@ class MultiTeacherTargets(TeacherTargets):
         part."""
         self.logp, self.names, self.name_of = logp, names, name_of
         self._parts = parts
+        self.has_distribution = all(part.targets.has_distribution for part in parts)
         self.payload_bytes = sum(part.targets.payload_bytes for part in parts)
         sent = [part.targets.sent_bytes for part in parts if part.targets.sent_bytes is not None]
         self.sent_bytes = sum(sent) if sent else None
