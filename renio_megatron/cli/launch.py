@@ -42,6 +42,15 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def refuse_nproc(nproc: int | None) -> None:
+    """Raises `ConfigError` for a number of ranks to start where they are started already."""
+    if nproc is not None:
+        raise ConfigError(
+            "--nproc would be ignored: RANK and WORLD_SIZE are set, so torchrun or srun has started the ranks. "
+            "Leave it out."
+        )
+
+
 def quiet_environment() -> None:
     """Sets environment variables and logger levels that silence libraries, where the user has not set them."""
     for name, value in _QUIET.items():

@@ -238,7 +238,7 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.overrides, *arguments.extra]
     rank_arguments = [arguments.command, arguments.recipe, *overrides, *_fresh(arguments)]
     if launch.is_rank():
-        _refuse_nproc(arguments)
+        launch.refuse_nproc(arguments.nproc)
         from renio_megatron.cli.worker import run_rank
 
         run_rank(rank_arguments)
@@ -269,37 +269,15 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
 def _run_preview(arguments: argparse.Namespace) -> int:
     """Shows prompts in this process; for `--check`, runs as a rank of torchrun or srun, or starts ranks itself."""
-    from renio_megatron.cli.preview import show
+    from renio_megatron.cli.preview import check, show
 
     overrides = [*arguments.overrides, *arguments.extra]
     if arguments.check:
-        return _check_first_step(arguments, overrides)
+        return check(arguments.recipe, overrides, arguments.nproc)
     if arguments.nproc is not None:
         raise ConfigError("--nproc starts ranks for --check; without it, `renio preview` needs none. Leave it out.")
     show(arguments.recipe, overrides, arguments.prompts, as_json=arguments.json, is_resolved=arguments.resolved)
     return 0
-
-
-def _check_first_step(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from renio_megatron.cli import launch
-
-    rank_arguments = ["check", arguments.recipe, *overrides]
-    if launch.is_rank():
-        _refuse_nproc(arguments)
-        from renio_megatron.cli.worker import run_rank
-
-        run_rank(rank_arguments)
-
-    from renio_megatron.config.load import check_models, check_world, kind_of, load_recipe
-    from renio_megatron.runner.recipe import check_canaries, check_data
-
-    config = load_recipe(kind_of(arguments.recipe, overrides), arguments.recipe, overrides).config
-    check_canaries(config)
-    num_ranks = arguments.nproc or config.fewest_ranks
-    check_world(config, num_ranks)
-    check_models(config)
-    check_data(config)
-    return launch.start_ranks(rank_arguments, num_ranks)
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:
@@ -311,7 +289,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     recipe = words.pop(0) if words and "=" not in words[0] else ""
     rank_arguments = ["doctor", recipe, *words]
     if launch.is_rank():
-        _refuse_nproc(arguments)
+        launch.refuse_nproc(arguments.nproc)
         from renio_megatron.cli.worker import run_rank
 
         run_rank(rank_arguments)
@@ -330,7 +308,7 @@ def _run_compare_precision(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         rank_arguments.append(f"--output={arguments.output}")
     if launch.is_rank():
-        _refuse_nproc(arguments)
+        launch.refuse_nproc(arguments.nproc)
         from renio_megatron.cli.worker import run_rank
 
         run_rank(rank_arguments)
@@ -352,7 +330,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     options = evaluate.options_of(arguments)
     rank_arguments = ["evaluate", options.as_word()]
     if launch.is_rank():
-        _refuse_nproc(arguments)
+        launch.refuse_nproc(arguments.nproc)
         from renio_megatron.cli.worker import run_rank
 
         run_rank(rank_arguments)
@@ -395,14 +373,6 @@ def _run_export(arguments: argparse.Namespace) -> int:
     what = "adapter" if (written / "adapter_config.json").is_file() else "model"
     print(f"{arguments.destination} holds the {what} of step {step}")
     return 0
-
-
-def _refuse_nproc(arguments: argparse.Namespace) -> None:
-    if arguments.nproc is not None:
-        raise ConfigError(
-            "--nproc would be ignored: RANK and WORLD_SIZE are set, so torchrun or srun has started the ranks. "
-            "Leave it out."
-        )
 
 
 def _fresh(arguments: argparse.Namespace) -> list[str]:

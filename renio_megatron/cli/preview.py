@@ -1,4 +1,4 @@
-"""`renio preview`: the first prompts that the models of a recipe will read."""
+"""`renio preview`: the first prompts that the models of a recipe will read, its settings, or its first step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from renio_megatron.config.load import kind_of, load_recipe
+from renio_megatron.cli import launch
+from renio_megatron.config.load import check_models, check_world, kind_of, load_recipe
 from renio_megatron.config.resolved import resolved_yaml
-from renio_megatron.runner.recipe import check_data
+from renio_megatron.runner.recipe import check_canaries, check_data
 
 
 def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool, is_resolved: bool = False) -> None:
@@ -30,3 +31,26 @@ def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool, is_r
     found = preview(recipe.config, count)
     found = replace(found, notices=[*recipe.dropped_lines(), *found.notices])
     print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
+
+
+def check(path: str, overrides: Sequence[str], nproc: int | None) -> int:
+    """Looks at a recipe's first step, as a rank of torchrun or srun, or on ranks that are started; returns 0, or the
+    exit code of the rank that failed.
+
+    Args:
+        path, overrides: as for `renio train`.
+        nproc: ranks to start; None: one copy of each model.
+    """
+    rank_arguments = ["check", path, *overrides]
+    if launch.is_rank():
+        launch.refuse_nproc(nproc)
+        from renio_megatron.cli.worker import run_rank
+
+        run_rank(rank_arguments)
+    config = load_recipe(kind_of(path, overrides), path, overrides).config
+    check_canaries(config)
+    num_ranks = nproc or config.fewest_ranks
+    check_world(config, num_ranks)
+    check_models(config)
+    check_data(config)
+    return launch.start_ranks(rank_arguments, num_ranks)

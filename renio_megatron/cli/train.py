@@ -1,4 +1,4 @@
-"""`renio train` and `renio sft` on one rank: the run with its progress bar, and the final message; a run's first step."""
+"""`renio train` and `renio sft` on one rank: a run with its progress bar and its final message, or its first step."""
 
 from __future__ import annotations
 
