@@ -26,7 +26,7 @@ from renio_megatron.config.lazy import imported
 from renio_megatron.config.sections.report import RenioReportConfig, ReportConfig
 from renio_megatron.config.sections.weighting import RenioWeighting, renio_in
 from renio_megatron.config.teachers import TeacherSpec, fewest_ranks, num_teacher_ranks, resolve_teachers
-from renio_megatron.config.validators import require_choice
+from renio_megatron.config.validators import require_choice, require_positive
 from renio_megatron.errors import ConfigError
 
 CANARIES = ("stop", "warn", "off")
@@ -90,6 +90,11 @@ class JobConfig:
     def learns_prompts(self) -> bool:
         """Whether tokens of prompts are learned, too."""
         return False
+
+    @property
+    def longest_given(self) -> int | None:
+        """Tokens of a prompt and its given completion, at most; None: no limit but the model's."""
+        return None
 
     @property
     def completions_per_prompt(self) -> int:
@@ -223,6 +228,8 @@ class SftConfig(JobConfig):
     Attributes:
         init: `pretrained` starts from the directory's weights; `random` from random weights of its config.json.
         completion_only_loss: as in TRL: `false` learns the tokens of the prompt, too, all but its first.
+        max_length: tokens of prompt and completion together, at most; `data.overlong` says what happens to longer ones.
+            null: as many as the model has positions.
     """
 
     builder: ClassVar[str] = "renio_megatron.runner.build:build_sft"
@@ -230,9 +237,20 @@ class SftConfig(JobConfig):
     algorithm: str = "sft"
     init: str = "pretrained"
     completion_only_loss: bool = True
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         require_choice("init", self.init, ("pretrained", "random"))
+        require_positive("", max_length=self.max_length)
+
+    @property
+    def longest_given(self) -> int | None:
+        """Tokens of a prompt and its given completion, at most."""
+        packed, ranks = self.train.max_tokens_per_micro_batch, self.parallel.context_parallel_size
+        if packed is not None:  # the last token is not read; each sequence is padded so that context ranks can share it
+            unit = 1 if ranks == 1 else 2 * ranks
+            packed = packed // unit * unit + 1
+        return min((one for one in (self.max_length, packed) if one is not None), default=None)
 
     @property
     def starts_from_weights(self) -> bool:
@@ -252,6 +270,7 @@ SECTIONS: tuple[str, ...] = (
         "algorithm",
         "init",
         "completion_only_loss",
+        "max_length",
         "teacher",
         "data",
         "rollout",

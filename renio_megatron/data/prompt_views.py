@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -28,6 +28,7 @@ class PromptView:
         enable_thinking: passed to the chat template; None leaves it out.
         setting: the setting that holds the template, for error messages.
         system: system turn before the others; None: none.
+        system_setting: the setting that holds it.
     Raises:
         ConfigError: an unknown field in the template.
     """
@@ -37,6 +38,7 @@ class PromptView:
     enable_thinking: bool | None
     setting: str
     system: str | None = None
+    system_setting: str = "data.student_system"
 
     def __post_init__(self) -> None:
         check_fields(self.setting, self.template)
@@ -63,13 +65,18 @@ class PromptView:
         Raises:
             DataError: the record has a system turn, too.
         """
-        system = () if self.system is None else (("system", self.system),)
-        if system and record.before and record.before[0][0] == "system":
+        return self.conversation((*record.before, ("user", self.fill(record))), record)
+
+    def conversation(self, turns: Sequence[Turn], record: Record) -> tuple[Turn, ...]:
+        """A record's turns with the system turn before them; raises as `turns`."""
+        if self.system is None:
+            return tuple(turns)
+        if turns and turns[0][0] == "system":
             raise DataError(
-                f"{record.where}: the record has a system turn of its own, and "
-                f"{self.setting.replace('template', 'system')} is set. Leave one of them out."
+                f"{record.where}: the record has a system turn of its own, and {self.system_setting} is set. Leave one "
+                "of them out."
             )
-        return (*system, *record.before, ("user", self.fill(record)))
+        return (("system", self.system), *turns)
 
 
 def student_view(config: DataConfig) -> PromptView:
@@ -82,10 +89,11 @@ def student_view(config: DataConfig) -> PromptView:
 def teacher_view(config: DataConfig, setting: str = "data.teacher_template") -> PromptView:
     """The teacher's view of a problem, with the student's for unset values; `setting` is the key of its template."""
     thinking = config.enable_thinking if config.teacher_enable_thinking is None else config.teacher_enable_thinking
-    if config.teacher_template is None:
-        system = config.student_system if config.teacher_system is None else config.teacher_system
-        return PromptView(config.student_template, config.chat, thinking, "data.student_template", system)
-    return PromptView(config.teacher_template, config.chat, thinking, setting, config.teacher_system)
+    own, of_own = config.teacher_system, setting.replace("template", "system")
+    if config.teacher_template is not None:
+        return PromptView(config.teacher_template, config.chat, thinking, setting, own, of_own)
+    view = PromptView(config.student_template, config.chat, thinking, "data.student_template", config.student_system)
+    return view if own is None else replace(view, system=own, system_setting=of_own)
 
 
 def chat_template_of(tokenizer: Any, config: DataConfig, now: datetime | None = None) -> ChatTemplate | None:

@@ -52,7 +52,7 @@ class PromptStream:
         teacher_views: how each of several teachers sees a problem, by the names used in records; None: there is one
             teacher, with the view set in `config`.
         with_completions: fill in `Prompt.completion_ids`, the record's solution and the end token, for fine-tuning.
-        learns_prompts: of given completions, all tokens of a prompt but its first are a part.
+        max_length: tokens of prompt and given completion together, at most; None: no limit.
         completions_per_prompt: positions in a row that have the same problem.
         length_limits: limits of the models; None: not checked.
         now: the time that a chat template may insert; None: the clock's.
@@ -71,7 +71,7 @@ class PromptStream:
         *,
         teacher_views: Mapping[str, PromptView] | None = None,
         with_completions: bool = False,
-        learns_prompts: bool = False,
+        max_length: int | None = None,
         completions_per_prompt: int = 1,
         length_limits: LengthLimits | None = None,
         now: datetime | None = None,
@@ -81,7 +81,7 @@ class PromptStream:
         self.source = source
         self._tokenizer = tokenizer
         self._config = config
-        self._with_completions, self._learns_prompts = with_completions, learns_prompts
+        self._with_completions, self._max_length = with_completions, max_length
         self._repeats = completions_per_prompt
         self._student_view = student_view(config)
         self._teacher_views = {"": teacher_view(config)} if teacher_views is None else teacher_views
@@ -134,25 +134,24 @@ class PromptStream:
     def _prompt(self, record: Record, position: int, *, is_taught: bool = True) -> Prompt:
         student_ids = encode_view(self._student_view, record, self._tokenizer, self.chat_template)
         teacher, teacher_ids = "", student_ids
-        if is_taught:
+        if is_taught and not self._with_completions:
             teacher = self._teacher_of(record)
             view = self._teacher_views[teacher]
             if record.teacher_turns is not None and view.setting == self._student_view.setting:
-                turns = record.teacher_turns
+                turns = view.conversation(record.teacher_turns, record)
                 teacher_ids = encode_turns(view, turns, record, self._tokenizer, self.chat_template)
             elif view != self._student_view:
                 teacher_ids = encode_view(view, record, self._tokenizer, self.chat_template)
         for who, token_ids in (("student", student_ids), ("teacher", teacher_ids)):
             self._check_length(who, len(token_ids), record)
         completion_ids = self._completion(record) if self._with_completions else None
-        if completion_ids is not None and self._learns_prompts and is_taught:
-            student_ids, completion_ids = student_ids[:1], student_ids[1:] + completion_ids
-            teacher_ids = student_ids
+        if completion_ids is not None:
+            self._check_whole(len(student_ids) + len(completion_ids), record)
         if self._length_limits is not None:
             longest = self._length_limits.completion if is_taught else self._length_limits.answer
             longest = len(completion_ids or ()) if longest is None else longest
             _check_length("student", self._length_limits.student, len(student_ids), longest, record)
-            if is_taught and teacher in self._length_limits.teachers:
+            if is_taught and teacher in self._length_limits.teachers:  # none in fine-tuning
                 _check_length("teacher", self._length_limits.teachers[teacher], len(teacher_ids), longest, record)
         return Prompt(position, student_ids, teacher_ids, record, completion_ids, teacher)
 
@@ -177,9 +176,19 @@ class PromptStream:
             raise DataError(f"{record.where}: the {who}'s prompt has no tokens, so nothing predicts the first token.")
         if length > self._config.max_prompt_length:
             raise OverlongError(
-                f"{record.where}: the {who}'s prompt has {length} tokens, more than "
-                f"data.max_prompt_length={self._config.max_prompt_length}. Raise it, or leave the record out, as "
-                "data.overlong=skip does."
+                record.where,
+                f"the {who}'s prompt has {length} tokens, more than "
+                f"data.max_prompt_length={self._config.max_prompt_length}.",
+                "Raise it, or leave the record out, as data.overlong=skip does.",
+            )
+
+    def _check_whole(self, length: int, record: Record) -> None:
+        if self._max_length is not None and length > self._max_length:
+            raise OverlongError(
+                record.where,
+                f"prompt and completion have {length} tokens, more than the {self._max_length} that max_length or "
+                "train.max_tokens_per_micro_batch allows.",
+                "Raise it, or leave the record out, as data.overlong=skip does.",
             )
 
     def _completion(self, record: Record) -> tuple[int, ...]:
@@ -192,11 +201,12 @@ def _check_length(who: str, positions: int, prompt: int, completion: int, record
     needed = prompt + completion - 1
     if needed > positions:
         raise OverlongError(
-            f"{record.where}: the {who}'s prompt of {prompt} tokens and a completion of up to {completion} need "
-            f"{needed} positions; the {who} was made for {positions} (max_position_embeddings). Allow shorter "
-            "completions (rollout.max_completion_length, evaluate.max_completion_length), leave the record out, as "
-            "data.overlong=skip does, or choose another model. If the model is known to work beyond, say so in its "
-            "config.json."
+            record.where,
+            f"the {who}'s prompt of {prompt} tokens and a completion of up to {completion} need {needed} positions; "
+            f"the {who} was made for {positions} (max_position_embeddings).",
+            "Allow shorter completions (rollout.max_completion_length, evaluate.max_completion_length), leave the "
+            "record out, as data.overlong=skip does, or choose another model. If the model is known to work beyond, "
+            "say so in its config.json.",
         )
 
 

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from typing import NoReturn
 
 from renio_megatron.data.sources.source import Source
 from renio_megatron.errors import DataError
 from renio_megatron.types import Record
 
+_MAX_MISSES = 1000
+"""Records of an endless source that are looked at in a row, none of which fits."""
+
 
 class OverlongError(DataError):
-    """A record's prompt, or its longest sequence, is longer than a setting or a model allows."""
+    """A record's prompt, or its longest sequence, is longer than a setting or a model allows.
+
+    Args:
+        where: the record.
+        reason: what is too long, and for what.
+        advice: what to do.
+    Attributes:
+        reason: as given.
+    """
+
+    def __init__(self, where: str, reason: str, advice: str) -> None:
+        super().__init__(f"{where}: {reason} {advice}")
+        self.reason = reason
 
 
 class Selection:
@@ -29,7 +45,7 @@ class Selection:
     def __init__(self, source: Source, check: Callable[[Record], object], use: str) -> None:
         self._source, self._check, self._use = source, check, use
         self._kept: list[int] = []
-        self._looked = 0
+        self._looked = self._misses = 0
         self.left_out: dict[str, str] = {}
         """Place of each record that was left out -> why."""
 
@@ -64,11 +80,7 @@ class Selection:
         """Looks at the next record of the source's order."""
         size = self._source.size
         if size is not None and self._looked == size and not self._kept:
-            where, why = next(iter(self.left_out.items()))
-            raise DataError(
-                f"{where}: {why} So it is with all {size} records, and data.overlong=skip leaves none. Raise "
-                "data.max_prompt_length, or allow shorter completions."
-            )
+            self._refuse(f"all {size}")
         position, self._looked = self._looked, self._looked + 1
         record = self._source.record(position)
         if size is not None and position >= size and record.where in self.left_out:
@@ -76,6 +88,17 @@ class Selection:
         try:
             self._check(record)
         except OverlongError as error:
-            self.left_out[record.where] = str(error).removeprefix(f"{record.where}: ")
+            self.left_out[record.where] = error.reason
+            self._misses += 1
+            if size is None and self._misses == _MAX_MISSES:
+                self._refuse(f"the last {_MAX_MISSES}")
             return
+        self._misses = 0
         self._kept.append(position)
+
+    def _refuse(self, which: str) -> NoReturn:
+        where, why = next(iter(self.left_out.items()))
+        raise DataError(
+            f"{where}: {why} So it is with {which} records, and data.overlong=skip leaves none. Raise "
+            "data.max_prompt_length, or allow shorter completions."
+        )

@@ -141,7 +141,8 @@ def build_distillation(parts: Parts) -> tuple[Algorithm, Averages]:
 
 def build_sft(parts: Parts) -> tuple[Algorithm, Averages]:
     """Builds supervised fine-tuning."""
-    return Sft(parts.learner, layout=parts.layout, lr_at=parts.lr_at), ()
+    learns_prompts = parts.config.learns_prompts
+    return Sft(parts.learner, layout=parts.layout, lr_at=parts.lr_at, learns_prompts=learns_prompts), ()
 
 
 def build_student(

@@ -33,8 +33,10 @@ def origins(config: JobConfig, inputs: RunInputs) -> dict[str, str]:
     for setting, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
         if path is not None:
             places[setting] = _files(user_path(path))
-    if inputs.stream.source.fingerprint:
-        places["data.path"] = iter([inputs.stream.source.fingerprint.encode()])
+    if (contents := inputs.stream.source.contents) is not None:
+        places["data.path"] = iter([contents().encode()])
+    if config.evaluates_held_out and (contents := inputs.stream.evaluation_source.contents) is not None:
+        places["data.eval_path" if data.eval_path is not None else "data.eval_split"] = iter([contents().encode()])
     for one in config.teachers:
         teacher, found = one.settings, inputs.teachers[one.name]
         is_copy = teacher.model is None and not one.shares_student

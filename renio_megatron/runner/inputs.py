@@ -11,7 +11,6 @@ from typing import Any
 from renio_megatron.config import LoraConfig
 from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.config.teachers import ONLY
-from renio_megatron.data.batching.collate import BatchLayout, collate
 from renio_megatron.data.prompt_views import PromptView, chat_template_of, teacher_view
 from renio_megatron.data.prompts import LengthLimits, PromptStream, check_views_differ, number_in
 from renio_megatron.data.sources import build_source
@@ -35,7 +34,7 @@ from renio_megatron.models.tokenizer import (
 from renio_megatron.objective.weightings import COLUMN, INPUTS
 from renio_megatron.runner.evaluation_job import EvaluationJob
 from renio_megatron.runner.recipe_benchmarks import benchmarks_of
-from renio_megatron.types import Prompt, Rollout
+from renio_megatron.types import Prompt
 
 _MAX_NAMED = 3
 
@@ -229,17 +228,15 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
         config.data,
         teacher_views=teacher_views(config, tokenizer),
         with_completions=config.longest_completion is None,
-        learns_prompts=config.learns_prompts,
+        max_length=config.longest_given,
         completions_per_prompt=config.completions_per_prompt,
-        length_limits=_length_limits(config, architecture, teachers),
+        length_limits=length_limits(
+            config, architecture, {name: teacher.architecture for name, teacher in teachers.items()}
+        ),
         now=now,
     )
     first = stream.distinct(_num_checked(source, config, config.data.source_info.has_records))
-    for one in config.teachers:
-        if one.settings.model is None:
-            check_views_differ([prompt for prompt in first if prompt.teacher == one.name], one.kind)
-    if config.longest_completion is None and config.train.max_tokens_per_micro_batch is not None:
-        _check_rows(config, first)
+    check_self_teachers(config, first)
     evaluation, eval_grader = _evaluation(config, stream)
     grader = build_grader(config.data, source)
     _check_samples(config.sample_needs, first, is_graded=grader is not None)
@@ -268,6 +265,13 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
         notices=tuple(found),
         date=now.isoformat() if stream.chat_template is not None and stream.chat_template.has_date else None,
     )
+
+
+def check_self_teachers(config: JobConfig, prompts: Sequence[Prompt]) -> None:
+    """Raises `ConfigError` where a teacher that is the student would see the student's prompts."""
+    for one in config.teachers:
+        if one.settings.model is None:
+            check_views_differ([prompt for prompt in prompts if prompt.teacher == one.name], one.kind)
 
 
 def _evaluation(config: JobConfig, stream: PromptStream) -> tuple[list[Prompt], Grader | None]:
@@ -301,15 +305,6 @@ def _check_samples(needs: Collection[str], prompts: Sequence[Prompt], *, is_grad
             number_in(prompt, column)
 
 
-def _check_rows(config: JobConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises `DataError` where given completions are longer than a packed row."""
-    batch_layout = BatchLayout(
-        0, max_tokens=config.train.max_tokens_per_micro_batch, cp_size=config.parallel.context_parallel_size
-    )
-    given = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
-    collate(given, audience="student", batch_layout=batch_layout)
-
-
 def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None:
     """The adapter that a student starts with."""
     if lora.adapter is None:
@@ -326,9 +321,10 @@ def _adapter(lora: LoraConfig, model: Path, weights: Path) -> PeftAdapter | None
     return adapter
 
 
-def _length_limits(config: JobConfig, student: Architecture, teachers: Mapping[str, TeacherInputs]) -> LengthLimits:
+def length_limits(config: JobConfig, student: Architecture, teachers: Mapping[str, Architecture]) -> LengthLimits:
+    """The longest sequences that a run's models can read; `teachers` by their names."""
     completion = config.longest_completion
-    positions = {name: teacher.architecture.max_sequence_length for name, teacher in teachers.items()}
+    positions = {name: teacher.max_sequence_length for name, teacher in teachers.items()}
     return LengthLimits(
         student.max_sequence_length, positions, completion, config.evaluate.max_completion_length or completion
     )

@@ -10,10 +10,11 @@ from renio_megatron.config.schema import JobConfig
 from renio_megatron.config.teachers import ONLY
 from renio_megatron.data.prompts import PromptStream
 from renio_megatron.data.sources import build_source
+from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.ends import Ends, ends_of
 from renio_megatron.models.shipped import model_directory
 from renio_megatron.models.tokenizer import check_same_tokenizer, load_tokenizer
-from renio_megatron.runner.inputs import notices_of_prompts, stops_of, teacher_views
+from renio_megatron.runner.inputs import check_self_teachers, length_limits, notices_of_prompts, stops_of, teacher_views
 from renio_megatron.types import Prompt
 
 _SHOWN = 1500
@@ -82,13 +83,15 @@ def preview(config: JobConfig, count: int) -> Preview:
     """
     model = model_directory(config.model, "model")
     tokenizer = load_tokenizer(model)
-    teacher_ends = {}
+    architecture = Architecture.from_directory(model)
+    teacher_ends, architectures = {}, {}
     for one in config.teachers:
-        directory, its_tokenizer = model, tokenizer
+        directory, its_tokenizer, architectures[one.name] = model, tokenizer, architecture
         if one.settings.model is not None:
             directory = model_directory(one.settings.model, one.setting("model"))
             its_tokenizer = load_tokenizer(directory)
             check_same_tokenizer(tokenizer, its_tokenizer)
+            architectures[one.name] = Architecture.from_directory(directory)
         teacher_ends[one.name] = ends_of(directory, its_tokenizer)
     stream = PromptStream(
         build_source(config.data, "train"),
@@ -96,10 +99,12 @@ def preview(config: JobConfig, count: int) -> Preview:
         config.data,
         teacher_views=teacher_views(config, tokenizer),
         with_completions=config.longest_completion is None,
-        learns_prompts=config.learns_prompts,
+        max_length=config.longest_given,
         completions_per_prompt=config.completions_per_prompt,
+        length_limits=length_limits(config, architecture, architectures),
     )
     prompts, ends = stream.distinct(count), ends_of(model, tokenizer, *stops_of(config))
+    check_self_teachers(config, prompts)
     notices = notices_of_prompts(stream, prompts, ends, teacher_ends, tokenizer)
     return Preview(prompts, tokenizer, ends, teacher_ends, notices)
 

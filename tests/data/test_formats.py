@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from renio_megatron.config import DataConfig
 from renio_megatron.data.prompts import PromptStream
 from renio_megatron.data.sources import build_source, check_files
 from renio_megatron.data.sources.conversations import conversation_of
+from renio_megatron.data.sources.hub import digest
 from renio_megatron.errors import DataError
 from tests.data.test_prompts import CHAT, characters
 
@@ -143,8 +145,12 @@ def test_a_name_is_read_from_the_cache_and_the_network_is_not_asked(tmp_path, mo
     stream = PromptStream(source, characters(), config)
     assert [one.student_ids for one in stream.batch(0, 16)] == [student for _, student, *_ in expected]
     assert source.record(0).where.startswith("someone/sums (easy), row ")
-    assert source.fingerprint and source.fingerprint == build_source(config, "train").fingerprint
+    assert source.contents is not None and source.contents() == build_source(config, "train").contents()
+    other = build_source(config, "eval").contents
+    assert other is not None and other() != source.contents()
     assert [build_source(config, "eval").record(n).problem for n in (0, 1)] == ["6 + 6?", "7 + 7?"]
+    with pytest.raises(DataError, match=r"someone/sums: .*[Uu]nknown split .*Set data\.split to one of them"):
+        build_source(replace(config, split="none"), "train")
 
 
 def test_a_name_that_cannot_be_had_says_how(tmp_path, monkeypatch):
@@ -154,8 +160,20 @@ def test_a_name_that_cannot_be_had_says_how(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"data\.path: someone/none, split 'train', cannot be .*load_dataset\('some"):
         check_files(DataConfig(source="datasets", path="someone/none"), "train")
+    with pytest.raises(DataError, match=r"load_dataset\('someone/none', 'easy'\)"):
+        check_files(DataConfig(source="datasets", path="someone/none", subset="easy"), "train")
     with pytest.raises(DataError, match=r"data\.path: there is no directory"):
         check_files(DataConfig(source="datasets", path="./none"), "train")
+
+
+def test_a_digest_is_of_the_rows_and_not_of_how_they_are_stored():
+    import datasets
+
+    whole = datasets.Dataset.from_list(ROWS * 300)
+    pieces = datasets.concatenate_datasets([datasets.Dataset.from_list(ROWS) for _ in range(300)])
+    assert digest(whole) == digest(pieces)
+    changed = [*ROWS * 299, *ROWS[:-1], {**ROWS[-1], "answer": "15"}]
+    assert digest(datasets.Dataset.from_list(changed)) != digest(whole)
 
 
 TURNS = [
@@ -202,11 +220,72 @@ def test_contents_in_parts_are_joined(tmp_path):
         ([{"role": "user", "content": None}], r"got NoneType as its contents"),
         ([{"role": "user", "content": [{"type": "image", "image": "a"}]}], r"got list as its contents. Images"),
         ([{"role": 3, "content": "x"}], r"got the role 3"),
+        ([{"role": "user", "content": "x", "name": "Bob"}], r"turn 1: it has name, which a chat template may write"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{}]}, {"role": "user", "content": "x"}],
+            r"turn 1: it has tool_calls, which",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_named_with_its_line(tmp_path, turns, message):
     with pytest.raises(DataError, match=r"a\.jsonl:1: column 'messages'.*" + message):
         prompts(lines(tmp_path / "a.jsonl", [{"messages": turns}]), 1, chat=ROLES)
+
+
+def test_parts_of_a_turn_that_are_empty_are_none(tmp_path):
+    turns = [{"role": "user", "content": "1?", "tool_calls": None, "name": None, "weight": 1}]
+    assert conversation_of(turns, "messages", "here").question == "1?"
+
+
+def test_text_is_preferred_to_a_conversation(tmp_path):
+    """As in data sets that keep the first question beside the whole conversation."""
+    rows = [{"prompt": "1 + 1?", "messages": [{"role": "user", "content": "1 + 1?"}]}]
+    source = build_source(DataConfig(source="jsonl", path=str(lines(tmp_path / "a.jsonl", rows))), "train")
+    assert (source.record(0).problem, source.record(0).before) == ("1 + 1?", ())
+    assert any("read from 'prompt'" in notice for notice in source.notices)
+
+
+def test_completions_may_be_one_turn(tmp_path):
+    asked = [{"role": "user", "content": "1 + 1?"}]
+    rows = [{"prompt": asked, "completion": [{"role": "assistant", "content": "2"}]}]
+    path = lines(tmp_path / "a.jsonl", rows)
+    ((_, _, _, solution, _),) = prompts(path, 1, chat=ROLES)
+    assert solution == "2"
+    rows[0]["completion"] = asked
+    with pytest.raises(DataError, match=r"a\.jsonl:1: column 'completion' must hold text, or one turn .* got user"):
+        prompts(lines(path, rows), 1, chat=ROLES)
+
+
+def test_a_misspelled_column_of_the_teachers_prompts_is_refused(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"problem": "1?", "teacher_prompt": "1? (1)"}])
+    with pytest.raises(DataError, match=r"there is no column 'techer', which data\.teacher_prompt_key names; columns"):
+        prompts(path, 1, teacher_prompt_key="techer")
+    eval_file = lines(tmp_path / "b.jsonl", [{"problem": "1?"}])
+    config = DataConfig(source="jsonl", path=str(path), eval_path=str(eval_file), teacher_prompt_key="other")
+    assert build_source(config, "eval").record(0).problem == "1?", "no teacher reads these"
+
+
+def test_the_system_turn_of_a_setting_stands_before_the_teachers_own_prompt(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"problem": "1?", "teacher_prompt": "1? (1)"}])
+    systems = {"student_system": "S", "teacher_system": "T"}
+    ((_, student, teacher, _, _),) = prompts(path, 1, chat=ROLES, **systems)
+    texts = [characters().decode(list(ids)) for ids in (student, teacher)]
+    assert texts == ["<system>S<user>1?<assistant>", "<system>T<user>1? (1)<assistant>"]
+    own = [{"role": "system", "content": "R"}, {"role": "user", "content": "1?"}]
+    lines(path, [{"problem": "1?", "teacher_prompt": own}])
+    with pytest.raises(DataError, match=r"a system turn of its own, and data\.teacher_system is set"):
+        prompts(path, 1, chat=ROLES, **systems)
+    with pytest.raises(DataError, match=r"a system turn of its own, and data\.student_system is set"):
+        prompts(path, 1, chat=ROLES, student_system="S")
+
+
+def test_fine_tuning_reads_no_prompt_of_a_teacher(tmp_path):
+    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "2"}]
+    row = {"problem": "1?", "solution": "1", "teacher_prompt": turns}
+    config = DataConfig(source="jsonl", path=str(lines(tmp_path / "a.jsonl", [row])))
+    stream = PromptStream(build_source(config, "train"), characters(), config, with_completions=True)
+    (prompt,) = stream.batch(0, 1)
+    assert prompt.teacher_ids == prompt.student_ids
 
 
 def test_the_answers_of_gsm8k_are_solution_and_answer(tmp_path):
@@ -221,6 +300,14 @@ def test_the_answers_of_gsm8k_are_solution_and_answer(tmp_path):
         (rows[1]["answer"], "1,001"),
     ]
     assert any("the answer what follows ####" in notice for notice in source.notices)
+    for text in ("A\n#### Step one\nB", "#### 24"):
+        source = build_source(
+            DataConfig(source="jsonl", path=str(lines(tmp_path / "b.jsonl", [{"question": "q", "answer": text}]))),
+            "train",
+        )
+        assert (source.record(0).solution, source.record(0).answer) == (None, text)
+    config = DataConfig(source="jsonl", path=str(path), solution_key="worked")
+    assert build_source(config, "train").record(0).solution is None, "a setting that was given stands"
     rows[0]["solution"] = "Halve it."
     source = build_source(DataConfig(source="jsonl", path=str(lines(path, rows))), "train")
     assert {source.record(n).solution for n in (0, 1)} == {"Halve it.", None}
@@ -233,7 +320,8 @@ def test_the_teachers_own_prompt(tmp_path):
     path = lines(tmp_path / "a.jsonl", [*rows, {"problem": "3?", "teacher_prompt": None}])
     config = DataConfig(source="jsonl", path=str(path), eval_path=str(path), chat=True)
     tokenizer = characters(chat=ROLES)
-    found = PromptStream(build_source(config, "eval"), tokenizer, config).batch(0, 3)
+    drawn = PromptStream(build_source(config, "train"), tokenizer, config).batch(0, 3)
+    found = sorted(drawn, key=lambda prompt: "123".index(prompt.record.problem[0]))
     texts = [tokenizer.decode(list(one.teacher_ids)) for one in found]
     assert texts == [
         "<system>You know it is 2.<user>1 + 1?<assistant>",

@@ -221,18 +221,3 @@ def test_a_tokenizer_without_an_end_token(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(str(tmp_path))
     with pytest.raises(ConfigError, match="names no eos_token"):
         load_tokenizer(tmp_path)
-
-
-def test_prompts_that_are_learned_are_a_part_of_the_completion(tmp_path):
-    rows = [{"problem": "ab", "solution": "cd"}, {"problem": "e", "solution": "f"}]
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = DataConfig(source="jsonl", path=str(file), eval_path=str(file), max_prompt_length=2)
-    tokenizer = characters()
-    limits = LengthLimits(student=4)  # a, b, c, d: the end is not read
-    source = build_source(config, "eval")
-    found = PromptStream(
-        source, tokenizer, config, with_completions=True, learns_prompts=True, length_limits=limits
-    ).batch(0, 2)
-    texts = [[tokenizer.decode(list(ids)) for ids in (one.student_ids, one.completion_ids)] for one in found]
-    assert texts == [["a", "bcd</s>"], ["e", "f</s>"]]

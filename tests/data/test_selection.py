@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def test_each_is_counted_once_and_told_with_its_reason(tmp_path):
     assert len(found.distinct(50)) == 6
     (notice,) = found.notices()
     assert notice.startswith("data.overlong=skip leaves out 3 of the first 9 records of training; the first is ")
-    assert "data.jsonl:" in notice and "the student's prompt has " in notice and "max_prompt_length=6" in notice
+    assert "data.jsonl:" in notice and "the student's prompt has " in notice
+    assert notice.endswith("max_prompt_length=6."), "why, and no advice that is taken already"
     found.batch(0, 60)
     assert found.notices() == [notice]
 
@@ -81,6 +83,26 @@ def test_none_that_fits_is_an_error(tmp_path):
         stream(tmp_path, lengths=(7,) * 9).batch(0, 1)
     with pytest.raises(DataError, match="So it is with all 9 records"):
         stream(tmp_path, lengths=(7,) * 9).distinct(4)
+
+
+def test_an_endless_source_of_which_none_fits_is_an_error():
+    config = DataConfig(max_prompt_length=1, overlong="skip")
+    stream = PromptStream(build_source(config, "train"), characters(more="^=*"), config)
+    with pytest.raises(DataError, match="So it is with the last 1000 records"):
+        stream.batch(0, 1)
+
+
+def test_given_completions_have_a_limit_of_the_whole(tmp_path):
+    rows = [{"problem": "xyz", "solution": "s" * length} for length in (1, 5, 2)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(source="jsonl", path=str(tmp_path / "data.jsonl"), overlong="skip")
+    source = build_source(config, "train")
+    found = PromptStream(source, characters(), config, with_completions=True, max_length=6)
+    assert {len(one.completion_ids) for one in found.batch(0, 8)} == {2, 3}, "the end token counts"
+    assert "prompt and completion have 9 tokens, more than the 6" in found.notices()[0]
+    refusing = replace(config, overlong="refuse")
+    with pytest.raises(DataError, match=r"prompt and completion have 9 tokens.*max_length"):
+        PromptStream(source, characters(), refusing, with_completions=True, max_length=6).batch(0, 3)
 
 
 def test_refused_by_default_with_the_way_out(tmp_path):

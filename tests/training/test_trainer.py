@@ -17,7 +17,7 @@ from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.training.algorithms.sft import Sft
 from renio_megatron.training.lr_schedule import learning_rate
 from renio_megatron.training.trainer import Trainer
-from renio_megatron.types import Prompt, Verdict
+from renio_megatron.types import Prompt, Rollout, Verdict
 from tests.training.roles import (
     CAP,
     DECODING,
@@ -344,3 +344,12 @@ def test_fine_tuning_is_cross_entropy_over_the_batchs_tokens(size):
     assert [total / tokens, metrics["loss"]] == pytest.approx([float(expected.detach())] * 2, rel=1e-12)
     torch.testing.assert_close(roles.student.grad, student.grad, rtol=1e-12, atol=1e-15)
     assert metrics["rollout/tokens"] == 8
+
+
+def test_prompts_that_are_learned_are_given_behind_their_first_token():
+    asked: list[Rollout] = []
+    learner = SimpleNamespace(make_micro_batches=asked.extend, update=lambda *args, **more: {})
+    given = [Prompt(0, (5, 6, 7), (5, 6, 7), completion_ids=(8, 1)), Prompt(1, (5,), (5,), completion_ids=(1,))]
+    metrics = Sft(learner, layout=ParallelLayout(), lr_at=float, learns_prompts=True).step(given, 1)
+    assert [(one.prompt.student_ids, one.completion_ids) for one in asked] == [((5,), (6, 7, 8, 1)), ((5,), (1,))]
+    assert metrics["rollout/tokens"] == 5

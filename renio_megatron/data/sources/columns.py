@@ -22,6 +22,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """Common names of each column, case-insensitive. They are searched where the setting has its default, the first of
 them, and the file has no such column."""
 
+_TURNS = "completion"
+"""A column of solutions that may be a list of one turn, as TRL has it."""
 _SCIENTIFIC = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)[eE][+-]?\d{1,3}\s*")
 _NO_NUMBERS = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity")
 
@@ -51,8 +53,13 @@ def resolve_columns(
         if wanted != aliases[0] or wanted in names:
             continue
         found = [name for name in names if name.lower() in aliases and name not in given]
-        if setting != "problem_key":
-            found = [name for name in found if is_text(name)]
+        texts = [name for name in found if is_text(name)]
+        if setting == "problem_key":
+            found = texts or found  # conversations where there is no text
+        elif setting == "solution_key" and not texts:
+            found = [name for name in found if name.lower() == _TURNS]
+        else:
+            found = texts
         if len(found) > 1:
             problem = (
                 f"{where}: there is no column {wanted!r}, and {', '.join(map(repr, found))} could be meant. Set "

@@ -11,6 +11,11 @@ from renio_megatron.types import Turn
 
 _OTHER_NAMES = {"human": "user", "gpt": "assistant"}
 """Roles of the format with `from` and `value`."""
+_NOT_READ = (
+    *("tool_calls", "tool_call_id", "function_call", "tools", "name", "reasoning_content", "reasoning", "thinking"),
+    *("images", "audio", "video"),
+)
+"""Parts of a turn that chat templates know, beside its role and its text."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,29 @@ def conversation_of(value: Sequence[Any], column: str, where: str) -> Conversati
     return Conversation(tuple(turns[:-1]), turns[-1][1], answer)
 
 
+def answer_of(value: Sequence[Any], column: str, where: str) -> str:
+    """The text of a list that holds the assistant's turn alone, as TRL's columns `completion` do.
+
+    >>> answer_of([{"role": "assistant", "content": "4"}], "completion", "here")
+    '4'
+
+    Raises:
+        DataError: it holds anything else.
+    """
+    turns = [_turn(one, f"{where}: column {column!r}, turn {number}") for number, one in enumerate(value, 1)]
+    if len(turns) != 1 or turns[0][0] != "assistant":
+        roles = ", ".join(role for role, _ in turns) or "nothing"
+        raise DataError(f"{where}: column {column!r} must hold text, or one turn of the assistant; got {roles}.")
+    return turns[0][1]
+
+
 def _turn(turn: Any, where: str) -> Turn:
     if isinstance(turn, Mapping):
+        if more := [name for name in _NOT_READ if turn.get(name)]:
+            raise DataError(
+                f"{where}: it has {', '.join(more)}, which a chat template may write and this product does not read. "
+                "Leave the record out, or write what the model shall see into its text."
+            )
         for role_key, text_key in (("role", "content"), ("from", "value")):
             if role_key in turn and text_key in turn:
                 role, text = turn[role_key], _text(turn[text_key])

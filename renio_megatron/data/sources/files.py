@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from types import NoneType
@@ -9,7 +10,7 @@ from typing import Any
 
 from renio_megatron.config import DataConfig
 from renio_megatron.data.sources.columns import column_names, resolve_columns, value_of
-from renio_megatron.data.sources.hub import load, place_of
+from renio_megatron.data.sources.hub import digest, load, place_of
 from renio_megatron.data.sources.places import path_key, path_of
 from renio_megatron.data.sources.records import RecordReader
 from renio_megatron.data.sources.row_files import rows_of
@@ -46,7 +47,8 @@ def _read_file(config: DataConfig, split: str, most: int | None = None) -> tuple
         return all(isinstance(value_of(row, name), (str, int, float, NoneType)) for _, row in placed)
 
     config, notices = resolve_columns(config, names, str(path), is_text)
-    reader = RecordReader(config, names, str(path), (value_of(row, config.answer_key) for _, row in placed))
+    answers = (value_of(row, config.answer_key) for _, row in placed)
+    reader = RecordReader(config, names, str(path), answers, is_taught=split == "train")
     records = [reader.record(row, where) for where, row in placed]
     return records, _all_or_none_have_answers(records, config), [*notices, *reader.notices]
 
@@ -80,8 +82,9 @@ def datasets_source(config: DataConfig, split: str) -> Source:
         config, names, place.described, lambda name: str(kinds[name]).startswith(_TEXT_KINDS)
     )
     outer = config.answer_key if config.answer_key in data.features else config.answer_key.partition(".")[0]
-    answers = data.select_columns([outer]) if outer in data.features else [{}]
-    reader = RecordReader(config, names, place.described, (value_of(row, config.answer_key) for row in answers))
+    rows = data.select_columns([outer]) if outer in data.features else [{}]
+    answers = (value_of(row, config.answer_key) for row in rows)
+    reader = RecordReader(config, names, place.described, answers, is_taught=split == "train")
 
     def read(index: int) -> Record:
         return reader.record(data[index], f"{place.described}, row {index}")
@@ -95,7 +98,7 @@ def datasets_source(config: DataConfig, split: str) -> Source:
         order_of(config, split),
         has_answers,
         notices=(*notices, *reader.notices),
-        fingerprint="" if place.is_directory else data._fingerprint,
+        contents=None if place.is_directory else functools.partial(digest, data),
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from renio_megatron.errors import DataError
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SAVED = ("state.json", "dataset_dict.json")
 """Files of a directory that `save_to_disk` wrote."""
+_NO_SPLIT = "nknown split"
+"""Words of the library's error about a split that a data set does not have, the only one that the hub cannot mend."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,36 @@ def load(place: Place) -> Any:
 
     advice = "Give a directory of parquet or JSON files, or one that datasets.save_to_disk wrote."
     if not place.is_directory:
-        with offline(), contextlib.suppress(Exception):  # not in the cache, or another part of it
-            return read()
+        try:
+            with offline():
+                return read()
+        except Exception as error:  # not in the cache, or another part of it
+            if _NO_SPLIT in str(error):
+                key = "data.split" if place.use == "train" else "data.eval_split"
+                raise DataError(f"{place.key}: {place.name}: {_words(error)} Set {key} to one of them.") from error
+        subset = "" if place.subset is None else f", {place.subset!r}"
         advice = (
             "Nor is it in the cache of the library datasets. Fetch it where there is a network: python -c "
-            f'"import datasets; datasets.load_dataset({place.name!r})"; or give a directory or a file.'
+            f'"import datasets; datasets.load_dataset({place.name!r}{subset})"; or give a directory or a file.'
         )
     try:
         return read()
     except Exception as error:  # no network, no such set or split, no rights, or whatever its readers raise
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{place.key}: {place.described}, split {place.wanted!r}, cannot be read: {reason[:300]} {advice}"
+            f"{place.key}: {place.described}, split {place.wanted!r}, cannot be read: {_words(error)[:300]} {advice}"
         ) from error
+
+
+def digest(data: Any) -> str:
+    """A digest of a data set's rows, whatever pieces its files have."""
+    total = hashlib.sha256()
+    for row in data:
+        total.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return total.hexdigest()
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _saved(place: Place) -> Any:

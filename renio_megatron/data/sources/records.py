@@ -7,7 +7,7 @@ from typing import Any
 
 from renio_megatron.config import DataConfig
 from renio_megatron.data.sources.columns import answer_text, behind_hashes, value_of
-from renio_megatron.data.sources.conversations import conversation_of
+from renio_megatron.data.sources.conversations import answer_of, conversation_of
 from renio_megatron.errors import DataError
 from renio_megatron.types import Record, Turn
 
@@ -24,20 +24,33 @@ class RecordReader:
         names: its columns, as `column_names` gives them.
         where: the file, for messages.
         answers: values of the column of answers in all rows.
+        is_taught: whether a teacher may read the records, which have prompts of its own then.
     Attributes:
         notices: sentences about how rows are read.
+
+    Raises:
+        DataError: the setting of the teacher's own prompts names a column that is not there.
     """
 
-    def __init__(self, config: DataConfig, names: Sequence[str], where: str, answers: Iterable[Any]) -> None:
+    def __init__(
+        self, config: DataConfig, names: Sequence[str], where: str, answers: Iterable[Any], *, is_taught: bool
+    ) -> None:
         self._config = config
         self.notices: list[str] = []
-        self._splits_answers = config.solution_key not in names and _all_have_hashes(answers)
+        is_free = config.solution_key == DataConfig().solution_key and config.solution_key not in names
+        self._splits_answers = is_free and _all_have_hashes(answers)
         if self._splits_answers:
             self.notices.append(
                 f"{where}: the solution is the text of {config.answer_key!r}, and the answer what follows #### in it; "
                 "a column of data.solution_key says otherwise."
             )
-        self._reads_teacher_prompts = config.teacher_prompt_key in names
+        self._reads_teacher_prompts = is_taught and config.teacher_prompt_key in names
+        is_chosen = is_taught and config.teacher_prompt_key != DataConfig().teacher_prompt_key
+        if is_chosen and not self._reads_teacher_prompts:
+            raise DataError(
+                f"{where}: there is no column {config.teacher_prompt_key!r}, which data.teacher_prompt_key names; "
+                f"columns: {', '.join(names)}."
+            )
         if self._reads_teacher_prompts and config.teacher_template is not None:
             self._reads_teacher_prompts = False
             self.notices.append(
@@ -53,8 +66,11 @@ class RecordReader:
         """
         config = self._config
         problem, before, solution = self._problem(row, where)
-        if (column := text_of(row, config.solution_key, where)) is not None:
-            solution = column
+        column = value_of(row, config.solution_key)
+        if isinstance(column, list) and column and isinstance(column[0], Mapping):
+            solution = answer_of(column, config.solution_key, where)
+        elif (text := text_of(row, config.solution_key, where)) is not None:
+            solution = text
         answer = answer_text(row, config.answer_key, where)
         if self._splits_answers and answer is not None:
             solution, answer = answer, behind_hashes(answer)
@@ -118,10 +134,13 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str | None:
 
 
 def _all_have_hashes(answers: Iterable[Any]) -> bool:
-    """Whether there are answers, and all are text with a line behind hashes, and text before it."""
+    """Whether there are answers, and all are text that ends in a line behind hashes, with text before it."""
     is_empty = True
     for answer in answers:
         is_empty = False
-        if not isinstance(answer, str) or not behind_hashes(answer) or not answer.partition("####")[0].strip():
+        if not isinstance(answer, str):
+            return False
+        before, _, last = answer.rpartition("####")
+        if not before.strip() or not last.strip() or "\n" in last.strip():
             return False
     return not is_empty

@@ -32,7 +32,7 @@ class Source:
         has_answers: whether all records have an answer (a source where only some have one is refused).
         has_all_solutions: whether every record is known to have a solution; the others are checked as they are read.
         notices: sentences about how its records are read.
-        fingerprint: what changes with its contents, where no file of the recipe shows that; may be empty.
+        contents: returns a digest of its rows, where no path of the recipe leads to them; else None.
         score: its own scoring of (given answer, right answer, metadata), 1.0 for right; None where it has none.
     """
 
@@ -45,7 +45,7 @@ class Source:
     has_all_solutions: bool = False
     score: Callable[[str, str, Mapping[str, Any]], float] | None = None
     notices: tuple[str, ...] = ()
-    fingerprint: str = ""
+    contents: Callable[[], str] | None = None
 
     def record(self, position: int) -> Record:
         """The record at `position` (0, 1, 2, ...) of the endless order; a pure function of position and seed."""

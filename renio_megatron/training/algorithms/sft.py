@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,24 @@ from renio_megatron.types import MicroBatch, Prompt, Rollout
 class Sft:
     """One optimizer step on the completions given with the prompts; the loss is the mean over the batch's tokens."""
 
-    def __init__(self, learner: Learner, *, layout: ParallelLayout, lr_at: Callable[[int], float]) -> None:
-        """`layout` is this rank's layout, `lr_at` returns a step's learning rate."""
+    def __init__(
+        self,
+        learner: Learner,
+        *,
+        layout: ParallelLayout,
+        lr_at: Callable[[int], float],
+        learns_prompts: bool = False,
+    ) -> None:
+        """Sets up a step.
+
+        Args:
+            learner: the student.
+            layout: this rank's layout.
+            lr_at: learning rate of a step.
+            learns_prompts: learn all tokens of the prompts but the first, too.
+        """
         self.learner, self._layout, self._lr_at = learner, layout, lr_at
+        self._learns_prompts = learns_prompts
 
     def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
         """Tunes the kernels of the steps to come; as in `Distillation.tune`."""
@@ -33,7 +49,7 @@ class Sft:
     def step(self, prompts: Sequence[Prompt], step: int) -> dict[str, float]:
         """One optimizer step on this rank's prompts."""
         start = time.perf_counter()
-        rollouts = [Rollout(prompt, prompt.completion_ids or ()) for prompt in prompts]
+        rollouts = [self._given(prompt) for prompt in prompts]
         metrics = self.learner.update(
             self.learner.make_micro_batches(rollouts), token_cross_entropy, step=step, lr=self._lr_at(step)
         )
@@ -41,6 +57,13 @@ class Sft:
         lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts], device=self._layout.device)
         tokens = gather_batch(lengths, self._layout.data.group).sum()
         return metrics | {"time/train_s": seconds, "rollout/tokens": float(tokens)}
+
+    def _given(self, prompt: Prompt) -> Rollout:
+        """A prompt with the completion given with it; where prompts are learned, of the prompt's first token alone."""
+        completion, asked = prompt.completion_ids or (), prompt.student_ids
+        if not self._learns_prompts:
+            return Rollout(prompt, completion)
+        return Rollout(replace(prompt, student_ids=asked[:1]), asked[1:] + completion)
 
     def state(self) -> dict[str, Any]:
         """An empty state: the learner saves its own."""

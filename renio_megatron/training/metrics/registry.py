@@ -77,7 +77,7 @@ METRICS: dict[str, Metric] = {
     "moe/router_entropy": Metric("nats", "mean", "entropy of a router's probabilities, mean over tokens and layers"),
     "train/skipped_frac": Metric("1", "mean", "1 where the step was left out because its gradient was not finite"),
     "rollout/tokens": Metric("tokens", "mean", "completion tokens of the step that are learned from, of all ranks"),
-    "tokens_per_s": Metric("tokens/s", "mean", "completion tokens of all ranks over the time of the step"),
+    "tokens_per_s": Metric("tokens/s", "mean", "`rollout/tokens` over the time of the step"),
     "eval/accuracy_greedy": Metric("1", "mean", "accuracy on held-out problems, most likely tokens"),
     "eval/accuracy_sampled": Metric("1", "mean", "accuracy on held-out problems, sampled completions"),
     "eval/*/avg_at_n": Metric("1", "mean", "of a benchmark: share of right completions, mean over problems"),
