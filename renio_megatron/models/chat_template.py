@@ -11,6 +11,8 @@ from renio_megatron.errors import ConfigError, DataError
 
 _DATE = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 _PROBLEM, _ANSWER = "What is 2 + 2?", "renio-answer"
+_MARKER = re.compile("<[|\uff5c][^|\uff5c<>\\s]{1,40}[|\uff5c]>|<(?:start|end)_of_turn>")  # \uff5c: DeepSeek's bar
+"""Marks of turns that are single tokens wherever they are used."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,27 @@ class ChatTemplate:
                 f"{self.name} writes the date. The date of the run's start is kept in its directory, so that it reads "
                 "the same prompts when it is resumed another day."
             )
+        if cut := self._cut_markers():
+            found.append(
+                f"{self.name} writes {' and '.join(map(repr, cut))}, which the tokenizer cuts into several tokens: it "
+                "is the template of another model, or the tokenizer lacks these special tokens. Take the template that "
+                "belongs to the model."
+            )
         if header := self._missing_header():
             found.append(
                 f"{self.name} does not read add_generation_prompt, so prompts end before {header!r}: the student "
                 "writes that itself, and is trained on it. Let the template write it under `if add_generation_prompt`."
             )
         return found
+
+    def _cut_markers(self) -> list[str]:
+        """Marks of turns that the template writes and that are no tokens."""
+        try:
+            text = self.render([{"role": "user", "content": _PROBLEM}], "")
+        except DataError:  # reported when records are rendered
+            return []
+        vocabulary = self.tokenizer.get_vocab()
+        return [one for one in dict.fromkeys(_MARKER.findall(text)) if one not in vocabulary]
 
     def _missing_header(self) -> str | None:
         """Text that the template writes before an answer but not at the end of a generation prompt; None: nothing."""
@@ -113,6 +130,23 @@ class ChatTemplate:
             return None
         header = answered[len(asked) :].partition(_ANSWER)[0]
         return header if header.strip() else None
+
+
+def differing_templates(student: Any, teacher: Any, who: str) -> str | None:
+    """A sentence about a teacher whose own chat template writes a question otherwise than the student's, in which both
+    prompts are written; None where there is none, or nothing can be compared."""
+    turns = [{"role": "user", "content": _PROBLEM}]
+    try:
+        ours, theirs = (ChatTemplate.of(one).render(turns, "") for one in (student, teacher))
+    except (ConfigError, DataError):
+        return None
+    if ours == theirs:
+        return None
+    return (
+        f"{who} reads prompts in the student's chat template, {ours!r}, and its own writes {theirs!r}: it may answer "
+        "worse than it can. Give the student's directory the template in which both are at home, or write the turns "
+        "into templates with data.chat=false."
+    )
 
 
 def _name(tokenizer: Any) -> str:

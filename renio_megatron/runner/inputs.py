@@ -21,6 +21,7 @@ from renio_megatron.files import user_path
 from renio_megatron.megatron.checkpoint.directory import find_pretrained
 from renio_megatron.megatron.weights.peft_config import PeftAdapter
 from renio_megatron.models.architecture import Architecture, notices
+from renio_megatron.models.chat_template import differing_templates
 from renio_megatron.models.ends import Ends, differing_ends, ends_of
 from renio_megatron.models.hf_weights import WeightFiles
 from renio_megatron.models.shipped import model_directory
@@ -48,12 +49,14 @@ class TeacherInputs:
         weights: location of its weights: that directory, or a Megatron checkpoint.
         architecture: the teacher's architecture.
         ends: tokens and texts that end its own completions.
+        tokenizer: its tokenizer, or the student's where it has its directory.
     """
 
     directory: Path
     weights: Path
     architecture: Architecture
     ends: Ends
+    tokenizer: Any
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ def read_teachers(config: JobConfig, student: Path, weights: Path, tokenizer: An
             from renio_megatron.megatron.weights.merge_adapter import Merger
 
             Merger(user_path(teacher.adapter), architecture, own)  # refuses adapters that cannot be merged
-        found[one.name] = TeacherInputs(directory, own, architecture, ends_of(directory, its_tokenizer))
+        ends = ends_of(directory, its_tokenizer)
+        found[one.name] = TeacherInputs(directory, own, architecture, ends, its_tokenizer)
     return found
 
 
@@ -169,7 +173,11 @@ def teacher_views(config: JobConfig, tokenizer: Any) -> dict[str, PromptView] | 
 
 
 def notices_of_prompts(
-    stream: PromptStream, prompts: Sequence[Prompt], ends: Ends, teacher_ends: Mapping[str, Ends], tokenizer: Any
+    stream: PromptStream,
+    prompts: Sequence[Prompt],
+    ends: Ends,
+    tokenizer: Any,
+    teachers: Mapping[str, tuple[Ends, Any]],
 ) -> list[str]:
     """Sentences about prompts and ends that may not be intended.
 
@@ -177,13 +185,16 @@ def notices_of_prompts(
         stream: the stream of prompts.
         prompts: its first prompts.
         ends: ends of the student's completions.
-        teacher_ends: ends of each teacher's own completions, by its name.
         tokenizer: the student's tokenizer.
+        teachers: by its name, ends of each teacher's own completions, and its tokenizer.
     """
     found = [*stream.source.notices, *stream.notices()]
     who_ends: dict[Ends, list[str]] = {}
-    for name, one in teacher_ends.items():
-        who_ends.setdefault(one, []).append("the teacher" if name == ONLY else f"the teacher {name}")
+    for name, (one, its_tokenizer) in teachers.items():
+        title = "the teacher" if name == ONLY else f"the teacher {name}"
+        who_ends.setdefault(one, []).append(title)
+        if stream.chat_template is not None and (told := differing_templates(tokenizer, its_tokenizer, title)):
+            found.append(told)
     for one, who in who_ends.items():
         if sentence := differing_ends(ends, one, tokenizer, " and ".join(who)):
             found.append(sentence)
@@ -243,8 +254,8 @@ def read_inputs(config: JobConfig, now: datetime | None = None) -> RunInputs:
     ends = ends_of(model, tokenizer, *stops_of(config))
     directories = [model, *(teacher.directory for teacher in teachers.values())]
     found = [notice for one in dict.fromkeys(directories) for notice in notices(one)]
-    teacher_ends = {name: teacher.ends for name, teacher in teachers.items()}
-    found += notices_of_prompts(stream, first, ends, teacher_ends, tokenizer)
+    of_teachers = {name: (teacher.ends, teacher.tokenizer) for name, teacher in teachers.items()}
+    found += notices_of_prompts(stream, first, ends, tokenizer, of_teachers)
     graded = (source, *([stream.evaluation_source] if config.evaluates_held_out else []))
     found += [notice for each in graded if (notice := grader_name(config.data, each)[1]) is not None]
     return RunInputs(

@@ -84,7 +84,7 @@ def preview(config: JobConfig, count: int) -> Preview:
     model = model_directory(config.model, "model")
     tokenizer = load_tokenizer(model)
     architecture = Architecture.from_directory(model)
-    teacher_ends, architectures = {}, {}
+    teachers, architectures = {}, {}
     for one in config.teachers:
         directory, its_tokenizer, architectures[one.name] = model, tokenizer, architecture
         if one.settings.model is not None:
@@ -92,7 +92,7 @@ def preview(config: JobConfig, count: int) -> Preview:
             its_tokenizer = load_tokenizer(directory)
             check_same_tokenizer(tokenizer, its_tokenizer)
             architectures[one.name] = Architecture.from_directory(directory)
-        teacher_ends[one.name] = ends_of(directory, its_tokenizer)
+        teachers[one.name] = (ends_of(directory, its_tokenizer), its_tokenizer)
     stream = PromptStream(
         build_source(config.data, "train"),
         tokenizer,
@@ -105,8 +105,8 @@ def preview(config: JobConfig, count: int) -> Preview:
     )
     prompts, ends = stream.distinct(count), ends_of(model, tokenizer, *stops_of(config))
     check_self_teachers(config, prompts)
-    notices = notices_of_prompts(stream, prompts, ends, teacher_ends, tokenizer)
-    return Preview(prompts, tokenizer, ends, teacher_ends, notices)
+    notices = notices_of_prompts(stream, prompts, ends, tokenizer, teachers)
+    return Preview(prompts, tokenizer, ends, {name: ends for name, (ends, _) in teachers.items()}, notices)
 
 
 def prompt_lines(prompt: Prompt, tokenizer: Any, *, is_taught: bool, limit: int | None = _SHOWN) -> list[str]:

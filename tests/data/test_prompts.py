@@ -1,4 +1,5 @@
 import json
+import re
 import string
 
 import pytest
@@ -21,7 +22,8 @@ CHAT = (
 
 
 def characters(*, bos=False, chat=None, more=""):
-    """A tokenizer with a token for each printable character; with `bos` it writes <s> before and </s> after a text."""
+    """A tokenizer with a token for each printable character, and for the marks of turns that its chat template writes;
+    with `bos` it writes <s> before and </s> after a text."""
     symbols = ["<s>", "</s>", *string.printable, *more]
     core = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(symbols)}))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -30,6 +32,8 @@ def characters(*, bos=False, chat=None, more=""):
         core.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = chat
+    if marks := sorted(set(re.findall(r"<\|\w+\|>", chat or ""))):
+        tokenizer.add_tokens(marks, special_tokens=True)
     return tokenizer
 
 

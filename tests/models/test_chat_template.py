@@ -13,7 +13,7 @@ import pytest
 
 from renio_megatron.config import DataConfig
 from renio_megatron.errors import ConfigError, DataError
-from renio_megatron.models.chat_template import ChatTemplate
+from renio_megatron.models.chat_template import ChatTemplate, differing_templates
 from tests.data.test_prompts import characters, stream
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.resuming import rows, same
@@ -67,6 +67,28 @@ def test_a_template_that_leaves_out_the_assistants_header_is_a_notice() -> None:
     [notice] = ChatTemplate.of(characters(chat=IGNORES)).notices()
     assert "does not read add_generation_prompt" in notice
     assert repr("<|im_start|>assistant\n") in notice
+
+
+@pytest.mark.parametrize("mark", ["<|im_start|>", "<\uff5cUser\uff5c>", "<start_of_turn>"])
+def test_a_template_whose_marks_are_no_tokens_is_another_models(mark: str) -> None:
+    tokenizer = characters(more="\uff5c")
+    tokenizer.chat_template = (
+        "{% for m in messages %}" + mark + "{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    [notice] = ChatTemplate.of(tokenizer).notices()
+    assert f"writes {mark!r}, which the tokenizer cuts into several tokens" in notice
+    assert "the template that belongs to the model" in notice
+    tokenizer.add_tokens([mark], special_tokens=True)
+    assert ChatTemplate.of(tokenizer).notices() == []
+
+
+def test_a_teacher_with_another_template_is_told() -> None:
+    ours, theirs = characters(chat=CHATML), characters(chat=MIXTRAL)
+    told = differing_templates(ours, theirs, "the teacher")
+    assert told is not None and told.startswith("the teacher reads prompts in the student's chat template, '<|im_start")
+    assert "and its own writes '[INST] What is 2 + 2? [/INST]'" in told
+    assert differing_templates(ours, characters(chat=CHATML + "{% if tools %}{% endif %}"), "the teacher") is None
+    assert differing_templates(ours, characters(), "the teacher") is None
 
 
 DATED = "{% if strftime_now is defined %}{{ strftime_now(\"%d %b %Y\") }}|{{strftime_now( '%Y' )}}{% endif %}" + CHATML

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from renio_megatron.cli.main import main
-from renio_megatron.config.load import load_recipe
+from renio_megatron.config.load import kind_of, load_recipe
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.shipped import SHIPPED, model_directory
 from renio_megatron.models.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ from tests.helpers.jobs import python_path
 from tests.helpers.paths import ROOT
 from tests.models.test_chat_template import CHATML, IGNORES
 
-RECIPES = sorted(path for path in (ROOT / "examples").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "parts")
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -34,11 +34,8 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]
 
 
 def _tokenizers_are_there(recipe: Path) -> bool:
-    values = yaml.safe_load(recipe.read_text())
-    names = [
-        values.get("model"),
-        (values.get("teacher") or {}).get("model") if isinstance(values.get("teacher"), dict) else None,
-    ]
+    config = load_recipe(kind_of(recipe), recipe).config
+    names = [config.model, *(one.settings.model for one in config.teachers)]
     return all(name is None or name in SHIPPED or (ROOT / name / "tokenizer.json").is_file() for name in names)
 
 
@@ -73,7 +70,7 @@ def recipe(tmp_path: Path) -> Path:
     for name, chat, ends in (("student", CHATML, 1), ("teacher", CHATML, [1, 8])):
         directory = tmp_path / name
         characters(chat=chat).save_pretrained(directory)
-        (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 102}))
+        (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 104}))
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     lines = [{"problem": "2+2?", "solution": "two and two", "answer": "4"}, {"problem": "3+3?", "answer": "6"}]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -127,6 +124,70 @@ def test_a_recipe_of_fine_tuning_is_shown_with_its_completions(recipe: Path, cap
     [prompt] = found["prompts"]
     assert (prompt["student_text"], prompt["completion_text"]) == ("Q: 2", "two</s>")
     assert prompt["teacher_text"] is None and found["teacher_ends"] is None
+
+
+def test_the_whole_prompt_of_fine_tuning_is_shown_also_where_it_is_learned(recipe: Path, capsys) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    del values["teacher"]
+    recipe.write_text(yaml.safe_dump(values))
+    (recipe.parent / "data.jsonl").write_text(
+        '{"problem": "2", "solution": "two"}\n{"problem": "3", "solution": "x"}\n'
+    )
+    found = shown(capsys, str(recipe), "completion_only_loss=false")
+    assert {prompt["student_text"] for prompt in found["prompts"]} == {"Q: 2", "Q: 3"}
+    assert found["notices"] == []
+
+
+def test_a_teacher_that_is_the_student_and_sees_the_same_is_refused(recipe: Path, capsys) -> None:
+    assert main(["preview", str(recipe), "teacher={kind: ema}"]) == 2
+    assert "teacher.kind=ema, but the teacher's view of the first" in capsys.readouterr().err
+
+
+def test_what_is_shown_is_what_fits_the_models(recipe: Path, capsys) -> None:
+    for name in ("student", "teacher"):
+        config = {"model_type": "llama", "vocab_size": 104, "max_position_embeddings": 20}
+        (recipe.parent / name / "config.json").write_text(json.dumps(config))
+    (recipe.parent / "data.jsonl").write_text('{"problem": "2"}\n{"problem": "2222222222"}\n')
+    settings = ["data.overlong=skip", "rollout.max_completion_length=14", "rollout.stop_token_ids=[8]"]
+    found = shown(capsys, str(recipe), *settings)
+    assert [prompt["student_text"] for prompt in found["prompts"]] == ["Q: 2"]
+    assert "leaves out 1 of the first 2 records" in found["notices"][0]
+
+
+CHECK = ["rollout.max_completion_length=30", "train.global_batch_size=8", "train.micro_batch_size=4"]
+
+
+@pytest.mark.slow
+def test_a_first_step_is_looked_at_and_nothing_is_written(tmp_path: Path) -> None:
+    """Also with ranks of the teacher's own, which end with the others."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: modchain/student\nteacher: {model: modchain/teacher, ranks: dedicated}\noutput_dir: run\n"
+        "train: {train_iters: 1, global_batch_size: 8, micro_batch_size: 4}\n"
+    )
+    for nproc, settings in (("2", []), ("1", ["teacher.ranks=colocated"])):
+        command = [sys.executable, "-m", "renio_megatron.cli.main", "preview", str(path), "--check", "--nproc", nproc]
+        environment = {**os.environ, "PYTHONPATH": python_path()}
+        done = warm.run([*command, *CHECK, *settings], env=environment, cwd=tmp_path, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert "the first step's 8 completions, " in done.stdout
+        for name in ("sampler", "tokens", "rows", "boundary", "ends"):
+            assert f"\n  {name} " in done.stdout
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_looked_at_is_told(recipe: Path, capsys) -> None:
+    for arguments, words in (
+        (["--check", "canaries=off"], "canaries=off leaves that out"),
+        (["--nproc", "2"], "--nproc starts ranks for --check"),
+    ):
+        assert main(["preview", str(recipe), *arguments]) == 2
+        assert words in capsys.readouterr().err
+    values = yaml.safe_load(recipe.read_text())
+    del values["teacher"]
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(["preview", str(recipe), "--check"]) == 2
+    assert "`renio sft` has neither" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(recipe: Path, capsys) -> None:
