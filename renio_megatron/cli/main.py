@@ -124,22 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--memory", type=_gib, metavar="GIB", help="memory of each GPU in GiB (default: no verdict)")
     command.set_defaults(run=_run_plan)
 
-    command = commands.add_parser(
-        "preview",
-        description="Show the first prompts of a recipe of `renio train` or `renio sft` as the models see them, with "
-        "special tokens, answers, lengths, and what ends completions. No weights are read, but with --check: then the "
-        "models draw and score the completions of the first step, as `renio train` would, and nothing is trained.",
-        usage="renio preview RECIPE [key=value ...] [--prompts N] [--json | --resolved | --check [--nproc N]]",
-    )
-    _add_recipe(command)
-    command.add_argument("--prompts", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="write JSON, token ids included")
-    form.add_argument("--resolved", action="store_true", help="write the settings as one recipe")
-    form.add_argument("--check", action="store_true", help="look at the first step of a recipe of `renio train`")
-    command.add_argument("--nproc", type=_positive, metavar="N", help="with --check: ranks to start on this machine")
-    command.set_defaults(run=_run_preview)
-
+    _add_preview(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_doctor(commands)
@@ -158,6 +143,24 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="YAML file with the settings of the run")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+
+
+def _add_preview(commands: Any) -> None:
+    command = commands.add_parser(
+        "preview",
+        description="Show the first prompts of a recipe of `renio train` or `renio sft` as the models see them, with "
+        "special tokens, answers, lengths, and what ends completions. No weights are read, but with --check: then the "
+        "models draw and score the completions of the first step, as `renio train` would, and nothing is trained.",
+        usage="renio preview RECIPE [key=value ...] [--prompts N] [--json | --resolved | --check [--nproc N]]",
+    )
+    _add_recipe(command)
+    command.add_argument("--prompts", type=_positive, metavar="N", default=3, help="how many (default: %(default)s)")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="write JSON, token ids included")
+    form.add_argument("--resolved", action="store_true", help="write the settings as one recipe")
+    form.add_argument("--check", action="store_true", help="look at the first step of a recipe of `renio train`")
+    command.add_argument("--nproc", type=_positive, metavar="N", help="with --check: ranks to start on this machine")
+    command.set_defaults(run=_run_preview)
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -46,9 +46,9 @@ INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("linear_distillation",),
     ),
     "training": (
-        ("metrics", "lr_schedule", "rollout_log", "targets"),
+        ("metrics", "lr_schedule", "rollout_log", "targets", "canary_findings"),
         ("interfaces", "setting_warnings"),
-        ("algorithms",),
+        ("algorithms", "canaries"),
         ("trainer",),
     ),
     "megatron": (("runtime", "own_loop"), ("model",), ("student", "teacher"), ("checkpoint",), ("weights",)),
