@@ -86,7 +86,8 @@ def test_a_plain_word_for_the_teacher_drops_its_model(train):
     ("more", "overrides", "words"),
     [
         ("train: {lrr: 1}\n", [], ["recipe.yaml", "'train.lrr'", "'train.lr'"]),
-        ("train: {learning_rate: 1}\n", [], ["'train.learning_rate'", "The keys of train are", " lr,"]),
+        ("train: {learning_rate: 1}\n", [], ["'train.learning_rate'", "Its name here is train.lr."]),
+        ("train: {zzzzqqq: 1}\n", [], ["'train.zzzzqqq'", "The keys of train are", " lr,"]),
         ("lr: 1\n", [], ["recipe.yaml", "'lr'", "'train.lr'"]),
         ("weightin: {name: uniform}\n", [], ["'weightin'", "'weighting'"]),
         ("loss: {zzzzqqq: 1}\n", [], ["'loss.zzzzqqq'", "beta, divergence, temperature, entry_clip, entry_floor"]),

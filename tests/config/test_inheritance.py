@@ -10,7 +10,7 @@ from renio_megatron.cli.main import main
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.resolved import resolved_yaml
 from renio_megatron.errors import ConfigError
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import RECIPES, ROOT, kind_of_example
 
 WHOLE = """
 model: modchain/student
@@ -81,11 +81,10 @@ def test_what_cannot_be_a_base_is_named(tmp_path, text, message):
         load_recipe("train", path)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").rglob("*.yaml")))
-def test_the_examples_written_as_one_are_the_same_recipes(tmp_path, monkeypatch, name):
-    (path,) = (ROOT / "examples").rglob(name)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_examples_written_as_one_are_the_same_recipes(tmp_path, monkeypatch, path):
     monkeypatch.chdir(ROOT)
-    kind = "sft" if "student.yaml" in name or "teacher.yaml" in name else "train"
+    kind = kind_of_example(path)
     recipe = load_recipe(kind, path)
     again = load_recipe(kind, files(tmp_path, again=resolved_yaml(recipe)))
     assert (again.config, again.explicit) == (recipe.config, recipe.explicit)

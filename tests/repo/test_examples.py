@@ -15,20 +15,14 @@ from renio_megatron.config.schema import DistillationConfig, SftConfig
 from renio_megatron.data.sources.modchain import END, PAD, SYMBOLS, make_problem
 from renio_megatron.models.shipped import QUICKSTART_RECIPE, SHIPPED
 from renio_megatron.tools.quickstart import QUICKSTART_VARIANTS
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import EXAMPLES, RECIPES, ROOT, kind_of_example
 
-EXAMPLES = ROOT / "examples"
-RECIPES = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "parts")
 ASSETS = QUICKSTART_RECIPE.parent
 SHIPPED_MODELS = {"modchain/student", "modchain/teacher"}
 
 
 def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-def _kind(path: Path) -> str:
-    return "sft" if path.parent == EXAMPLES / "modchain" or path.name.startswith("sft") else "train"
 
 
 def test_there_are_recipes_of_both_kinds():
@@ -39,8 +33,8 @@ def test_there_are_recipes_of_both_kinds():
 
 @pytest.mark.parametrize("path", [*RECIPES, QUICKSTART_RECIPE], ids=_name)
 def test_a_recipe_can_be_run_as_it_stands(path):
-    config = load_recipe(_kind(path), path).config
-    assert isinstance(config, SftConfig if _kind(path) == "sft" else DistillationConfig)
+    config = load_recipe(kind_of_example(path), path).config
+    assert isinstance(config, SftConfig if kind_of_example(path) == "sft" else DistillationConfig)
     ranks = config.parallel.model_ranks
     check_world(config, ranks)
     names = [config.model, *([config.teacher.model or config.model] if isinstance(config, DistillationConfig) else [])]
@@ -55,7 +49,7 @@ def test_what_a_recipe_says_of_its_own_command_is_true(path):
     commands = [word for line in comments for word in line.split() if word.endswith(".yaml")]
     assert commands, "a recipe says how it is run"
     assert set(commands) == {_name(path)}
-    assert any(f"renio {_kind(path)} {_name(path)}" in line for line in comments)
+    assert any(f"renio {kind_of_example(path)} {_name(path)}" in line for line in comments)
 
 
 @pytest.mark.parametrize("changes", QUICKSTART_VARIANTS.values(), ids=QUICKSTART_VARIANTS)

@@ -22,10 +22,8 @@ from renio_megatron.models.tokenizer import load_tokenizer
 from tests.data.test_prompts import characters
 from tests.helpers import warm
 from tests.helpers.jobs import python_path
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import RECIPES, ROOT, kind_of_example
 from tests.models.test_chat_template import CHATML, IGNORES
-
-RECIPES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "parts")
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -34,8 +32,8 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]
 
 
 def _tokenizers_are_there(recipe: Path) -> bool:
-    config = load_recipe(kind_of(recipe), recipe).config
-    names = [config.model, *(one.settings.model for one in config.teachers)]
+    config = load_recipe(kind_of_example(recipe), recipe).config
+    names = [config.model, *(teacher.settings.model for teacher in config.teachers)]
     return all(name is None or name in SHIPPED or (ROOT / name / "tokenizer.json").is_file() for name in names)
 
 
@@ -44,16 +42,16 @@ def test_every_example_is_shown(recipe: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     if not _tokenizers_are_there(recipe):
         pytest.skip("its tokenizers are not here")
-    values = yaml.safe_load(recipe.read_text())
-    if values.get("data", {}).get("source") == "reasoning_gym":
+    config = load_recipe(kind_of_example(recipe), recipe).config
+    if config.data.source == "reasoning_gym":
         pytest.importorskip("reasoning_gym")
     found = shown(capsys, str(recipe), "--prompts", "2")
-    tokenizer = load_tokenizer(model_directory(values["model"], "model"))
+    tokenizer = load_tokenizer(model_directory(config.model, "model"))
     assert len(found["prompts"]) == 2
     for prompt in found["prompts"]:
         assert tokenizer.decode(prompt["student_ids"]) == prompt["student_text"]
         assert tokenizer.eos_token_id in found["student_ends"]
-        if "teacher" in values:
+        if config.teachers:
             assert tokenizer.decode(prompt["teacher_ids"]) == prompt["teacher_text"]
             assert tokenizer.eos_token_id in found["teacher_ends"]
         else:
