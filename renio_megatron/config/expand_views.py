@@ -13,10 +13,11 @@ _ROUTES = "teacher.routes."
 
 
 def expand_views(settings: FlatSettings) -> None:
-    """Puts texts in the place of views; of a view and a template the one that was given later is used.
+    """Puts texts in the place of views. What is given later is used, null too: a template after a view switches the
+    whole view off, a system turn after it the view's system turn.
 
     Raises:
-        ConfigError: a view that is not there, or that is given together with a template.
+        ConfigError: a view that is not there, or that one file gives together with what it stands for.
     """
     routes = {key.split(".")[2] for key in settings.values if key.startswith(_ROUTES)}
     for prefix in ("data.student_", "data.teacher_", "", *(f"{_ROUTES}{name}." for name in sorted(routes))):
@@ -26,16 +27,23 @@ def expand_views(settings: FlatSettings) -> None:
 def _expand(settings: FlatSettings, prefix: str) -> None:
     key, template, system = f"{prefix}view", f"{prefix}template", f"{prefix}system"
     name, source = settings.values.pop(key, (None, ""))
-    if name is None:
-        return
-    order = list(settings.sources)
-    other, given = settings.values.get(template, (None, ""))
-    if other is not None and given == source:
-        raise ConfigError(f"{source}: {key} and {template} both say what a prompt is. Leave one of them out.")
-    if other is not None and order.index(given) > order.index(source):
+    if name is None or _is_given_later(settings, template, key, source, "what a prompt is"):
         return
     path = Path(source)
     view = read_view(str(name), f"{source}: {key}", path.parent if path.is_file() else None)
     settings.values[template] = (literal(view.template), source)
-    if view.system is not None and system not in settings.values:
-        settings.values[system] = (literal(view.system), source)
+    settings.written[template] = f"{key} ({view.where})"
+    if view.system is None or _is_given_later(settings, system, key, source, f"what {view.where} has as system turn"):
+        return
+    settings.values[system] = (literal(view.system), source)
+    settings.written[system] = f"the system turn of {key} ({view.where})"
+
+
+def _is_given_later(settings: FlatSettings, other: str, key: str, source: str, what: str) -> bool:
+    """Whether another setting is given after a view; raises `ConfigError` where it is given beside it."""
+    if other not in settings.values:
+        return False
+    order, given = list(settings.sources), settings.values[other][1]
+    if given == source:
+        raise ConfigError(f"{source}: {key} and {other} both say {what}. Leave one of them out.")
+    return order.index(given) > order.index(source)

@@ -19,6 +19,7 @@ class FlatSettings:
         values: dotted key -> (value, where it was given), including keys that only another tag has.
         chosen: the sections of tables and lists; they exist even where nothing is set in them.
         sources: where settings were given, in order.
+        written: what stands in the recipe for a key that was put there instead of it, for messages.
     """
 
     def __init__(self, schema: type) -> None:
@@ -27,6 +28,7 @@ class FlatSettings:
         self.values: dict[str, tuple[Any, str]] = {}
         self.chosen: dict[str, None] = {}
         self.sources: dict[str, None] = {}
+        self.written: dict[str, str] = {}
 
     def put(self, key: str, value: Any, source: str) -> None:
         """Sets a key, or the whole recipe for an empty key, to the value that `source` gives.

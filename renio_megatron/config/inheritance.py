@@ -39,9 +39,15 @@ def _add(path: Path, above: tuple[Path, ...], found: dict[Path, tuple[str, Mappi
     if place in found:
         return
     content = dict(_load(path, f"; {above[-1]} names it as its base" if above else ""))
-    for name in _bases(content.pop(BASE, None), path):
-        base = user_path(name)
-        _add(base if base.is_absolute() else path.parent / base, (*above, place), found)
+    names = _bases(content.pop(BASE, None), path)
+    bases = [path.parent / user_path(name) for name in names]
+    for name, base in zip(names, bases, strict=True):
+        if sum(base.resolve() == other.resolve() for other in bases) > 1:
+            raise ConfigError(
+                f"{path}: base names {name} twice, and a file's settings can stand in one place only. Name it once, "
+                "where its settings are to be put: a later file takes precedence."
+            )
+        _add(base, (*above, place), found)
     found[place] = (str(path), content)
 
 
@@ -70,6 +76,8 @@ def _load(path: Path, named_by: str) -> Mapping[Any, Any]:
         raise ConfigError(f"{path}: cannot be read as a recipe: it is nested too deeply.") from error
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: cannot be read as a recipe: {first_line(error)}.") from error
+    if (content == {} or content is None) and named_by:
+        raise ConfigError(f"{path}: this base is empty{named_by}. Write a setting into it, or leave it out there.")
     if content == {} or content is None:
         raise ConfigError(f"{path}: the recipe is empty. It needs at least `model` and `output_dir`.")
     if not isinstance(content, dict):

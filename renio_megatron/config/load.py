@@ -8,7 +8,8 @@ from typing import Any
 
 from renio_megatron.config.expand_views import expand_views
 from renio_megatron.config.inheritance import files_of
-from renio_megatron.config.parser import read_recipe
+from renio_megatron.config.mistakes import mistakes_among
+from renio_megatron.config.parser import COMMAND_LINE, read_recipe
 from renio_megatron.config.rules.combinations import check_combinations
 from renio_megatron.config.rules.experts import check_expert_ranks, check_experts
 from renio_megatron.config.rules.ignored import check_settings, ignored_settings, refuse_ignored
@@ -25,8 +26,6 @@ from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.architecture import ModelShape
 from renio_megatron.models.shipped import model_directory
-
-_PLAIN_KEYS = ("model", "pretrained_checkpoint", "algorithm", "init", "output_dir")
 
 
 def load_recipe(kind: str, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -73,9 +72,9 @@ def _algorithm_of(kind: str, path: str | Path, overrides: Sequence[str]) -> str:
 
 
 def _read(kind: str, algorithm: str, path: str | Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe without those of its own keys that the command line left without effect.
+    """The recipe without those of its files' keys that the command line, or another file, left without effect.
 
-    Keys without effect are an error if the command line set them, or if they have none in the recipe alone either.
+    Keys without effect are an error if the command line set them, or if they have none where they are written either.
     """
     dropped: dict[str, str] = {}
     while True:
@@ -83,22 +82,13 @@ def _read(kind: str, algorithm: str, path: str | Path, overrides: Sequence[str])
         check_settings(read.config)
         ignored = {**read.misplaced, **ignored_settings(read.config, read.explicit)}
         if not ignored:
-            return Recipe(config=read.config, explicit=read.explicit, kind=kind, dropped=dropped)
-        mistakes = _mistakes_of(algorithm, path, overrides)
-        refuse_ignored(
-            {key: because for key, because in ignored.items() if key in read.given or key in mistakes - read.of_bases}
-        )
+            return Recipe(read.config, read.explicit, kind, dropped, read.written)
+        sources = {key: read.sources[key] for key in ignored}
+        mistakes = read.given | mistakes_among(schema_of(algorithm), path, overrides, ignored, sources)
+        refused = {key: because for key, because in ignored.items() if key in mistakes}
+        bases = {key: source for key, source in sources.items() if source not in (COMMAND_LINE, str(Path(path)))}
+        refuse_ignored(refused, bases, read.written)
         dropped |= ignored
-
-
-def _mistakes_of(algorithm: str, path: str | Path, overrides: Sequence[str]) -> frozenset[str]:
-    """Keys of a recipe that have no effect by themselves; of the command line only its top-level keys are applied."""
-    try:
-        plain = [text for text in overrides if text.partition("=")[0].strip() in _PLAIN_KEYS]
-        read = read_recipe(schema_of(algorithm), path, plain, expand=expand_views)
-        return frozenset((*read.misplaced, *ignored_settings(read.config, read.explicit)))
-    except ConfigError:  # it needs the command line to be a recipe at all
-        return frozenset()
 
 
 def _names_a_teacher(path: str | Path) -> bool:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from renio_megatron.config.flat import FlatSettings
-from renio_megatron.config.inheritance import files_of
+from renio_megatron.config.inheritance import BASE, files_of
 from renio_megatron.config.keys import Keys, first_line, refuse_unknown
 from renio_megatron.config.places import place_of
 from renio_megatron.errors import ConfigError
@@ -47,15 +47,17 @@ class Read(Generic[_Schema]):
         config: the settings.
         explicit: dotted keys with a value other than null in the file or the overrides.
         given: those of them that the overrides set.
-        of_bases: those of them that a base of the file set.
+        sources: where each of `explicit` was given.
         misplaced: keys with a value that would be valid with another tag, and why they are not valid here.
+        written: what stands in the recipe for a key, where that is not the key itself.
     """
 
     config: _Schema
     explicit: frozenset[str]
     given: frozenset[str]
-    of_bases: frozenset[str]
+    sources: Mapping[str, str]
     misplaced: Mapping[str, str]
+    written: Mapping[str, str]
 
 
 def read_recipe(
@@ -82,8 +84,21 @@ def read_recipe(
     Raises:
         ConfigError: the file cannot be read, or a key or a value is not one of the schema's.
     """
+    files = [] if path is None else files_of(Path(path))
+    return read_files(schema, files, overrides, without=without, expand=expand)
+
+
+def read_files(
+    schema: type[_Schema],
+    files: Sequence[tuple[str, Mapping[Any, Any]]],
+    overrides: Sequence[str] = (),
+    *,
+    without: Collection[str] = (),
+    expand: Callable[[FlatSettings], None] = lambda settings: None,
+) -> Read[_Schema]:
+    """As `read_recipe`, of files that are read already: each one's name and settings, a later one on top."""
     settings = FlatSettings(schema)
-    for name, content in [] if path is None else files_of(Path(path)):
+    for name, content in files:
         settings.put("", content, name)
     _apply_overrides(settings, overrides)
     expand(settings)
@@ -91,7 +106,7 @@ def read_recipe(
     keys, flat = settings.keys(), settings.values
     explicit = frozenset(key for key, (value, _) in flat.items() if value is not None)
     given = frozenset(key for key in explicit if flat[key][1] == COMMAND_LINE)
-    of_bases = frozenset(key for key in explicit - given if path is not None and flat[key][1] != str(Path(path)))
+    sources = {key: flat[key][1] for key in explicit}
     misplaced = {}
     for key in [key for key in flat if key not in keys.values]:
         if (because := keys.misplaced(key)) is None:
@@ -102,8 +117,18 @@ def read_recipe(
     flat = {key: entry for key, entry in flat.items() if entry[0] is not None or _may_be_null(keys.values[key])}
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
         if field.name in keys.values and field.default is dataclasses.MISSING and field.name not in flat:
-            raise ConfigError(f"{path}: {field.name} is missing. Add it, or give {field.name}=... on the command line.")
-    return Read(_build(keys, flat), explicit, given, of_bases, misplaced)
+            raise ConfigError(
+                f"{files[-1][0] if files else COMMAND_LINE}: {field.name} is missing. Add it, or give {field.name}=... "
+                "on the command line."
+            )
+    try:
+        config = _build(keys, flat)
+    except ConfigError as error:
+        key = next((key for key in settings.written if re.match(rf"{re.escape(key)}\b", str(error))), None)
+        if key is None:
+            raise
+        raise ConfigError(str(error).replace(key, settings.written[key], 1)) from error
+    return Read(config, explicit, given, sources, misplaced, settings.written)
 
 
 def _apply_overrides(settings: FlatSettings, overrides: Sequence[str]) -> None:
@@ -114,6 +139,11 @@ def _apply_overrides(settings: FlatSettings, overrides: Sequence[str]) -> None:
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"{COMMAND_LINE}: {text!r} is not a setting. Write key=value, for example train.lr=1e-5.")
+        if key == BASE and settings.sources:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {BASE} is a key of recipe files, not of the command line. Write a recipe with "
+                f"`{BASE}: [{next(reversed(settings.sources))}, {raw.strip() or 'FILE'}]`, and start that one."
+            )
         if (place := place_of(settings.schema, key)) is None:
             refuse_unknown(key, settings.keys(), COMMAND_LINE)
         if not raw.strip():

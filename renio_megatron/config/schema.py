@@ -105,9 +105,8 @@ class JobConfig:
     def evaluates_held_out(self) -> bool:
         """Whether accuracies on held-out problems are measured: not where benchmarks stand in for a missing file."""
         reads_files = "eval_path" in self.data.source_info.settings
-        return self.evaluate.every > 0 and not (
-            self.evaluate.benchmarks and reads_files and self.data.eval_path is None and self.data.eval_split is None
-        )
+        has_file = self.data.eval_path is not None or self.data.has_eval_split
+        return self.evaluate.every > 0 and not (self.evaluate.benchmarks and reads_files and not has_file)
 
     @property
     def decoded_together(self) -> int | None:
@@ -310,16 +309,18 @@ class Recipe:
         kind: `train` or `sft`.
         dropped: the recipe's own keys that the command line left without effect, with the reason; they have their
             defaults.
+        written: what stands in the recipe for a key, where that is not the key itself.
     """
 
     config: JobConfig
     explicit: frozenset[str]
     kind: str
     dropped: Mapping[str, str] = field(default_factory=dict)
+    written: Mapping[str, str] = field(default_factory=dict)
 
     def dropped_lines(self) -> list[str]:
         """One sentence per reason why keys were dropped."""
         keys: dict[str, list[str]] = {}
         for key, because in self.dropped.items():
-            keys.setdefault(because, []).append(key)
+            keys.setdefault(because, []).append(self.written.get(key, key))
         return [f"left out of the recipe: {', '.join(names)}: {because}" for because, names in keys.items()]

@@ -73,12 +73,64 @@ def test_a_teacher_in_a_base_makes_a_recipe_of_train(tmp_path):
         ("base: [1]\n", r"mine\.yaml: base must be a file, or a list of files; got \[1\]"),
         ("base: {a: b}\n", r"base must be a file"),
         ("base: wrong.yaml\n", r"\S+wrong\.yaml: .*train\.lrr"),
+        (
+            "base: [whole.yaml, nothing.yaml]\n",
+            r"nothing\.yaml: the recipe is empty; \S+mine\.yaml names it as its base",
+        ),
+        ("base: [whole.yaml, other2.yaml, ./whole.yaml]\n", r"mine\.yaml: base names whole\.yaml twice"),
     ],
 )
 def test_what_cannot_be_a_base_is_named(tmp_path, text, message):
+    files(tmp_path, nothing="# nothing\n", other2="train: {lr: 1.0}\n")
     path = files(tmp_path, other="base: mine.yaml\n", wrong="train: {lrr: 1}\n", whole=WHOLE, mine=text)
     with pytest.raises(ConfigError, match=message):
         load_recipe("train", path)
+
+
+def test_a_base_on_the_command_line_is_sent_into_a_file(tmp_path):
+    path = files(tmp_path, whole=WHOLE)
+    with pytest.raises(
+        ConfigError, match=r"command line: base is a key of recipe files.*`base: \[\S+whole\.yaml, x\.yaml\]`"
+    ):
+        load_recipe("train", path, ["base=x.yaml"])
+
+
+MISTAKES = {
+    "data.enable_thinking": "data: {enable_thinking: true}\n",
+    "weighting.threshold": "weighting: {name: uniform, threshold: 0.5}\n",
+    "weighting.group_size": "weighting: {group_size: 4}\n",
+}
+COMPLETE = "model: modchain/student\nteacher: {model: modchain/teacher}\noutput_dir: run\n"
+
+
+@pytest.mark.parametrize("key", MISTAKES)
+def test_a_mistake_of_a_base_by_itself_stays_one(tmp_path, key):
+    """Whether the base is a recipe, or a part that leaves its model, its teacher or both to others."""
+    wrong = rf"{key.replace('.', '[.]')} is set in \S+bad\.yaml but would be ignored"
+    files(tmp_path, rest=COMPLETE, teacher="teacher: {model: modchain/teacher}\n")
+    mine = "base: [bad.yaml]\n"
+    for bad, on_top in (
+        (COMPLETE + MISTAKES[key], mine),
+        (MISTAKES[key], mine + COMPLETE),
+        (MISTAKES[key], "base: [rest.yaml, bad.yaml]\n"),
+        ("teacher: {kind: separate}\n" + MISTAKES[key], "base: [bad.yaml, rest.yaml]\n"),
+        ("base: teacher.yaml\n" + MISTAKES[key], mine + "model: modchain/student\noutput_dir: run\n"),
+    ):
+        path = files(tmp_path, bad=bad, mine=on_top)
+        with pytest.raises(ConfigError, match=wrong):
+            load_recipe("train", path)
+
+
+def test_what_another_file_leaves_without_effect_falls_away(tmp_path):
+    files(tmp_path, chat="data: {chat: true}\n", thinks="data: {enable_thinking: true}\n", whole=WHOLE)
+    files(tmp_path, uniform="weighting: {name: uniform}\n", group="weighting: {group_size: 4}\n")
+    path = files(tmp_path, mine="base: [whole.yaml, thinks.yaml, chat.yaml]\n")
+    assert load_recipe("train", path).dropped == {}
+    assert set(load_recipe("train", path, ["data.chat=false"]).dropped) == {"data.enable_thinking"}
+    path = files(tmp_path, mine="base: [whole.yaml, thinks.yaml, chat.yaml]\ndata: {chat: false}\n")
+    assert set(load_recipe("train", path).dropped) == {"data.enable_thinking"}
+    path = files(tmp_path, rest=COMPLETE, mine="base: [rest.yaml, uniform.yaml, group.yaml]\n")
+    assert set(load_recipe("train", path).dropped) == {"weighting.group_size"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

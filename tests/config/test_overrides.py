@@ -76,6 +76,23 @@ def test_several_parts_may_be_switched_off(train):
     assert train(more).dropped == {}
 
 
+def test_another_source_drops_what_the_old_one_read(train):
+    data = "data: {source: datasets, path: a, subset: b, split: c, eval_split: d, teacher_prompt_key: e}\n"
+    recipe = train(data + "evaluate: {every: 5}\n", "data.source=modchain")
+    keys = ("path", "subset", "split", "eval_split", "teacher_prompt_key")
+    assert set(recipe.dropped) == {f"data.{key}" for key in keys}
+
+
+def test_a_system_turn_that_every_route_has_of_its_own_is_refused(write):
+    route = "{model: modchain/teacher, system: One.}"
+    recipe = write(
+        f"model: modchain/student\nteacher: {{routes: {{a: {route}, b: {route}}}}}\n"
+        "data: {source: jsonl, path: x, teacher_key: k, chat: true, teacher_system: Two.}\noutput_dir: run\n"
+    )
+    with pytest.raises(ConfigError, match=r"data\.teacher_system is set .* each of teacher\.routes has a system turn"):
+        load_recipe("train", recipe)
+
+
 def test_what_the_command_line_gives_without_effect_stays_an_error(train):
     more = "evaluate: {every: 5, samples: 7}\n"
     with pytest.raises(ConfigError, match=r"evaluate\.temperature is set but would be ignored") as caught:

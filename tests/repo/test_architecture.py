@@ -26,17 +26,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "config": (
-        ("lazy", "renamed", "validators", "templates"),
+        ("foreign_names", "lazy", "renamed", "validators", "templates", "views"),
         ("tagged",),
         ("places",),
         ("keys",),
-        ("flat",),
+        ("flat", "inheritance"),
         ("parser",),
-        ("sections",),
+        ("sections", "expand_views"),
         ("teachers",),
         ("schema",),
         ("rules", "resume"),
-        ("load",),
+        ("load", "mistakes", "resolved"),
     ),
     "losses": (
         ("argument_checks", "chunk_size", "entropy", "kernels", "weigh"),

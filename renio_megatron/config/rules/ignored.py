@@ -61,7 +61,12 @@ _IGNORED_BY_ALL = (
         "only the sources jsonl and datasets read records",
     ),
     _Ignored(
-        ("data.problem_key", "data.solution_key", "data.answer_key", "data.teacher_key"),
+        ("data.subset", "data.split", "data.eval_split"),
+        lambda config: "split" not in config.data.source_info.settings,
+        "only data.source=datasets reads splits of a data set",
+    ),
+    _Ignored(
+        tuple(f"data.{name}_key" for name in ("problem", "solution", "answer", "teacher", "teacher_prompt")),
         lambda config: not config.data.source_info.has_records,
         "only the sources jsonl and datasets read records",
     ),
@@ -71,7 +76,7 @@ _IGNORED_BY_ALL = (
         "only data.source=reasoning_gym generates problems of a task",
     ),
     _Ignored(
-        ("data.enable_thinking", "data.teacher_enable_thinking"),
+        ("data.enable_thinking", "data.teacher_enable_thinking", "data.student_system", "data.teacher_system"),
         lambda config: not config.data.chat,
         "data.chat is false and no chat template is applied",
     ),
@@ -87,7 +92,7 @@ _IGNORED_BY_ALL = (
     ),
     _Ignored(
         (
-            "data.eval_path",
+            *("data.eval_path", "data.eval_split"),
             *(f"evaluate.{name}" for name in ("samples", "temperature", "top_p", "top_k", "max_completion_length")),
             *(f"evaluate.{name}" for name in ("benchmarks", "benchmarks_dir", "grader", "n", "limit", "instruction")),
         ),
@@ -102,7 +107,7 @@ _IGNORED_BY_ALL = (
     _Ignored(
         ("evaluate.samples",),
         lambda config: config.evaluate.every > 0 and not config.evaluates_held_out,
-        "data.eval_path is null: only benchmarks are evaluated",
+        "data.eval_path and data.eval_split are null: only benchmarks are evaluated",
     ),
     _Ignored(
         ("train.micro_batch_size",),
@@ -168,6 +173,11 @@ _IGNORED_BY_DISTILLATION = (
         lambda config: config.teacher.ranks == "colocated",
         "teacher.ranks is colocated, and there are as many copies as the ranks allow",
     ),
+    _Ignored(
+        ("teacher.system", "teacher.enable_thinking"),
+        lambda config: not config.data.chat,
+        "data.chat is false and no chat template is applied",
+    ),
     *_without_fp8("teacher_precision"),
     _Ignored(
         ("teacher_precision.fp8_param_gather",),
@@ -200,6 +210,11 @@ _IGNORED_BY_ROUTES = (
         ("data.teacher_template",),
         lambda config: _all_routes_have(config, "template"),
         "each of teacher.routes has a template of its own",
+    ),
+    _Ignored(
+        ("data.teacher_system",),
+        lambda config: _all_routes_have(config, "system"),
+        "each of teacher.routes has a system turn of its own",
     ),
     _Ignored(
         ("data.teacher_prompt_key",),
@@ -244,9 +259,9 @@ _NEEDED_BY_ALL = (
     _Needed("data.path", _reads_files, "the sources jsonl and datasets read records from it"),
     _Needed(
         "data.eval_path",
-        lambda config: _reads_files(config) and config.evaluates_held_out,
-        "evaluate.every is above 0 and held-out problems are read from it; evaluate.every=0 does without, and so does "
-        "evaluate.benchmarks",
+        lambda config: _reads_files(config) and config.evaluates_held_out and not config.data.has_eval_split,
+        "evaluate.every is above 0 and held-out problems are read from it; evaluate.every=0 does without, and so do "
+        "evaluate.benchmarks and, of a data set, data.eval_split",
     ),
     _Needed(
         "data.task",
@@ -284,15 +299,22 @@ def check_settings(config: Any) -> None:
     _check_needed(config)
 
 
-def refuse_ignored(reasons: Mapping[str, str]) -> None:
-    """Raises `ConfigError` for settings without effect; `reasons` maps each key to the reason."""
-    if reasons:
-        raise ConfigError(
-            "\n".join(
-                f"{key} is set but would be ignored: {because}. Remove it or set it to null."
-                for key, because in reasons.items()
-            )
+def refuse_ignored(reasons: Mapping[str, str], bases: Mapping[str, str], written: Mapping[str, str]) -> None:
+    """Raises `ConfigError` for settings without effect.
+
+    Args:
+        reasons: key -> why it has none.
+        bases: key -> the file that sets it, where that is a base of the recipe.
+        written: key -> what stands in the recipe for it, where that is not the key itself.
+    """
+    lines = []
+    for key, because in reasons.items():
+        where = f" in {bases[key]}" if key in bases else ""
+        lines.append(
+            f"{written.get(key, key)} is set{where} but would be ignored: {because}. Remove it or set it to null."
         )
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def _check_needed(config: Any) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from renio_megatron.config.templates import check_template
 from renio_megatron.config.validators import require_choice, require_positive
-from renio_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,11 @@ class DataConfig:
         require_choice("data.source", self.source, SOURCES)
         return SOURCES[self.source]
 
+    @property
+    def has_eval_split(self) -> bool:
+        """Whether the evaluation problems are a split of the source's that eval_split names."""
+        return self.eval_split is not None and "eval_split" in self.source_info.settings
+
     def __post_init__(self) -> None:
         require_positive("data", size=self.size, max_prompt_length=self.max_prompt_length)
         if self.grader is not None and not is_place(self.grader):
@@ -154,9 +158,6 @@ class DataConfig:
             require_choice("data.sandbox", self.sandbox, SANDBOXES)
         require_choice("data.overlong", self.overlong, ("refuse", "skip"))
         require_choice("data.grader_errors", self.grader_errors, ("raise", "count_wrong"))
-        for name in ("student_system", "teacher_system"):
-            if getattr(self, name) is not None and not self.chat:
-                raise ConfigError(f"data.{name} needs data.chat=true: only a chat template writes a system turn.")
         check_template("data.student_template", self.student_template, ("problem",))
         if self.teacher_template is not None:
             check_template("data.teacher_template", self.teacher_template, ("problem", "solution"))

@@ -31,10 +31,12 @@ class View:
 
     Attributes:
         template: the user's turn, with fields.
+        where: its name, or its file.
         system: the system turn; None where there is none.
     """
 
     template: str
+    where: str
     system: str | None = None
 
 
@@ -61,7 +63,7 @@ def read_view(name: str, setting: str, folder: Path | None) -> View:
             f"{', '.join(SHIPPED)}, or a text file with {{problem}} in it."
         )
     try:
-        return parse_view(path.read_text(encoding="utf-8"), str(path))
+        return parse_view(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting}: {path} cannot be read as UTF-8 text: {error}.") from error
 
@@ -70,9 +72,9 @@ def parse_view(text: str, where: str) -> View:
     r"""The view of a file's text.
 
     >>> parse_view("[system]\nBe brief.\n[user]\n{problem}?\n", "here")
-    View(template='{problem}?', system='Be brief.')
+    View(template='{problem}?', where='here', system='Be brief.')
     >>> parse_view("{problem}\n\nThink.\n", "here")
-    View(template='{problem}\n\nThink.', system=None)
+    View(template='{problem}\n\nThink.', where='here', system=None)
 
     Raises:
         ConfigError: turns in another order, or an empty one.
@@ -91,4 +93,4 @@ def parse_view(text: str, where: str) -> View:
     for name, one in texts.items():
         if not one.strip():
             raise ConfigError(f"{where}: the {name}'s turn is empty. Write it, or leave out its line.")
-    return View(texts["user"], texts.get("system"))
+    return View(texts["user"], where, texts.get("system"))
