@@ -75,7 +75,7 @@ def test_a_teacher_in_a_base_makes_a_recipe_of_train(tmp_path):
         ("base: wrong.yaml\n", r"\S+wrong\.yaml: .*train\.lrr"),
         (
             "base: [whole.yaml, nothing.yaml]\n",
-            r"nothing\.yaml: the recipe is empty; \S+mine\.yaml names it as its base",
+            r"nothing\.yaml: this base is empty; \S+mine\.yaml names it",
         ),
         ("base: [whole.yaml, other2.yaml, ./whole.yaml]\n", r"mine\.yaml: base names whole\.yaml twice"),
     ],

@@ -37,6 +37,20 @@ def _tokenizers_are_there(recipe: Path) -> bool:
     return all(name is None or name in SHIPPED or (ROOT / name / "tokenizer.json").is_file() for name in names)
 
 
+def test_another_split_of_the_data_set_is_evaluated(tmp_path, capsys) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = {name: datasets.Dataset.from_list([{"problem": name, "answer": "1"}] * 4) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: modchain/student\nteacher: {model: modchain/teacher}\nevaluate: {every: 1, samples: 2}\n"
+        f"data: {{source: datasets, path: {tmp_path / 'set'}, eval_split: test}}\noutput_dir: run\n"
+    )
+    assert shown(capsys, str(recipe), "--prompts", "1")["prompts"]
+    with pytest.raises(ConfigError, match="eval_path is missing"):
+        load_recipe("train", recipe, ["data.eval_split=null"])
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_example_is_shown(recipe: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
