@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from renio_megatron.cli.main import main
-from renio_megatron.config.load import kind_of, load_recipe
+from renio_megatron.config.load import load_recipe
+from renio_megatron.data.sources.modchain import make_problem
 from renio_megatron.errors import ConfigError
 from renio_megatron.models.shipped import SHIPPED, model_directory
 from renio_megatron.models.tokenizer import load_tokenizer
@@ -39,8 +40,9 @@ def _tokenizers_are_there(recipe: Path) -> bool:
 
 def test_another_split_of_the_data_set_is_evaluated(tmp_path, capsys) -> None:
     datasets = pytest.importorskip("datasets")
-    splits = {name: datasets.Dataset.from_list([{"problem": name, "answer": "1"}] * 4) for name in ("train", "test")}
-    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    rows = [{"problem": make_problem(1, "train", index).prompt, "answer": "1"} for index in range(4)]
+    split = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "set")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: modchain/student\nteacher: {model: modchain/teacher}\nevaluate: {every: 1, samples: 2}\n"
