@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from renio_megatron.config.foreign_names import foreign
-from renio_megatron.config.places import Place, is_tagged, keys_of, place_of_field
+from renio_megatron.config.foreign_names import absent, foreign
+from renio_megatron.config.places import Place, is_tagged, keys_of, place_of, place_of_field
 from renio_megatron.config.renamed import RENAMED
 from renio_megatron.errors import ConfigError
 
@@ -152,7 +152,9 @@ def refuse_unknown(key: str, keys: Keys, source: str) -> NoReturn:
         raise ConfigError(
             f"{source}: {key!r} is written in one piece. In a recipe write `{section}:`, and `{last}:` below it."
         )
-    known = foreign(key)
+    if (because := absent(key)) is not None:
+        raise ConfigError(f"{source}: unknown key {key!r}. It has no counterpart here: {because}")
+    known = foreign(key, lambda one: place_of(keys.schemas[""], one) is not None)
     if known is not None and (known[0] in values or known[0].partition(".")[0] in sections):
         note = f" ({known[1]})" if known[1] else ""
         raise ConfigError(f"{source}: unknown key {key!r}. Its name here is {known[0]}{note}.")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from renio_megatron.config.foreign_names import NORMALIZATIONS
 from renio_megatron.config.tagged import Tagged
 from renio_megatron.config.validators import require_choice
 from renio_megatron.errors import ConfigError
@@ -225,6 +226,8 @@ class RenioWeighting(NormalizedWeighting):
         return found
 
     def __post_init__(self) -> None:
+        if self.normalize in NORMALIZATIONS:
+            raise ConfigError(f"weighting.normalize={self.normalize}: {NORMALIZATIONS[self.normalize]}")
         if self.threshold != self.threshold or self.ceiling != self.ceiling:
             raise ConfigError("weighting.threshold and weighting.ceiling must be numbers; got NaN.")
         if self.ceiling < self.threshold:
