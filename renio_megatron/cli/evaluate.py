@@ -20,9 +20,9 @@ TARGET is a Hugging Face directory, a run's directory (its newest checkpoint), a
 server that speaks OpenAI's protocol (its key from RENIO_API_KEY or OPENAI_API_KEY).
 """
 EPILOG = """\
-keys: temperature, top_p, top_k, max_completion_length, seed, stop_strings, chat, enable_thinking, template,
-instruction, grader, grader_errors; of local models bf16, micro_batch_size, stop_token_ids, parallel.*, precision.*; of
-servers concurrency, timeout_s
+keys: temperature, top_p, top_k, max_completion_length, seed, stop_strings, enable_thinking, template, system, view,
+instruction, grader, sandbox, grader_errors; of local models chat, bf16, micro_batch_size, stop_token_ids, parallel.*,
+precision.*; of servers concurrency, timeout_s
 
 examples:
   renio evaluate models/mine --benchmark math500 --benchmark aime25 --n 4 --benchmarks data

@@ -32,7 +32,7 @@ from renio_megatron.models.tokenizer import check_embedding, load_tokenizer, pad
 from renio_megatron.parallel.collectives import gather_objects, on_main_rank
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.runner.environment import describe_world
-from renio_megatron.runner.evaluation_job import MAX_COMPLETION_LENGTH, EvaluationJob
+from renio_megatron.runner.evaluation_job import MAX_COMPLETION_LENGTH, EvaluationJob, check_chat
 from renio_megatron.runner.evaluation_target import ModelTarget
 from renio_megatron.training.interfaces import Sampler
 from renio_megatron.types import Prompt, Rollout, SamplingParams, Verdict
@@ -91,6 +91,7 @@ def evaluate_model(job: EvaluationJob, progress: EvaluationProgress | None = Non
         architecture = Architecture.from_directory(job.target.directory)
         tokenizer = load_tokenizer(job.target.directory)
         check_embedding(tokenizer, job.target.directory, architecture)
+        check_chat(job.config, tokenizer, job.target.directory)
     # The first rank alone holds the results, and says what is missing.
     opened: list[Results] = []
     date = on_main_rank(layout, lambda: _open(job, architecture, tokenizer, opened))

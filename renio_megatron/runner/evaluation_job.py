@@ -24,6 +24,7 @@ from renio_megatron.runner.evaluation_target import ModelTarget, ServerTarget, r
 from renio_megatron.types import Record
 
 MAX_COMPLETION_LENGTH = 4096
+_PLAIN_TEMPLATE = "{problem}"
 SUMMARY = "summary.json"
 
 
@@ -159,7 +160,7 @@ def read_job(options: EvaluateOptions) -> EvaluationJob:
         ConfigError, DataError, CheckpointError: a target, a benchmark or a setting that cannot be used.
     """
     read = read_recipe(EvaluationJobConfig, None, options.overrides, expand=expand_views)
-    config = read.config
+    config = replace(read.config, instruction=instruction_of(read.config.instruction, read.config.template))
     target = resolve_target(options.target, model=options.model, step=options.step)
     if isinstance(target, ServerTarget):
         useless = [key for key in sorted(read.given) if key.partition(".")[0] in (*OF_LOCAL_MODELS, "chat")]
@@ -179,6 +180,40 @@ def read_job(options: EvaluateOptions) -> EvaluationJob:
         raise ConfigError(f"two benchmarks have one name among {', '.join(names)}. Rename a file, or give each once.")
     graders = {benchmark.name: grader_of(benchmark, config.sandbox) for benchmark in benchmarks}
     return EvaluationJob(options, config, target, benchmarks, graders)
+
+
+def instruction_of(given: str | None, template: str) -> str | None:
+    """The instruction behind problems in a template: what is given, or none where the template has a text of its own,
+    which says what is wanted; None: the benchmark's.
+
+    >>> instruction_of(None, "{problem}"), instruction_of(None, "{problem} Go!"), instruction_of("Go.", "{problem}!")
+    (None, '', 'Go.')
+    """
+    return "" if given is None and template != _PLAIN_TEMPLATE else given
+
+
+def check_chat(config: EvaluationJobConfig, tokenizer: Any, directory: Path) -> None:
+    """Raises `ConfigError` where a setting needs a chat template that a model's tokenizer does not have, or that reads
+    it."""
+    if config.chat is False:
+        return
+    if tokenizer.chat_template:
+        if config.enable_thinking is not None and "enable_thinking" not in str(tokenizer.chat_template):
+            raise ConfigError(
+                f"enable_thinking: the chat template of {str(directory)!r} does not read it. Leave it out."
+            )
+        return
+    needs = {
+        "chat=true": config.chat,
+        "system (or a view's system turn)": config.system is not None,
+        "enable_thinking": config.enable_thinking is not None,
+    }
+    for key, is_given in needs.items():
+        if is_given:
+            raise ConfigError(
+                f"{key} needs a tokenizer with a chat template, and that of {str(directory)!r} has none. Leave it out; "
+                "what the model is to read in place of it can stand in template or view."
+            )
 
 
 def server_key() -> str | None:

@@ -6,10 +6,9 @@ from renio_megatron.config.schema import JobConfig
 from renio_megatron.config.sections.evaluation_job import EvaluationJobConfig
 from renio_megatron.evaluation.benchmarks import grader_of, load_benchmark
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.runner.evaluation_job import EvaluateOptions, EvaluationJob
+from renio_megatron.runner.evaluation_job import EvaluateOptions, EvaluationJob, instruction_of
 from renio_megatron.runner.evaluation_target import ModelTarget
 
-_PLAIN_TEMPLATE = "{problem}"
 _TOGETHER = 32
 
 
@@ -28,9 +27,6 @@ def benchmarks_of(config: JobConfig) -> EvaluationJob | None:
         )
         for name in evaluate.benchmarks
     )
-    instruction = evaluate.instruction
-    if instruction is None and data.student_template != _PLAIN_TEMPLATE:
-        instruction = ""  # the template says what is wanted
     settings = EvaluationJobConfig(
         temperature=evaluate.temperature,
         top_p=evaluate.top_p,
@@ -40,7 +36,7 @@ def benchmarks_of(config: JobConfig) -> EvaluationJob | None:
         micro_batch_size=config.decoded_together or _TOGETHER,
         template=data.student_template,
         system=data.student_system,
-        instruction=instruction,
+        instruction=instruction_of(evaluate.instruction, data.student_template),
         chat=data.chat,
         enable_thinking=data.enable_thinking,
         grader_errors=data.grader_errors,

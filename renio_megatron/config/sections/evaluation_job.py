@@ -36,7 +36,8 @@ class EvaluationJobConfig:
         template: text of the prompt, with the field {problem}.
         system: system turn of a prompt; null: none.
         view: name or file of a view in their place, as `data.student_view`.
-        instruction: text put behind each problem; null: the benchmark's own, `''`: none.
+        instruction: text put behind each problem, `''`: none; null: the benchmark's own, unless template or view has a
+            text of its own.
         grader: as `data.grader`; null: the benchmark's own.
         sandbox: as `data.sandbox`.
         grader_errors: `count_wrong`, an exception of the grader counts as wrong and as ungraded, or `raise`.
