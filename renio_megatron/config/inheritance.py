@@ -39,9 +39,9 @@ def _add(path: Path, above: tuple[Path, ...], found: dict[Path, tuple[str, Mappi
     if place in found:
         return
     content = dict(_load(path, f"; {above[-1]} names it as its base" if above else ""))
-    names = _bases(content.pop(BASE, None), path)
-    bases = [path.parent / user_path(name) for name in names]
-    for name, base in zip(names, bases, strict=True):
+    given = _bases(content.pop(BASE, None), path)
+    bases = [path.parent / user_path(name) for name in given]
+    for name, base in zip(given, bases, strict=True):
         if sum(base.resolve() == other.resolve() for other in bases) > 1:
             raise ConfigError(
                 f"{path}: base names {name} twice, and a file's settings can stand in one place only. Name it once, "

@@ -124,10 +124,10 @@ def read_files(
     try:
         config = _build(keys, flat)
     except ConfigError as error:
-        key = next((key for key in settings.written if re.match(rf"{re.escape(key)}\b", str(error))), None)
-        if key is None:
+        put = next((key for key in settings.written if re.match(rf"{re.escape(key)}\b", str(error))), None)
+        if put is None:
             raise
-        raise ConfigError(str(error).replace(key, settings.written[key], 1)) from error
+        raise ConfigError(str(error).replace(put, settings.written[put], 1)) from error
     return Read(config, explicit, given, sources, misplaced, settings.written)
 
 

@@ -54,7 +54,10 @@ def test_what_a_chat_template_must_write_is_refused_without_one(settings, word):
         check_chat(config, SimpleNamespace(chat_template=None), Path("models/mine"))
     assert str(caught.value).startswith(word)
     assert "data." not in str(caught.value)
-    check_chat(config, SimpleNamespace(chat_template="{{ messages }}"), Path("models/mine"))
+    check_chat(config, SimpleNamespace(chat_template="{{ enable_thinking }}"), Path("models/mine"))
+    if word == "enable_thinking":
+        with pytest.raises(ConfigError, match="enable_thinking: the chat template of 'models/mine' does not read it"):
+            check_chat(config, SimpleNamespace(chat_template="{{ messages }}"), Path("models/mine"))
     check_chat(EvaluationJobConfig(chat=False), SimpleNamespace(chat_template=None), Path("models/mine"))
 
 
