@@ -1,4 +1,4 @@
-"""Canaries: values of a run's first step that show whether student, teacher, sampler and data fit together.
+"""Canaries, values of a run's first step that show whether student, teacher, sampler and data fit together.
 
 They are computed before the first update, from the step's own rollouts and from the teacher's targets for them; the
 student reads its completions once more, forward-only, and a large teacher reads nothing again (one micro-batch, where

@@ -156,7 +156,6 @@ def _evaluated(rows: list[dict[str, Any]]) -> Callable[[Path], list[str]]:
 
 
 WITHOUT_ANSWERS = [{"problem": row["problem"]} for row in PROBLEMS]
-NO_WORKING = [{**row, "solution": ""} for row in PROBLEMS]
 LONG = [*PROBLEMS * 20, {**PROBLEMS[0], "problem": "^" + "7+5*" * 30 + "3="}]  # the last of 201 is too long
 # What needs tokenizers or data; found by every rank alike, before the ranks join.
 BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
@@ -186,9 +185,9 @@ BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
     ),
     "views that do not differ": (
         lambda folder: [
-            *_rows("path", NO_WORKING)(folder),
+            *_rows("path", PROBLEMS)(folder),
             "teacher=initial",
-            "data.teacher_template={problem}{solution}",
+            "data.teacher_template={problem}",
         ],
         ("teacher.kind=initial", "Give data.teacher_template the {solution}"),
     ),

@@ -68,7 +68,7 @@ def test_columns_of_other_names(row: dict[str, Any], grader: str, tmp_path: Path
         ({"problem": "P?", "solution": "4"}, r"no column with an answer .*columns: problem, solution"),
         ({"text": "P?", "answer": "4"}, r"no column with a problem \(problem, question"),
         ({"problem": " ", "answer": "4"}, r"rows\.jsonl:1: column 'problem' must hold"),
-        ({"problem": ["P?"], "answer": "4"}, r"rows\.jsonl:1: column 'problem' must hold .* got list"),
+        ({"problem": ["P?"], "answer": "4"}, r"rows\.jsonl:1: column 'problem', turn 1: a turn is an object"),
         ({"problem": "P?", "answer": ""}, r"rows\.jsonl:1: the answer \('answer'\) is empty"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from packaging.version import Version
 
 import renio_megatron
+from renio_megatron.config.views import SHIPPED as VIEWS
 from tests.helpers.paths import ROOT
 
 REFUSED = ("apex", "transformer-engine", "transformer_engine")
@@ -22,6 +23,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 SHIPPED = {
     "renio_megatron/models/shipped/modchain/quickstart.yaml",
     *(f"renio_megatron/models/shipped/modchain/{who}/{name}" for who in ("student", "teacher") for name in MODEL_FILES),
+    *(f"renio_megatron/config/views/{name}.txt" for name in VIEWS),
 }
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree")

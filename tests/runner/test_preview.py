@@ -47,6 +47,7 @@ def test_another_split_of_the_data_set_is_evaluated(tmp_path, capsys) -> None:
     recipe.write_text(
         "model: modchain/student\nteacher: {model: modchain/teacher}\nevaluate: {every: 1, samples: 2}\n"
         f"data: {{source: datasets, path: {tmp_path / 'set'}, eval_split: test}}\noutput_dir: run\n"
+        "rollout: {max_completion_length: 8}\n"
     )
     assert shown(capsys, str(recipe), "--prompts", "1")["prompts"]
     with pytest.raises(ConfigError, match="eval_path is missing"):

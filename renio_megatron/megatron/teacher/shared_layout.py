@@ -81,7 +81,7 @@ class SharedLayoutTeacher:
         micro_batches = self._arrange(rollouts)
 
         def keep(index: int, micro_batch: MicroBatch, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            logp = linear_token_logp(rows, part.head(), micro_batch.target_ids, self._head_config, self._temperature)
+            logp = linear_token_logp(rows, self.head, micro_batch.target_ids, self._head_config, self._temperature)
             return logp, self._place(rows)
 
         with self.weights.activated():

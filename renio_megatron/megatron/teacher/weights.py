@@ -44,7 +44,8 @@ class TeacherWeights:
 
     @property
     def head(self) -> LmHead:
-        """The teacher's LM head, for the loss, which is outside of `activated`. Last stage only."""
+        """The teacher's LM head, for its scores and for the loss, inside of `activated` and outside. Last stage
+        only."""
         return self.part.head()
 
     def after_update(self, *, skipped: bool) -> None:
