@@ -189,7 +189,7 @@ BY_EVERY_RANK: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
             "teacher=initial",
             "data.teacher_template={problem}",
         ],
-        ("teacher.kind=initial", "Give data.teacher_template the {solution}"),
+        ("teacher.kind=initial", "Give data.teacher_template something that the student does not see"),
     ),
     "a problem too long, far behind": (
         # Long enough to reach the last record: what a run never uses is not read.
