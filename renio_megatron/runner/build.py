@@ -79,7 +79,7 @@ def build_trainer(
         checkpoints: directory of the checkpoints.
         log: receives every step's metrics, and its rollouts with their weights; None: no log.
         stop_requested: called after every step on every rank; whether to stop there, the same result on all ranks.
-        report: called with progress lines while weights are loaded, and with a line about tuned kernels.
+        report: called with progress lines while weights are loaded, and with lines about tuned kernels and benchmarks.
     """
     from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.weights.pretrained import fingerprint
@@ -103,7 +103,7 @@ def build_trainer(
         data_rank=layout.data.rank,
         data_size=layout.data.size,
         save_interval=config.checkpoint.save_interval,
-        evaluate=_evaluator(config, inputs, layout, sampler),
+        evaluate=_evaluator(config, inputs, layout, sampler, report),
         evaluate_every=config.evaluate.every,
         observers=() if log is None else (log.metrics,),
         stop_requested=stop_requested,
@@ -212,7 +212,11 @@ def _rollout_grader(
 
 
 def _evaluator(
-    config: JobConfig, inputs: RunInputs, layout: ParallelLayout, sampler: Sampler
+    config: JobConfig,
+    inputs: RunInputs,
+    layout: ParallelLayout,
+    sampler: Sampler,
+    report: Callable[[str], None] | None,
 ) -> Callable[[int], dict[str, float]] | None:
     """Step -> metrics of the held-out problems and of the benchmarks; None where nothing is evaluated."""
     limit = config.evaluate.max_completion_length or config.longest_completion
@@ -237,5 +241,5 @@ def _evaluator(
             inputs.stream.chat_template,
             inputs.architecture.max_sequence_length,
         )
-        found.append(BenchmarkEvaluator(inputs.benchmarks, drawer, layout, config.output_dir))
+        found.append(BenchmarkEvaluator(inputs.benchmarks, drawer, layout, config.output_dir, report))
     return lambda step: {name: value for evaluate in found for name, value in evaluate(step).items()}

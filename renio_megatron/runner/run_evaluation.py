@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +23,21 @@ class BenchmarkEvaluator:
         drawer: the student's sampler, and how it sees a problem.
         layout: this rank's place.
         output_dir: the run's directory; each step has a directory in its `evaluations`.
+        report: called with a line about each benchmark's figures; None: no reports.
 
     Raises:
         DataError: a prompt that is too long for the student.
     """
 
-    def __init__(self, job: EvaluationJob, drawer: Drawer, layout: ParallelLayout, output_dir: str) -> None:
-        self._job, self._drawer, self._layout = job, drawer, layout
+    def __init__(
+        self,
+        job: EvaluationJob,
+        drawer: Drawer,
+        layout: ParallelLayout,
+        output_dir: str,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self._job, self._drawer, self._layout, self._report = job, drawer, layout, report
         self._directory = RunDirectory(output_dir).checkpoints.parent / "evaluations"
         for benchmark in job.benchmarks:
             prompts_of(job, benchmark, drawer)
@@ -43,12 +52,23 @@ class BenchmarkEvaluator:
         figures = draw_job(job, self._drawer, self._layout, opened)
         for results in opened:
             results.close()
+        for name, one in figures.items() if self._report is not None else ():
+            self._report(described(name, step, one))
         return {f"eval/{name}/{key}": value for name, one in figures.items() for key, value in metrics_of(one).items()}
 
     def _open(self, job: EvaluationJob, directory: Path, step: int, opened: list[Results]) -> None:
         length = job.config.max_completion_length
         assert length is not None  # guaranteed by the recipe's rules
         opened.append(Results(directory, job.settings({"step": step}, length)))
+
+
+def described(name: str, step: int, figures: BenchmarkSummary) -> str:
+    """A benchmark's avg@n and its interval after a step, as a line of text."""
+    low, high = figures.interval
+    return (
+        f"{name}, step {step}: avg@{figures.n} {figures.avg_at_k:.3f}, 95 % interval over {figures.problems} problems "
+        f"[{low:.3f}, {high:.3f}]; {figures.cut_frac:.0%} cut"
+    )
 
 
 def metrics_of(figures: BenchmarkSummary) -> dict[str, float]:
