@@ -52,8 +52,9 @@ class BenchmarkEvaluator:
         figures = draw_job(job, self._drawer, self._layout, opened)
         for results in opened:
             results.close()
-        for name, one in figures.items() if self._report is not None else ():
-            self._report(described(name, step, one))
+        if self._report is not None:
+            for name, one in figures.items():
+                self._report(described(name, step, one))
         return {f"eval/{name}/{key}": value for name, one in figures.items() for key, value in metrics_of(one).items()}
 
     def _open(self, job: EvaluationJob, directory: Path, step: int, opened: list[Results]) -> None:
