@@ -120,6 +120,7 @@ def runs(folder: Path) -> dict[str, JobConfig]:
         "teacher TP2 of its own": recipe(folder, teacher=own(folder, 2), **scored),
         "routes": routed(folder),
     }
+    found = {name: replace(config, canaries="off") for name, config in found.items()}  # they call kernels once a run
     for name, train in (("fine-tuning", base.train), ("bf16, fine-tuning", bf16["train"])):
         found[name] = SftConfig(
             model=base.model, data=base.data, parallel=base.parallel, train=train, output_dir=base.output_dir

@@ -227,7 +227,10 @@ class RenioWeighting(NormalizedWeighting):
 
     def __post_init__(self) -> None:
         if self.normalize in NORMALIZATIONS:
-            raise ConfigError(f"weighting.normalize={self.normalize}: {NORMALIZATIONS[self.normalize]}")
+            raise ConfigError(
+                f"weighting.normalize must be one of {', '.join(self.NORMALIZATIONS)}; got {self.normalize!r}: "
+                f"{NORMALIZATIONS[self.normalize]}"
+            )
         if self.threshold != self.threshold or self.ceiling != self.ceiling:
             raise ConfigError("weighting.threshold and weighting.ceiling must be numbers; got NaN.")
         if self.ceiling < self.threshold:

@@ -74,7 +74,8 @@ class Distillation:
     def tune(self, num_tokens: int, report: Callable[[str], None] | None = None) -> None:
         """Tunes the kernels of the steps to come, on a GPU. No collectives.
 
-        The kernels for the few rows of `renio/pivot_gradient_frac` are never timed.
+        The kernels for the few rows of `renio/pivot_gradient_frac` are never timed, those of a look at the first step
+        where they are called.
 
         Args:
             num_tokens: the most completion tokens that a micro-batch can have.
