@@ -181,3 +181,14 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path):
     path = tmp_path / "marked.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + RECIPE.format(data="student_template: '{problem}?'").lstrip().encode())
     assert load_recipe("train", path).config.data.student_template == "{problem}?"
+
+
+def test_a_self_teacher_may_differ_by_its_system_turn_alone(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: modchain/student\nteacher: {kind: initial}\ndata: {chat: true}\noutput_dir: run\n")
+    same = "data.teacher_template='{problem}'"
+    for settings in ([], [same]):
+        with pytest.raises(ConfigError, match="kind=initial with the student's own view"):
+            load_recipe("train", path, settings)
+    for settings in (["data.teacher_system=Know"], [same, "data.teacher_system=Know"], [same, "data.student_system=S"]):
+        assert load_recipe("train", path, settings).config.teachers[0].kind == "initial"

@@ -181,7 +181,11 @@ def test_weights_are_shared_where_they_are_the_same(load):
         ([], {"data": {"teacher_key": "who"}}, ["data.teacher_key is set but would be ignored"]),
         ([], {"data": {}}, ["data.teacher_key is missing"]),
         ([], {"teacher": {"model": "b"}}, ["data.teacher_key is set but would be ignored", "there is one teacher"]),
-        (["teacher.routes.self.template=null"], {}, ["teacher.routes.self: teacher.kind=initial with the student's"]),
+        (
+            ["teacher.routes.self.template='{problem}'"],
+            {},
+            ["teacher.routes.self: teacher.kind=initial with the student's"],
+        ),
         (
             ["teacher.routes.math.template='{problem}'", "data.teacher_template={problem}!"],
             {},

@@ -79,6 +79,8 @@ def _check_routes(config: Any) -> None:
 def _check_self_teacher(config: Any, one: TeacherSpec) -> None:
     data, kind = one.data, one.kind
     same_text = data.teacher_template in (None, data.student_template)
+    is_own = data.teacher_template is not None or data.teacher_system is not None
+    same_text &= not is_own or data.teacher_system == data.student_system
     same_thinking = data.teacher_enable_thinking in (None, data.enable_thinking)
     # Records may hold the teacher's prompts; whether they do is seen when they are read.
     may_differ = data.source_info.has_records and data.teacher_template is None
