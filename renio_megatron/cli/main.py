@@ -246,17 +246,15 @@ def _run_recipe(arguments: argparse.Namespace) -> int:
 
         run_rank(rank_arguments)
 
-    from renio_megatron.config.load import check_models, check_world, load_recipe
+    from renio_megatron.config.load import load_recipe
     from renio_megatron.runner.describe import finished_message
-    from renio_megatron.runner.recipe import check_data
+    from renio_megatron.runner.recipe import check_run
     from renio_megatron.runner.run_directory import RunDirectory
 
     recipe = load_recipe(arguments.command, arguments.recipe, overrides)
     config = recipe.config
     num_ranks = arguments.nproc or config.fewest_ranks
-    check_world(config, num_ranks)
-    check_models(config)
-    check_data(config)
+    check_run(config, num_ranks)
     if RunDirectory(config.output_dir).state(recipe, arguments.fresh) == "finished":
         print(finished_message(config))
         return 0

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from renio_megatron.cli import launch
-from renio_megatron.config.load import check_models, check_world, kind_of, load_recipe
+from renio_megatron.config.load import kind_of, load_recipe
 from renio_megatron.config.resolved import resolved_yaml
-from renio_megatron.runner.recipe import check_canaries, check_data
+from renio_megatron.runner.recipe import check_canaries, check_data, check_run
 
 
 def show(path: str, overrides: Sequence[str], count: int, *, as_json: bool, is_resolved: bool = False) -> None:
@@ -50,7 +50,5 @@ def check(path: str, overrides: Sequence[str], nproc: int | None) -> int:
     config = load_recipe(kind_of(path, overrides), path, overrides).config
     check_canaries(config)
     num_ranks = nproc or config.fewest_ranks
-    check_world(config, num_ranks)
-    check_models(config)
-    check_data(config)
+    check_run(config, num_ranks)
     return launch.start_ranks(rank_arguments, num_ranks)

@@ -21,6 +21,14 @@ def check_data(config: JobConfig) -> None:
     benchmarks_of(config)
 
 
+def check_run(config: JobConfig, num_ranks: int) -> None:
+    """Raises `ConfigError` or `DataError` where a run cannot be shared among so many ranks, or where its models or its
+    data cannot be used."""
+    check_world(config, num_ranks)
+    check_models(config)
+    check_data(config)
+
+
 def check_canaries(config: JobConfig) -> None:
     """Raises `ConfigError` where a recipe's first step is not looked at."""
     if not isinstance(config, DistillationConfig):
@@ -35,7 +43,5 @@ def checked_recipe(kind: str, path: str | Path, overrides: Sequence[str]) -> Rec
     """Loads a recipe and checks it against this world; errors have the scope `ALL_RANKS`."""
     with on_every_rank():
         recipe = load_recipe(kind, path, overrides)
-        check_world(recipe.config, int(os.environ.get("WORLD_SIZE", "1")))
-        check_models(recipe.config)
-        check_data(recipe.config)
+        check_run(recipe.config, int(os.environ.get("WORLD_SIZE", "1")))
     return recipe

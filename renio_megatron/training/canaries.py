@@ -1,8 +1,8 @@
 """Canaries, values of a run's first step that show whether student, teacher, sampler and data fit together.
 
 They are computed before the first update, from the step's own rollouts and from the teacher's targets for them; the
-student reads its completions once more, forward-only, and a large teacher reads nothing again (one micro-batch, where
-its hidden states are not kept).
+student reads its completions once more, forward-only, and a large teacher reads nothing again (one micro-batch three
+times, where its hidden states are not kept).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from renio_megatron.config import HeadConfig, LossConfig
-from renio_megatron.data.batching.collate import flat_completions, flat_logp
+from renio_megatron.data.batching.collate import flat_completions, flat_logp, flat_positions
 from renio_megatron.errors import ConfigError, Scope
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.reductions import gather_batch
@@ -101,8 +101,8 @@ class Canaries:
         token = {name: one.to(device).double() for name, one in learner.score(batches, more).items()}
         student, teacher = token["student_logp"], targets.logp.to(device).double()
         known = torch.ones_like(student) if targets.has_logp is None else targets.has_logp.to(device).double()
-        owner, place = flat_completions(rollouts)[1].to(device), _places(rollouts).to(device)
-        is_first = (place == 0).double()
+        owner = flat_completions(rollouts)[1].to(device)
+        is_first = (flat_positions(rollouts).to(device) == 0).double()
         columns = {"tokens": torch.ones_like(student)}
         has_sampler = all(rollout.logp is not None for rollout in rollouts)
         if has_sampler:
@@ -146,11 +146,6 @@ class Canaries:
         ends = self._teacher_ends.get(rollout.prompt.teacher, ())
         is_inside = any(token in ends for token in rollout.drawn_ids[:-1])
         return rollout.finished, is_inside, rollout.prompt.student_ids == rollout.prompt.teacher_ids
-
-
-def _places(rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """Each completion token's place in its completion, int64 [N]."""
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(len(one.completion_ids)) for one in rollouts)])
 
 
 def _compared(

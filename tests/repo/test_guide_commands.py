@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.data.test_prompts import characters
 from tests.helpers import warm
+from tests.helpers.character_models import save_character_model
 from tests.helpers.jobs import python_path
 from tests.helpers.paths import ROOT
 
@@ -42,24 +42,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of characters, and the files that the guides name."""
     import datasets
     import pyarrow.parquet
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = tmp_path_factory.mktemp("guides")
     for seed, name in enumerate(("student", "teacher")):
-        tokenizer = characters(chat=TEMPLATE)
-        torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=2048,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(folder / "models" / name)
-        tokenizer.save_pretrained(folder / "models" / name)
+        save_character_model(folder / "models" / name, characters(chat=TEMPLATE), seed=seed)
     data = folder / "data"
     data.mkdir()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from renio_megatron.cli.main import main
@@ -18,6 +17,7 @@ from renio_megatron.cli.plan import DOES_NOT_FIT
 from renio_megatron.config.load import check_world, load_recipe
 from renio_megatron.config.resolved import resolved_yaml
 from tests.data.test_prompts import characters
+from tests.helpers.character_models import save_character_model
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.training_cases import trainer_of
@@ -194,27 +194,12 @@ ROWS = [{"problem": f"{n} + {n}?", "solution": f"Twice {n}.", "Answer": f"{2 * n
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Students and a teacher whose tokens are characters, with both kinds of chat template; and a few records."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for seed, (name, template) in enumerate(
         (("qwen", TEMPLATE), ("qwen-teacher", TEMPLATE), ("r1", WITHOUT_THINKING), ("r1-teacher", WITHOUT_THINKING))
     ):
-        tokenizer = characters(chat=template)
-        torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=2048,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        save_character_model(folder / name, characters(chat=template), seed=seed)
     return folder
 
 

@@ -110,6 +110,11 @@ def flat_completions(rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.T
     return token_ids, torch.repeat_interleave(lengths), lengths
 
 
+def flat_positions(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """Each completion token's place in its completion, from 0 on, int64 [N], in the order of `flat_completions`."""
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(len(one.completion_ids)) for one in rollouts)])
+
+
 def flat_logp(rollouts: Sequence[Rollout]) -> torch.Tensor:
     """The sampler's log-probabilities of all completion tokens, nats, fp32 [N], in the order of `flat_completions`.
 

@@ -48,6 +48,11 @@ class Place:
         return self.split or ("train" if self.use == "train" else "test")
 
     @property
+    def split_key(self) -> str:
+        """The setting that names its split."""
+        return "data.split" if self.use == "train" else "data.eval_split"
+
+    @property
     def described(self) -> str:
         """For messages."""
         inside = [*([] if self.subset is None else [self.subset]), *([] if self.split is None else [self.split])]
@@ -87,8 +92,9 @@ def load(place: Place) -> Any:
                 return read()
         except Exception as error:  # not in the cache, or another part of it
             if _NO_SPLIT in str(error):
-                key = "data.split" if place.use == "train" else "data.eval_split"
-                raise DataError(f"{place.key}: {place.name}: {_words(error)} Set {key} to one of them.") from error
+                raise DataError(
+                    f"{place.key}: {place.name}: {_words(error)} Set {place.split_key} to one of them."
+                ) from error
         subset = "" if place.subset is None else f", {place.subset!r}"
         advice = (
             "Nor is it in the cache of the library datasets. Fetch it where there is a network: python -c "
@@ -123,10 +129,9 @@ def _saved(place: Place) -> Any:
         raise DataError(f"{place.name}: not a directory written by datasets.save_to_disk ({error}).") from error
     if isinstance(data, datasets.DatasetDict):
         if place.wanted not in data:
-            key = "data.split" if place.use == "train" else "data.eval_split"
             raise DataError(
-                f"{place.name}: the data set has no split {place.wanted!r}, but {', '.join(data)}. Set {key} to one of "
-                "them, or point to its directory."
+                f"{place.name}: the data set has no split {place.wanted!r}, but {', '.join(data)}. Set "
+                f"{place.split_key} to one of them, or point to its directory."
             )
         return data[place.wanted]
     return data

@@ -11,7 +11,7 @@ import torch
 
 from renio_megatron.config import HeadConfig, LossConfig, WeightingConfig
 from renio_megatron.config.sections.weighting import RenioWeighting
-from renio_megatron.data.batching.collate import flat_completions, flat_logp
+from renio_megatron.data.batching.collate import flat_completions, flat_logp, flat_positions
 from renio_megatron.data.prompts import number_in
 from renio_megatron.losses.sample_weights import SampleWeights, sample_weights
 from renio_megatron.objective.weightings import COLUMN, LOGIT_INPUTS
@@ -124,7 +124,7 @@ class Weighing:
         numbers = [rollout.prompt.index for rollout in rollouts]
         known: dict[str, Callable[[], Any]] = {
             "sampler_logp": lambda: flat_logp(rollouts),
-            "position": lambda: torch.cat([torch.arange(len(one.completion_ids)) for one in rollouts]),
+            "position": lambda: flat_positions(rollouts),
             "finished": lambda: torch.tensor([rollout.finished for rollout in rollouts]),
             "verdict": lambda: torch.tensor([_as_number(verdict) for verdict in verdicts()]),
             "prompt_group": lambda: torch.tensor([_group_of(rollout.prompt) for rollout in rollouts]),
