@@ -18,6 +18,8 @@ from tests.helpers.training_cases import layout_of, one_step, recipe
 
 HIDDEN = 48
 """Of the teacher; the student's is 32."""
+PREFIX = 4
+"""Tokens of a completion of at most 6 that are learned from, in the cases of prefixes."""
 
 
 def own(folder: Path, tp: int, pp: int = 1, *, sp: bool | None = None, **more: Any) -> TeacherConfig:
@@ -89,10 +91,23 @@ def dedicated_cases(folder: Path) -> dict[str, DistillationConfig]:
             teacher=own(folder, 1, 2, **alone),
             rollout=replace(base.rollout, micro_batch_size=2),
         ),
+        # Of what is drawn, the teacher reads no token behind the prefix.
+        "student TP2, teacher TP2 of its own, prefixes in groups": recipe(
+            folder,
+            parallel=tp,
+            teacher=own(folder, 2, **alone),
+            rollout=replace(base.rollout, micro_batch_size=3, prefix_length=PREFIX),
+        ),
+        "student DP2 packed, 2 copies of the teacher, prefixes in groups": recipe(
+            folder,
+            teacher=own(folder, 1, **alone, data_parallel_size=2),
+            train=packed,
+            rollout=replace(base.rollout, micro_batch_size=2, prefix_length=PREFIX),
+        ),
     }
 
 
-READS = (1, 1, 1, 1, 3, 2, 1)
+READS = (1, 1, 1, 1, 3, 2, 1, 3, 2)
 """Passes of the teacher in the cases of `dedicated_cases`; context-parallel ranks tell of all groups at once."""
 
 

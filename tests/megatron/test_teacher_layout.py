@@ -21,6 +21,7 @@ from tests.helpers.jobs import LIMIT, assert_gone, job_starter
 from tests.helpers.multiprocess import run_ranks
 from tests.megatron.teacher_layout_cases import (
     HIDDEN,
+    PREFIX,
     READS,
     colocated_cases,
     dedicated_cases,
@@ -72,14 +73,27 @@ def test_a_step_beside_ranks_that_only_score_is_the_reference(name, dedicated):
 @pytest.mark.timeout(500)
 def test_each_hidden_state_travels_once(colocated, dedicated):
     """Completion rows x hidden x bytes of an element, to the byte, where no rank has both; else at most that."""
-    tokens = sum(len(ids) for ids in colocated[0][COLOCATED[0]]["tokens"])
-    payload = tokens * HIDDEN * 4
+
+    def payload_of(found: dict[str, Any]) -> int:
+        return sum(len(ids) for ids in found["tokens"]) * HIDDEN * 4
+
+    payload = payload_of(colocated[0][COLOCATED[0]])
     for name in DEDICATED:
-        assert dedicated[0][name]["sent_mb"] * 2**20 == payload
+        assert dedicated[0][name]["sent_mb"] * 2**20 == payload_of(dedicated[0][name])
+        assert ("prefixes" in name) == (payload_of(dedicated[0][name]) < payload)
     own = [name for name in COLOCATED if colocated[0][name]["sent_mb"] is not None]
     assert len(own) == len(COLOCATED) - 1
     for name in own:
         assert 0 < colocated[0][name]["sent_mb"] * 2**20 < payload
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", [name for name in DEDICATED if "prefixes" in name])
+def test_prefixes_are_the_first_tokens_of_the_same_draws(name, dedicated):
+    whole, prefixes = (dedicated[0][one]["tokens"] for one in (name.replace("prefixes ", ""), name))
+    assert sorted(prefixes) == sorted(ids[:PREFIX] for ids in whole)  # packed ranks share them out by their length
+    assert max(map(len, whole)) > PREFIX == max(map(len, prefixes))
 
 
 @pytest.mark.slow
