@@ -58,6 +58,8 @@ def test_what_it_prints_and_leaves(done: tuple[Path, subprocess.CompletedProcess
     for words in ("greedy accuracy, before / after", "largest weight", "does not beat", "modchain/student", "1234"):
         assert words in process.stdout
     assert "Warning" not in process.stderr
+    assert process.stdout.count("the first step's 64 completions") == 2, "canaries of both runs"
+    assert "the first step, " not in process.stderr, "a canary warns"
     out = directory / "out"
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     for run in ("opd", "renio"):

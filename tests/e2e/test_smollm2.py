@@ -66,6 +66,7 @@ def carried_out(recipe: Path, model: Path, directory: Path) -> Run:
     command += [f"model={model}", f"output_dir={directory}", *SHORT]
     done = warm.run([sys.executable, "-c", MEASURED, *command], timeout=900)
     assert done.returncode == 0, done.stderr
+    assert "the first step's 2 completions" in done.stdout and "the first step, " not in done.stderr, "a canary warns"
     return Run(directory, int(done.stdout.split()[-1]))
 
 

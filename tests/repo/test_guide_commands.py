@@ -149,6 +149,7 @@ def test_the_page_of_the_first_step_shows_what_is_seen(tmp_path: Path) -> None:
     (shown,) = re.findall(r"```\n(the first step's .*?)```", page, flags=re.DOTALL)
     program, *arguments = shlex.split(command.replace("examples/", f"{ROOT}/examples/"))
     said = run([program, *arguments], tmp_path)
+    assert "the first step, " not in said, "a canary warns"
     for line in shown.splitlines():
         name, _, text = line.strip().partition("  ")
         if name != "sampler":  # its last digits are the machine's

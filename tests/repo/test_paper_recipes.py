@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from renio_megatron.cli.plan import DOES_NOT_FIT
 from renio_megatron.config.load import check_world, load_recipe
 from renio_megatron.config.resolved import resolved_yaml
 from tests.data.test_prompts import characters
-from tests.helpers.character_models import save_character_model
+from tests.helpers.character_models import save_character_model, save_successor_model
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.training_cases import trainer_of
@@ -209,14 +210,23 @@ def one_rank():
         yield ranks
 
 
-def _two_steps(kind: str, path: str, overrides: list[str]) -> list[dict[str, float]]:
+def _two_steps(kind: str, path: str, overrides: list[str]) -> tuple[list[dict[str, float]], list[str]]:
+    """Metrics of the steps, and the warnings of canaries."""
     config = load_recipe(kind, path, overrides).config
     rows: list[dict[str, float]] = []
-    trainer = trainer_of(config, Path(path).parent)
-    trainer.observers = (lambda step, metrics: rows.append(dict(metrics)),)
-    trainer.run()
-    trainer.algorithm.close()
-    return rows
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("renio_megatron.training.canaries")
+    logger.addHandler(handler)
+    try:
+        trainer = trainer_of(config, Path(path).parent)
+        trainer.observers = (lambda step, metrics: rows.append(dict(metrics)),)
+        trainer.run()
+        trainer.algorithm.close()
+    finally:
+        logger.removeHandler(handler)
+    return rows, told
 
 
 def overrides_of(tiny: Path, model: str, **more: str) -> list[str]:
@@ -242,16 +252,48 @@ def test_every_composition_trains(tmp_path, tiny, one_rank, algorithm, task, stu
         {"teacher.model": str(tiny / f"{model}-teacher")} if algorithm == "opd" else {}
     )
     path = composed(tmp_path, algorithm, task, student, weighting)
-    (rows,) = one_rank(_two_steps, "train", str(path), overrides_of(tiny, model, **more))
+    ((rows, told),) = one_rank(_two_steps, "train", str(path), overrides_of(tiny, model, **more))
+    assert not told
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["loss"] > 0 and rows[0]["grad_norm"] > 0 and rows[0]["lr"] == 5e-6 > rows[1]["lr"]
+
+
+THOUGHT = (
+    "{% for m in messages %}<|u|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>\n\n{% endif %}{% endif %}"
+)
+"""As Qwen3's: a thought is the model's own to begin, or is closed before it begins."""
+FOLLOWERS = {"<|a|>": "<", "<": "t", "\n": "0123456789", **dict.fromkeys("0123456789", "0123456789")}
+"""A model that begins a thought behind the header, and an answer behind a closed one."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "task"), [one[:2] for one in COMPOSED if one[2:] == ("qwen3-1.7b", "renio")]
+)
+def test_a_teacher_that_thinks_beside_a_student_that_does_not_is_told(tmp_path, tiny, one_rank, algorithm, task):
+    for name in ("thinks", "teacher-thinks"):
+        save_successor_model(tmp_path / name, characters(chat=THOUGHT), FOLLOWERS)
+    model, teacher = (str(tmp_path / name) for name in ("thinks", "teacher-thinks"))
+    more = {"rollout.max_completion_length": "8"} | ({"teacher.model": teacher} if algorithm == "opd" else {})
+    path = composed(tmp_path, algorithm, task, "qwen3-1.7b", "renio")
+    overrides = overrides_of(tiny, model, **more)
+    ((_, told),) = one_rank(_two_steps, "train", str(path), overrides)
+    if task.endswith("without-solution"):  # both begin a thought
+        assert told == []
+        return
+    (boundary,) = told
+    assert boundary.startswith("the first step, boundary: a completion's first token has ")
+    assert "which expects something else there" in boundary and "data.teacher_enable_thinking=false" in boundary
+    ((_, told),) = one_rank(_two_steps, "train", str(path), [*overrides, "data.teacher_enable_thinking=false"])
+    assert told == []
 
 
 @pytest.mark.slow
 def test_fine_tuning_trains(tmp_path, tiny, one_rank):
     path = tmp_path / "sft.yaml"
     path.write_text(yaml.safe_dump({"base": str(PAPER / "sft-qwen3-1.7b-math.yaml"), "output_dir": "run"}))
-    (rows,) = one_rank(_two_steps, "sft", str(path), overrides_of(tiny, "qwen"))
+    ((rows, _),) = one_rank(_two_steps, "sft", str(path), overrides_of(tiny, "qwen"))
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["grad_norm"] > 0
     assert rows[0]["rollout/tokens"] > 4 * len("Work through it step by step"), "the prompts are learned, too"
