@@ -178,6 +178,7 @@ class MicroBatch:
         row_index, target_ids, owner: int64 [N].
         token_index: index of each completion token in the flat order of all of the rank's rollouts, int64 [N].
         sequence_index: index of each sequence among the rank's rollouts, int64 [B].
+        prompt_index: `Prompt.index` of each sequence, int64 [B].
         lengths: completion tokens of each whole sequence, int64 [B].
         sequence_of: sequence of each of `token_ids`, -1 for padding, int64 of the same shape.
         boundaries: starts of the packed sequences and the end of the last one, over all context-parallel ranks, B + 1
@@ -192,6 +193,7 @@ class MicroBatch:
     owner: torch.Tensor
     token_index: torch.Tensor
     sequence_index: torch.Tensor
+    prompt_index: torch.Tensor
     lengths: torch.Tensor
     sequence_of: torch.Tensor
     boundaries: tuple[int, ...] | None = None

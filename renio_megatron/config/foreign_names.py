@@ -102,7 +102,7 @@ _LABEL = "in the paper's release it is a label without effect. Leave it out; out
 _NO_PARSER = "no program of the paper's release reads it. Leave it out."
 _EACH_STEP = "each step is logged. Leave it out."
 _WHOLE_VOCABULARY = "the loss reads the whole vocabulary. Leave it out."
-_NO_DROPOUT = "nothing is dropped: a mask that is the same in every layout is not built. Leave it out."
+_NO_DROPOUT = "only adapters drop features, by lora.dropout; a model's own layers drop nothing. Leave it out."
 _THE_MODELS_OWN = "the tokenizer is that of the model's directory. Leave it out."
 _ADAM = "Adam is the only optimizer. Leave it out; its settings are train.adam_beta1, train.adam_beta2, train.adam_eps."
 

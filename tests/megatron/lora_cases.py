@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from renio_megatron.config import DataConfig, LoraConfig, ParallelConfig, TrainConfig
+from renio_megatron.config.sections.weighting import UniformWeighting
+from tests.helpers.masks_by_hand import DropoutByHand
 from tests.helpers.training_cases import recipe, reference_step
 from tests.megatron.layout_cases import own_part, small_buckets
 
@@ -46,6 +47,7 @@ ALL, SOME = (
     LoraConfig(r=3, alpha=6.0),
     LoraConfig(r=2, alpha=3.0, use_rslora=True, targets=["v_proj", "q_proj", "up_proj"]),
 )
+DROPPED, SOME_DROPPED = replace(ALL, dropout=0.2), replace(SOME, dropout=0.2)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,16 @@ CASES = {
     "CP2": Case({"context_parallel_size": 2}),
     "DP2, distributed optimiser, overlap": Case(OVERLAP),
     "TP2 + SP, recompute full, bf16": Case(TP2_SP, {"bf16": True, **FULL}),
+    "DP2, dropout": Case({}, lora=DROPPED),
+    "TP2, dropout, some targets, recompute full": Case(TP2, FULL, SOME_DROPPED),
+    "TP2 + SP, dropout, recompute full": Case(TP2_SP, FULL, DROPPED),
+    "TP2 + SP, dropout, packed": Case(TP2_SP, {"max_tokens_per_micro_batch": 32}, DROPPED),
+    "PP2, dropout, recompute full": Case(PP2, {**FULL, "micro_batch_size": 1}, DROPPED),
+    "PP2 x VPP2, dropout, recompute full": Case(
+        {**PP2, "virtual_pipeline_model_parallel_size": 2}, {**FULL, "micro_batch_size": 1}, DROPPED
+    ),
+    "PP2, dropout, recompute selective": Case(PP2, {"recompute_granularity": "selective"}, DROPPED),
+    "CP2, dropout": Case({"context_parallel_size": 2}, lora=DROPPED),
 }
 FOUR_RANKS = {
     "TP2 x PP2 + SP": Case({**TP2_SP, **PP2}),
@@ -84,85 +96,8 @@ FOUR_RANKS = {
     ),
     "DP2 x PP2, distributed optimiser": Case({**PP2, "use_distributed_optimizer": True}),
     "CP2 x TP2 + SP": Case({**TP2_SP, "context_parallel_size": 2}, tied=True),
-}
-
-
-def _pass_on(low: torch.Tensor, group: Any) -> torch.Tensor:
-    return low
-
-
-def _each_parameter(change: Callable[[torch.Tensor], None]) -> Callable[[Any], Any]:
-    """A mutation that changes the adapters' marks after the model is built."""
-
-    @contextlib.contextmanager
-    def mutate(part: Any) -> Iterator[None]:
-        for _, parameter in part.trained_parameters():
-            change(parameter)
-        yield
-
-    return mutate
-
-
-def _each_module(**attributes: Any) -> Callable[[Any], Any]:
-    @contextlib.contextmanager
-    def mutate(part: Any) -> Iterator[None]:
-        from renio_megatron.megatron.model.lora import Adapters
-
-        for module in [m for chunk in part.chunks for m in chunk.modules() if isinstance(m, Adapters)]:
-            vars(module).update(attributes)
-        yield
-
-    return mutate
-
-
-def _between(*, is_column: bool, sequence_parallel: bool, does: Callable[..., Any]) -> Callable[[Any], Any]:
-    @contextlib.contextmanager
-    def mutate(part: Any) -> Iterator[None]:
-        from renio_megatron.megatron.model import lora
-
-        key, before = (is_column, sequence_parallel), dict(lora._BETWEEN)
-        lora._BETWEEN[key] = functools.partial(before[key], tensor_parallel_output_grad=False) if does is None else does
-        try:
-            yield
-        finally:
-            lora._BETWEEN.update(before)
-
-    return mutate
-
-
-@contextlib.contextmanager
-def _no_hook(part: Any) -> Iterator[None]:
-    for chunk in part.chunks:
-        if chunk.pre_process:
-            chunk.embedding._forward_hooks.clear()
-    yield
-
-
-MUTANTS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
-    # name -> (case, what is undone, the figure that must show it)
-    "no gradient at the embedding": ("TP2, tied, recompute full", _no_hook, "gradient"),
-    "no gradient at the embedding, SP": ("TP2 + SP, tied, recompute full", _no_hook, "gradient"),
-    "no mark for SP": ("TP2 + SP", _each_parameter(lambda p: setattr(p, "sequence_parallel", False)), "gradient"),
-    "no mark of shards": ("TP2", _each_parameter(lambda p: setattr(p, "tensor_model_parallel", False)), "grad_norm"),
-    "not interleaved": ("TP1 (DP2)", _each_module(_num_groups=1), "logits"),
-    "no scale": ("TP1 (DP2)", _each_module(_scale=1.0), "logits"),
-    "column: not copied": ("TP2", _between(is_column=True, sequence_parallel=False, does=_pass_on), "gradient"),
-    "column: gathered otherwise": ("TP2 + SP", _between(is_column=True, sequence_parallel=True, does=None), "gradient"),  # type: ignore[arg-type]
-    "row: not summed": ("TP2", _between(is_column=False, sequence_parallel=False, does=_pass_on), "logits"),
-    "switched off": ("TP1 (DP2)", _each_module(is_on=False), "logits"),
-}
-MUTANTS_OF_FOUR: dict[str, tuple[str, Callable[[Any], Any], str]] = {
-    "no mark for SP, PP2": ("TP2 x PP2 + SP", MUTANTS["no mark for SP"][1], "gradient"),
-    "no gradient at the embedding, PP2": ("TP2 x PP2 + SP, tied, recompute full", _no_hook, "gradient"),
-    "no mark for SP, distributed optimiser": (
-        "DP2 x TP2 + SP, distributed optimiser, packed",
-        MUTANTS["no mark for SP"][1],
-        "gradient",
-    ),
-    "column: not copied, DP2": (
-        "DP2 x TP2, distributed optimiser, overlap",
-        MUTANTS["column: not copied"][1],
-        "gradient",
+    "CP2 x TP2 + SP, dropout, packed": Case(
+        {**TP2_SP, "context_parallel_size": 2}, {"max_tokens_per_micro_batch": 32}, DROPPED
     ),
 }
 
@@ -181,8 +116,13 @@ def cut(whole: torch.Tensor, target: str, which: str, part: Any) -> torch.Tensor
     return whole if axis is None else whole.chunk(tensor.size, axis)[tensor.rank]
 
 
-def peft_student(directory: str, lora: LoraConfig, *, bf16: bool = False) -> Any:
-    """PEFT's model of a directory, fp32; random B of one seed, and A too. With `bf16` all weights are rounded to it."""
+def peft_student(
+    directory: str, lora: LoraConfig, *, bf16: bool = False, dropped: dict[str, Any] | None = None, seed: int = 7
+) -> Any:
+    """PEFT's model of a directory, fp32; random B of one seed, and A too. With `bf16` all weights are rounded to it.
+
+    With `dropped` inputs of adapters are dropped, by the masks of the prompt with its `number`.
+    """
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -197,6 +137,9 @@ def peft_student(directory: str, lora: LoraConfig, *, bf16: bool = False) -> Any
             task_type="CAUSAL_LM",
         ),
     )
+    for name, module in adapted.named_modules() if dropped is not None else ():
+        if (match := re.fullmatch(r".*\.layers\.(\d+)\.\w+\.(\w+_proj)", name)) and match[2] in lora.names:
+            module.lora_dropout["default"] = DropoutByHand(lora.dropout, seed, int(match[1]), match[2], dropped)
     generator = torch.Generator().manual_seed(11)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
@@ -213,15 +156,6 @@ def whole_adapters(student: Any) -> dict[tuple[str, str], torch.nn.Parameter]:
     return found
 
 
-def run_named(name: str, folder: Path) -> dict[str, float]:
-    """Errors on this rank of one of `CASES` or `FOUR_RANKS`, or of one of the mutants."""
-    cases, mutants = {**CASES, **FOUR_RANKS}, {**MUTANTS, **MUTANTS_OF_FOUR}
-    if name in cases:
-        return run_case(cases[name], folder)
-    case_name, mutate, _ = mutants[name]
-    return run_case(cases[case_name], folder, mutate)
-
-
 def config_of(case: Case, folder: Path) -> Any:
     """The recipe of a case."""
     train = {"train_iters": 1, "global_batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "seed": 7, **case.train}
@@ -233,6 +167,8 @@ def config_of(case: Case, folder: Path) -> Any:
         data=DataConfig(seed=5, max_prompt_length=20),
         train=TrainConfig(**train),
         lora=case.lora,
+        # Of the passes that draw and score, where nothing is dropped: by the reference's one pass they cannot be had.
+        **({"weighting": UniformWeighting()} if case.lora.dropout else {}),
     )
 
 
@@ -255,7 +191,8 @@ def run_case(case: Case, folder: Path, mutate: Callable[[Any], Any] | None = Non
     trainer.save_interval = 0
     algorithm, learner = trainer.algorithm, trainer.algorithm.learner
     part = learner.part
-    student = peft_student(config.model, case.lora, bf16=config.train.bf16)
+    dropped: dict[str, Any] | None = {} if case.lora.dropout else None
+    student = peft_student(config.model, case.lora, bf16=config.train.bf16, dropped=dropped)
     whole = whole_adapters(student)
     set_adapters(learner, whole)
     frozen = {name: p.detach().clone() for name, p in part.named_parameters() if not p.requires_grad}
@@ -283,7 +220,8 @@ def run_case(case: Case, folder: Path, mutate: Callable[[Any], Any] | None = Non
     with mutate(part) if mutate else contextlib.nullcontext():
         metrics = trainer.run()
     part.sync_params()
-    return {**_errors(config, seen, metrics, student, whole, learner), "frozen": _largest_change(frozen, part)}
+    errors = _errors(config, seen, metrics, student, whole, learner, dropped)
+    return {**errors, "frozen": _largest_change(frozen, part)}
 
 
 def set_adapters(learner: Any, whole: dict[tuple[str, str], torch.Tensor]) -> None:
@@ -302,14 +240,18 @@ def _errors(
     student: Any,
     whole: dict[tuple[str, str], torch.nn.Parameter],
     learner: Any,
+    dropped: dict[str, Any] | None,
 ) -> dict[str, float]:
     part, layout = learner.part, learner.part.layout
     shares: list[Any] = [None] * layout.data.size
     dist.all_gather_object(shares, seen["rollouts"], group=layout.data.group)
     rollouts = sorted((rollout for share in shares for rollout in share), key=lambda rollout: rollout.prompt.index)
     reference = reference_step(config, rollouts, student)
+    plain_logits = reference["logits"]
+    if dropped is not None:  # in the step's pass; not where tokens are drawn
+        reference = _reference_with_masks(config, rollouts, student, dropped)
     train = config.train
-    errors = {"gradient": 0.0, "weight": 0.0, "logits": _logits_error(seen, rollouts, reference["logits"])}
+    errors = {"gradient": 0.0, "weight": 0.0, "logits": _logits_error(seen, rollouts, plain_logits)}
     expected_grad = {key: parameter.grad.clone() for key, parameter in whole.items()}
     floor = _bf16_floor(config, rollouts, student, expected_grad) if train.bf16 else 0.0
     norm = torch.nn.utils.clip_grad_norm_(whole.values(), train.clip_grad)
@@ -326,7 +268,7 @@ def _errors(
         errors["weight"] = max(errors["weight"], float((parameter.detach() - expected).norm() / expected.norm()))
     own_logp = torch.cat([rollout.logp for rollout in rollouts])
     tokens = torch.tensor([token for rollout in rollouts for token in rollout.completion_ids])
-    logp = (reference["logits"] / config.loss.temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    logp = (plain_logits / config.loss.temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     return {
         **errors,
         "all gradients": (sum(error for error, _ in squares) / sum(size for _, size in squares)) ** 0.5,
@@ -340,6 +282,17 @@ def _errors(
         "adapters": float(sum(p.numel() for _, p in part.trained_parameters())),
         "smallest_gradient": min(float(gradient.norm()) for gradient in expected_grad.values()),
     }
+
+
+def _reference_with_masks(config: Any, rollouts: list[Any], student: Any, dropped: dict[str, Any]) -> dict[str, Any]:
+    """The reference step, in which each sequence has the masks of its prompt."""
+    numbers = iter([rollout.prompt.index for rollout in rollouts])
+    hook = student.register_forward_pre_hook(lambda *_: dropped.update(number=next(numbers)))
+    student.zero_grad()
+    reference = reference_step(config, rollouts, student)
+    hook.remove()
+    del dropped["number"]
+    return reference
 
 
 def _bf16_floor(config: Any, rollouts: list[Any], student: Any, expected: dict[tuple[str, str], torch.Tensor]) -> float:

@@ -16,7 +16,7 @@ from renio_megatron.megatron.checkpoint.directory import step_directory
 from tests.helpers.resuming import error_of, run, run_config, train_config
 from tests.helpers.training_cases import layout_of
 
-LORA = LoraConfig(r=3, alpha=6.0)
+LORA = LoraConfig(r=3, alpha=6.0, dropout=0.1)
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 DISTRIBUTED = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 

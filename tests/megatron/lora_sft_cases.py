@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
+from renio_megatron.config import LoraConfig
 from tests.megatron.layout_cases import small_buckets
 from tests.megatron.lora_cases import FULL, OVERLAP, TP2_SP, Case, config_of, peft_student, set_adapters, whole_adapters
 
 
-def run_sft(folder: Path) -> dict[str, float]:
+def run_sft(lora: LoraConfig, folder: Path) -> dict[str, float]:
     """A step of fine-tuning a tied student on two tensor ranks: its loss and gradients against PEFT's cross-entropy."""
     from renio_megatron.megatron.runtime.initialize import start
     from renio_megatron.runner.build import build_trainer
     from renio_megatron.runner.inputs import read_inputs
 
-    config = sft_config(Case(TP2_SP, FULL, tied=True), folder)
+    config = sft_config(Case(TP2_SP, FULL, lora, tied=True), folder)
     layout, inputs = start(config.parallel, seed=7), read_inputs(config)
     trainer = build_trainer(config, inputs, layout, folder / "unused")
-    learner, student = trainer.algorithm.learner, peft_student(config.model, config.lora)
+    dropped: dict[str, Any] | None = {} if lora.dropout else None
+    learner, student = trainer.algorithm.learner, peft_student(config.model, config.lora, dropped=dropped)
     whole = whole_adapters(student)
     set_adapters(learner, whole)
     prompts = inputs.stream.batch(0, 8)
@@ -29,6 +31,8 @@ def run_sft(folder: Path) -> dict[str, float]:
     total, count = torch.zeros(()), 0
     for prompt in prompts:
         ids = torch.tensor([prompt.student_ids + prompt.completion_ids])
+        if dropped is not None:
+            dropped["number"] = prompt.index
         logits = student(ids).logits[0, len(prompt.student_ids) - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(logits, ids[0, len(prompt.student_ids) :], reduction="sum")
         count += len(prompt.completion_ids)

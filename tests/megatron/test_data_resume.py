@@ -40,11 +40,9 @@ def rows_of(models: Path) -> Path:
 
 
 def _run(folder: Path, format_: str, stop_before: int | None = None, name: str | None = None) -> dict[str, Any]:
-    settings = SETTINGS[format_]
-    data = DataConfig(
-        **{"source": "jsonl", **settings, "path": (path := str(folder / settings["path"])), "eval_path": path}, seed=5, grader="modchain"
-    )
-    config = run_config(folder, name or f"parts, {format_}", data=data)
+    settings = {"source": "jsonl", "seed": 5, "grader": "modchain", **SETTINGS[format_]}
+    path = str(folder / settings.pop("path"))
+    config = run_config(folder, name or f"parts, {format_}", data=DataConfig(path=path, eval_path=path, **settings))
     return run(replace(config, rollout=replace(config.rollout, log=True)), stop_before=stop_before)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from renio_megatron.config import LoraConfig
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.training_cases import save_models
-from tests.megatron.lora_cases import CASES, FOUR_RANKS, MUTANTS, MUTANTS_OF_FOUR, run_named
+from tests.megatron.lora_cases import ALL, CASES, DROPPED, FOUR_RANKS
+from tests.megatron.lora_mutants import MUTANTS, MUTANTS_OF_FOUR, run_named
 from tests.megatron.lora_sft_cases import run_overlap, run_sft
 
 pytest.importorskip("peft")
@@ -21,7 +24,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks, four_rank
     folder = tmp_path_factory.mktemp("lora")
     save_models(folder)
 
-    def of(function: Callable[..., dict[str, float]], *names: str) -> dict[str, float]:
+    def of(function: Callable[..., dict[str, float]], *names: Any) -> dict[str, float]:
         on_four = any(name in (*FOUR_RANKS, *MUTANTS_OF_FOUR) for name in names)
         by_rank = (four_ranks if on_four else two_ranks)(function, *names, folder)
         return {key: max(found[key] for found in by_rank) for key in by_rank[0]}
@@ -44,8 +47,9 @@ def test_a_step_equals_peft(name: str, result: Result) -> None:
         assert found[figure] < 1e-5, (figure, found)
 
 
-def test_a_step_of_fine_tuning_equals_peft(result: Result) -> None:
-    found = result(run_sft)
+@pytest.mark.parametrize("lora", [ALL, DROPPED], ids=["plain", "dropout"])
+def test_a_step_of_fine_tuning_equals_peft(lora: LoraConfig, result: Result) -> None:
+    found = result(run_sft, lora)
     assert found["loss"] < 1e-5
     assert found["grad_norm"] < 1e-5
 

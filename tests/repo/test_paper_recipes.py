@@ -109,7 +109,8 @@ def test_fine_tuning_has_the_values_of_its_script():
     assert (config.train.lr, config.train.lr_decay_style, config.train.clip_grad) == (5e-6, "linear", 1.0)
     assert (config.train.global_batch_size, config.train.micro_batch_size) == (32, 2)
     assert config.train.train_iters == 4 * -(-29139 // 32)
-    assert (config.lora.r, config.lora.alpha, config.checkpoint.save_interval) == (64, 128, 20)
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (64, 128, 0.05)
+    assert config.checkpoint.save_interval == 20
     assert config.learns_prompts and (config.max_length, config.data.overlong) == (16000, "skip")
     assert config.data.student_template.startswith("{problem}\n\n")
 
@@ -269,9 +270,7 @@ FOLLOWERS = {"<|a|>": "<", "<": "t", "\n": "0123456789", **dict.fromkeys("012345
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("algorithm", "task"), [one[:2] for one in COMPOSED if one[2:] == ("qwen3-1.7b", "renio")]
-)
+@pytest.mark.parametrize(("algorithm", "task"), [one[:2] for one in COMPOSED if one[2:] == ("qwen3-1.7b", "renio")])
 def test_a_teacher_that_thinks_beside_a_student_that_does_not_is_told(tmp_path, tiny, one_rank, algorithm, task):
     for name in ("thinks", "teacher-thinks"):
         save_successor_model(tmp_path / name, characters(chat=THOUGHT), FOLLOWERS)

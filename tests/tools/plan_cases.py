@@ -56,6 +56,7 @@ def cases(folder: Path) -> dict[str, DistillationConfig]:
             "lora": SOME,
         },
         "TP2 + SP, adapters, own teacher": {"parallel": layout_of(2, sp=True), "lora": LORA, **own_teacher},
+        "TP2 + SP, adapters with dropout": {"parallel": layout_of(2, sp=True), "lora": replace(LORA, dropout=0.1)},
         "TP2, computed again, adapters": {"parallel": layout_of(2), "train": full, "lora": LORA},
         "CP2, adapters of some targets": {"parallel": ParallelConfig(context_parallel_size=2), "lora": SOME},
         "PP2, tied, adapters, own teacher": {

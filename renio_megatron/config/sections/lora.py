@@ -25,7 +25,8 @@ class LoraConfig:
     Attributes:
         r: rank of the adapters; null: no adapters, the whole student is trained.
         alpha: numerator of the scale, PEFT's `lora_alpha`.
-        dropout: PEFT's `lora_dropout`; only 0.
+        dropout: PEFT's `lora_dropout`, the share of the adapters' input features that training steps set to 0, rounded
+            to 1/65536; a function of the token and train.seed, the same in every layout.
         use_rslora: the scale is alpha / sqrt(r) in place of alpha / r.
         targets: which of `TARGETS` have an adapter, PEFT's `target_modules`; null: all of them.
         adapter: directory of a PEFT adapter whose weights the run starts with; null: A is random and B is 0.
@@ -40,12 +41,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require_positive("lora", r=self.r, alpha=self.alpha)
-        if self.dropout != 0:
-            raise ConfigError(
-                f"lora.dropout must be 0; got {self.dropout}. A mask that is the same in every layout, and once more "
-                "where activations are computed again, is not built. Regularize by a smaller lora.r or "
-                "train.weight_decay."
-            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"lora.dropout must lie in [0, 1); got {self.dropout}. PEFT's usual value is 0.05.")
         if self.targets is None:
             return
         unknown = [name for name in self.targets if name not in TARGETS]

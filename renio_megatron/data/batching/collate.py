@@ -74,7 +74,7 @@ def collate(rollouts: Sequence[Rollout], *, audience: Audience, batch_layout: Ba
     for rollout, prompt_ids in zip(rollouts, prompts, strict=True):
         _check(rollout, len(prompt_ids), audience)
     sequences = [
-        _Sequence(number, prompt_ids, rollout.completion_ids)
+        _Sequence(number, rollout.prompt.index, prompt_ids, rollout.completion_ids)
         for number, (prompt_ids, rollout) in enumerate(zip(prompts, rollouts, strict=True))
     ]
     offsets = [0]
@@ -138,6 +138,7 @@ class _Sequence:
     """One rollout as one of the models reads it."""
 
     number: int
+    prompt_index: int
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
 
@@ -201,6 +202,7 @@ def _micro_batch(
         owner=owner,
         token_index=tokens,
         sequence_index=torch.tensor([sequence.number for sequence in sequences], dtype=torch.int64),
+        prompt_index=torch.tensor([sequence.prompt_index for sequence in sequences], dtype=torch.int64),
         lengths=counts,
         sequence_of=sequence_of.view(height, -1),
         boundaries=tuple(starts) if is_packed else None,
@@ -233,6 +235,7 @@ def select_sequences(batch: MicroBatch, chosen: torch.Tensor) -> tuple[MicroBatc
         owner=number[batch.owner[rows]],
         token_index=batch.token_index[rows],
         sequence_index=batch.sequence_index[chosen],
+        prompt_index=batch.prompt_index[chosen],
         lengths=batch.lengths[chosen],
         sequence_of=torch.where(batch.sequence_of >= 0, number[batch.sequence_of.clamp(min=0)], -1),
     )

@@ -32,7 +32,7 @@ from renio_megatron.megatron.model.backend import (
 )
 from renio_megatron.megatron.model.fp8_emulation import emulate_fp8
 from renio_megatron.megatron.model.layer_specs import block_spec
-from renio_megatron.megatron.model.lora import add_lora, check_backend
+from renio_megatron.megatron.model.lora import AdapterDropout, add_lora, check_backend
 from renio_megatron.megatron.model.moe import (
     Routing,
     check_moe,
@@ -46,6 +46,7 @@ from renio_megatron.models.architecture import Architecture, padded_vocab_size
 from renio_megatron.models.rope import set_rope
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.vocab import LmHead, VocabShard, gather_sequence, sum_gradient_over_shards
+from renio_megatron.types import MicroBatch
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 
@@ -75,6 +76,7 @@ class ModelPart:
         lora: settings of its adapters; there are none where `r` is None.
         fp8_multiple: the tokens of a pass over this rank's layers must be a multiple of it; 1 without FP8.
         routing: load-balancing loss and metrics of a trained model's routers; None without experts.
+        dropout: of a trained model's adapters; None without.
     """
 
     chunks: tuple[GPTModel, ...]
@@ -86,6 +88,7 @@ class ModelPart:
     lora: LoraConfig = field(default_factory=LoraConfig)
     fp8_multiple: int = 1
     routing: Routing | None = None
+    dropout: AdapterDropout | None = None
     _before_use: list[Callable[[], None]] = field(default_factory=list)
 
     def on_use(self, action: Callable[[], None]) -> None:
@@ -113,6 +116,25 @@ class ModelPart:
     def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those of `named_parameters` that have a gradient: all of a student, or its adapters."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Context of the passes from which the model learns: its routers and adapters hear of each micro-batch."""
+        for one in self._watching():
+            one.begin_step()
+        try:
+            yield
+        finally:
+            for one in self._watching():
+                one.end_step()
+
+    def begin(self, micro_batch: MicroBatch) -> None:
+        """Announces the micro-batch of the next forward pass of a step."""
+        for one in self._watching():
+            one.begin(micro_batch)
+
+    def _watching(self) -> list[Routing | AdapterDropout]:
+        return [one for one in (self.routing, self.dropout) if one is not None]
 
     def train(self, mode: bool = True) -> None:
         """Training or evaluation mode."""
@@ -260,17 +282,17 @@ def build_model(
         divisible_by=parallel.make_vocab_size_divisible_by,
         tensor_size=parallel.tensor_model_parallel_size,
     )
+    dropout = AdapterDropout(lora.dropout) if trained and lora.r is not None and lora.dropout else None
     rng_state = torch.get_rng_state()
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     chunks = [
-        _build_chunk(
-            architecture, layout, config, stage, num_chunks, padded, backend, precision, lora, train.seed, trained
-        )
+        _build_chunk(architecture, layout, config, stage, num_chunks, padded, backend, precision, train.seed, trained)
         for stage in range(num_chunks)
     ]
     torch.set_rng_state(rng_state)
-    if routing is not None:
-        for chunk in chunks:
+    for chunk in chunks:
+        add_lora(chunk, lora, seed=train.seed, dropout=dropout)
+        if routing is not None:
             watch_routers(chunk, routing)
     width = padded // layout.tensor.size
     start = layout.tensor.rank * width
@@ -286,6 +308,7 @@ def build_model(
         lora=lora,
         fp8_multiple=multiple,
         routing=routing,
+        dropout=dropout,
     )
 
 
@@ -298,7 +321,6 @@ def _build_chunk(
     padded: int,
     backend: str,
     precision: PrecisionConfig,
-    lora: LoraConfig,
     seed: int,
     trained: bool,
 ) -> GPTModel:
@@ -319,7 +341,6 @@ def _build_chunk(
         )
     set_rope(chunk, architecture.rope, architecture.kv_channels, architecture.max_sequence_length)
     emulate_fp8(chunk.decoder, precision)
-    add_lora(chunk, lora, seed=seed)
     mark_experts(chunk)
     if config.use_cpu_initialization or architecture.experts is not None:  # else they were made on the right device
         chunk.to(layout.device)

@@ -10,13 +10,16 @@ Hugging Face's layout, sharded along the same axis as their base weight:
 
 Without sequence parallelism a replicated parameter sees all positions on every rank and has the whole gradient. With
 it, it sees a shard of them; Megatron sums the gradients of parameters that are marked `sequence_parallel`.
+
+With dropout each target reads the input with a mask of its own, as in PEFT, which is a function of the token and
+therefore the same in every layout, and again where a layer is recomputed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,9 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from renio_megatron.config import LoraConfig
 from renio_megatron.config.sections.lora import TARGETS
 from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.model.passes import Passes
+from renio_megatron.parallel.token_dropout import TokenDropout, token_keys
+from renio_megatron.types import MicroBatch
 
 _INSIDE = {
     "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
@@ -43,6 +49,8 @@ _INSIDE = {
     "mlp.linear_fc2": ("down_proj",),
 }
 """The targets in each of Megatron's linear layers, in the order of its rows."""
+_MASKS = 1
+"""Last number of the streams of masks; those of A have none."""
 
 _BETWEEN = {
     # (column-parallel, sequence parallelism) -> communication of A x, whose last axis is the adapters' rank
@@ -51,6 +59,31 @@ _BETWEEN = {
     (False, False): reduce_from_tensor_model_parallel_region,
     (False, True): reduce_scatter_to_sequence_parallel_region,
 }
+
+
+class AdapterDropout(TokenDropout):
+    """Dropout of the inputs of a model's adapters, in the passes from which it learns: nowhere else is there a key."""
+
+    def __init__(self, p: float) -> None:
+        """`p` is the probability with which a feature becomes 0, in (0, 1)."""
+        super().__init__(p)
+        self._passes: Passes[torch.Tensor] = Passes()
+
+    def begin_step(self) -> None:
+        """Prepares for the micro-batches of a step."""
+        self._passes.clear()
+
+    def begin(self, micro_batch: MicroBatch) -> None:
+        """Sets the micro-batch that the next forward pass of this part reads."""
+        self._passes.begin(token_keys(micro_batch))
+
+    def end_step(self) -> None:
+        """Drops nothing until the next step."""
+        self._passes.clear()
+
+    def keys(self, layer: Hashable) -> torch.Tensor | None:
+        """Keys of the tokens of a layer's pass, int64 [s, b]; None outside of a step. Called once a pass."""
+        return self._passes.read(layer)[0]
 
 
 class Adapters(torch.nn.Module):
@@ -64,10 +97,13 @@ class Adapters(torch.nn.Module):
         sharded_dims: the axis of each sharded parameter, by name.
     """
 
-    def __init__(self, linear: Any, path: str, layer: int, lora: LoraConfig, seed: int) -> None:
+    def __init__(
+        self, linear: Any, path: str, layer: int, lora: LoraConfig, seed: int, dropout: AdapterDropout | None = None
+    ) -> None:
         """Adapters of the layer `path` of decoder layer `layer` (from 0): A as PEFT draws it, B is 0.
 
-        A is drawn whole and then sharded, from (seed, layer, target): the same in every layout.
+        A is drawn whole and then sharded, from (seed, layer, target): the same in every layout. Masks of `dropout` are
+        drawn from a stream of (seed, layer, target), too; with None nothing is dropped.
         """
         super().__init__()
         assert lora.r is not None
@@ -78,6 +114,8 @@ class Adapters(torch.nn.Module):
         self._num_groups = config.num_query_groups // group.size() if "q_proj" in self._rows else 1
         self._targets = [name for name in self._rows if name in lora.names]
         self._rank, self._scale = lora.r, lora.scale
+        self._dropout = dropout
+        self._streams = [_number((seed, layer, TARGETS.index(name), _MASKS)) for name in self._targets]
         self.is_on = True
         self.sharded_dims = {
             f"{name}_b" if self._is_column else f"{name}_a": int(not self._is_column) for name in self._targets
@@ -97,8 +135,7 @@ class Adapters(torch.nn.Module):
     def forward(self, input_: torch.Tensor, sequence_parallel: bool, group: Any) -> torch.Tensor:
         """The sum to add to the layer's output: [s, b, in] -> [s, b, out], sharded like the layer's input and
         output."""
-        down = torch.cat([getattr(self, f"{name}_a") for name in self._targets])
-        low = torch.nn.functional.linear(input_, down)  # row-parallel: a part of a sum over the ranks
+        low = self._low(input_, sequence_parallel, group)  # row-parallel: a part of a sum over the ranks
         low = _BETWEEN[self._is_column, sequence_parallel](low, group=group)
         lows = dict(zip(self._targets, low.split(self._rank, dim=-1), strict=True))
         parts = [
@@ -109,6 +146,18 @@ class Adapters(torch.nn.Module):
         ]
         fused = torch.cat([part.unflatten(-1, (self._num_groups, -1)) for part in parts], dim=-1)
         return self._scale * fused.flatten(-2)
+
+    def _low(self, input_: torch.Tensor, sequence_parallel: bool, group: Any) -> torch.Tensor:
+        """A x of the targets, one behind another: [s, b, in] -> [s, b, targets x r]."""
+        downs = [getattr(self, f"{name}_a") for name in self._targets]
+        keys = None if self._dropout is None else self._dropout.keys(self)
+        if self._dropout is None or keys is None:
+            return torch.nn.functional.linear(input_, torch.cat(downs))
+        if self._is_column and sequence_parallel:
+            keys = keys.chunk(group.size())[group.rank()]
+        first = 0 if self._is_column else group.rank() * input_.shape[-1]
+        pairs = zip(downs, self._streams, strict=True)
+        return torch.cat([self._dropout.linear(input_, down, keys, stream, first) for down, stream in pairs], dim=-1)
 
 
 class _Adapted:
@@ -162,13 +211,14 @@ def check_backend(lora: LoraConfig, backend: str) -> None:
         )
 
 
-def add_lora(chunk: Any, lora: LoraConfig, *, seed: int) -> None:
+def add_lora(chunk: Any, lora: LoraConfig, *, seed: int, dropout: AdapterDropout | None = None) -> None:
     """Freezes a model's weights and gives its linear layers adapters, where the settings request it.
 
     Args:
         chunk: Megatron's GPTModel of the local spec, before it is wrapped for training.
         lora: nothing happens where `r` is None.
-        seed: seed of A.
+        seed: seed of A, and of masks.
+        dropout: of the adapters' inputs; None: nothing is dropped.
     """
     if lora.r is None:
         return
@@ -178,7 +228,7 @@ def add_lora(chunk: Any, lora: LoraConfig, *, seed: int) -> None:
             if not set(inside) & set(lora.names):
                 continue
             linear = layer.get_submodule(path)
-            linear.adapters = Adapters(linear, path, layer.layer_number - 1, lora, seed)
+            linear.adapters = Adapters(linear, path, layer.layer_number - 1, lora, seed, dropout)
             linear.__class__ = type(f"Adapted{type(linear).__name__}", (_Adapted, type(linear)), {})
     if chunk.pre_process and chunk.config.recompute_granularity == "full":
         chunk.embedding.register_forward_hook(_require_gradient)
@@ -226,6 +276,11 @@ def _rows(target: str, config: TransformerConfig) -> int:
 def _initial_a(rank: int, width: int, rng_stream: tuple[int, ...]) -> torch.Tensor:
     """A whole A, fp32 [r, in]: uniform in +-1 / sqrt(in), which is `kaiming_uniform_` with a = sqrt(5)."""
     generator = torch.Generator()
-    generator.manual_seed(int(np.random.SeedSequence(rng_stream).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    generator.manual_seed(_number(rng_stream))
     bound = 1.0 / math.sqrt(width)
     return torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+
+
+def _number(rng_stream: tuple[int, ...]) -> int:
+    """A number of 63 bits for each stream."""
+    return int(np.random.SeedSequence(rng_stream).generate_state(1, np.uint64)[0] >> np.uint64(1))

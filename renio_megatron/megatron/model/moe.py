@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from renio_megatron.config import ParallelConfig, PrecisionConfig
 from renio_megatron.errors import ConfigError
+from renio_megatron.megatron.model.passes import Passes
 from renio_megatron.megatron.runtime.mcore_compat import define_missing_gemm
 from renio_megatron.models.architecture import Architecture
 from renio_megatron.models.param_map import is_expert
@@ -115,10 +115,7 @@ class Routing:
         self._counts_tokens = False
         self._experts, self._layout, self._coefficient = architecture.experts, layout, coefficient
         self._pieces = layout.tensor if sequence_parallel else None
-        self._read: _Read | None = None
-        # A recomputed layer routes a second time in its backward pass, when the pipeline may have begun other
-        # micro-batches. In each layer those passes come in the order of the first ones.
-        self._waiting: dict[int, deque[_Read]] = defaultdict(deque)
+        self._passes: Passes[_Read] = Passes()
         # Of each layer: tokens of each expert; sums of entropy, of weight x loss, and of weights.
         size = (architecture.num_layers, self._experts.num_experts + 3)
         self._sums = torch.zeros(size, dtype=torch.float64, device=layout.device)
@@ -130,11 +127,11 @@ class Routing:
     def begin_step(self) -> None:
         """Clears the state of an earlier step."""
         self._sums.zero_()
-        self._waiting.clear()
+        self._passes.clear()
 
     def end_step(self) -> None:
         """Stops the recording of routers until the next step."""
-        self._read = None
+        self._passes.clear()
 
     def begin(self, micro_batch: MicroBatch) -> None:
         """Sets the micro-batch that the next forward pass of this part reads."""
@@ -142,7 +139,8 @@ class Routing:
         if self._pieces is not None:
             sequence_of = sequence_of.chunk(self._pieces.size)[self._pieces.rank]
         lengths = micro_batch.lengths.float()
-        self._read = _Read(sequence_of.flatten(), lengths if self._counts_tokens else torch.ones_like(lengths))
+        weights = lengths if self._counts_tokens else torch.ones_like(lengths)
+        self._passes.begin(_Read(sequence_of.flatten(), weights))
 
     def observe(self, layer: int, logits: torch.Tensor, probs: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
         """`probs`, whose backward pass adds the gradient of the load-balancing loss to that of the logits.
@@ -153,13 +151,9 @@ class Routing:
             probs: probabilities of the chosen experts, as the model uses them, [s x b, E].
             is_chosen: bool [s x b, E].
         """
-        if self._read is None:
+        read, is_recomputed = self._passes.read(layer)
+        if read is None or is_recomputed:
             return probs
-        if not torch.is_grad_enabled():  # of a layer that will be recomputed
-            self._waiting[layer].append(self._read)
-            return probs
-        waiting = self._waiting[layer]
-        read = waiting.popleft() if waiting else self._read
         count = len(read.weight_B)
         scores = logits.flatten(0, 1).float().softmax(-1)
         own_counts = sum_by_sequence(is_chosen.float(), read.sequence_T, count)

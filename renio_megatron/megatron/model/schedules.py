@@ -96,8 +96,8 @@ def _run(
 ) -> list[Any]:
     def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         index, micro_batch = next(iterator)
-        if part.routing is not None and not how["forward_only"]:
-            part.routing.begin(micro_batch)
+        if not how["forward_only"]:
+            part.begin(micro_batch)
         packing = {}
         if micro_batch.boundaries is not None:
             packing["packed_seq_params"] = packing_of(micro_batch.boundaries, micro_batch.token_ids.device)

@@ -212,14 +212,8 @@ class MegatronLearner:
             return total, accumulator
 
         losses: list[torch.Tensor] = []
-        if part.routing is None:
+        with part.step():
             accumulators = run_forward_backward(part, self.models, micro_batches, loss_of)
-        else:
-            part.routing.begin_step()
-            try:
-                accumulators = run_forward_backward(part, self.models, micro_batches, loss_of)
-            finally:
-                part.routing.end_step()
         if losses and not self._train.skip_nonfinite_steps:
             self._require_finite_losses(torch.stack(losses).tolist(), step)
         return accumulators
