@@ -18,6 +18,7 @@ from renio_megatron.errors import RenioError
 from renio_megatron.training.canaries import Canaries
 from renio_megatron.types import Rollout
 from tests.helpers.training_cases import layout_of, recipe, trainer_of
+from tests.helpers.warned import messages_of
 
 VALUES = {
     "TP2 + SP": {"parallel": layout_of(2, sp=True)},
@@ -102,27 +103,19 @@ def by_transformers(config: DistillationConfig, rollouts: Sequence[Rollout]) -> 
 
 def planted(folder: Path, name: str) -> tuple[str, list[str]]:
     """The error of a run of one step with a fault in it, or none, and its warnings; on this rank."""
-    import logging
-
-    told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("renio_megatron.training.canaries")
-    logger.addHandler(handler)
     change, plant = FAULTS[name]
-    config = modchain(folder, **change(folder))
-    trainer = trainer_of(config, folder)
+    trainer = trainer_of(modchain(folder, **change(folder)), folder)
     before = [parameter.detach().clone() for _, parameter in trainer.algorithm.learner.part.named_parameters()]
-    try:
-        with plant(trainer.algorithm):
-            trainer.run()
-    except RenioError as error:
-        after = [parameter for _, parameter in trainer.algorithm.learner.part.named_parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "nothing was learned"
-        return str(error), told
-    finally:
-        logger.removeHandler(handler)
-        trainer.algorithm.close()
+    with messages_of("renio_megatron.training.canaries") as told:
+        try:
+            with plant(trainer.algorithm):
+                trainer.run()
+        except RenioError as error:
+            after = [parameter for _, parameter in trainer.algorithm.learner.part.named_parameters()]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "nothing was learned"
+            return str(error), told
+        finally:
+            trainer.algorithm.close()
     return "", told
 
 

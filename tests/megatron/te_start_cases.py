@@ -14,6 +14,7 @@ from renio_megatron.config import LoraConfig, ParallelConfig, PrecisionConfig, T
 from tests.fakes import te_standin
 from tests.helpers.resuming import error_of
 from tests.helpers.training_cases import layout_of, recipe
+from tests.helpers.warned import messages_of
 from tests.megatron.te_cases import FP8, TE, build, initial_values_are_loaded, start_everything
 
 
@@ -25,23 +26,18 @@ def run_all(root: Path) -> dict[str, Any]:
 
 def warnings_of_attention(root: Path) -> list[int]:
     """Warnings of two steps each: attention that is fused, that is not, and of Megatron's own layers."""
-    import logging
-
     from tests.megatron.te_cases import LOCAL, step_of
 
     parallel, train = ParallelConfig(tensor_model_parallel_size=2), TrainConfig(micro_batch_size=2)
-    layout, said, counts = start_everything(parallel), [], []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("renio_megatron.megatron.student.learner").addHandler(handler)
+    layout, counts = start_everything(parallel), []
     chosen = types.ModuleType("transformer_engine.pytorch.attention.choice")
     sys.modules[chosen.__name__] = chosen
     for is_slow, precision in ((False, TE), (True, TE), (True, LOCAL)):
         chosen._attention_backends = {"use_unfused_attention": is_slow, "use_fused_attention": not is_slow}
         part = build(root / "qwen3", layout, parallel, precision, train)
-        step_of(part, train, parallel, steps=2)
+        with messages_of("renio_megatron.megatron.student.learner") as said:
+            step_of(part, train, parallel, steps=2)
         counts.append(sum("without a fused kernel" in message for message in said))
-        said.clear()
     del sys.modules[chosen.__name__]
     return counts if layout.is_main else [*counts, "not the main rank"]
 

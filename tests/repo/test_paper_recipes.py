@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import re
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.helpers.character_models import save_character_model, save_successor_
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.training_cases import trainer_of
+from tests.helpers.warned import messages_of
 
 PAPER = ROOT / "examples" / "paper"
 PARTS = PAPER / "parts"
@@ -215,18 +215,11 @@ def _two_steps(kind: str, path: str, overrides: list[str]) -> tuple[list[dict[st
     """Metrics of the steps, and the warnings of canaries."""
     config = load_recipe(kind, path, overrides).config
     rows: list[dict[str, float]] = []
-    told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("renio_megatron.training.canaries")
-    logger.addHandler(handler)
-    try:
+    with messages_of("renio_megatron.training.canaries") as told:
         trainer = trainer_of(config, Path(path).parent)
         trainer.observers = (lambda step, metrics: rows.append(dict(metrics)),)
         trainer.run()
         trainer.algorithm.close()
-    finally:
-        logger.removeHandler(handler)
     return rows, told
 
 
