@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import socket
 from dataclasses import replace
@@ -18,6 +17,7 @@ from renio_megatron.data.sources.conversations import conversation_of
 from renio_megatron.data.sources.hub import digest
 from renio_megatron.errors import DataError
 from tests.data.test_prompts import CHAT, characters
+from tests.helpers.row_files import write_rows
 
 ROWS = [{"problem": f"{n} + {n}?", "solution": f"Twice {n}.", "answer": str(2 * n)} for n in range(1, 8)]
 ROLES = (
@@ -34,32 +34,25 @@ def prompts(path: Path, count: int = 16, start: int = 0, chat: str | None = None
     return [(one.index, one.student_ids, one.teacher_ids, one.record.solution, one.record.answer) for one in found]
 
 
-def lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def written(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
     """The rows in a format; and the settings that it needs."""
-    import pyarrow
-    import pyarrow.parquet
+    import datasets
 
-    datasets = pytest.importorskip("datasets")
     path, settings = folder / name, {}
-    if name == "rows.jsonl.gz":
-        path.write_bytes(gzip.compress(lines(folder / "rows.jsonl", ROWS).read_bytes()))
-    elif name == "array.json":
-        path.write_text(json.dumps(ROWS, indent=1))
-    elif name == "rows.parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    if name in ("rows.jsonl.gz", "array.json", "rows.parquet"):
+        write_rows(path, ROWS)
     elif name == "question.jsonl":
-        lines(path, [{"Question": r["problem"], "response": r["solution"], "final_answer": r["answer"]} for r in ROWS])
+        write_rows(
+            path, [{"Question": r["problem"], "response": r["solution"], "final_answer": r["answer"]} for r in ROWS]
+        )
     elif name == "messages.jsonl":
-        lines(path, [_chat("messages", row) for row in ROWS])
+        write_rows(path, [_chat("messages", row) for row in ROWS])
     elif name == "from_value.jsonl":
         turns = [[("human", row["problem"]), ("gpt", row["solution"])] for row in ROWS]
         pairs = [[{"from": role, "value": text} for role, text in one] for one in turns]
-        lines(path, [{"conversations": one, "answer": row["answer"]} for one, row in zip(pairs, ROWS, strict=True)])
+        write_rows(
+            path, [{"conversations": one, "answer": row["answer"]} for one, row in zip(pairs, ROWS, strict=True)]
+        )
     elif name == "verl.parquet":
         rows = [
             {
@@ -70,19 +63,20 @@ def written(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
             }
             for row in ROWS
         ]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif name in ("saved", "of splits"):
-        data = datasets.Dataset.from_list(ROWS)
-        (datasets.DatasetDict({"mine": data}) if name == "of splits" else data).save_to_disk(str(path))
-        settings = {"source": "datasets"} | ({"split": "mine"} if name == "of splits" else {})
+        write_rows(path, rows)
+    elif name == "saved":
+        write_rows(path, ROWS)
+        settings = {"source": "datasets"}
+    elif name == "of splits":
+        datasets.DatasetDict({"mine": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(path))
+        settings = {"source": "datasets", "split": "mine"}
     elif name in ("folder", "folder of two"):
         path.mkdir()
         if name == "folder":
-            lines(path / "train.jsonl", ROWS)
+            write_rows(path / "train.jsonl", ROWS)
         else:  # as the hub's repositories have them
             for part, rows in enumerate((ROWS[:3], ROWS[3:])):
-                file = path / f"train-0000{part}-of-00002.parquet"
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+                write_rows(path / f"train-0000{part}-of-00002.parquet", rows)
         settings = {"source": "datasets"}
     return path, settings
 
@@ -101,7 +95,7 @@ def _chat(column: str, row: dict[str, str]) -> dict[str, Any]:
 )
 def test_each_format_gives_the_prompts_of_json_lines_also_in_the_middle_of_an_epoch(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    expected = prompts(lines(tmp_path / "plain.jsonl", ROWS), teacher_template="{problem} {solution}")
+    expected = prompts(write_rows(tmp_path / "plain.jsonl", ROWS), teacher_template="{problem} {solution}")
     path, settings = written(tmp_path, name)
     settings["teacher_template"] = "{problem} {solution}"
     assert prompts(path, **settings) == expected
@@ -138,7 +132,7 @@ def test_a_name_is_read_from_the_cache_and_the_network_is_not_asked(tmp_path, mo
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     named = {"source": "datasets", "subset": "easy", "eval_split": "test"}
-    expected = prompts(lines(tmp_path / "plain.jsonl", ROWS[:5]))
+    expected = prompts(write_rows(tmp_path / "plain.jsonl", ROWS[:5]))
     config = DataConfig(**{**named, "path": "someone/sums"})
     check_files(config, "train")
     source = build_source(config, "train")
@@ -190,12 +184,12 @@ def test_a_conversation_without_a_view_is_what_the_chat_template_makes_of_it(tmp
     tokenizer = characters(chat=chat)
     expected = tuple(tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False))
     for turns, solution in ((TURNS, None), ([*TURNS, {"role": "assistant", "content": "4"}], "4")):
-        ((_, student, teacher, found, _),) = prompts(lines(tmp_path / "a.jsonl", [{column: turns}]), 1, chat=chat)
+        ((_, student, teacher, found, _),) = prompts(write_rows(tmp_path / "a.jsonl", [{column: turns}]), 1, chat=chat)
         assert (student, teacher, found) == (expected, expected, solution)
 
 
 def test_a_template_writes_the_last_turn_and_keeps_the_others(tmp_path):
-    path = lines(tmp_path / "a.jsonl", [{"messages": TURNS}])
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": TURNS}])
     ((_, student, _, _, _),) = prompts(path, 1, chat=ROLES, student_template="[{problem}]")
     text = "<system>Be brief.<user>1 + 1?<assistant>2<user>[And {doubled}?]<assistant>"
     assert characters().decode(list(student)) == text
@@ -229,7 +223,7 @@ def test_contents_in_parts_are_joined(tmp_path):
 )
 def test_what_is_no_conversation_is_named_with_its_line(tmp_path, turns, message):
     with pytest.raises(DataError, match=r"a\.jsonl:1: column 'messages'.*" + message):
-        prompts(lines(tmp_path / "a.jsonl", [{"messages": turns}]), 1, chat=ROLES)
+        prompts(write_rows(tmp_path / "a.jsonl", [{"messages": turns}]), 1, chat=ROLES)
 
 
 def test_parts_of_a_turn_that_are_empty_are_none(tmp_path):
@@ -240,7 +234,7 @@ def test_parts_of_a_turn_that_are_empty_are_none(tmp_path):
 def test_text_is_preferred_to_a_conversation(tmp_path):
     """As in data sets that keep the first question beside the whole conversation."""
     rows = [{"prompt": "1 + 1?", "messages": [{"role": "user", "content": "1 + 1?"}]}]
-    source = build_source(DataConfig(source="jsonl", path=str(lines(tmp_path / "a.jsonl", rows))), "train")
+    source = build_source(DataConfig(source="jsonl", path=str(write_rows(tmp_path / "a.jsonl", rows))), "train")
     assert (source.record(0).problem, source.record(0).before) == ("1 + 1?", ())
     assert any("read from 'prompt'" in notice for notice in source.notices)
 
@@ -248,31 +242,31 @@ def test_text_is_preferred_to_a_conversation(tmp_path):
 def test_completions_may_be_one_turn(tmp_path):
     asked = [{"role": "user", "content": "1 + 1?"}]
     rows = [{"prompt": asked, "completion": [{"role": "assistant", "content": "2"}]}]
-    path = lines(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     ((_, _, _, solution, _),) = prompts(path, 1, chat=ROLES)
     assert solution == "2"
     rows[0]["completion"] = asked
     with pytest.raises(DataError, match=r"a\.jsonl:1: column 'completion' must hold text, or one turn .* got user"):
-        prompts(lines(path, rows), 1, chat=ROLES)
+        prompts(write_rows(path, rows), 1, chat=ROLES)
 
 
 def test_a_misspelled_column_of_the_teachers_prompts_is_refused(tmp_path):
-    path = lines(tmp_path / "a.jsonl", [{"problem": "1?", "teacher_prompt": "1? (1)"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"problem": "1?", "teacher_prompt": "1? (1)"}])
     with pytest.raises(DataError, match=r"there is no column 'techer', which data\.teacher_prompt_key names; columns"):
         prompts(path, 1, teacher_prompt_key="techer")
-    eval_file = lines(tmp_path / "b.jsonl", [{"problem": "1?"}])
+    eval_file = write_rows(tmp_path / "b.jsonl", [{"problem": "1?"}])
     config = DataConfig(source="jsonl", path=str(path), eval_path=str(eval_file), teacher_prompt_key="other")
     assert build_source(config, "eval").record(0).problem == "1?", "no teacher reads these"
 
 
 def test_the_system_turn_of_a_setting_stands_before_the_teachers_own_prompt(tmp_path):
-    path = lines(tmp_path / "a.jsonl", [{"problem": "1?", "teacher_prompt": "1? (1)"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"problem": "1?", "teacher_prompt": "1? (1)"}])
     systems = {"student_system": "S", "teacher_system": "T"}
     ((_, student, teacher, _, _),) = prompts(path, 1, chat=ROLES, **systems)
     texts = [characters().decode(list(ids)) for ids in (student, teacher)]
     assert texts == ["<system>S<user>1?<assistant>", "<system>T<user>1? (1)<assistant>"]
     own = [{"role": "system", "content": "R"}, {"role": "user", "content": "1?"}]
-    lines(path, [{"problem": "1?", "teacher_prompt": own}])
+    write_rows(path, [{"problem": "1?", "teacher_prompt": own}])
     with pytest.raises(DataError, match=r"a system turn of its own, and data\.teacher_system is set"):
         prompts(path, 1, chat=ROLES, **systems)
     with pytest.raises(DataError, match=r"a system turn of its own, and data\.student_system is set"):
@@ -282,7 +276,7 @@ def test_the_system_turn_of_a_setting_stands_before_the_teachers_own_prompt(tmp_
 def test_fine_tuning_reads_no_prompt_of_a_teacher(tmp_path):
     turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "2"}]
     row = {"problem": "1?", "solution": "1", "teacher_prompt": turns}
-    config = DataConfig(source="jsonl", path=str(lines(tmp_path / "a.jsonl", [row])))
+    config = DataConfig(source="jsonl", path=str(write_rows(tmp_path / "a.jsonl", [row])))
     stream = PromptStream(build_source(config, "train"), characters(), config, with_completions=True)
     (prompt,) = stream.batch(0, 1)
     assert prompt.teacher_ids == prompt.student_ids
@@ -293,7 +287,7 @@ def test_the_answers_of_gsm8k_are_solution_and_answer(tmp_path):
         {"question": "Half of 48?", "answer": "It is 48/2 = <<48/2=24>>24.\n#### 24"},
         {"question": "1000 + 1?", "answer": "It is 1,001.\n#### 1,001"},
     ]
-    path = lines(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     source = build_source(DataConfig(source="jsonl", path=str(path), eval_path=str(path)), "eval")
     assert [(source.record(n).solution, source.record(n).answer) for n in (0, 1)] == [
         (rows[0]["answer"], "24"),
@@ -302,14 +296,14 @@ def test_the_answers_of_gsm8k_are_solution_and_answer(tmp_path):
     assert any("the answer what follows ####" in notice for notice in source.notices)
     for text in ("A\n#### Step one\nB", "#### 24"):
         source = build_source(
-            DataConfig(source="jsonl", path=str(lines(tmp_path / "b.jsonl", [{"question": "q", "answer": text}]))),
+            DataConfig(source="jsonl", path=str(write_rows(tmp_path / "b.jsonl", [{"question": "q", "answer": text}]))),
             "train",
         )
         assert (source.record(0).solution, source.record(0).answer) == (None, text)
     config = DataConfig(source="jsonl", path=str(path), solution_key="worked")
     assert build_source(config, "train").record(0).solution is None, "a setting that was given stands"
     rows[0]["solution"] = "Halve it."
-    source = build_source(DataConfig(source="jsonl", path=str(lines(path, rows))), "train")
+    source = build_source(DataConfig(source="jsonl", path=str(write_rows(path, rows))), "train")
     assert {source.record(n).solution for n in (0, 1)} == {"Halve it.", None}
     assert all("####" in (source.record(n).answer or "") for n in (0, 1))
 
@@ -317,7 +311,7 @@ def test_the_answers_of_gsm8k_are_solution_and_answer(tmp_path):
 def test_the_teachers_own_prompt(tmp_path):
     turns = [{"role": "system", "content": "You know it is 2."}, {"role": "user", "content": "1 + 1?"}]
     rows = [{"problem": "1 + 1?", "teacher_prompt": turns}, {"problem": "2?", "teacher_prompt": "2? (2)"}]
-    path = lines(tmp_path / "a.jsonl", [*rows, {"problem": "3?", "teacher_prompt": None}])
+    path = write_rows(tmp_path / "a.jsonl", [*rows, {"problem": "3?", "teacher_prompt": None}])
     config = DataConfig(source="jsonl", path=str(path), eval_path=str(path), chat=True)
     tokenizer = characters(chat=ROLES)
     drawn = PromptStream(build_source(config, "train"), tokenizer, config).batch(0, 3)
@@ -335,13 +329,13 @@ def test_the_teachers_own_prompt(tmp_path):
     assert any("'teacher_prompt' is not read" in notice for notice in source.notices)
     rows[0]["teacher_prompt"] = [*turns, {"role": "assistant", "content": "2"}]
     with pytest.raises(DataError, match=r"a\.jsonl:1: .*ends with the assistant's answer"):
-        build_source(DataConfig(source="jsonl", path=str(lines(path, rows)), chat=True), "train")
+        build_source(DataConfig(source="jsonl", path=str(write_rows(path, rows)), chat=True), "train")
     rows[0]["teacher_prompt"] = 3
     with pytest.raises(DataError, match=r"a\.jsonl:1: column 'teacher_prompt' must hold a prompt.*got 3"):
-        build_source(DataConfig(source="jsonl", path=str(lines(path, rows)), chat=True), "train")
+        build_source(DataConfig(source="jsonl", path=str(write_rows(path, rows)), chat=True), "train")
 
 
 def test_a_nested_column_by_a_setting(tmp_path):
-    path = lines(tmp_path / "a.jsonl", [{"problem": "p", "extra": {"gold": {"value": 7}}}])
+    path = write_rows(tmp_path / "a.jsonl", [{"problem": "p", "extra": {"gold": {"value": 7}}}])
     source = build_source(DataConfig(source="jsonl", path=str(path), answer_key="extra.gold.value"), "train")
     assert source.record(0).answer == "7" and source.record(0).metadata == {"extra": {"gold": {"value": 7}}}

@@ -13,6 +13,7 @@ from renio_megatron.config import DataConfig
 from renio_megatron.data.sources import build_source, check_files
 from renio_megatron.data.sources.row_files import rows_of
 from renio_megatron.errors import DataError
+from tests.helpers.row_files import write_rows
 
 ROWS: list[dict[str, Any]] = [
     {"problem": "1 + 1?", "answer": "2"},
@@ -20,13 +21,6 @@ ROWS: list[dict[str, Any]] = [
     {"problem": "[]", "answer": "4"},
 ]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
-
-
-def parquet(path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=2)
 
 
 WRITERS = {
@@ -40,7 +34,7 @@ WRITERS = {
     "an array over lines": lambda path: path.write_text("\n" + json.dumps(ROWS, indent=2, ensure_ascii=False)),
     "an array with a mark": lambda path: path.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
     "a gzipped array": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
-    "parquet": parquet,
+    "parquet": lambda path: write_rows(path, ROWS, row_group_size=2),
 }
 
 

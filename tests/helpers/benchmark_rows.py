@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.row_files import write_rows
 
 SUM: dict[str, Any] = {"problem": "What is 2 + 2?", "answer": "4"}
 ASKED = {"prompt": "What is 2 + 3?\nPlease put your final answer within \\boxed{}.", "answer": 5}
@@ -40,7 +41,4 @@ STARTED = {
 
 def written(path: Path, *rows: dict[str, Any]) -> str:
     """The path of a file of these rows, as JSON lines; gzipped where its name says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
-    return str(path)
+    return str(write_rows(path, rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from renio_megatron.config import DataConfig
 from renio_megatron.data.sources.modchain import make_problem
 from tests.helpers.multiprocess import Ranks
 from tests.helpers.resuming import rows, run, run_config, same
+from tests.helpers.row_files import write_rows
 
 SETTINGS = {"jsonl": {"path": "rows.jsonl"}, "gz": {"path": "rows.jsonl.gz"}, "array": {"path": "rows.json"}}
 SETTINGS |= {"parquet": {"path": "rows.parquet"}, "datasets": {"path": "rows", "source": "datasets"}}
@@ -24,18 +24,10 @@ COUNT = 20
 @pytest.fixture(scope="module")
 def rows_of(models: Path) -> Path:
     """The folder of the models, with the same rows in each kind of file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    datasets = pytest.importorskip("datasets")
     problems = [make_problem(1, "train", index) for index in range(COUNT)]
     found = [{"problem": one.prompt, "solution": one.solution, "answer": one.answer} for one in problems]
-    text = "".join(json.dumps(row) + "\n" for row in found)
-    (models / "rows.jsonl").write_text(text)
-    (models / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    (models / "rows.json").write_text(json.dumps(found))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), models / "rows.parquet", row_group_size=3)
-    datasets.Dataset.from_list(found).save_to_disk(str(models / "rows"))
+    for settings in SETTINGS.values():
+        write_rows(models / settings["path"], found, row_group_size=3)
     return models
 
 

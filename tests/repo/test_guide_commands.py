@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import re
 import shlex
@@ -17,6 +15,7 @@ from tests.helpers import warm
 from tests.helpers.character_models import save_character_model
 from tests.helpers.jobs import python_path
 from tests.helpers.paths import ROOT
+from tests.helpers.row_files import write_rows
 
 GUIDES = ROOT / "docs" / "guides"
 TEMPLATE = (
@@ -40,30 +39,22 @@ MORE = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of characters, and the files that the guides name."""
-    import datasets
-    import pyarrow.parquet
-
     folder = tmp_path_factory.mktemp("guides")
     for seed, name in enumerate(("student", "teacher")):
         save_character_model(folder / "models" / name, characters(chat=TEMPLATE), seed=seed)
     data = folder / "data"
-    data.mkdir()
-
-    def lines(name: str, rows: list[dict]) -> None:
-        (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    lines("train.jsonl", ROWS)
-    lines("held_out.jsonl", ROWS[:4])
-    (data / "train.jsonl.gz").write_bytes(gzip.compress((data / "train.jsonl").read_bytes()))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), data / "train.parquet")
-    lines("odd.jsonl", [{"task": row["problem"], "answer": row["answer"]} for row in ROWS])
+    for name in ("train.jsonl", "train.jsonl.gz", "train.parquet", "saved"):
+        write_rows(data / name, ROWS)
+    write_rows(data / "held_out.jsonl", ROWS[:4])
+    write_rows(data / "odd.jsonl", [{"task": row["problem"], "answer": row["answer"]} for row in ROWS])
     turns = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": row["problem"]}] for row in ROWS]
-    lines("chats.jsonl", [{"messages": one} for one in turns])
-    lines("gsm8k.jsonl", [{"question": row["problem"], "answer": f"{row['solution']}\n#### 4"} for row in ROWS])
+    write_rows(data / "chats.jsonl", [{"messages": one} for one in turns])
+    write_rows(
+        data / "gsm8k.jsonl", [{"question": row["problem"], "answer": f"{row['solution']}\n#### 4"} for row in ROWS]
+    )
     verl = [{"prompt": one, "reward_model": {"ground_truth": "4"}} for one in turns]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(verl), data / "verl.parquet")
-    lines("hints.jsonl", [{**row, "teacher_prompt": f"{row['problem']} ({row['answer']})"} for row in ROWS])
-    datasets.Dataset.from_list(ROWS).save_to_disk(str(data / "saved"))
+    write_rows(data / "verl.parquet", verl)
+    write_rows(data / "hints.jsonl", [{**row, "teacher_prompt": f"{row['problem']} ({row['answer']})"} for row in ROWS])
     return folder
 
 

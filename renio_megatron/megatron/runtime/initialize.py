@@ -88,7 +88,8 @@ def start(
             f"divide the {world_size} ranks of this job. Start a multiple of {parallel.model_ranks}."
         )
     make_groups(parallel)
-    # No layer draws random numbers in training (dropout is 0), so the null tracker is enough, on the CPU as well.
+    # No layer draws from a generator in training (masks of adapters are functions of the token), so the null tracker
+    # is enough, on the CPU as well.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     return replace(current_layout(device, rendezvous_seconds), is_teacher_rank=is_teacher_rank)
 
