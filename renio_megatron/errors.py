@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from enum import Enum
 from typing import TypeVar
@@ -70,8 +71,15 @@ class CheckpointError(RenioError, OSError):
 
 
 class RunStopped(Exception):
-    """A run that stopped on request with its state saved; not an error. `step` is the last completed step."""
+    """A run that stopped on request with its state saved; not an error.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped by SIGTERM after step {step}; the same command resumes it")
-        self.step = step
+    Attributes:
+        step: the last completed step.
+        number: the signal that requested it.
+    """
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        after = f"after step {step}; the same command resumes it"
+        super().__init__(f"stopped by {by} {after if step else 'before the first step; the same command starts it'}")
+        self.step, self.number = step, number

@@ -19,16 +19,17 @@ from renio_megatron.errors import RenioError, RunStopped, Scope
 # rank's. If that rank ends first, the launcher ends this one, and one message is printed instead of many.
 _PATIENCE = 1.0
 
-_STOPPED = 128 + signal.SIGTERM
+_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 # gloo's messages where a peer is gone, or has closed its connections after a timeout on a third rank.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Application timeout caused pair closure")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs this rank; returns 0, 143 where SIGTERM stopped the run, 2 for a `RenioError`, 1 for any other error.
+    """Runs this rank; returns 0, 143 or 130 where SIGTERM or Ctrl-C stopped the run, 2 for a `RenioError`, 1 for any
+    other error.
 
-    Errors are printed to stderr, the message about SIGTERM to stdout.
+    Errors are printed to stderr, the message about a stop to stdout.
 
     Args:
         argv: `train RECIPE [key=value ...] [--fresh]`, the same with `sft`, `quickstart OUTPUT_DIR [--fresh]`,
@@ -61,7 +62,7 @@ def run_rank(argv: Sequence[str]) -> NoReturn:
     quiet_environment()
     show_warnings()
     code = main(argv)
-    if code not in (0, _STOPPED):
+    if code not in (0, *_STOPPED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -132,7 +133,7 @@ def _guard(run: Callable[[], int | None]) -> int:
             print(stopped, flush=True)
             if path := os.environ.get("RENIO_STOP_FILE"):  # for a script that requeues the run
                 Path(path).touch()
-        return _STOPPED
+        return 128 + stopped.number
     except RenioError as error:
         if (seconds := _turn(rank, error)) is not None:
             time.sleep(seconds)

@@ -10,6 +10,7 @@ from renio_megatron.evaluation.graders.final_answer import opens_thinking
 from renio_megatron.evaluation.graders.grader import Completion, Grader, GuardedGrader
 from renio_megatron.parallel.collectives import on_first_model_rank
 from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.parallel.stopping import StopRequest, give_up_together
 from renio_megatron.types import Rollout, Verdict
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class RolloutGrader:
         errors: what an exception of the grader does: `raise`, or `count_wrong`.
         layout: the ranks that share sequences.
         setting: name of the setting that says so, for messages.
+        stop: a request upon which grading is given up between two rollouts; None: it never is.
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class RolloutGrader:
         errors: str,
         layout: ParallelLayout,
         setting: str = "data.grader_errors",
+        stop: StopRequest | None = None,
     ) -> None:
         self.grader = grader
         self._guarded = GuardedGrader(grader, errors=errors, setting=setting, report=logger.warning)
-        self._tokenizer, self._layout = tokenizer, layout
+        self._tokenizer, self._layout, self._stop = tokenizer, layout, stop
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         """The verdict on each of the rank's rollouts, the same on all ranks that share them. A collective of these.
@@ -56,8 +59,21 @@ class RolloutGrader:
 
         Raises:
             DataError: the grader raised, and `errors` is `raise`.
+            Abandoned: on every rank of the world, where the run is to stop; such a grader is a collective of all.
         """
-        return on_first_model_rank(self._layout, lambda: [self._grade(rollout) for rollout in rollouts])
+        verdicts = on_first_model_rank(self._layout, lambda: self._graded(rollouts))
+        if self._stop is not None:
+            give_up_together(self._layout, len(verdicts) < len(rollouts))
+        return verdicts
+
+    def _graded(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Verdicts; none where they are given up, because the signal may have reached a program that was judged."""
+        verdicts: list[Verdict] = []
+        for rollout in rollouts:
+            verdicts.append(self._grade(rollout))
+            if self._stop is not None and self._stop.number is not None:
+                return []
+        return verdicts
 
     def _grade(self, rollout: Rollout) -> Verdict:
         return self._guarded(self._completion(rollout), rollout.prompt.record, f"prompt {rollout.prompt.index}")

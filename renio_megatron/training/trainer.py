@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from renio_megatron.errors import CheckpointError, NumericsError
+from renio_megatron.parallel.stopping import Abandoned
 from renio_megatron.training.algorithms import Algorithm
 from renio_megatron.training.interfaces import Checkpointer
 from renio_megatron.training.metrics.sinks import Observer
@@ -32,6 +33,7 @@ class Trainer:
         evaluate_every: steps between evaluations; the start and the end are evaluated as well.
         observers: called with every step's metrics, and with the evaluation before the first step as step 0.
         stop_requested: called after every step, on every rank, whether the run must stop; all ranks get one answer.
+            Draws, and evaluations, may also raise `Abandoned` on every rank.
         step, cursor: optimizer steps done, prompts used.
         stopped: whether `run` ended because a stop was requested.
     """
@@ -52,6 +54,8 @@ class Trainer:
     cursor: int = 0
     stopped: bool = False
     _skipped: int = field(default=0, init=False)
+    _untold: dict[str, float] | None = field(default=None, init=False)
+    """Metrics of the last step, where its evaluation was given up."""
 
     def resume(self) -> int:
         """Restores the newest checkpoint, where there is one; returns its step, 0 for a new run.
@@ -68,31 +72,46 @@ class Trainer:
                     f"the checkpoint is of another kind of run: its algorithm keeps {sorted(saved)}, this one "
                     f"{sorted(mine)}. Write its model with `renio export` and give that as `model`."
                 )
-            self.cursor = state["cursor"]
+            self.cursor, self._untold = state["cursor"], state.get("untold")
             self.algorithm.restore(state["algorithm"])
         return self.step
 
     def run(self) -> dict[str, float]:
         """Runs the remaining steps, or until a stop is requested; returns the last step's metrics.
 
+        A step of which the draws, or the evaluation after it, are given up leaves the state after the last update. The
+        run goes on with the draws, or with the evaluation.
+
         Raises:
             NumericsError: a metric that is not finite, or `MAX_SKIPPED_STEPS` steps in a row that were skipped.
             CheckpointError: the state cannot be written.
         """
+        try:
+            metrics = self._run()
+        except Abandoned:
+            self.stopped, metrics = True, {}
+            if self.step:
+                self.checkpointer.save(self.step, self._state())
+        self.checkpointer.finish()
+        return metrics
+
+    def _run(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if self.step == 0 and self.evaluate is not None:
             self._tell(0, self.evaluate(0))
-        while self.step < self.train_iters and not self.stopped:
-            metrics = self._train_step()
+        while (self.step < self.train_iters or self._untold is not None) and not self.stopped:
+            if self._untold is None:
+                self._untold = self._train_step()
+            metrics = self._untold
             if self.evaluate is not None and self._is_due(self.evaluate_every):
-                metrics |= self.evaluate(self.step)
+                metrics = metrics | self.evaluate(self.step)
             self._tell(self.step, metrics)
+            self._untold = None
             self._check_progress(metrics)
             self.checkpointer.poll()
             self.stopped = self.step < self.train_iters and self.stop_requested()
             if self.stopped or self._is_due(self.save_interval):
                 self.checkpointer.save(self.step, self._state())
-        self.checkpointer.finish()
         return metrics
 
     def next_prompts(self) -> Sequence[Prompt]:
@@ -135,4 +154,5 @@ class Trainer:
             observer(step, {"step": step, **metrics})
 
     def _state(self) -> dict[str, Any]:
-        return {"cursor": self.cursor, "algorithm": self.algorithm.state()}
+        untold = {} if self._untold is None else {"untold": self._untold}
+        return {"cursor": self.cursor, "algorithm": self.algorithm.state(), **untold}

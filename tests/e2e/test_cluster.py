@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.clusters import RECIPE, ROOT, SETTINGS, Cluster, free_port, slurm_commands, wait_for_listener
+from tests.helpers.jobs import python_path
+from tests.helpers.slow import SECONDS, SlowDraws
 
 STATIC, ELASTIC = (str(ROOT / "examples" / "multi_node" / f"{name}.sh") for name in ("static", "elastic"))
 SBATCH = str(ROOT / "scripts" / "slurm" / "train.sbatch")
@@ -78,6 +80,26 @@ def test_two_launchers_give_the_losses_of_one(cluster, losses):
 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
+def test_where_one_launcher_is_told_to_stop_all_leave_in_the_middle_of_their_draws_and_go_on(cluster, losses):
+    draws = SlowDraws(cluster.folder, "drawing", after=1, ranks=("0", "1", "2", "3"), pause=1.0)
+    place = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": python_path(draws.path)}
+    arguments = (*SHORT, "rollout.micro_batch_size=1")
+    launchers = start_nodes(cluster, STATIC, *arguments, MASTER_PORT=str(free_port()), **place)
+    draws.wait(lambda: None if launchers[0].poll() is None else cluster.text("node0.log"))
+    launchers[1].terminate()
+    codes = [launcher.wait(timeout=SECONDS) for launcher in launchers]
+    text = cluster.text("node0.log") + cluster.text("node1.log")
+    assert codes == [1, 1], text  # torchrun's own, where its ranks ended with 143
+    assert "[rank 0] stopped by SIGTERM after step 1; the same command" in text
+    assert not any("Traceback" in line for line in text.splitlines() if line.startswith("[rank"))
+    draws.end()
+    again = start_nodes(cluster, STATIC, *arguments, MASTER_PORT=str(free_port()), **place)
+    assert [launcher.wait(timeout=FINISH) for launcher in again] == [0, 0], cluster.text("node0.log")
+    assert_same_losses(cluster, losses)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
 def test_where_one_launcher_is_killed_the_other_ends_in_time(cluster):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     endless = [text.replace(f"train_iters={STEPS}", "train_iters=1000") for text in SHORT]
@@ -109,6 +131,7 @@ def test_with_restarts_the_run_resumes_when_the_lost_node_is_back(cluster, losse
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_under_slurm_a_run_that_is_told_to_stop_is_queued_again_and_goes_on(cluster, losses):
+    draws = SlowDraws(cluster.folder, "drawing", after=1, ranks=("0", "1"), pause=1.0)
     job = {
         "PATH": f"{slurm_commands(cluster.folder)}{os.pathsep}{os.environ['PATH']}",
         "SLURM_JOB_ID": "4711",
@@ -118,18 +141,20 @@ def test_under_slurm_a_run_that_is_told_to_stop_is_queued_again_and_goes_on(clus
         "SLURM_CPUS_ON_NODE": "4",
         "MASTER_PORT": str(free_port()),
         "RANKS_PER_NODE": "1",  # half of what the other runs have: losses agree in any layout, and it runs twice
+        "PYTHONPATH": python_path(draws.path),
     }
     arguments = (RECIPE, "2", *SHORT[1:-1], f"output_dir={cluster.folder / 'run'}")
     batch = cluster.start(SBATCH, *arguments, log="job.log", **job)
-    cluster.wait_for("run", 1, START)
+    draws.wait(lambda: None if batch.poll() is None else cluster.text("job.log"))
     (srun,) = (
         pid for pid in _children(batch.pid) if "tests.helpers.clusters" in Path(f"/proc/{pid}/cmdline").read_text()
     )
     os.kill(srun, signal.SIGTERM)  # as --signal=TERM@600 does: to the step's tasks, not to the batch script
-    assert batch.wait(timeout=FINISH) == 143, cluster.text("job.log")
+    assert batch.wait(timeout=SECONDS) == 143, cluster.text("job.log")
     assert (cluster.folder / "scontrol.txt").read_text().splitlines()[-1] == "requeue 4711"
-    assert "stopped by SIGTERM after step" in cluster.text("job.log")
-    assert len(cluster.rows("run")) < STEPS
+    assert "stopped by SIGTERM after step 1; the same command" in cluster.text("job.log")
+    assert len(cluster.rows("run")) == 1
+    draws.end()
     again = cluster.start(SBATCH, *arguments, log="job.log", SLURM_RESTART_COUNT="1", **job)
     assert again.wait(timeout=FINISH) == 0, cluster.text("job.log")
     assert cluster.text("job.log").count("world of 2 ranks on 2 nodes") == 2

@@ -115,7 +115,7 @@ def slurm_commands(folder: Path) -> str:
         path = folder / "bin" / name
         path.write_text(
             f'#!/bin/sh\necho "$@" >>"{folder}/{name}.txt"\n'
-            f'PYTHONPATH="{python_path()}" exec "{sys.executable}" -m tests.helpers.clusters {name} "$@"\n'
+            f'PYTHONPATH="{python_path()}:$PYTHONPATH" exec "{sys.executable}" -m tests.helpers.clusters {name} "$@"\n'
         )
         path.chmod(0o755)
     return str(folder / "bin")

@@ -1,17 +1,19 @@
 """Kills a run again and again and compares what it leaves with the same run uninterrupted.
 
-    python -m tests.helpers.crash [--kills 24] [--inside-saves 6] [--terms 4] [--steps 30] [--seed 1] [--keep DIRECTORY]
+    python -m tests.helpers.crash [--kills 24] [--inside-saves 6] [--stops 4] [--steps 30] [--seed 1] [--keep DIRECTORY]
 
-A kill is SIGKILL to the whole process tree or SIGTERM to the command, at a random moment or inside a save; after each
-one the same command is given again, until the run is finished. Then both runs must have the same parameters and
-optimiser state bit for bit, and the same rows of metrics (but for times) and rollouts, each once. Prints a line for
-every kill and a verdict; exit code 0 or 1.
+A kill is SIGKILL to the whole process tree; or a request to stop: SIGTERM to the command or to one rank, or SIGINT to
+the whole process group, which is what Ctrl-C in a terminal is; at a random moment or inside a save. After each one the
+same command is given again, until the run is finished. Then both runs must have the same parameters and optimiser state
+bit for bit, and the same rows of metrics (but for times) and rollouts, each once. Prints a line for every kill and a
+verdict; exit code 0 or 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -29,11 +31,13 @@ import yaml
 
 from renio_megatron.megatron.checkpoint.directory import latest_step
 from tests.helpers import warm
-from tests.helpers.jobs import descendants, python_path
+from tests.helpers.jobs import descendants, python_path, ranks_of
 from tests.helpers.resuming import TIMES, same, tensors
 from tests.helpers.training_cases import VOCAB_SIZE, save_models
 
 SAVE_INTERVAL = 3
+STOPS = {"term": 143, "one rank": 143, "int": 130}
+"""Ways to request a stop: SIGTERM to the command, to one rank, Ctrl-C; and the exit code of each."""
 LIMIT = 180.0
 """Seconds after which a command that neither ends nor gets anywhere is a failure."""
 
@@ -98,9 +102,15 @@ class Job:
         self.process.wait()
         return inside
 
-    def terminate(self) -> int:
-        """SIGTERM to the command alone; its exit code."""
-        self.process.send_signal(signal.SIGTERM)
+    def stop(self, kind: str, draw: random.Random) -> int:
+        """Requests a stop in one of the ways of `STOPS`; the exit code."""
+        if kind == "term":
+            self.process.send_signal(signal.SIGTERM)
+        elif kind == "int":
+            os.killpg(self.process.pid, signal.SIGINT)
+        else:
+            ranks = ranks_of(self.process.pid)
+            os.kill(ranks[draw.choice(sorted(ranks))], signal.SIGTERM)
         try:
             return self.process.wait(timeout=LIMIT)
         except subprocess.TimeoutExpired:
@@ -136,7 +146,7 @@ def run_whole(recipe: Path, run: Path, log: Path) -> None:
 
 
 def run_killed(recipe: Path, run: Path, log: Path, kinds: list[str], num_steps: int, draw: random.Random) -> list[str]:
-    """The run, killed once for each of `kinds` (`anywhere`, `inside save`, `term`); what went wrong.
+    """The run, killed once for each of `kinds` (`anywhere`, `inside save`, one of `STOPS`); what went wrong.
 
     Each kill waits until the run has got beyond its share of the steps, but for some that come at its start.
     """
@@ -149,12 +159,13 @@ def run_killed(recipe: Path, run: Path, log: Path, kinds: list[str], num_steps: 
             job.kill()
             problems.append(f"kill {number + 1}: the run had ended with exit code {job.process.returncode}; see {log}")
             break
-        if kind == "term":
-            inside, code = bool(job.being_written()), job.terminate()
-            if code != 143:
-                problems.append(f"kill {number + 1}: SIGTERM ended with exit code {code} and not with 143; see {log}")
-            if job.last_step() != latest_step(run / "checkpoints"):
-                problems.append(f"kill {number + 1}: SIGTERM left step {job.last_step()} unsaved; see {log}")
+        if kind in STOPS:
+            inside, code = bool(job.being_written()), job.stop(kind, draw)
+            if code != STOPS[kind]:
+                problems.append(f"kill {number + 1}, {kind}: exit code {code} and not {STOPS[kind]}; see {log}")
+            # A step whose evaluation was given up is saved and has no row yet.
+            if (latest_step(run / "checkpoints") or 0) - max(job.last_step(), 0) not in (0, 1):
+                problems.append(f"kill {number + 1}, {kind}: step {job.last_step()} was not saved; see {log}")
         else:
             inside, code = job.kill(), job.process.returncode
         num_inside += inside
@@ -237,13 +248,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=24, help="kills in all (default: %(default)s)")
     parser.add_argument("--inside-saves", type=int, default=6, help="of them inside a save (default: %(default)s)")
-    parser.add_argument("--terms", type=int, default=4, help="of them by SIGTERM (default: %(default)s)")
+    parser.add_argument("--stops", type=int, default=4, help="of them requests to stop (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (default: %(default)s)")
     parser.add_argument("--async-save", action="store_true", help="checkpoints are written while training goes on")
     parser.add_argument("--keep", type=Path, help="directory for both runs and their logs (default: a temporary one)")
     options = parser.parse_args()
-    kinds = ["inside save"] * options.inside_saves + ["term"] * options.terms
+    kinds = ["inside save"] * options.inside_saves + list(itertools.islice(itertools.cycle(STOPS), options.stops))
     kinds += ["anywhere"] * (options.kills - len(kinds))
     random.Random(options.seed).shuffle(kinds)
     with contextlib.ExitStack() as stack:

@@ -30,7 +30,7 @@ def python_path(*folders: str | Path) -> str:
 INJECTION = """
 import os, sys
 
-if os.environ.get("RANK") in RANKS:
+if os.environ.get("RANK", os.environ.get("SLURM_PROCID")) in RANKS:
     import importlib.util
 
     class Finder:
@@ -106,14 +106,8 @@ class Job:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id of the launcher's children that are ranks; a warm one has it in its name alone."""
-        found = {}
-        for pid in descendants(self.process.pid):
-            name, _, parent = _stat(pid)
-            rank = name.partition(" r")[2] if name.startswith("warm ") else _environment(pid).get("RANK")
-            if parent == self.process.pid and rank:
-                found[int(rank)] = pid
-        return found
+        """Rank -> process id of the launcher's children that are ranks."""
+        return ranks_of(self.process.pid)
 
     def wait_for(self, step: int, seconds: float = 150.0) -> None:
         """Until the metrics of a step are written."""
@@ -154,6 +148,17 @@ def job_starter(folder: Path, models: Path) -> Iterator[Any]:
     finally:
         for job in jobs:
             job.end()
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Rank -> process id of a launcher's children that are ranks; a warm one has it in its name alone."""
+    found = {}
+    for pid in descendants(launcher):
+        name, _, parent = _stat(pid)
+        rank = name.partition(" r")[2] if name.startswith("warm ") else _environment(pid).get("RANK")
+        if parent == launcher and rank:
+            found[int(rank)] = pid
+    return found
 
 
 def descendants(pid: int) -> list[int]:

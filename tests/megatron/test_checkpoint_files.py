@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from renio_megatron.megatron.checkpoint.directory import (
     remove_leftovers,
     steps,
 )
+from renio_megatron.parallel.stopping import StopRequest
 from renio_megatron.runner import signals
 from renio_megatron.runner.signals import StopSignal
 from renio_megatron.training.metrics.sinks import JsonlSink, read_metrics
@@ -250,21 +252,24 @@ def test_rollouts_are_a_line_each_and_purged_by_step(tmp_path):
     ]
 
 
-def test_sigterm_is_noted_once_and_its_echo_is_none(monkeypatch):
-    deaths = []
-    monkeypatch.setattr(StopSignal, "_die", staticmethod(lambda: deaths.append(1)))
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as sigterm:
-        assert not sigterm.received
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_is_noted_once_and_its_echo_is_none(monkeypatch, number, name):
+    deaths, said = [], []
+    monkeypatch.setattr(signals, "_die", deaths.append)
+    before, request = signal.getsignal(number), StopRequest()
+    with StopSignal(request, said.append):
+        assert request.number is None
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(0.01)
-        assert (sigterm.received, deaths) == (True, [])
+        assert (request.number, deaths) == (number, [])
         monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.001)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert deaths == [1], "a second request ends the process"
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert deaths == [number], "a second request ends the process"
+    assert signal.getsignal(number) == before
+    assert len(said) == 1 and said[0].startswith(f"stopping ({name}): ")
+    assert "renio stop" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(
@@ -272,13 +277,13 @@ def test_sigterm_is_noted_once_and_its_echo_is_none(monkeypatch):
 )
 def test_after_sigterm_a_lost_peer_is_no_news_but_an_error_of_ours_is(monkeypatch, error, dies):
     deaths = []
-    monkeypatch.setattr(StopSignal, "_die", staticmethod(lambda: deaths.append(1)))
-    with pytest.raises(type(error)), StopSignal():
+    monkeypatch.setattr(signals, "_die", lambda number: deaths.append(1))
+    with pytest.raises(type(error)), StopSignal(StopRequest()):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         raise error
     assert deaths == [1] * dies
-    with pytest.raises(RuntimeError), StopSignal():
+    with pytest.raises(RuntimeError), StopSignal(StopRequest()):
         raise RuntimeError
     assert deaths == [1] * dies, "without a signal it is news"
 

@@ -176,8 +176,8 @@ def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
 def test_a_helper_process_of_the_first_save_outlives_sigterm():
     code = (
         "import multiprocessing, os, signal\n"
-        "from renio_megatron.megatron.checkpoint.sigterm import sigterm_held\n"
-        "with sigterm_held():\n"
+        "from renio_megatron.megatron.checkpoint.held_signals import signals_held\n"
+        "with signals_held():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('held', flush=True)\n"
         "    helper = multiprocessing.get_context('spawn').Manager()\n"  # as megatron-core starts its own

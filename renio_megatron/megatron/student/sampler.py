@@ -17,6 +17,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from renio_megatron.megatron.model.build import ModelPart
 from renio_megatron.megatron.model.schedules import broadcast_from_last_stage
 from renio_megatron.parallel.collectives import gather_objects
+from renio_megatron.parallel.stopping import StopPoints, StopRequest, give_up_together
 from renio_megatron.parallel.vocab import gather_columns
 from renio_megatron.types import Prompt, Rollout, SamplingParams
 
@@ -33,6 +34,7 @@ class MegatronSampler:
         stop_ids: Sequence[int],
         pad_id: int,
         ends_in_text: Callable[[Sequence[int]], bool] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         """Samples from `part` as it is at each call.
 
@@ -43,6 +45,7 @@ class MegatronSampler:
             stop_ids: tokens that end a completion.
             pad_id: fed to rows that have ended; no effect on the others.
             ends_in_text: whether a completion's tokens end it by their text (stop strings); None: none do.
+            stop: a request upon which draws are given up; None: they never are.
         """
         self._part = part
         self._seed = seed
@@ -50,6 +53,7 @@ class MegatronSampler:
         self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=part.layout.device)
         self._pad_id = pad_id
         self._ends_in_text = ends_in_text
+        self._stop = stop
 
     def sample(
         self,
@@ -67,6 +71,10 @@ class MegatronSampler:
             rng_stream: non-negative integers, for example (step,); another stream draws other completions.
             on_group: called with every group of completions that were drawn together, before the next group starts;
                 once with all of them where other ranks take part in a group's drawing, which must not be delayed.
+                Groups that are given up are empty.
+
+        Raises:
+            Abandoned: on every rank, where any has given up its draws because the run is to stop.
         """
         context, experts = self._part.layout.context, self._part.layout.expert_tensor_and_model
         is_shared = context.size > 1 or (self._part.architecture.experts is not None and experts.size > 1)
@@ -76,14 +84,20 @@ class MegatronSampler:
         mine = order[context.rank :: context.size]
         size = sampling_params.micro_batch_size or len(mine)
         rollouts: dict[int, Rollout] = {}
+        is_given_up = False
         with self._part.decoding():
             for start in range(0, len(mine), max(size, 1)):
                 chosen = mine[start : start + size]
-                decoded = self._decode([prompts[i] for i in chosen], sampling_params, rng_stream)
-                rollouts.update(zip(chosen, decoded, strict=True))
-                if on_group is not None and not is_shared:
-                    on_group(decoded)
+                decoded = None
+                if not is_given_up:
+                    decoded = self._decode([prompts[i] for i in chosen], sampling_params, rng_stream)
+                is_given_up = decoded is None
+                rollouts.update(zip(chosen, decoded or [], strict=not is_given_up))
+                if on_group is not None and not is_shared:  # all ranks call it equally often
+                    on_group(decoded or [])
             self._accompany()
+        if self._stop is not None:
+            give_up_together(self._part.layout, is_given_up)
         if context.size > 1:
             rollouts = {i: one for part in gather_objects(rollouts, context.group) for i, one in part.items()}
         drawn = [rollouts[i] for i in range(len(prompts))]
@@ -110,8 +124,8 @@ class MegatronSampler:
     @torch.no_grad()
     def _decode(
         self, prompts: list[Prompt], sampling_params: SamplingParams, rng_stream: tuple[int, ...]
-    ) -> list[Rollout]:
-        """Completions of prompts that share a cache."""
+    ) -> list[Rollout] | None:
+        """Completions of prompts that share a cache; None where they are given up."""
         part, device = self._part, self._part.layout.device
         count, limit = len(prompts), sampling_params.max_completion_length
         lengths = torch.tensor([len(prompt.student_ids) for prompt in prompts], device=device)
@@ -126,8 +140,11 @@ class MegatronSampler:
         ends = lengths + limit
         cache = StaticInferenceContext(count, total)
 
+        points = StopPoints(self._stop, part.layout)
         fed, known = 0, int(lengths.min())
         while known < total and not bool(ended.all()):
+            if points.reached():
+                return None
             self._any_unfinished(True)
             hidden = self._forward(tokens[:, fed:known], fed, cache)
             drawn = torch.zeros(count, dtype=torch.int64, device=device)
