@@ -128,7 +128,6 @@ ABSENT: dict[str, str] = {
     "ratio_type": _NO_PARSER,
     "enable_signal_analysis": _NO_PARSER,
     # Megatron and NeMo-RL
-    "lr_decay_iters": "the rate decays over train.train_iters. Leave it out.",
     "attention_dropout": _NO_DROPOUT,
     "hidden_dropout": _NO_DROPOUT,
     "tokenizer_type": _THE_MODELS_OWN,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -36,6 +37,7 @@ CHANGEABLE: dict[str, str] = {
     "teacher.offload": "the same weights, kept elsewhere",
     "rollout.micro_batch_size": "a completion depends on its prompt and step alone",
     "rollout.log": "what is written of the completions",
+    "device": "where the same sums are computed",
     "canaries": "whether a run that begins is looked at",
     "also_report*": "what is reported in addition to the weights",
     "rollout.prefix": "whether completions that are cut are warned of",
@@ -45,7 +47,14 @@ CHANGEABLE: dict[str, str] = {
     "checkpoint.async_save": "who writes the state",
 }
 
-
+# Settings that name files or directories, which may be moved: what a run began with decides whether they are the same.
+_PLACES = (
+    *("model", "pretrained_checkpoint", "data.path", "data.eval_path"),
+    *("teacher.model", "teacher.pretrained_checkpoint", "teacher.adapter"),
+    *("teacher.routes.*.model", "teacher.routes.*.pretrained_checkpoint", "teacher.routes.*.adapter"),
+)
+_LENGTH = ("train.train_iters", "train.lr_decay_iters")
+_NOT_THERE = "(not there)"
 _OF_REPORTS = ("weighting.threshold", "weighting.ceiling", "weighting.temperature")
 """Settings that diagnostics also had with `weighting=uniform`."""
 
@@ -57,21 +66,82 @@ def to_yaml(config: JobConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(literal(ordered)))
 
 
-def differences(old_yaml: str, config: JobConfig) -> list[str]:
-    """One line, with both values, per setting of what is computed that differs from those that `to_yaml` wrote.
+@dataclass(frozen=True)
+class Change:
+    """A setting of a run that is another one now; a missing one is `(not there)`."""
 
-    Those that only determine how it is computed are in `changes`; `output_dir` is left out: a run directory may be
-    moved. A missing setting has its default: an earlier version wrote the file.
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        """One line with both values."""
+        return f"{self.key}: was {self.old!r}, is now {self.new!r}"
+
+
+def differences(old_yaml: str, config: JobConfig) -> list[Change]:
+    """Settings of what is computed that differ from those that `to_yaml` wrote.
+
+    Those that only determine how it is computed are in `changes`, those that name other places in `moved`; `output_dir`
+    is left out: a run directory may be moved. A missing setting has its default: an earlier version wrote the file.
 
     Raises:
         ConfigError: `old_yaml` is not a mapping in YAML.
     """
-    return [line for key, line in _differing(old_yaml, config).items() if not is_changeable(key)]
+    others = {one.key for one in (*changes(old_yaml, config), *moved(old_yaml, config))}
+    return [one for one in _differing(old_yaml, config) if one.key not in others]
 
 
-def changes(old_yaml: str, config: JobConfig) -> list[str]:
-    """One line per differing setting of those with which a run may be resumed: `CHANGEABLE`."""
-    return [line for key, line in _differing(old_yaml, config).items() if is_changeable(key)]
+def changes(old_yaml: str, config: JobConfig) -> list[Change]:
+    """Differing settings with which a run may be resumed: `CHANGEABLE`, and its length where that may grow."""
+    before = _Length.of(_read(old_yaml))
+    free = _LENGTH if before is not None and before.may_become(config) else ()
+    return [one for one in _differing(old_yaml, config) if is_changeable(one.key) or one.key in free]
+
+
+def moved(old_yaml: str, config: JobConfig) -> list[Change]:
+    """Settings that name another place than before, of which the contents decide whether it is the same."""
+    return [
+        one
+        for one in _differing(old_yaml, config)
+        if any(fnmatch.fnmatchcase(one.key, pattern) for pattern in _PLACES)
+        and isinstance(one.old, str)
+        and isinstance(one.new, str)
+    ]
+
+
+def is_longer(old_yaml: str, config: JobConfig) -> bool:
+    """Whether these settings have more steps than those that `to_yaml` wrote."""
+    before = _Length.of(_read(old_yaml))
+    return before is not None and before.steps < config.train.train_iters
+
+
+def length_advice(old_yaml: str, config: JobConfig) -> str:
+    """What to do where a run cannot get these settings' number of steps."""
+    before = _Length.of(_read(old_yaml))
+    if before is None or before.steps > config.train.train_iters:
+        return "The steps of a run may become more, not fewer."
+    return (
+        f"The decay of its rate ends at step {before.decay_end}: train.lr_decay_iters={before.decay_end} keeps that, "
+        "and more steps have train.min_lr."
+    )
+
+
+@dataclass(frozen=True)
+class _Length:
+    """How long a run is, and the rate of its steps: of what `to_yaml` wrote."""
+
+    steps: int
+    decay_end: int
+
+    @classmethod
+    def of(cls, old: Mapping[str, Any]) -> _Length | None:
+        steps, end = old.get("train.train_iters"), old.get("train.lr_decay_iters")
+        return cls(steps, end if isinstance(end, int) else steps) if isinstance(steps, int) else None
+
+    def may_become(self, config: JobConfig) -> bool:
+        """Whether the run goes on with these settings: no step is taken back, and none has another rate."""
+        return self.steps <= config.train.train_iters and config.train.decay_end in (None, self.decay_end)
 
 
 def of_before(old_yaml: str, config: JobConfig) -> str:
@@ -97,7 +167,7 @@ def _read(text: str) -> dict[str, Any]:
         raise ConfigError("the settings are not a mapping in YAML.") from error
 
 
-def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
+def _differing(old_yaml: str, config: JobConfig) -> list[Change]:
     old, new = _read(old_yaml), _read(to_yaml(config))
     keys = Keys(type(config), as_recipe(config))
     old = {RENAMED.get(key, key): value for key, value in old.items()}
@@ -106,11 +176,11 @@ def _differing(old_yaml: str, config: JobConfig) -> dict[str, str]:
     for key in new.keys() - old.keys():  # a setting that is newer than the file
         if not _is_chosen(key.rpartition(".")[0], keys) or key.rpartition(".")[0] in sections:
             old[key] = default_of(config, key)
-    return {
-        key: f"{key}: was {old.get(key, '(not there)')!r}, is now {new.get(key, '(not there)')!r}"
+    return [
+        Change(key, old.get(key, _NOT_THERE), new.get(key, _NOT_THERE))
         for key in dict.fromkeys([*new, *old])
         if key != "output_dir" and old.get(key) != new.get(key)
-    }
+    ]
 
 
 def _is_chosen(section: str, keys: Keys) -> bool:

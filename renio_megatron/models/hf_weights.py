@@ -22,15 +22,6 @@ _BUFFERS = re.compile(r".*rotary_emb\.inv_freq")  # that old versions of transfo
 _MAX_NAMED = 3
 
 
-def description_files(directory: Path) -> list[Path]:
-    """All files of a model directory except weights: config, generation config, tokenizer, chat template."""
-    return [
-        path
-        for path in sorted(directory.iterdir())
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
-    ]
-
-
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a model of this architecture has."""
     hidden, width = architecture.hidden_size, architecture.kv_channels

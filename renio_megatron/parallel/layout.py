@@ -64,35 +64,12 @@ class ParallelLayout:
     is_teacher_rank: bool = False
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Ranks on each axis, by the axis's usual abbreviation."""
+        axes = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data, "EP": self.expert_model}
+        return {name: axis.size for name, axis in axes.items()}
+
+    @property
     def is_main(self) -> bool:
         """Whether this rank reports for the job: logs, metrics, files."""
         return self.rank == 0 and not self.is_teacher_rank
-
-
-def backend_and_device(local_rank: int) -> tuple[str, torch.device]:
-    """Backend and device of a rank: NCCL on its own GPU where CUDA is, else gloo on the CPU."""
-    if torch.cuda.is_available():
-        return "nccl", torch.device("cuda", local_rank % torch.cuda.device_count())
-    return "gloo", torch.device("cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the device, with its memory in GiB where it is a GPU.
-
-    >>> device_name(torch.device("cpu"))
-    'cpu'
-    """
-    if device.type != "cuda":
-        return device.type
-    return (
-        f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
-    )
-
-
-def device_identity(device: torch.device) -> str:
-    """Identifier of a GPU within its node; empty on a CPU, which ranks may share.
-
-    >>> device_identity(torch.device("cpu"))
-    ''
-    """
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

@@ -23,13 +23,15 @@ from renio_megatron.megatron.weights.peft_config import PeftAdapter
 from renio_megatron.megatron.weights.pretrained import fingerprint, load_pretrained, start_of
 from renio_megatron.megatron.weights.residual import residual_of
 from renio_megatron.models.architecture import Architecture
-from renio_megatron.models.hf_weights import description_files
+from renio_megatron.models.description import description_files
 from renio_megatron.runner.saved_run import SavedRun, read_run
 
 MAX_SHARD_SIZE = "5GB"
 
 
-def export_checkpoint(run_directory: Path, destination: Path, step: int | None, *, merge: bool = False) -> int:
+def export_checkpoint(
+    run_directory: Path, destination: Path, step: int | None, *, merge: bool = False, model: str | None = None
+) -> int:
     """Writes a checkpoint's weights, with the model's config and tokenizer, to `destination`; returns its step.
 
     The weights have the dtype of the model that the run started from if the cast is exact for all of them, else the
@@ -41,6 +43,7 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
         destination: a directory that does not exist yet, or is empty.
         step: which checkpoint; None: the newest.
         merge: add the adapters to their layers' weights, each sum rounded to the dtype of training.
+        model: where the model that the run started from is now; None: where it was.
 
     Raises:
         CheckpointError, ConfigError: no such run, no such checkpoint, or a destination in use.
@@ -48,7 +51,7 @@ def export_checkpoint(run_directory: Path, destination: Path, step: int | None, 
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"the destination {str(destination)!r} exists already. Choose another, or remove it.")
     destination = destination.resolve()  # `.` has no name from which to derive a sibling's
-    run = read_run(run_directory, step)
+    run = read_run(run_directory, step, moved_to=model)
     if merge and run.lora.r is None:
         raise ConfigError("--merge has nothing to merge: the run has no adapters (lora.r is null). Leave it out.")
     if run.weights != run.model and not merge:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from renio_megatron.config.resume import changes, differences, of_before, to_yaml
+from renio_megatron.config.resume import changes, differences, is_longer, length_advice, moved, of_before, to_yaml
 from renio_megatron.config.schema import Recipe
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.files import Lock, user_path, write_atomically
@@ -19,6 +19,8 @@ from renio_megatron.megatron.checkpoint.directory import find_checkpoint, latest
 
 logger = logging.getLogger(__name__)
 
+DESCRIPTION = "model (its tokenizer and config)"
+"""Key in `origins.json` of the digest of the student's files without weights."""
 DATE = "date in the prompts"
 """Key in `origins.json` of the date that a chat template inserts."""
 
@@ -56,7 +58,7 @@ class RunDirectory:
             recipe: the current recipe; an existing directory must hold the same settings, except those of
                 `config.resume.CHANGEABLE`.
             fresh: move an existing run aside, to `<name>.previous-1` (-2, ...), and start a new one.
-            origins: digests from `digests.origins`, which must be unchanged where a run resumes from its checkpoint;
+            origins: digests from `origins.origins`, which must be unchanged where a run resumes from its checkpoint;
                 None: not checked.
 
         Raises:
@@ -76,11 +78,17 @@ class RunDirectory:
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError("it is not writable")
             if self.is_finished():
-                return "finished"
+                if not is_longer(self.config.read_text(encoding="utf-8"), recipe.config):
+                    return "finished"
+                if latest_step(self.checkpoints) is None:
+                    raise CheckpointError(
+                        f"output_dir {str(self.path)!r} holds a finished run without checkpoints, which cannot go on. "
+                        "Put them back; or start again with --fresh."
+                    )
             if latest_step(self.checkpoints) is None:
                 self._check_start(recipe, fresh)
             elif origins is not None:
-                self._check_origins(origins)
+                self._check_origins(recipe, origins)
             return "unfinished"
 
     def open(self, recipe: Recipe, fresh: bool, origins: Mapping[str, str] | None = None) -> str:
@@ -100,9 +108,18 @@ class RunDirectory:
             elif state == "unfinished":
                 self._hold()
                 self._note_changes(recipe)
+                self.finished.unlink(missing_ok=True)  # of a run that is lengthened
             if origins is not None and state != "finished" and latest_step(self.checkpoints) is None:
                 _write(self.origins, json.dumps(origins, indent=2) + "\n")
         return state
+
+    def digest(self, setting: str) -> str | None:
+        """The digest of what a setting named when the run began; None where it is not known."""
+        try:
+            found = json.loads(self.origins.read_text(encoding="utf-8")).get(setting)
+        except (OSError, ValueError, AttributeError):
+            return None
+        return found if isinstance(found, str) else None
 
     def date(self) -> str | None:
         """The ISO date in the prompts of the run; None where they contain none, or there is no run."""
@@ -177,43 +194,53 @@ class RunDirectory:
     def _check_same(self, recipe: Recipe) -> None:
         """Raises `ConfigError` where the directory's settings differ from the recipe's."""
         try:
-            changed = differences(self.config.read_text(encoding="utf-8"), recipe.config)
+            text = self.config.read_text(encoding="utf-8")
+            changed = differences(text, recipe.config)
         except (ConfigError, UnicodeDecodeError) as error:
             raise CheckpointError(
                 f"{self.config} cannot be read: {error} "
                 "Restore it, choose another output_dir, or start again with --fresh."
             ) from error
         if changed:
-            longer = [line for line in changed if line.startswith("train.train_iters:")]
-            more = (
-                f" A longer run continues from this one's end with checkpoint.load={self.path} and another output_dir."
-                if longer
-                else ""
-            )
-            listing = "".join(f"\n  {line}" for line in changed)
+            length = any(one.key in ("train.train_iters", "train.lr_decay_iters") for one in changed)
+            more = f" {length_advice(text, recipe.config)}" if length else ""
+            listing = "".join(f"\n  {one}" for one in changed)
             raise ConfigError(
                 f"output_dir {str(self.path)!r} holds a run with other settings:{listing}\n"
                 f"Use the old settings to continue it, choose another output_dir, or move it aside with --fresh.{more}"
             )
 
-    def _check_origins(self, origins: Mapping[str, str]) -> None:
-        """Raises `ConfigError` where an input file has changed since the run began."""
+    def _check_origins(self, recipe: Recipe, origins: Mapping[str, str]) -> None:
+        """Raises `ConfigError` where an input file has changed since the run began; one that was moved has not."""
+        elsewhere = [
+            one
+            for one in moved(self.config.read_text(encoding="utf-8"), recipe.config)
+            if one.key != "pretrained_checkpoint"  # the checkpoint has its weights, or the fingerprint of a frozen base
+        ]
         try:
             begun = json.loads(self.origins.read_text(encoding="utf-8"))
             changed = [setting for setting, digest in origins.items() if begun.get(setting, digest) != digest]
+            unknown = [one for one in elsewhere if not any(_is_of(one.key, setting) for setting in begun)]
         except FileNotFoundError:  # a run of an earlier version
-            return
+            changed, unknown = [], elsewhere
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.origins} cannot be read: {error}. Restore it; or remove it, if the files that the run began "
                 "with are surely unchanged."
             ) from error
+        remedy = (
+            "Put back what was there to continue it; start again with --fresh; or continue from its newest checkpoint "
+            f"with checkpoint.load={self.path} and another output_dir."
+        )
         if changed:
             raise ConfigError(
                 f"output_dir {str(self.path)!r} holds a run that began with other files: what these settings name has "
-                f"changed since: {', '.join(changed)}. Put back what was there to continue it; start again with "
-                f"--fresh; or continue from its newest checkpoint with checkpoint.load={self.path} and another "
-                "output_dir."
+                f"changed since: {', '.join(changed)}. {remedy}"
+            )
+        if unknown:
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} holds a run with other settings, and does not know whether these name "
+                f"the same: {'; '.join(map(str, unknown))}. {remedy}"
             )
 
     def _check_start(self, recipe: Recipe, fresh: bool) -> None:
@@ -237,7 +264,8 @@ class RunDirectory:
         """Rewrites `config.yaml` where the run resumes with changed `CHANGEABLE` settings, and names them."""
         new = to_yaml(recipe.config)
         old = self.config.read_text(encoding="utf-8")
-        changed, before = changes(old, recipe.config), of_before(old, recipe.config)
+        before = of_before(old, recipe.config)
+        changed = [str(one) for one in (*changes(old, recipe.config), *moved(old, recipe.config))]
         if changed:
             logger.warning("%s resumes with other settings: %s", self.path, "; ".join(changed))
         if before:
@@ -256,6 +284,11 @@ class RunDirectory:
         directory.rename(target)
         self.close()
         logger.warning("the earlier run was moved to %s", target)
+
+
+def _is_of(key: str, setting: str) -> bool:
+    """Whether a digest's name is that of a setting, which more words may follow."""
+    return setting.partition(" ")[0] == key
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,7 +14,8 @@ from renio_megatron.config import LoraConfig
 from renio_megatron.errors import CheckpointError, ConfigError
 from renio_megatron.megatron.checkpoint.directory import find_pretrained, latest_step, step_directory, steps
 from renio_megatron.models.shipped import model_directory
-from renio_megatron.runner.run_directory import RunDirectory
+from renio_megatron.runner.digests import description_parts, digest_of
+from renio_megatron.runner.run_directory import DESCRIPTION, RunDirectory
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,16 @@ def is_run(directory: Path) -> bool:
     return RunDirectory(directory).config.is_file()
 
 
-def read_run(directory: Path, step: int | None = None) -> SavedRun:
+def read_run(directory: Path, step: int | None = None, *, moved_to: str | None = None) -> SavedRun:
     """A run's checkpoint.
 
     Args:
         directory: output_dir of the run.
         step: which checkpoint; None: the newest.
+        moved_to: where the run's model is now; None: where the run's settings say.
 
     Raises:
-        ConfigError: no run, or its model is not there any more.
+        ConfigError: no run, or its model is not there any more, or another one is.
         CheckpointError: no such checkpoint, or a damaged config.yaml.
     """
     run = RunDirectory(directory)
@@ -62,11 +64,28 @@ def read_run(directory: Path, step: int | None = None) -> SavedRun:
     checkpoint = _checkpoint(run.checkpoints, step)
     config = _settings(run.config)
     lora = _adapters_of(config)
-    model = model_directory(config.model, "model")
+    model = _model(run, config.model, moved_to)
     given = config.get("pretrained_checkpoint")
     weights = model if lora.r is None or given is None else find_pretrained(given, "pretrained_checkpoint")
     number = int(checkpoint.name.removeprefix("iter_"))
     return SavedRun(checkpoint, number, model, given, weights, lora, bool(config.train.bf16))
+
+
+def _model(run: RunDirectory, name: str, moved_to: str | None) -> Path:
+    """The directory of a run's model."""
+    if moved_to is None:
+        try:
+            return model_directory(name, "model")
+        except ConfigError as error:
+            raise ConfigError(f"{error} If it was moved, `renio export --model` names its new place.") from error
+    model = model_directory(moved_to, "--model")
+    begun = run.digest(DESCRIPTION)
+    if begun is not None and begun != digest_of(description_parts(model)):
+        raise ConfigError(
+            f"--model {moved_to!r} is not the model that the run began with ({name!r}): its config or its tokenizer "
+            "is another one. Give a copy of that model."
+        )
+    return model
 
 
 def _settings(path: Path) -> Any:

@@ -140,7 +140,7 @@ def test_diagnostics_of_renio_are_those_of_the_weighting_or_asked_for(train):
     assert train("weighting: uniform\n").config.renio_report is None
     asked = train("weighting: uniform\nalso_report: [{name: renio, threshold: 1.0}]\n").config
     assert asked.renio_report == RenioWeighting(threshold=1.0)
-    found = changes(to_yaml(train("weighting: uniform\n").config), asked)
+    found = [str(one) for one in changes(to_yaml(train("weighting: uniform\n").config), asked)]
     assert "also_report.0.name: was '(not there)', is now 'renio'" in found
     assert "also_report.0.threshold: was '(not there)', is now 1.0" in found
 

@@ -130,7 +130,7 @@ _IGNORED_BY_ALL = (
         "lora.r is null and the whole student is trained",
     ),
     _Ignored(
-        ("train.min_lr",),
+        ("train.min_lr", "train.lr_decay_iters"),
         lambda config: config.train.lr_decay_style == "constant",
         "train.lr_decay_style is constant and the rate does not decay",
     ),

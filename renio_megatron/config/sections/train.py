@@ -19,8 +19,11 @@ class TrainConfig:
         max_tokens_per_micro_batch: pack sequences into rows of at most this many tokens instead; null: do not pack.
         lr, min_lr, lr_warmup_iters, lr_decay_style (`constant`, `linear`, `cosine`), weight_decay, adam_beta1,
             adam_beta2, adam_eps, clip_grad (0: no clipping), bf16: as in Megatron.
+        lr_decay_iters: step at which the decay of the rate ends, as in Megatron; the rate is `min_lr` after it.
+            null: train_iters.
         recompute_granularity (`full`, `selective` or null), recompute_method (`uniform`, `block`) and
-            recompute_num_layers: activations that are computed again in the backward pass, as in Megatron.
+            recompute_num_layers: activations that are computed again in the backward pass, as in Megatron; with `full`
+            null is `uniform`, and 1.
         moe_aux_loss_coeff: coefficient of the load-balancing loss of a student with experts: this times each layer's
             loss, the mean over the sequences, is added to the objective. 0: no such loss, because a student that
             follows its teacher should route as that requires, and config.json's router_aux_loss_coef is meant for
@@ -40,6 +43,7 @@ class TrainConfig:
     min_lr: float = 0.0
     lr_warmup_iters: int = 0
     lr_decay_style: str = "constant"
+    lr_decay_iters: int | None = None
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -62,6 +66,7 @@ class TrainConfig:
             micro_batch_size=self.micro_batch_size,
             max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
             recompute_num_layers=self.recompute_num_layers,
+            lr_decay_iters=self.lr_decay_iters,
             lr=self.lr,
             adam_eps=self.adam_eps,
         )
@@ -82,12 +87,26 @@ class TrainConfig:
                 f"train.lr_warmup_iters must lie in [0, train_iters); got {self.lr_warmup_iters} "
                 f"with train_iters={self.train_iters}."
             )
+        if self.lr_decay_iters is not None and self.lr_decay_iters <= self.lr_warmup_iters:
+            raise ConfigError(
+                f"train.lr_decay_iters must lie above train.lr_warmup_iters={self.lr_warmup_iters}; got "
+                f"{self.lr_decay_iters}. The decay begins when the warm-up ends."
+            )
         if self.recompute_granularity is not None:
             require_choice("train.recompute_granularity", self.recompute_granularity, ("full", "selective"))
         if self.recompute_method is not None:
             require_choice("train.recompute_method", self.recompute_method, ("uniform", "block"))
-        if self.recompute_granularity == "full" and None in (self.recompute_method, self.recompute_num_layers):
-            raise ConfigError(
-                "train.recompute_granularity=full needs train.recompute_method (uniform or block) and "
-                "train.recompute_num_layers, for example uniform and 1."
-            )
+
+    @property
+    def decay_end(self) -> int | None:
+        """The step at which the decay of the rate ends; None where it does not decay."""
+        if self.lr_decay_style == "constant":
+            return None
+        return self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
+    @property
+    def recomputed_layers(self) -> tuple[str, int] | None:
+        """Method and number of layers of full recomputation; None where whole layers are not recomputed."""
+        if self.recompute_granularity != "full":
+            return None
+        return self.recompute_method or "uniform", self.recompute_num_layers or 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from renio_megatron.megatron.checkpoint.directory import (
     remove_leftovers,
     step_directory,
 )
+from renio_megatron.megatron.checkpoint.held_signals import signals_held
 from renio_megatron.megatron.checkpoint.saved_model import check_same_model, reason, refuse
 from renio_megatron.megatron.checkpoint.sharded_state import (
     Averages,
@@ -42,7 +43,6 @@ from renio_megatron.megatron.checkpoint.sharded_state import (
     sharded_averages,
     sharded_state,
 )
-from renio_megatron.megatron.checkpoint.sigterm import sigterm_held
 from renio_megatron.megatron.model.lora import lora_form
 from renio_megatron.megatron.runtime.mcore_compat import own_writer
 from renio_megatron.megatron.student.learner import MegatronLearner
@@ -69,14 +69,15 @@ class MegatronCheckpointer:
         config: str = "",
         averages: Averages = (),
         base: str | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         """Checkpoints go to `root`.
 
         Each holds `config`, the run's settings as YAML, for a checkpoint that is found alone; and `base`, the
         fingerprint of the base weights of adapters, which it does not hold. `averages` are a teacher's, which are saved
-        and restored with the learner.
+        and restored with the learner. `report` is called with a line about what was restored.
         """
-        self._averages = averages
+        self._averages, self._report = averages, report
         self._root = root
         self._base = base
         self._learner = learner
@@ -102,8 +103,8 @@ class MegatronCheckpointer:
         if partial is None:
             return
         content = self._sharded_state(loading=False) | self._job_state() | {"run": state, "step": step}
-        # At a process's first save Megatron starts a helper process, which must outlive a SIGTERM to the whole group.
-        held = contextlib.nullcontext() if self._has_saved else sigterm_held()
+        # At a process's first save Megatron starts a helper process, which must outlive a signal to the whole group.
+        held = contextlib.nullcontext() if self._has_saved else signals_held()
         with self._disk_errors(step, partial), held:
             request = dist_checkpointing.save(
                 content, str(partial), async_sharded_save=self._settings.async_save, **own_writer()
@@ -164,6 +165,9 @@ class MegatronCheckpointer:
         for group, values in zip(self._learner.optimizer.param_groups, settings, strict=True):
             group.update(values)
         torch.set_rng_state(loaded["rng"]["torch"])
+        if self._report is not None:
+            sizes = self._learner.part.layout.sizes
+            self._report(resumed_line(loaded["step"], directory, common.get("sizes", sizes), sizes))
         return loaded["step"], loaded["run"]
 
     def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
@@ -186,6 +190,7 @@ class MegatronCheckpointer:
             "base": self._base,
             "optimizer_form": self._learner.optimizer_form(),
             "has_teacher_average": bool(self._averages),
+            "sizes": part.layout.sizes,
             "config": self._config,
         }
 
@@ -275,3 +280,13 @@ class MegatronCheckpointer:
             "Free space there, or check the disk and its permissions; earlier checkpoints are untouched, and the same "
             "command resumes from the newest."
         )
+
+
+def resumed_line(step: int, directory: Path, before: Mapping[str, int], now: Mapping[str, int]) -> str:
+    """The line about a run that goes on.
+
+    >>> resumed_line(40, Path("runs/a/checkpoints/iter_0000040"), {"TP": 2, "DP": 1}, {"TP": 1, "DP": 2})
+    'goes on after step 40, from runs/a/checkpoints/iter_0000040; TP 2 to 1, DP 1 to 2'
+    """
+    changed = [f"{name} {before.get(name, 1)} to {size}" for name, size in now.items() if before.get(name, 1) != size]
+    return "; ".join([f"goes on after step {step}, from {directory}", *([", ".join(changed)] if changed else [])])
