@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -11,8 +11,10 @@ from renio_megatron.config import ParallelConfig
 from renio_megatron.config.load import check_models, check_world, load_recipe
 from renio_megatron.config.schema import DistillationConfig
 from renio_megatron.config.teachers import teacher_words
+from renio_megatron.errors import ConfigError
 from renio_megatron.tools.plan.memory import RESERVE, plan_memory
 from renio_megatron.tools.plan.models import PlannedModel, read_model
+from renio_megatron.tools.plan.search import MOST_CHANGES, Remedy, search
 from renio_megatron.tools.plan.table import plan_table
 from renio_megatron.tools.plan.workload import workload
 
@@ -34,12 +36,8 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
     ranks = world_size or config.fewest_ranks
     check_world(config, ranks)
     check_models(config)
-    student = read_model(config.model, "model")
-    teachers = {
-        one.name: student if one.settings.model is None else read_model(one.settings.model, one.setting("model"))
-        for one in config.teachers
-    }
-    found = plan_memory(config, replace(student, lora=config.lora), teachers, ranks)
+    planned, teachers = _models(config)
+    found = plan_memory(config, planned, teachers, ranks)
     memory = None if memory_gib is None else memory_gib * 2**30
     reserve = RESERVE * (memory or 0)
 
@@ -48,7 +46,7 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
         *recipe.dropped_lines(),
         _layout(config, ranks),
         _work(config, ranks),
-        *_notes(config, student, teachers),
+        *_notes(config, planned, teachers),
     ):
         console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(plan_table(found, memory, reserve))
@@ -62,7 +60,73 @@ def plan(path: str, overrides: Sequence[str], *, world_size: int | None, memory_
         highlight=False,
         soft_wrap=True,
     )
-    return 0 if fits else DOES_NOT_FIT
+    if fits:
+        return 0
+
+    def accepts(remedy: Remedy) -> bool:
+        """Whether the command fits with a remedy, and not with less of it."""
+        found = [_fits(path, _with(overrides, some), ranks, memory - reserve) for some in _and_less(remedy.arguments)]
+        return found == [True, *[False] * len(remedy.arguments)]
+
+    given = [_key(text) for text in overrides]
+    remedy, least = search(config, planned, teachers, ranks, memory - reserve, accepts, given)
+    if remedy is None and given:
+        remedy, least = search(config, planned, teachers, ranks, memory - reserve, accepts)
+    for text in _advice(remedy, least, ranks, given):
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+    return DOES_NOT_FIT
+
+
+def _key(argument: str) -> str:
+    return argument.partition("=")[0].strip()
+
+
+def _with(overrides: Sequence[str], more: Sequence[str]) -> list[str]:
+    """A command's settings with some more, which replace those of the same keys."""
+    keys = {_key(text) for text in more}
+    return [*(text for text in overrides if _key(text) not in keys), *more]
+
+
+def _and_less(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """All of them, and all but each one."""
+    yield list(arguments)
+    for left_out in arguments:
+        yield [one for one in arguments if one != left_out]
+
+
+def _fits(path: str, overrides: Sequence[str], ranks: int, limit: float) -> bool | None:
+    """Whether a recipe's run fits; None where it cannot be started."""
+    try:
+        config = load_recipe("train", path, overrides).config
+        assert isinstance(config, DistillationConfig)
+        check_world(config, ranks)
+        check_models(config)
+    except ConfigError:
+        return None
+    student, teachers = _models(config)
+    return max(rank.peak for rank in plan_memory(config, student, teachers, ranks)) <= limit
+
+
+def _advice(remedy: Remedy | None, least: Remedy, ranks: int, given: Sequence[str]) -> list[str]:
+    if remedy is None:
+        return [
+            f"No {MOST_CHANGES} settings of batches, recomputation, layouts and places make it fit on {ranks} GPUs; at "
+            f"the least, with {' '.join(least.arguments)}, it needs {least.peak / 2**30:.1f} GiB. Take more GPUs "
+            "(--gpus), adapters (lora.r), or shorter completions."
+        ]
+    replaced = ", ".join(key for key in remedy.settings if key in given)
+    how = f"add, in the place of {replaced}" if replaced else "add"
+    return [f"It fits, with {remedy.peak / 2**30:.1f} GiB, where you {how}:", f"  {' '.join(remedy.arguments)}"]
+
+
+def _models(config: DistillationConfig) -> tuple[PlannedModel, dict[str, PlannedModel]]:
+    """The student with its adapters, and the teachers by their names."""
+    student = read_model(config.model, "model")
+    teachers = {
+        one.name: student if one.settings.model is None else read_model(one.settings.model, one.setting("model"))
+        for one in config.teachers
+    }
+    return replace(student, lora=config.lora), teachers
 
 
 def _layout(config: DistillationConfig, ranks: int) -> str:

@@ -153,8 +153,14 @@ def test_settings_that_packing_or_plain_activations_ignore_are_refused(train):
         train("", *PACKED, "train.micro_batch_size=2")
     with pytest.raises(ConfigError, match=r"train.recompute_num_layers .*recompute_granularity=full"):
         train("", "train.recompute_num_layers=1")
-    with pytest.raises(ConfigError, match=r"recompute_granularity=full needs train.recompute_method"):
-        train("", "train.recompute_granularity=full")
+
+
+def test_full_recomputation_is_uniform_by_single_layers_unless_it_is_told(train):
+    full = "train.recompute_granularity=full"
+    assert train("", full).config.train.recomputed_layers == ("uniform", 1)
+    told = train("", full, "train.recompute_method=block", "train.recompute_num_layers=3").config.train
+    assert told.recomputed_layers == ("block", 3)
+    assert train("", "train.recompute_granularity=selective").config.train.recomputed_layers is None
 
 
 @pytest.mark.parametrize("method", ["uniform", "block"])

@@ -110,8 +110,8 @@ def check_recomputation(num_layers: int, parallel: ParallelConfig, train: TrainC
 
     Megatron does not check this, and accesses a missing layer in its first forward pass.
     """
-    group = train.recompute_num_layers
-    if train.recompute_method != "uniform" or group is None or train.recompute_granularity != "full":
+    method, group = train.recomputed_layers or ("block", 1)
+    if method != "uniform":
         return
     layers = num_layers // parallel.num_stages
     if layers % group:

@@ -97,8 +97,12 @@ def _of_layout(parallel: ParallelConfig, trained: bool) -> dict[str, Any]:
 def _of_recomputation(train: TrainConfig) -> dict[str, Any]:
     if train.recompute_granularity is None:
         return {}
-    keys = ("recompute_granularity", "recompute_method", "recompute_num_layers")
-    return {key: getattr(train, key) for key in keys}
+    method, num_layers = train.recomputed_layers or (None, None)
+    return {
+        "recompute_granularity": train.recompute_granularity,
+        "recompute_method": method,
+        "recompute_num_layers": num_layers,
+    }
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -74,12 +74,12 @@ def chunk_bytes(model: PlannedModel, shape: PassShape, train: TrainConfig, num_l
         selective=train.recompute_granularity == "selective",
         is_balanced=train.moe_aux_loss_coeff > 0,
     )
-    if train.recompute_granularity != "full":
+    if train.recomputed_layers is None:
         return num_layers * layer, 0
-    assert train.recompute_num_layers is not None  # checked in the settings
-    count, angles = min(train.recompute_num_layers, num_layers), 4 * shape.row_length * model.architecture.kv_channels
+    method, group = train.recomputed_layers
+    count, angles = min(group, num_layers), 4 * shape.row_length * model.architecture.kv_channels
     checkpoint = checkpoint_bytes(model, shape)  # the first computed layer's norm saves the same tensor again
-    if train.recompute_method == "uniform":
+    if method == "uniform":
         return -(-num_layers // count) * checkpoint + angles, count * layer - checkpoint
     return count * checkpoint + (num_layers - count) * layer + angles, layer - checkpoint
 
