@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from renio_megatron.config.schema import Recipe
+from renio_megatron.files import user_path
 from renio_megatron.runner.describe import describe_run, finished_message, print_rank_0, print_weights
 from renio_megatron.runner.device_env import set_hardware_variables_of
 from renio_megatron.runner.recipe import checked_recipe
@@ -21,8 +23,10 @@ def run(kind: str, path: str, overrides: Sequence[str], *, fresh: bool) -> None:
     outcome = run_recipe(recipe, fresh=fresh, title=Path(path).stem, progress=Progress, report=print_rank_0)
     if outcome == "finished":
         print_rank_0(finished_message(config))
-    else:
-        print_rank_0(f"done: {config.output_dir} holds config.yaml, metrics.jsonl, tensorboard/ and checkpoints/")
+    elif int(os.environ.get("RANK", "0")) == 0:
+        from renio_megatron.tools.report.end_of_run import report_end
+
+        report_end(user_path(config.output_dir), config.output_dir, Path(path).stem, print_rank_0)
 
 
 def check(path: str, overrides: Sequence[str]) -> None:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
 from renio_megatron.training.metrics.live_bar import LiveBar
 
 PLAIN_INTERVAL_S = 10.0
+
+
+class DrawProgress(Protocol):
+    """Shows what is drawn of benchmarks."""
+
+    def say(self, line: str) -> None:
+        """Prints a line."""
+
+    def expect(self, count: int) -> None:
+        """Hears of completions of the next benchmark that will be drawn."""
+
+    def add(self, benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes rows that were drawn."""
 
 
 class EvaluationProgress:

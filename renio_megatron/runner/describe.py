@@ -13,7 +13,7 @@ def finished_message(config: JobConfig) -> str:
     """The message about a run that is already complete."""
     return (
         f"{config.output_dir} is finished: all {config.train.train_iters} steps are done. "
-        "Export it with `renio export`, or run it again with --fresh."
+        "Export it with `renio export`, continue it with a larger train.train_iters, or run it again with --fresh."
     )
 
 
@@ -50,7 +50,7 @@ def _trainers(config: JobConfig) -> int:
 
 def print_weights(config: JobConfig) -> None:
     """Prints which weighting is used, and over how many sequences its mean is taken; nothing in fine-tuning."""
-    from renio_megatron.training.setting_warnings import weights_line, weights_price
+    from renio_megatron.training.weights_line import weights_line, weights_price
 
     if isinstance(config, DistillationConfig):
         data_ranks = _trainers(config) // config.parallel.model_ranks

@@ -15,7 +15,7 @@ from renio_megatron.data.prompt_views import PromptView, chat_template_of, encod
 from renio_megatron.errors import DataError, on_every_rank
 from renio_megatron.evaluation.benchmarks import Benchmark
 from renio_megatron.evaluation.grading import RolloutGrader
-from renio_megatron.evaluation.progress import EvaluationProgress
+from renio_megatron.evaluation.progress import DrawProgress, EvaluationProgress
 from renio_megatron.evaluation.results import Results, row_of, saved_date
 from renio_megatron.evaluation.summary import BenchmarkSummary
 from renio_megatron.megatron.checkpoint.saved_model import load_model_weights, saved_base
@@ -31,6 +31,7 @@ from renio_megatron.models.ends import ends_of
 from renio_megatron.models.tokenizer import check_embedding, load_tokenizer, padding_id
 from renio_megatron.parallel.collectives import gather_objects, on_main_rank
 from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.parallel.stopping import StopRequest
 from renio_megatron.runner.environment import describe_world
 from renio_megatron.runner.evaluation_job import MAX_COMPLETION_LENGTH, EvaluationJob, check_chat
 from renio_megatron.runner.evaluation_target import ModelTarget
@@ -64,6 +65,7 @@ class Drawer:
         sampler, sampling_params: the model's sampler, and how it draws.
         tokenizer, view, chat_template: how a problem becomes tokens.
         max_sequence_length: positions of the model.
+        stop: a request upon which the sampler and the grading give up; None: none.
     """
 
     sampler: Sampler
@@ -72,6 +74,7 @@ class Drawer:
     view: PromptView
     chat_template: ChatTemplate | None
     max_sequence_length: int
+    stop: StopRequest | None = None
 
 
 def evaluate_model(job: EvaluationJob, progress: EvaluationProgress | None = None) -> dict[str, BenchmarkSummary]:
@@ -104,7 +107,7 @@ def draw_job(
     drawer: Drawer,
     layout: ParallelLayout,
     opened: Sequence[Results],
-    progress: EvaluationProgress | None = None,
+    progress: DrawProgress | None = None,
 ) -> dict[str, BenchmarkSummary]:
     """Draws what is missing of a job's completions; its figures by benchmark, the same on every rank.
 
@@ -226,7 +229,7 @@ def _evaluate(
     drawer: Drawer,
     layout: ParallelLayout,
     opened: Sequence[Results],
-    progress: EvaluationProgress | None,
+    progress: DrawProgress | None,
 ) -> None:
     """Draws and grades what is missing of one benchmark."""
     with on_every_rank():
@@ -242,6 +245,7 @@ def _evaluate(
         errors=job.config.grader_errors,
         layout=layout,
         setting=job.grader_errors_setting,
+        stop=drawer.stop,
     )
     for first in range(0, len(pending), layout.data.size):
         chunks = pending[first : first + layout.data.size]
@@ -259,9 +263,7 @@ def _evaluate(
         on_main_rank(layout, functools.partial(_keep, opened, new, benchmark.name, progress))
 
 
-def _keep(
-    opened: Sequence[Results], rows: Sequence[dict[str, Any]], name: str, progress: EvaluationProgress | None
-) -> None:
+def _keep(opened: Sequence[Results], rows: Sequence[dict[str, Any]], name: str, progress: DrawProgress | None) -> None:
     """Puts rows on disk, and then shows them."""
     opened[0].add(rows)
     if progress is not None:

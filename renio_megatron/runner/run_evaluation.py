@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from renio_megatron.evaluation.evaluator import EvaluationObserver
 from renio_megatron.evaluation.results import Results
 from renio_megatron.evaluation.summary import BenchmarkSummary
 from renio_megatron.parallel.collectives import on_main_rank
@@ -24,6 +26,7 @@ class BenchmarkEvaluator:
         layout: this rank's place.
         output_dir: the run's directory; each step has a directory in its `evaluations`.
         report: called with a line about each benchmark's figures; None: no reports.
+        observer: called on the first rank whenever completions are drawn; None: never.
 
     Raises:
         DataError: a prompt that is too long for the student.
@@ -36,7 +39,9 @@ class BenchmarkEvaluator:
         layout: ParallelLayout,
         output_dir: str,
         report: Callable[[str], None] | None = None,
+        observer: EvaluationObserver | None = None,
     ) -> None:
+        self._observer = observer if layout.is_main else None
         self._job, self._drawer, self._layout, self._report = job, drawer, layout, report
         self._directory = RunDirectory(output_dir).checkpoints.parent / "evaluations"
         for benchmark in job.benchmarks:
@@ -49,9 +54,12 @@ class BenchmarkEvaluator:
         job = replace(self._job, options=options)
         opened: list[Results] = []
         on_main_rank(self._layout, lambda: self._open(job, directory, step, opened))
-        figures = draw_job(job, self._drawer, self._layout, opened)
-        for results in opened:
-            results.close()
+        try:
+            shown = None if self._observer is None else _Drawn(step, self._observer)
+            figures = draw_job(job, self._drawer, self._layout, opened, shown)
+        finally:  # an evaluation that is given up goes on from these files
+            for results in opened:
+                results.close()
         if self._report is not None:
             for name, one in figures.items():
                 self._report(described(name, step, one))
@@ -61,6 +69,24 @@ class BenchmarkEvaluator:
         length = job.config.max_completion_length
         assert length is not None  # guaranteed by the recipe's rules
         opened.append(Results(directory, job.settings({"step": step}, length)))
+
+
+class _Drawn:
+    """Passes what is drawn of benchmarks after a step on to an observer."""
+
+    def __init__(self, step: int, observer: EvaluationObserver) -> None:
+        self._step, self._observer = step, observer
+        self._done = self._total = 0
+
+    def say(self, line: str) -> None:
+        """Nothing: what is drawn is the same at each evaluation."""
+
+    def expect(self, count: int) -> None:
+        self._done, self._total = 0, count
+
+    def add(self, benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._done += len(rows)
+        self._observer(self._step, benchmark, self._done, self._total)
 
 
 def described(name: str, step: int, figures: BenchmarkSummary) -> str:

@@ -39,10 +39,15 @@ def run_recipe(recipe, *, fresh, title, progress, **_):
         raise ZeroDivisionError("a bug")
     if behaviour in ("bug", "killed", "wait"):
         time.sleep(300)
+    if rank == 0:
+        os.makedirs(recipe.config.output_dir, exist_ok=True)
+        with open(os.path.join(recipe.config.output_dir, "metrics.jsonl"), "w") as file:
+            file.write('{"step": 1, "loss": 3.0}\\n{"step": 2, "loss": 2.0}\\n')
     return "new"
 
-def export_checkpoint(run_dir, destination, step, merge):
-    say(f"export {run_dir} {destination} {step} {merge} rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}")
+def export_checkpoint(run_dir, destination, step, merge, model):
+    world = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+    say(f"export {run_dir} {destination} {step} {merge} {model} {world}")
     return 40
 
 for function, name in ((run_recipe, "run"), (export_checkpoint, "export")):
@@ -221,7 +226,8 @@ def test_two_ranks_run_a_recipe(renio, recipe):
     ]
     # The first rank says, once, what is being done and what was written.
     assert sum("on its solutions; 100 steps of 32 sequences; TP 1 x PP 1 x DP 2" in line for line in lines) == 1
-    assert sum(line.startswith("done: run holds") for line in lines) == 1
+    assert "done: run holds metrics.jsonl, curves.png" in lines
+    assert any(line.startswith("│ loss, first / last 5 steps (nats/token) │ 2.5 / 2.5 │") for line in lines)
     assert done.stderr == ""
 
 
@@ -284,9 +290,9 @@ def test_export_runs_as_the_only_rank(renio, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: a\n")
     assert renio("export", "run", "hf", "--step", "40").stdout == (
-        "export run hf 40 False rank 0 of 1\nhf holds the model of step 40\n"
+        "export run hf 40 False None rank 0 of 1\nhf holds the model of step 40\n"
     )
-    assert "export run hf None True rank 0" in renio("export", "run", "hf", "--merge").stdout
+    assert "export run hf None True m rank 0" in renio("export", "run", "hf", "--merge", "--model=m").stdout
     crowd = renio("export", "run", "hf", RANK="0", WORLD_SIZE="2")
     assert crowd.returncode == 2
     assert "single rank" in crowd.stderr

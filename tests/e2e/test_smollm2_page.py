@@ -118,7 +118,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "smollm2-gsm8k"
     name = "eval/gsm8k_format_test"
     steps = {row["step"]: row for row in rows_of(run / "metrics.jsonl")}
-    assert done.stdout.count("gsm8k_format_test avg@n") == 2
+    assert done.stdout.count("gsm8k_format_test avg@n") == 3, "two evaluations, and the table at the end"
     assert all(math.isfinite(value) for row in steps.values() for value in row.values())
     for step in (0, 2):
         figures = steps[step]

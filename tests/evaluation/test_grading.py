@@ -108,10 +108,36 @@ def test_completions_without_an_answer_are_counted():
 
 
 def test_accuracies_count_it_as_wrong():
-    sampler = SimpleNamespace(sample=lambda prompts, sampling_params, rng_stream: rollouts(len(prompts)))
+    sampler = SimpleNamespace(sample=lambda prompts, sampling_params, rng_stream, on_group: rollouts(len(prompts)))
     prompts = [rollout.prompt for rollout in rollouts()]
     found = Evaluator(sampler, prompts, graded("count_wrong"), SamplingParams(1.0, None, None, 4), ParallelLayout())(3)
     assert found == {"eval/accuracy_greedy": 0.25, "eval/accuracy_sampled": 0.25}
+
+
+@pytest.mark.parametrize(("data_size", "expected"), [(1, [1, 3]), (2, [2, 6])])
+def test_an_evaluation_tells_how_far_it_is(monkeypatch, data_size, expected):
+    def sample(prompts, sampling_params, *, rng_stream, on_group):
+        drawn = rollouts(len(prompts))
+        on_group(drawn[:1])
+        on_group(drawn[1:3])
+        return drawn
+
+    told = []
+    monkeypatch.setattr("renio_megatron.evaluation.evaluator.reduce_metrics", lambda *_: {})  # there is one rank
+    layout = ParallelLayout(data=Axis(size=data_size))
+    prompts = [rollout.prompt for rollout in rollouts()]
+    evaluator = Evaluator(
+        SimpleNamespace(sample=sample),
+        prompts,
+        graded("count_wrong"),
+        SamplingParams(1.0, None, None, 4),
+        layout,
+        lambda *what: told.append(what),
+    )
+    evaluator(3)
+    of_greedy = [(3, "accuracy, greedy", done, 8) for done in expected]
+    of_sampled = [(3, "accuracy, sampled", done, 8) for done in expected]
+    assert told == of_greedy + of_sampled
 
 
 def test_another_policy_is_refused():

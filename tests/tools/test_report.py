@@ -97,6 +97,26 @@ def test_terminal_shows_one_moving_line():
     assert text.count("\n") == 2
 
 
+def test_a_terminal_shows_how_far_an_evaluation_is():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None, legacy_windows=False)
+    with Progress("ReNIO", 10, console) as progress:
+        progress.evaluating(0, "accuracy, greedy", 8, 64)
+    assert " 0/10 evaluating accuracy, greedy: 8/64 completions" in console.file.getvalue()
+
+
+def test_a_log_says_every_ten_seconds_how_far_an_evaluation_is():
+    console, now = Console(file=io.StringIO(), width=120, color_system=None), [0.0]
+    with Progress("ReNIO", 10, console, clock=lambda: now[0]) as progress:
+        for done in range(1, 8):
+            progress.evaluating(5, "aime25", done, 30)
+            now[0] += 4.0
+        progress.evaluating(5, "gsm8k", 1, 30)  # another one, which has only begun
+    assert console.file.getvalue().splitlines() == [
+        "ReNIO step 5: evaluating aime25: 4/30 completions",
+        "ReNIO step 5: evaluating aime25: 7/30 completions",
+    ]
+
+
 @pytest.mark.parametrize("width", [30, 80])
 def test_narrow_terminal_keeps_one_line(width):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, legacy_windows=False)
@@ -179,7 +199,8 @@ def test_curves_are_a_png_of_the_promised_size(tmp_path, runs):
     plot_curves(runs, path)
     header = path.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", header[16:24]) == (1200, 800)
+    rows = 2 if "OPD" in runs or "one step" in runs else 1
+    assert struct.unpack(">II", header[16:24]) == (1200, 400 * rows)
     assert [file.name for file in path.parent.iterdir()] == ["curves.png"]
 
 
@@ -196,19 +217,19 @@ def test_centred_mean_keeps_the_ends():
 
 
 def drawn(monkeypatch, tmp_path, runs):
-    """The figure's axes, caught before it is saved: accuracy, loss, weights, detection, right axis of the weights."""
+    """The figure's axes by their titles, caught before it is saved; the right one of the weights has none."""
     from renio_megatron.tools.report import curves
 
     caught = []
     monkeypatch.setattr(curves, "save_figure", lambda figure, path: caught.append(figure))
     plot_curves(runs, tmp_path / "x.png")
-    return caught[0].axes
+    return {axes.get_title(loc="left"): axes for axes in caught[0].axes}
 
 
 @pytest.mark.parametrize(("losses", "scale"), [([11.0, 1.0], "log"), ([9.0, 1.0], "linear"), ([9.0, 0.0], "linear")])
 def test_loss_axis_is_logarithmic_over_a_decade(monkeypatch, tmp_path, losses, scale):
     rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
-    panel = drawn(monkeypatch, tmp_path, {"OPD": rows})[1]
+    panel = drawn(monkeypatch, tmp_path, {"OPD": rows})["Training loss"]
     assert panel.get_yscale() == scale
     assert panel.lines[0].get_ydata().tolist() == losses
     assert panel.get_ylabel() == "loss [nats/token]"
@@ -218,11 +239,24 @@ def test_weights_that_are_all_one_are_left_out(monkeypatch, tmp_path):
     uniform = [{"step": step, "weight/max": 1.0, "weight/ess_frac": 1.0} for step in (1, 2)]
     weighted = [{"step": step, "weight/max": 2.0 * step, "weight/ess_frac": 0.5} for step in (1, 2)]
     axes = drawn(monkeypatch, tmp_path, {"OPD": uniform, "ReNIO": weighted})
-    assert [line.get_ydata().tolist() for line in axes[2].lines] == [[2.0, 4.0]]
-    assert [line.get_ydata().tolist() for line in axes[4].lines] == [[0.5, 0.5]]
+    assert [line.get_ydata().tolist() for line in axes["Sample weights"].lines] == [[2.0, 4.0]]
+    assert [line.get_ydata().tolist() for line in axes[""].lines] == [[0.5, 0.5]]
 
 
 def test_detection_panel_marks_chance(monkeypatch, tmp_path):
     rows = [{"step": 1, "renio/auc_wrong": 0.9, "rollout/accuracy": 0.3}]
-    curves = [list(line.get_ydata()) for line in drawn(monkeypatch, tmp_path, {"ReNIO": rows})[3].lines]
+    panel = drawn(monkeypatch, tmp_path, {"ReNIO": rows})["Does the raw weight find wrong completions?"]
+    curves = [list(line.get_ydata()) for line in panel.lines]
     assert curves == [[0.9], [0.3], [0.5, 0.5]]
+
+
+def test_only_panels_of_what_a_run_has_are_drawn(monkeypatch, tmp_path):
+    rows = [
+        {"step": 0, "eval/aime25/avg_at_n": 0.25},
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "eval/aime25/avg_at_n": 1.0},
+    ]
+    axes = drawn(monkeypatch, tmp_path, {"fine-tuning": rows})
+    assert set(axes) == {"Accuracy on held-out problems", "Training loss"}
+    (line,) = axes["Accuracy on held-out problems"].lines
+    assert (line.get_label(), line.get_ydata().tolist()) == ("fine-tuning, aime25 avg@n", [0.25, 1.0])

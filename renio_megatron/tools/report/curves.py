@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from renio_megatron.errors import CheckpointError
+from renio_megatron.training.metrics.registry import family_of
 
 Runs: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -23,11 +25,14 @@ LOG_SPREAD = 10.0
 SMOOTHING = 20
 # Space above the curves for a legend that covers none of them.
 HEADROOM = 1.3
+_OF_BENCHMARKS = "eval/*/avg_at_n"
 SHARE_TICKS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def plot_curves(runs: Runs, path: str | Path) -> None:
-    """Writes a PNG of 1200 x 800 pixels with four panels: accuracy, loss, weights, and AUC.
+    """Writes a PNG, 1200 pixels wide, with panels of what the runs have: loss, accuracy, weights, and AUC.
+
+    Two panels are side by side, each row of them 400 pixels high.
 
     Args:
         runs: name of a run -> its rows of metrics in the order of their steps; any value may be missing.
@@ -36,15 +41,17 @@ def plot_curves(runs: Runs, path: str | Path) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    figure = Figure(figsize=(12, 8), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    families = {
+        family_of(name) for rows in runs.values() for row in rows for name, value in row.items() if value is not None
+    }
+    chosen = [draw for names, draw in _PANELS if not families.isdisjoint(names)] or [_draw_loss]
+    num_rows, num_columns = -(-len(chosen) // 2), min(len(chosen), 2)
+    figure = Figure(figsize=(12, 4 * num_rows), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2)
-    _draw_accuracy(panels[0, 0], runs)
-    _draw_loss(panels[0, 1], runs)
-    _draw_weights(panels[1, 0], runs)
-    _draw_detection(panels[1, 1], runs)
     last_step = max((row["step"] for rows in runs.values() for row in rows), default=0)
-    for axes in panels.flat:
+    for number, draw in enumerate(chosen, start=1):
+        axes = figure.add_subplot(num_rows, num_columns, number)
+        draw(axes, runs)
         axes.set_xlim(-0.02 * max(last_step, 1), 1.02 * max(last_step, 1))
     if any(_window(len(rows)) > 1 for rows in runs.values()):
         figure.supxlabel(f"faint: single steps; strong: centered mean over 1/{SMOOTHING} of the run", fontsize=9)
@@ -80,7 +87,7 @@ def _colors(runs: Runs) -> dict[str, str]:
 
 
 def _line(
-    axes: Axes, points: tuple[list[float], list[float]], *, color: str, label: str, style: str, smooth: bool
+    axes: Axes, points: tuple[list[float], list[float]], *, color: str, label: str, style: Any, smooth: bool
 ) -> None:
     """One curve; a noisy one is drawn faint, with its centered mean on top. A single point gets a marker."""
     steps, values = points
@@ -136,6 +143,10 @@ def _draw_accuracy(axes: Axes, runs: Runs) -> None:
         for kind, style in (("greedy", "-"), ("sampled", "--")):
             points = _points(runs[run], f"eval/accuracy_{kind}")
             _line(axes, points, color=color, label=f"{run}, {kind}", style=style, smooth=False)
+        names = dict.fromkeys(name for row in runs[run] for name in row if family_of(name) == _OF_BENCHMARKS)
+        for name, dashes in zip(names, itertools.cycle((":", "-.", (0, (5, 1)))), strict=False):
+            label = f"{run}, {name.split('/')[1]} avg@n"
+            _line(axes, _points(runs[run], name), color=color, label=label, style=dashes, smooth=False)
     axes.set_ylim(bottom=0.0)
     _finish(axes, "Accuracy on held-out problems", "accuracy [1]")
 
@@ -182,6 +193,15 @@ def _draw_detection(axes: Axes, runs: Runs) -> None:
     axes.set_ylim(0.0, HEADROOM)
     axes.set_yticks(SHARE_TICKS)
     _finish(axes, "Does the raw weight find wrong completions?", "AUC, accuracy [1]", wide_legend=True)
+
+
+_PANELS: tuple[tuple[tuple[str, ...], Callable[[Axes, Runs], None]], ...] = (
+    (("eval/accuracy_greedy", "eval/accuracy_sampled", _OF_BENCHMARKS), _draw_accuracy),
+    (("loss",), _draw_loss),
+    (("weight/max", "weight/mean", "weight/ess_frac"), _draw_weights),
+    (("renio/auc_wrong", "rollout/accuracy"), _draw_detection),
+)
+"""Names of metrics, and what draws them."""
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+
+from renio_megatron.training.metrics.registry import family_of
 
 AVERAGED_STEPS = 5
 
@@ -30,6 +32,7 @@ class RunSummary:
         weight_max: largest sample weight of the run.
         auc_wrong: mean over the second half of the steps of the AUC of the raw weight against wrong answers.
         seconds: sum of the steps' times, evaluation not included.
+        benchmarks: avg@n of each benchmark at step 0 and at the last evaluation after it, by its name.
     """
 
     name: str
@@ -43,6 +46,7 @@ class RunSummary:
     weight_max: float | None = None
     auc_wrong: float | None = None
     seconds: float | None = None
+    benchmarks: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
 
 def summarize(metrics: Sequence[Mapping[str, Any]], name: str) -> RunSummary:
@@ -68,6 +72,11 @@ def summarize(metrics: Sequence[Mapping[str, Any]], name: str) -> RunSummary:
         weight_max=max(_values(metrics, "weight/max"), default=None),
         auc_wrong=_mean(_values([row for row in metrics if row["step"] > last_step / 2], "renio/auc_wrong")),
         seconds=sum(seconds) if seconds else None,
+        benchmarks={
+            name.split("/")[1]: _before_and_after(metrics, name)
+            for name in dict.fromkeys(name for row in metrics for name in row)
+            if family_of(name) == "eval/*/avg_at_n"
+        },
     )
 
 
@@ -79,6 +88,19 @@ def comparison_table(runs: Sequence[RunSummary]) -> Table:
         table.add_column(escape(run.name), justify="right", no_wrap=True)
     for label, cell in _LINES:
         table.add_row(label, *(cell(run) for run in runs))
+    return table
+
+
+def run_table(run: RunSummary) -> Table:
+    """A table of one run, without the lines of which it has nothing."""
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for name, (before, after) in run.benchmarks.items():
+        table.add_row(f"{escape(name)} avg@n, before / after", f"{_number(before)} / {_number(after)}")
+    for label, cell in _LINES:
+        if set(text := cell(run)) - set("- /"):
+            table.add_row(label, text)
     return table
 
 

@@ -13,6 +13,7 @@ from renio_megatron.training.metrics.live_bar import LiveBar
 from renio_megatron.training.metrics.registry import family_of
 
 PLAIN_INTERVAL_S = 2.0
+EVALUATION_INTERVAL_S = 10.0
 AVERAGED_STEPS = 20
 
 
@@ -21,7 +22,7 @@ class Progress:
 
     On a terminal it is one line with a bar, and evaluations stay as lines above it. Elsewhere (a log file, a pipe) it
     is a line for the first step, the last one and those with an evaluation, and for others at most every
-    `PLAIN_INTERVAL_S` seconds.
+    `PLAIN_INTERVAL_S` seconds; of an evaluation every `EVALUATION_INTERVAL_S` seconds.
 
     Args:
         title: name of the run.
@@ -40,6 +41,8 @@ class Progress:
         self._seconds_per_step: deque[float] = deque(maxlen=AVERAGED_STEPS)
         self._shown_at: float | None = None
         self._pending: str | None = None
+        self._evaluation: tuple[int, str] | None = None
+        self._evaluation_shown_at = 0.0
         self._bar = LiveBar(console, title, total, f"0/{total}")
 
     def __enter__(self) -> Progress:
@@ -73,6 +76,18 @@ class Progress:
         if due or evaluation or step >= self.total:
             self._bar.say(self._pending)
             self._shown_at, self._pending = now, None
+
+    def evaluating(self, step: int, what: str, done: int, total: int) -> None:
+        """Shows how many of an evaluation's completions are drawn after `step`; `what` is evaluated."""
+        now = self._clock()
+        if self._evaluation != (step, what):
+            self._evaluation, self._evaluation_shown_at = (step, what), now
+        text = f"evaluating {what}: {done}/{total} completions"
+        if self._bar.is_live:
+            self._bar.update(step, self.total, f"{step:>{len(str(self.total))}}/{self.total} {text}")
+        elif now - self._evaluation_shown_at >= EVALUATION_INTERVAL_S:
+            self._evaluation_shown_at = now
+            self._bar.say(f"{self.title} step {step}: {text}")
 
     def _timing(self, step: int, values: Mapping[str, float | None]) -> list[str]:
         """Seconds of this step, and the time left at the mean pace of the last steps, evaluations included."""
