@@ -60,6 +60,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "decisions": ("docs/design/decisions/README.md", decisions),
     "recipe": ("docs/reference/recipe.md", partial(_reference, "recipe")),
     "metrics": ("docs/reference/metrics.md", partial(_reference, "metrics")),
+    "notices": ("docs/guides/runs.md", partial(_reference, "notices")),
     "cli": ("docs/reference/cli.md", partial(_reference, "command_line")),
 }
 """Name -> (the page, what stands there)."""

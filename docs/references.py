@@ -94,6 +94,14 @@ def metrics() -> str:
     return "\n".join(lines + [f"| `{n}` | {m.unit} | {m.reduction} | {m.description} |" for n, m in METRICS.items()])
 
 
+def notices() -> str:
+    """What a run says once, and from when on."""
+    from renio_megatron.training.notices.observer import NOTICES
+
+    rows = [f"| {notice.what} | {notice.when} |" for notice in NOTICES]
+    return "\n".join(["| seen | from when on |", "|---|---|", *rows])
+
+
 def command_line() -> str:
     """Each command's usage, description and options."""
     (commands,) = (one for one in _parser()._actions if isinstance(one, argparse._SubParsersAction))

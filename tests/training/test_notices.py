@@ -16,7 +16,9 @@ from renio_megatron.config import LossConfig, WeightingConfig
 from renio_megatron.config.sections.weighting import RenioWeighting
 from renio_megatron.training.metrics.progress import Progress
 from renio_megatron.training.metrics.weights import renio_metrics
-from renio_megatron.training.setting_warnings import SettingWarnings, weights_line, weights_price
+from renio_megatron.training.notices.observer import NOTICES, Notices
+from renio_megatron.training.notices.rows import Watched
+from renio_megatron.training.weights_line import weights_line, weights_price
 from tests.fakes.strategies import SeenWeighting
 
 
@@ -141,13 +143,19 @@ def test_a_step_in_which_everything_weighs_nothing():
 QUIET = {"renio/unit_weight_frac": 0.5, "renio/ceiling_frac": 0.5, "weight/cap_frac": 0.0, "weight/mean": 1.0}
 
 
-def told(rows: list[dict[str, float]], *, first: int = 1, loss: LossConfig | None = None, **weighting: Any) -> list:
+def told(
+    rows: list[dict[str, float]],
+    *,
+    first: int = 1,
+    loss: LossConfig | None = None,
+    num_sequences: int = 64,
+    **weighting: Any,
+) -> list:
     """(step, text) of each warning that a run with these steps gives."""
     said: list[tuple[int, str]] = []
     step = 0
-    notices = SettingWarnings(
-        WeightingConfig(**weighting), loss or LossConfig(), report=lambda text: said.append((step, text))
-    )
+    watched = Watched(WeightingConfig(**weighting), loss or LossConfig(), num_sequences)
+    notices = Notices(watched, lambda text: said.append((step, text)))
     notices.update(0, {"eval/accuracy_greedy": 0.5})
     for step, row in enumerate(rows, first):
         notices.update(step, {**QUIET, **row})
@@ -262,7 +270,7 @@ def test_completions_that_are_nearly_all_cut_are_told_after_three_steps():
 
 def test_a_run_on_prefixes_is_not_told_that_they_are_cut():
     said: list[str] = []
-    notices = SettingWarnings(WeightingConfig(), LossConfig(), said.append, prefix=True)
+    notices = Notices(Watched(WeightingConfig(), LossConfig(), is_prefix=True), said.append)
     for step in range(1, 9):
         notices.update(step, CUT)
     assert said == []
@@ -297,7 +305,7 @@ def test_a_warning_is_seen_beside_the_progress(terminal, monkeypatch, capsys):
     stderr = sys.stderr
     with Progress("OPD", 3, console) as progress:
         progress.update(1, {"loss": 0.5})
-        SettingWarnings(WeightingConfig(), LossConfig()).update(1, {"rollout/grader_error_frac": 0.25})
+        Notices(Watched()).update(1, {"rollout/grader_error_frac": 0.25})
         progress.update(2, {"loss": 0.25})
     assert sys.stderr is stderr
     seen = console.file.getvalue() if terminal else capsys.readouterr().err
@@ -305,3 +313,71 @@ def test_a_warning_is_seen_beside_the_progress(terminal, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     logging.getLogger("renio_megatron.evaluation.graders").warning("text %d", 7)
     assert capsys.readouterr().err == "[rank 3] warning: text 7\n"
+
+
+ALIKE = {"weight/max": 1.0, "weight/mean": 1.0}
+
+
+def test_weights_that_are_all_equal_are_told_where_the_strategy_is_not_uniform():
+    ((step, text),) = told([ALIKE] * 9, name="length")
+    assert step == 5
+    assert text.startswith("all sequences had the same weight in steps 1 to 5, so weighting=length changes nothing")
+    assert "weighting.group_size" in text
+    assert told([ALIKE] * 9, name="uniform") == []
+    assert told([ALIKE] * 9, name="student_entropy") == [], "its weights are of tokens"
+    assert told([{"weight/max": 1.00001, "weight/mean": 1.0}] * 9, name="length") == []
+    assert [step for step, _ in told([{"weight/max": 1.0000005, "weight/mean": 1.0}] * 9, name="length")] == [5]
+
+
+@pytest.mark.parametrize("name", ["renio/unit_weight_frac", "renio/ceiling_frac"])
+def test_equal_weights_are_told_once_by_the_notice_that_knows_why(name):
+    ((_, text),) = told([{**ALIKE, name: 1.0}] * 9)
+    assert not text.startswith("all sequences had the same weight")
+
+
+def test_completions_that_are_all_equal():
+    rows = [{"rollout/distinct": float(count)} for count in (1, 1, 2, 1, 1, 1, 1, 1)]
+    ((step, text),) = told(rows)
+    assert step == 8 and text.startswith("all completions of a step were equal in steps 4 to 8")
+    assert "rollout.temperature" in text and "renio preview" in text
+    assert told(rows, num_sequences=1) == [], "one is always equal to itself"
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.0, "no completion was right"), (1.0, "every completion was right")])
+def test_an_accuracy_that_stands_for_fifty_steps(value, words):
+    row = {"rollout/accuracy": value}
+    assert told([row] * 49) == []
+    assert told(([row] * 49 + [{"rollout/accuracy": 0.5}]) * 3) == []
+    ((step, text),) = told([row] * 120)
+    assert step == 50 and text.startswith(f"{words} in steps 1 to 50")
+
+
+def test_answers_that_no_grader_reads():
+    ((step, text),) = told([{"rollout/no_answer_frac": share} for share in (1.0, 0.9, *[1.0] * 6)])
+    assert step == 7
+    assert text.startswith("no grader read an answer in any completion in steps 3 to 7 (rollout/no_answer_frac)")
+    row = {"rollout/no_answer_frac": 0.5, "teacher/math/no_answer_frac": 0.0, "teacher/code/no_answer_frac": 1.0}
+    ((step, text),) = told([row] * 9)
+    assert step == 5
+    assert "in any completion of the records of 'code' in steps 1 to 5 (teacher/code/no_answer_frac)" in text
+
+
+def test_a_student_that_stands_still():
+    def rows(*losses, gradient=0.0):
+        return [{"loss": loss, "grad_norm": gradient} for loss in losses]
+
+    # The losses of examples/modchain.yaml at train.lr=1000, from its third step on.
+    flat = [2.716, 2.719, 2.724, 2.731, 2.719, 2.723, 2.725, 2.726, 2.721, 2.708, 2.726]
+    ((step, text),) = told([*rows(0.17, 2e5, gradient=3.0), *rows(*flat)])
+    assert step == 12
+    assert text.startswith("the gradient was exactly 0 in steps 3 to 12, and the loss stays near 2.71: ")
+    assert "train.lr" in text and "checkpoint.load" in text
+    assert told(rows(*flat, gradient=1e-9)) == []
+    assert told(rows(*[2.5, 2.7] * 8)) == [], "losses that differ by more than 5 %"
+    ((_, text),) = told(rows(*[0.0] * 10))
+    assert "With a loss of 0 student and teacher agree" in text
+
+
+def test_each_notice_has_a_threshold_for_the_page():
+    assert len({notice.what for notice in NOTICES}) == len(NOTICES) == 12
+    assert all(notice.when.startswith(("in ", "at least", "more than", "it leaves")) for notice in NOTICES)

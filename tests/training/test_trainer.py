@@ -266,6 +266,7 @@ def test_metrics_of_a_batch_by_hand():
         "rollout/accuracy": 0.5,
         "rollout/length": 2.0,
         "rollout/truncated_frac": 0.25,
+        "rollout/distinct": 4.0,
         "memory/teacher_payload_mb": 0.0,
         "rollout/tokens": 8.0,
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -192,6 +194,8 @@ class Distillation:
         drawn = torch.tensor([len(rollout.drawn_ids) for rollout in rollouts], dtype=dtype, device=device)
         columns = {"weight": sample.weights, "capped": capped, "length": sample.lengths, "cut": unfinished}
         columns["drawn"] = drawn
+        texts = [_text_number(rollout.drawn_ids) for rollout in rollouts]
+        columns["text"] = torch.tensor(texts, dtype=dtype, device=device)
         owner = flat_completions(rollouts)[1].to(device)
         if sample.renio is not None:
             pivotal = torch.zeros_like(unfinished).index_add_(0, owner, sample.renio.is_pivotal.to(dtype))
@@ -212,6 +216,11 @@ _OF_VERDICTS: dict[str, Callable[[Verdict], bool]] = {
     "failed": lambda verdict: verdict.correct is None,
     "unread": lambda verdict: verdict.correct is False and verdict.answer is None,
 }
+
+
+def _text_number(ids: Sequence[int]) -> int:
+    """A number of a completion's tokens, 32 bits."""
+    return zlib.crc32(array.array("q", ids).tobytes())
 
 
 def _token_columns(sample: SampleWeights, owner: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -239,6 +248,7 @@ def _batch_metrics(columns: Mapping[str, torch.Tensor], weighing: Weighing, name
         metrics["renio/pivotal_frac"] = float(columns["pivotal"].sum() / lengths.sum())
     metrics["rollout/length"] = float(columns["drawn"].mean())
     metrics["rollout/truncated_frac"] = float(columns["cut"].mean())
+    metrics["rollout/distinct"] = float(len(columns["text"].unique()))
     metrics["rollout/tokens"] = float(lengths.sum())
     if right is not None:
         metrics["rollout/accuracy"] = float(right.mean())
@@ -248,7 +258,7 @@ def _batch_metrics(columns: Mapping[str, torch.Tensor], weighing: Weighing, name
         if area == area:  # undefined where all are right, or all wrong
             metrics["renio/auc_wrong"] = area
     if "name" in columns:
-        metrics |= names_metrics(names, columns["name"], columns["weight"], raw, right)
+        metrics |= names_metrics(names, columns["name"], columns["weight"], raw, right, columns.get("unread"))
     return metrics
 
 

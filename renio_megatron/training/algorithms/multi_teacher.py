@@ -209,9 +209,10 @@ def names_metrics(
     weights: torch.Tensor,
     raw_weights: torch.Tensor | None,
     correct: torch.Tensor | None,
+    unread: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Share of the sequences, mean weight, and where they are known ReNIO's mean raw weight and the accuracy, for each
-    teacher's name, from the whole batch's [B].
+    """Share of the sequences, mean weight, and where they are known ReNIO's mean raw weight, the accuracy and the share
+    without an answer, for each teacher's name, from the whole batch's [B].
 
     >>> weights = torch.tensor([0.5, 1.5, 1.0, 1.0])
     >>> found = names_metrics(["math", "code"], torch.tensor([0, 0, 1, 0]), weights, None, None)
@@ -228,4 +229,6 @@ def names_metrics(
                 found[f"teacher/{name}/raw_weight_mean"] = float(raw_weights[mine].mean())
             if correct is not None:
                 found[f"teacher/{name}/accuracy"] = float(correct[mine].double().mean())
+            if unread is not None:
+                found[f"teacher/{name}/no_answer_frac"] = float(unread[mine].double().mean())
     return found

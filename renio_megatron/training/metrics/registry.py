@@ -53,6 +53,7 @@ METRICS: dict[str, Metric] = {
     "rollout/grader_error_frac": Metric("1", "mean", "share of the step's completions on which the grader failed"),
     "rollout/length": Metric("tokens", "mean", "length of a completion, also behind rollout.prefix_length"),
     "rollout/truncated_frac": Metric("1", "mean", "share of completions that were cut before their end token"),
+    "rollout/distinct": Metric("1", "mean", "number of different completions of the step"),
     "time/step_s": Metric("s", "max", "whole step, on the first rank"),
     "time/rollout_s": Metric("s", "max", "sampling of the completions, on the first rank"),
     "time/teacher_s": Metric("s", "max", "scoring by the teacher after all are drawn, on the first rank"),
@@ -64,6 +65,9 @@ METRICS: dict[str, Metric] = {
     "teacher/*/kl": Metric("nats/token", "mean", "of several teachers: divergence at its sequences, mean over tokens"),
     "teacher/*/weight_mean": Metric("1", "mean", "of several teachers: normalized weight, mean over its sequences"),
     "teacher/*/raw_weight_mean": Metric("1", "mean", "of several teachers: ReNIO's raw weight, mean over them"),
+    "teacher/*/no_answer_frac": Metric(
+        "1", "mean", "of several teachers: share of its sequences in which no answer was found"
+    ),
     "teacher/*/accuracy": Metric("1", "mean", "of several teachers: share of its sequences that are correct"),
     "teacher/payload_sent_mb": Metric("MiB", "max", "teacher's hidden states that ranks sent each other in a step"),
     "memory/teacher_payload_mb": Metric("MiB", "max", "device memory that the teacher's hidden states took at a time"),
