@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from renio_megatron.config import ParallelConfig
 from renio_megatron.config.load import load_recipe
 from renio_megatron.config.parser import read_recipe
+from renio_megatron.config.validators import require_device
 from renio_megatron.errors import on_every_rank
-from renio_megatron.runner.device_env import compute_capability, hardware_variables, set_variables
+from renio_megatron.parallel.nvml import compute_capability
+from renio_megatron.runner.device_env import hardware_variables, set_variables, use_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,24 +20,29 @@ class DoctorConfig:
     """Settings that are checked.
 
     Attributes:
+        device: as in a recipe.
         parallel: the layout.
         bf16: whether the check of the loss uses bf16 logits.
     """
 
+    device: str | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     bf16: bool = False
+
+    def __post_init__(self) -> None:
+        require_device(self.device)
 
 
 def read_settings(recipe: str | None, overrides: Sequence[str]) -> DoctorConfig:
     """Reads settings from a recipe of `renio train` and overrides, or from overrides alone.
 
     Raises:
-        ConfigError: as for `renio train`; without a recipe, a key other than `parallel.*` and `bf16`.
+        ConfigError: as for `renio train`; without a recipe, a key other than `device`, `parallel.*` and `bf16`.
     """
     if recipe is None:
         return read_recipe(DoctorConfig, None, overrides).config
     config = load_recipe("train", recipe, overrides).config
-    return DoctorConfig(parallel=config.parallel, bf16=config.train.bf16)
+    return DoctorConfig(device=config.device, parallel=config.parallel, bf16=config.train.bf16)
 
 
 def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
@@ -47,6 +54,7 @@ def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
     with on_every_rank():
         settings = read_settings(recipe, overrides)
     parallel = settings.parallel
+    use_device(settings.device)
     variables = hardware_variables(
         compute_capability(),
         tensor_size=parallel.tensor_model_parallel_size,

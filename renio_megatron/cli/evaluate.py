@@ -21,8 +21,8 @@ server that speaks OpenAI's protocol (its key from RENIO_API_KEY or OPENAI_API_K
 """
 EPILOG = """\
 keys: temperature, top_p, top_k, max_completion_length, seed, stop_strings, enable_thinking, template, system, view,
-instruction, grader, sandbox, grader_errors; of local models chat, bf16, micro_batch_size, stop_token_ids, parallel.*,
-precision.*; of servers concurrency, timeout_s
+instruction, grader, sandbox, grader_errors; of local models chat, bf16, device, micro_batch_size, stop_token_ids,
+parallel.*, precision.*; of servers concurrency, timeout_s
 
 examples:
   renio evaluate models/mine --benchmark math500 --benchmark aime25 --n 4 --benchmarks data
@@ -85,6 +85,9 @@ def evaluate_on_rank(word: str) -> None:
         job = read_job(EvaluateOptions.of_word(word))
     if not job.is_local:
         raise ConfigError("a server is evaluated by one process; start the command without torchrun or srun.")
+    from renio_megatron.runner.device_env import use_device
+
+    use_device(job.config.device)
     from renio_megatron.evaluation.progress import EvaluationProgress
     from renio_megatron.runner.evaluate import evaluate_model
     from renio_megatron.tools.report.evaluation import show

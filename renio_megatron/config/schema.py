@@ -26,7 +26,7 @@ from renio_megatron.config.lazy import imported
 from renio_megatron.config.sections.report import RenioReportConfig, ReportConfig
 from renio_megatron.config.sections.weighting import RenioWeighting, renio_in
 from renio_megatron.config.teachers import TeacherSpec, fewest_ranks, num_teacher_ranks, resolve_teachers
-from renio_megatron.config.validators import require_choice, require_positive
+from renio_megatron.config.validators import require_choice, require_device, require_positive
 from renio_megatron.errors import ConfigError
 
 CANARIES = ("stop", "warn", "off")
@@ -43,6 +43,8 @@ class JobConfig:
             student's in place of those in `model`; null: `model`'s. config.json and the tokenizer are `model`'s.
         algorithm: the training algorithm, a name in `ALGORITHMS`, which selects the keys of the recipe.
         builder: `module:function` that makes the algorithm of `training.algorithms` from `runner.build.Parts`.
+        device: `cpu`, GPUs are not used; null: they are, where there are any. One that is there and cannot be used is
+            an error.
         data, parallel, precision, lora, train, checkpoint, evaluate: sections, see `config.sections`.
         output_dir: the run directory.
     """
@@ -52,6 +54,7 @@ class JobConfig:
     model: str
     pretrained_checkpoint: str | None = None
     algorithm: str = ""
+    device: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -158,6 +161,7 @@ class DistillationConfig(JobConfig):
     teacher_precision: TeacherPrecisionConfig = field(default_factory=TeacherPrecisionConfig)
 
     def __post_init__(self) -> None:
+        require_device(self.device)
         require_choice("canaries", self.canaries, CANARIES)
         object.__setattr__(self, "also_report", tuple(self.also_report))
         if len(self.also_report) > len({one.name for one in self.also_report}):
@@ -239,6 +243,7 @@ class SftConfig(JobConfig):
     max_length: int | None = None
 
     def __post_init__(self) -> None:
+        require_device(self.device)
         require_choice("init", self.init, ("pretrained", "random"))
         require_positive("", max_length=self.max_length)
 

@@ -36,3 +36,9 @@ def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def require_device(device: str | None) -> None:
+    """Raises `ConfigError` for a device that is neither `cpu` nor null."""
+    if device is not None:
+        require_choice("device (null: GPUs where there are any)", device, ("cpu",))

@@ -1,18 +1,18 @@
 """CUDA and NCCL environment variables for the hardware and the layout, each with its reason.
 
 CUDA reads them on first use, so they are set before any code uses a GPU, and the compute capability is queried from
-the driver's management library (NVML), which creates no CUDA context.
+the driver (`parallel.nvml`), which creates no CUDA context.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 from renio_megatron.config.schema import JobConfig
+from renio_megatron.parallel.nvml import compute_capability
 
 logger = logging.getLogger(__name__)
 BLACKWELL = (10, 0)
@@ -95,28 +95,17 @@ def set_variables(variables: tuple[Variable, ...], environment: MutableMapping[s
     return warnings
 
 
-def compute_capability() -> tuple[int, int] | None:
-    """Compute capability of the machine's first GPU, without initializing CUDA; None without a GPU or driver."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-        if library.nvmlInit_v2() != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-    try:
-        failed = library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) or (
-            library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
-        )
-    finally:
-        library.nvmlShutdown()
-    return None if failed else (major.value, minor.value)
+def use_device(device: str | None) -> None:
+    """Hides all GPUs from this process where `device` is `cpu`; must come before CUDA is used."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def set_hardware_variables_of(config: JobConfig) -> None:
     """Sets CUDA's and NCCL's variables that the user has not set, before CUDA is used; warns about conflicts."""
+    use_device(config.device)
     variables = hardware_variables(
-        compute_capability(),
+        None if config.device == "cpu" else compute_capability(),
         tensor_size=config.parallel.tensor_model_parallel_size,
         context_size=config.parallel.context_parallel_size,
         is_deterministic=config.train.deterministic_mode,

@@ -14,7 +14,8 @@ import renio_megatron
 from renio_megatron.config import LoraConfig, ParallelConfig, PrecisionConfig
 from renio_megatron.megatron.model.backend import describe_backend
 from renio_megatron.parallel.collectives import gather_objects
-from renio_megatron.parallel.layout import ParallelLayout, device_name
+from renio_megatron.parallel.devices import device_name
+from renio_megatron.parallel.layout import ParallelLayout
 
 
 def describe_world(layout: ParallelLayout) -> tuple[str, list[str]]:

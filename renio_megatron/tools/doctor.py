@@ -16,7 +16,8 @@ from renio_megatron.losses.distillation import DistillationOutput, distillation_
 from renio_megatron.losses.linear_distillation import linear_distillation_loss
 from renio_megatron.objective.reference import reference_objective
 from renio_megatron.parallel.collectives import gather_objects
-from renio_megatron.parallel.layout import Axis, ParallelLayout, device_identity
+from renio_megatron.parallel.devices import device_identity
+from renio_megatron.parallel.layout import Axis, ParallelLayout
 from renio_megatron.parallel.vocab import VocabShard
 from renio_megatron.runner.environment import differences, rank_report, versions
 

@@ -46,8 +46,8 @@ INNER_FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("linear_distillation",),
     ),
     "training": (
-        ("metrics", "lr_schedule", "rollout_log", "targets", "canary_findings"),
-        ("interfaces", "setting_warnings"),
+        ("metrics", "lr_schedule", "rollout_log", "targets", "canary_findings", "largest_weight"),
+        ("interfaces", "notices", "weights_line"),
         ("algorithms", "canaries"),
         ("trainer",),
     ),
@@ -57,7 +57,7 @@ FORBIDDEN = (  # (files, imported modules, why); files are dotted names below th
     (r"objective\.", rf"torch\.distributed|{PACKAGE}\.parallel", "objective is plain mathematics"),
     (r"(?!megatron\.)", "megatron", "only renio_megatron/megatron/ imports megatron"),
     (r"training\.trainer$", rf"{PACKAGE}\.megatron", "the trainer never meets renio_megatron.megatron"),
-    (r"(?!parallel\.layout$|losses\.kernels\.|megatron\.)", r"torch\.cuda", "CUDA is chosen in the layout"),
+    (r"(?!parallel\.devices$|losses\.kernels\.|megatron\.)", r"torch\.cuda", "parallel.devices chooses the device"),
 )
 OBJECT_COLLECTIVES = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
 COLLECTIVES = "parallel.collectives"
@@ -219,7 +219,8 @@ SOUND = {
     "errors.py": "class RenioError(Exception): ...",
     "objective/__init__.py": "from renio_megatron.objective import reduce",
     "objective/reduce.py": "import torch",
-    "parallel/layout.py": "import torch\nimport torch.distributed as dist\ntorch.cuda.is_available()",
+    "parallel/layout.py": "import torch\nimport torch.distributed as dist",
+    "parallel/devices.py": "import torch\ntorch.cuda.is_available()",
     "losses/kernels/__init__.py": "import torch\nfrom renio_megatron.parallel import layout\ntorch.cuda.synchronize()",
     "losses/distillation.py": "from renio_megatron.losses import kernels, sample_weights",
     "losses/sample_weights.py": "from ..objective.reduce import tokens_per_sequence\nweigh = 1",

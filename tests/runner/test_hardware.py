@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from renio_megatron.runner import device_env
-from renio_megatron.runner.device_env import compute_capability, hardware_variables, set_variables
+from renio_megatron.parallel import nvml
+from renio_megatron.parallel.nvml import compute_capability, num_gpus
+from renio_megatron.runner.device_env import hardware_variables, set_variables
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
@@ -62,6 +63,10 @@ class Nvml:
     def nvmlShutdown(self):
         self.is_open = False
 
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = 4
+        return int(self.failing == "count")
+
     def nvmlDeviceGetHandleByIndex_v2(self, index, device):
         return int(self.failing == "handle")
 
@@ -75,8 +80,16 @@ class Nvml:
 )
 def test_the_driver_is_asked(monkeypatch, failing, expected):
     library = Nvml(failing)
-    monkeypatch.setattr(device_env.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: library)
     assert compute_capability() == expected
+    assert not library.is_open
+
+
+@pytest.mark.parametrize(("failing", "expected"), [(None, 4), ("init", 0), ("count", 0)])
+def test_gpus_are_counted(monkeypatch, failing, expected):
+    library = Nvml(failing)
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: library)
+    assert num_gpus() == expected
     assert not library.is_open
 
 
@@ -84,8 +97,9 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch):
     def missing(name):
         raise OSError(name)
 
-    monkeypatch.setattr(device_env.ctypes, "CDLL", missing)
+    monkeypatch.setattr(nvml.ctypes, "CDLL", missing)
     assert compute_capability() is None
+    assert num_gpus() == 0
 
 
 @pytest.mark.gpu

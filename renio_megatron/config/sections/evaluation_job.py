@@ -8,7 +8,7 @@ from renio_megatron.config.sections.data import GRADERS, SANDBOXES, is_place
 from renio_megatron.config.sections.parallel import ParallelConfig
 from renio_megatron.config.sections.precision import PrecisionConfig
 from renio_megatron.config.templates import check_template
-from renio_megatron.config.validators import require_choice, require_positive
+from renio_megatron.config.validators import require_choice, require_device, require_positive
 from renio_megatron.errors import ConfigError
 
 OF_DRAWS = (
@@ -16,7 +16,7 @@ OF_DRAWS = (
     *("chat", "enable_thinking", "template", "system", "instruction", "grader"),
 )
 """Settings that change what is drawn or how it is judged: one directory of results has one value of each."""
-OF_LOCAL_MODELS = ("bf16", "micro_batch_size", "stop_token_ids", "parallel", "precision")
+OF_LOCAL_MODELS = ("bf16", "device", "micro_batch_size", "stop_token_ids", "parallel", "precision")
 """Settings that a server does not see."""
 
 
@@ -42,6 +42,7 @@ class EvaluationJobConfig:
         sandbox: as `data.sandbox`.
         grader_errors: `count_wrong`, an exception of the grader counts as wrong and as ungraded, or `raise`.
         bf16: parameters in bf16; null: as a run has trained, and for other models where there is a GPU.
+        device: `cpu`, GPUs are not used; null: they are, where there are any.
         micro_batch_size: sequences that a rank draws at a time.
         concurrency: requests that a server is sent at a time.
         timeout_s: seconds after which a request to a server is tried again.
@@ -65,6 +66,7 @@ class EvaluationJobConfig:
     sandbox: str | None = None
     grader_errors: str = "count_wrong"
     bf16: bool | None = None
+    device: str | None = None
     micro_batch_size: int = 32
     concurrency: int = 16
     timeout_s: float = 600.0
@@ -72,6 +74,7 @@ class EvaluationJobConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
     def __post_init__(self) -> None:
+        require_device(self.device)
         require_positive(
             "",
             top_k=self.top_k,

@@ -19,8 +19,9 @@ from renio_megatron.errors import ConfigError, LayoutError, Scope
 from renio_megatron.megatron.runtime import cpu_patches
 from renio_megatron.megatron.runtime.cudnn import torchs_cudnn
 from renio_megatron.megatron.runtime.process_groups import current_layout, forget_groups, make_groups
+from renio_megatron.parallel.devices import backend_and_device, device_identity, refuse_shared_gpus
 from renio_megatron.parallel.gloo import share_gloo_device
-from renio_megatron.parallel.layout import ParallelLayout, backend_and_device
+from renio_megatron.parallel.layout import Axis, ParallelLayout
 from renio_megatron.parallel.worlds import WorldBridge, join_two_worlds
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def start(
 
     Raises:
         LayoutError: sizes that do not divide the world.
-        ConfigError: a broken Transformer Engine, or no rendezvous address.
+        ConfigError: a broken Transformer Engine, no rendezvous address, GPUs that cannot be used or are shared.
     """
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     check_transformer_engine()
@@ -76,6 +77,10 @@ def start(
                 dist.init_process_group(backend, timeout=timeout)
         except (dist.DistError, OSError, ValueError) as error:
             raise ConfigError(_no_meeting(error)) from error
+        if device.type == "cuda":
+            world = bridge().axis if num_teacher_ranks else Axis(dist.get_world_size(), dist.get_rank())
+            store = bridge().store if num_teacher_ranks else dist.distributed_c10d._get_default_store()
+            refuse_shared_gpus(store, world.rank, world.size, device_identity(device))
     rendezvous_seconds = time.monotonic() - begin
     world_size, is_teacher_rank = dist.get_world_size(), False
     if num_teacher_ranks:

@@ -102,7 +102,7 @@ def compare_precision(path: str, overrides: Sequence[str], output: str | None) -
     from rich.console import Console
 
     from renio_megatron.megatron.runtime.initialize import check_transformer_engine, start, stop
-    from renio_megatron.parallel.layout import backend_and_device, device_name
+    from renio_megatron.parallel.devices import backend_and_device, device_name
     from renio_megatron.runner.environment import versions
     from renio_megatron.runner.inputs import read_inputs
     from renio_megatron.runner.run import on_the_same_day
