@@ -41,8 +41,9 @@ examples:
 `renio COMMAND --help` tells more. Under torchrun or srun, train and sft join their ranks.
 """
 _RECIPE_EPILOG = """\
-A run that was cut off continues from its newest checkpoint when the same command is given again. SIGTERM lets it
-finish its step and save first; the exit code is then 143.
+A run that was cut off continues from its newest checkpoint when the same command is given again. Ctrl-C and SIGTERM
+give up what is drawn or evaluated, or finish the step, and save first; the exit code is then 130 or 143. A finished run
+continues with a larger train.train_iters.
 
 example:
   renio {kind} recipe.yaml train.lr=1e-5 output_dir=runs/mine --nproc 2
@@ -51,7 +52,8 @@ _EXPORT_DESCRIPTION = """\
 Write a checkpoint as a Hugging Face model directory; of a run with adapters (lora.r) as a PEFT adapter directory.
 """
 _PLAN_EPILOG = """\
-The exit code is 0 where the run fits or no --memory is given, 3 where it does not fit, and 2 for a mistake.
+The exit code is 0 where the run fits or no --memory is given, 3 where it does not fit, and 2 for a mistake. Where it
+does not fit, the last line is the shortest list of settings with which it does.
 
 example:
   renio plan recipe.yaml train.micro_batch_size=2 --gpus 8 --memory 80
@@ -61,7 +63,7 @@ example:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 2 for a `RenioError`, 3 for a plan that does not fit, or the failed rank's code.
 
-    It is 130 for Ctrl-C, and 143 for SIGTERM, after which the same command resumes the run.
+    It is 130 for Ctrl-C, and 143 for SIGTERM, after either of which the same command resumes the run.
 
     RENIO_TRACEBACK=1 shows the traceback of a `RenioError`.
     """
@@ -176,12 +178,13 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    usage = "renio export RUN_DIR DESTINATION [--step K] [--merge]"
+    usage = "renio export RUN_DIR DESTINATION [--step K] [--merge] [--model PATH]"
     command = commands.add_parser("export", description=_EXPORT_DESCRIPTION, usage=usage)
     command.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run (its output_dir)")
     command.add_argument("destination", metavar="DESTINATION", help="directory to write")
     command.add_argument("--step", type=_positive, metavar="K", help="checkpoint to write (default: the newest)")
     command.add_argument("--merge", action="store_true", help="write the whole model, the adapters in its weights")
+    command.add_argument("--model", metavar="PATH", help="the run's model, where it was moved")
     command.set_defaults(run=_run_export)
 
 
@@ -370,7 +373,7 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
     destination = Path(arguments.destination)
     written = destination.resolve()  # an export to `.` replaces the current directory
-    step = export_checkpoint(run_dir, destination, arguments.step, merge=arguments.merge)
+    step = export_checkpoint(run_dir, destination, arguments.step, merge=arguments.merge, model=arguments.model)
     what = "adapter" if (written / "adapter_config.json").is_file() else "model"
     print(f"{arguments.destination} holds the {what} of step {step}")
     return 0

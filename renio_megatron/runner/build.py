@@ -12,12 +12,13 @@ from renio_megatron.config.lazy import imported
 from renio_megatron.config.resume import to_yaml
 from renio_megatron.config.schema import DistillationConfig, JobConfig
 from renio_megatron.data.prompt_views import student_view
-from renio_megatron.evaluation.evaluator import Evaluator
+from renio_megatron.evaluation.evaluator import EvaluationObserver, Evaluator
 from renio_megatron.evaluation.graders import Grader
 from renio_megatron.evaluation.grading import RolloutGrader
 from renio_megatron.files import user_path
 from renio_megatron.losses.sample_weights import SampleWeights
 from renio_megatron.parallel.layout import ParallelLayout
+from renio_megatron.parallel.stopping import StopRequest
 from renio_megatron.runner.build_teachers import build_teacher
 from renio_megatron.runner.canaries import build_canaries
 from renio_megatron.runner.inputs import RunInputs, max_completion_tokens
@@ -67,7 +68,7 @@ def build_trainer(
     checkpoints: Path,
     *,
     log: RunLog | None = None,
-    stop_requested: Callable[[], bool] = lambda: False,
+    stop: StopRequest | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Builds the models on this rank, the algorithm, and the training loop.
@@ -78,13 +79,13 @@ def build_trainer(
         layout: this rank's place in the world, from `megatron.runtime.initialize.start`.
         checkpoints: directory of the checkpoints.
         log: receives every step's metrics, and its rollouts with their weights; None: no log.
-        stop_requested: called after every step on every rank; whether to stop there, the same result on all ranks.
+        stop: a request upon which the run stops; None: it never does.
         report: called with progress lines while weights are loaded, and with lines about tuned kernels and benchmarks.
     """
     from renio_megatron.megatron.checkpoint.checkpointer import MegatronCheckpointer
     from renio_megatron.megatron.weights.pretrained import fingerprint
 
-    learner, sampler = build_student(config, inputs, layout, report)
+    learner, sampler = build_student(config, inputs, layout, report, stop)
     start = None if inputs.adapter is None else inputs.adapter.start
     base = fingerprint(inputs.weights, inputs.architecture, start) if config.lora.r is not None else None
     lr_at = functools.partial(learning_rate, config.train)
@@ -96,17 +97,17 @@ def build_trainer(
         algorithm=algorithm,
         prompts=inputs.stream.batch,
         checkpointer=MegatronCheckpointer(
-            checkpoints, learner, config.checkpoint, config=to_yaml(config), averages=averages, base=base
+            checkpoints, learner, config.checkpoint, config=to_yaml(config), averages=averages, base=base, report=report
         ),
         train_iters=config.train.train_iters,
         global_batch_size=config.train.global_batch_size,
         data_rank=layout.data.rank,
         data_size=layout.data.size,
         save_interval=config.checkpoint.save_interval,
-        evaluate=_evaluator(config, inputs, layout, sampler, report),
+        evaluate=_evaluator(config, inputs, layout, sampler, report, stop, None if log is None else log.evaluating),
         evaluate_every=config.evaluate.every,
         observers=() if log is None else (log.metrics,),
-        stop_requested=stop_requested,
+        stop_requested=(lambda: False) if stop is None else lambda: stop.agree(layout),
     )
 
 
@@ -146,7 +147,11 @@ def build_sft(parts: Parts) -> tuple[Algorithm, Averages]:
 
 
 def build_student(
-    config: JobConfig, inputs: RunInputs, layout: ParallelLayout, report: Callable[[str], None] | None = None
+    config: JobConfig,
+    inputs: RunInputs,
+    layout: ParallelLayout,
+    report: Callable[[str], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[Any, Any]:
     """(`MegatronLearner`, `MegatronSampler`) of the student, with its initial weights."""
     from renio_megatron.megatron.model.build import build_model
@@ -191,6 +196,7 @@ def build_student(
         stop_ids=inputs.ends.token_ids,
         pad_id=inputs.pad_id,
         ends_in_text=inputs.ends.in_text(inputs.tokenizer),
+        stop=stop,
     )
     return learner, sampler
 
@@ -204,11 +210,15 @@ def sampling_params_of(config: DistillationConfig) -> SamplingParams:
 
 
 def _rollout_grader(
-    grader: Grader | None, config: JobConfig, inputs: RunInputs, layout: ParallelLayout
+    grader: Grader | None,
+    config: JobConfig,
+    inputs: RunInputs,
+    layout: ParallelLayout,
+    stop: StopRequest | None = None,
 ) -> RolloutGrader | None:
     if grader is None:
         return None
-    return RolloutGrader(grader, inputs.tokenizer, errors=config.data.grader_errors, layout=layout)
+    return RolloutGrader(grader, inputs.tokenizer, errors=config.data.grader_errors, layout=layout, stop=stop)
 
 
 def _evaluator(
@@ -217,6 +227,8 @@ def _evaluator(
     layout: ParallelLayout,
     sampler: Sampler,
     report: Callable[[str], None] | None,
+    stop: StopRequest | None,
+    observer: EvaluationObserver | None,
 ) -> Callable[[int], dict[str, float]] | None:
     """Step -> metrics of the held-out problems and of the benchmarks; None where nothing is evaluated."""
     limit = config.evaluate.max_completion_length or config.longest_completion
@@ -225,10 +237,10 @@ def _evaluator(
         return None
     assert limit is not None  # guaranteed by the recipe's rules
     of_draws = (config.evaluate.temperature, config.evaluate.top_p, config.evaluate.top_k, limit)
-    grader = _rollout_grader(inputs.eval_grader, config, inputs, layout)
+    grader = _rollout_grader(inputs.eval_grader, config, inputs, layout, stop)
     if grader is not None:
         sampling_params = SamplingParams(*of_draws, config.decoded_together)
-        found.append(Evaluator(sampler, inputs.evaluation, grader, sampling_params, layout))
+        found.append(Evaluator(sampler, inputs.evaluation, grader, sampling_params, layout, observer))
     if inputs.benchmarks is not None:
         from renio_megatron.runner.evaluate import Drawer
         from renio_megatron.runner.run_evaluation import BenchmarkEvaluator
@@ -240,6 +252,7 @@ def _evaluator(
             student_view(config.data),
             inputs.stream.chat_template,
             inputs.architecture.max_sequence_length,
+            stop,
         )
-        found.append(BenchmarkEvaluator(inputs.benchmarks, drawer, layout, config.output_dir, report))
+        found.append(BenchmarkEvaluator(inputs.benchmarks, drawer, layout, config.output_dir, report, observer))
     return lambda step: {name: value for evaluate in found for name, value in evaluate(step).items()}

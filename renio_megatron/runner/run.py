@@ -13,14 +13,15 @@ import torch
 from renio_megatron.config.schema import DistillationConfig, JobConfig, Recipe
 from renio_megatron.errors import RunStopped, on_every_rank
 from renio_megatron.megatron.runtime.initialize import bridge, start
-from renio_megatron.parallel.collectives import any_rank, on_main_rank
+from renio_megatron.parallel.collectives import on_main_rank
 from renio_megatron.parallel.layout import ParallelLayout
 from renio_megatron.parallel.row_exchange import gather_rows
+from renio_megatron.parallel.stopping import StopRequest
 from renio_megatron.runner.build import build_trainer
 from renio_megatron.runner.build_teachers import build_teacher_servers
-from renio_megatron.runner.digests import origins
 from renio_megatron.runner.environment import describe_layers, describe_trained, describe_world
 from renio_megatron.runner.inputs import RunInputs, read_inputs
+from renio_megatron.runner.origins import origins
 from renio_megatron.runner.preview import prompt_lines
 from renio_megatron.runner.run_directory import RunDirectory
 from renio_megatron.runner.run_log import ProgressMaker, RunLog
@@ -53,7 +54,7 @@ def run_recipe(
 
     Raises:
         RenioError: its scope says whether every rank raises the same.
-        RunStopped: on every rank, where any rank got SIGTERM; the state is saved.
+        RunStopped: on every rank, where any rank got SIGTERM or Ctrl-C; the state is saved.
     """
     run = _join(recipe, fresh)
     if run.layout.is_teacher_rank:
@@ -144,24 +145,26 @@ def _report_start(run: _Run, report: Callable[[str], None]) -> None:
 
 def _train(run: _Run, log: RunLog, open_directory: Callable[[], Any], report: Callable[[str], None]) -> str:
     """Runs the remaining steps and finishes the run; returns `resumed` or `new`."""
-    layout, sigterm = run.layout, StopSignal()
+    layout, stop = run.layout, _stop_request(run)
     trainer = build_trainer(
         run.config,
         run.inputs,
         layout,
         run.directory.checkpoints,
         log=log,
-        stop_requested=lambda: any_rank(layout, sigterm.received),
+        stop=stop,
         report=report if layout.is_main else None,
     )
     # Nothing is written before the models are built: a directory with a config.yaml is a run that could start.
     on_main_rank(layout, open_directory)
     first = trainer.resume()
-    with log.opened(first), sigterm:
+    with log.opened(first), StopSignal(stop, report if layout.is_main else None):
         metrics = trainer.run()
     trainer.algorithm.close()
     if trainer.stopped:
-        raise RunStopped(trainer.step)
+        stop.agree(layout)
+        assert stop.number is not None
+        raise RunStopped(trainer.step, stop.number)
     last = {"step": trainer.step, **(metrics or _last_row(run.directory))}
     on_main_rank(layout, lambda: run.directory.mark_finished(last))
     return "resumed" if first else "new"
@@ -199,15 +202,20 @@ def _models_line(config: JobConfig, layout: ParallelLayout) -> str:
 
 
 def _serve_teachers(run: _Run) -> str:
-    """Serves on a rank that only scores until the training ranks are done, which save and handle SIGTERM."""
+    """Serves on a rank that only scores until the training ranks are done, which save; they hear of its signals."""
     assert isinstance(run.config, DistillationConfig)
     if tell_teacher_ranks(False, run.layout):
         return "finished"
     teachers = build_teacher_servers(run.config, run.inputs, run.layout)
-    with StopSignal():
+    with StopSignal(_stop_request(run)):
         while _serve(teachers):
             pass
     return "new"
+
+
+def _stop_request(run: _Run) -> StopRequest:
+    """The request of all ranks, also of those that only score."""
+    return StopRequest(bridge().store if run.config.num_teacher_ranks else None)
 
 
 def _serve(teachers: Sequence[Any]) -> bool:
