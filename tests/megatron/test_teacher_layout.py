@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from renio_megatron.parallel.layout import Axis
 from renio_megatron.parallel.row_exchange import RowAllToAll
 from tests.helpers.jobs import LIMIT, assert_gone, job_starter
 from tests.helpers.multiprocess import run_ranks
+from tests.helpers.slow import SECONDS, SlowDraws
 from tests.megatron.teacher_layout_cases import (
     HIDDEN,
     PREFIX,
@@ -139,6 +141,28 @@ def test_a_run_with_ranks_that_only_score_is_stopped_and_goes_on(models, tmp_pat
         finished = start(12, OWN_RANKS)
         assert finished.wait(LIMIT) == 0, finished.error()
         assert json.loads((own / "run" / "finished.json").read_text())["step"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
+def test_a_scoring_rank_that_is_told_to_stop_ends_the_draws_of_which_it_has_read_a_group(models, tmp_path):
+    draws = SlowDraws(tmp_path, "drawing", after=2, ranks=("0", "1"), pause=1.0)
+    sections = OWN_RANKS | {"rollout": {"micro_batch_size": 1}}  # the teacher reads one while the next is drawn
+    with job_starter(tmp_path, models) as start:
+        job = start(4, sections, PATHS=draws.path)
+        draws.wait(lambda: None if job.process.poll() is None else job.error())
+        time.sleep(4.0)  # 16 passes of a second, of which the first group has four
+        ranks = job.ranks()
+        os.kill(ranks[3], signal.SIGTERM)
+        assert job.wait(SECONDS) == 128 + signal.SIGTERM, job.error()
+        assert_gone(ranks, 4)
+        assert "Traceback" not in job.error()
+        assert [row["step"] for row in job.rows()] == [1, 2]
+        draws.end()
+        again = start(4, sections, PATHS=draws.path)
+        assert again.wait(180.0) == 0, again.error()
+        assert [row["step"] for row in again.rows()] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
