@@ -1,1 +1,1 @@
-"""Notices: what a run says once where its metrics show a setting without the intended effect, or a mistake."""
+"""What a run says once where its metrics show a mistake, or a setting without effect."""
