@@ -88,26 +88,31 @@ def differences(old_yaml: str, config: JobConfig) -> list[Change]:
     Raises:
         ConfigError: `old_yaml` is not a mapping in YAML.
     """
-    others = {one.key for one in (*changes(old_yaml, config), *moved(old_yaml, config))}
-    return [one for one in _differing(old_yaml, config) if one.key not in others]
+    old = _read(old_yaml)
+    return [one for one in _differing(old, config) if not (_may_change(one, old, config) or _is_moved(one))]
 
 
 def changes(old_yaml: str, config: JobConfig) -> list[Change]:
     """Differing settings with which a run may be resumed: `CHANGEABLE`, and its length where that may grow."""
-    before = _Length.of(_read(old_yaml))
-    free = _LENGTH if before is not None and before.may_become(config) else ()
-    return [one for one in _differing(old_yaml, config) if is_changeable(one.key) or one.key in free]
+    old = _read(old_yaml)
+    return [one for one in _differing(old, config) if _may_change(one, old, config)]
 
 
 def moved(old_yaml: str, config: JobConfig) -> list[Change]:
     """Settings that name another place than before, of which the contents decide whether it is the same."""
-    return [
-        one
-        for one in _differing(old_yaml, config)
-        if any(fnmatch.fnmatchcase(one.key, pattern) for pattern in _PLACES)
-        and isinstance(one.old, str)
-        and isinstance(one.new, str)
-    ]
+    return [one for one in _differing(_read(old_yaml), config) if _is_moved(one)]
+
+
+def _may_change(change: Change, old: Mapping[str, Any], config: JobConfig) -> bool:
+    if change.key not in _LENGTH:
+        return is_changeable(change.key)
+    before = _Length.of(old)
+    return before is not None and before.may_become(config)
+
+
+def _is_moved(change: Change) -> bool:
+    names_a_place = any(fnmatch.fnmatchcase(change.key, pattern) for pattern in _PLACES)
+    return names_a_place and all(isinstance(one, str) and one != _NOT_THERE for one in (change.old, change.new))
 
 
 def is_longer(old_yaml: str, config: JobConfig) -> bool:
@@ -167,8 +172,8 @@ def _read(text: str) -> dict[str, Any]:
         raise ConfigError("the settings are not a mapping in YAML.") from error
 
 
-def _differing(old_yaml: str, config: JobConfig) -> list[Change]:
-    old, new = _read(old_yaml), _read(to_yaml(config))
+def _differing(old: Mapping[str, Any], config: JobConfig) -> list[Change]:
+    new = _read(to_yaml(config))
     keys = Keys(type(config), as_recipe(config))
     old = {RENAMED.get(key, key): value for key, value in old.items()}
     old = {key: value for key, value in old.items() if keys.misplaced(key) is None}

@@ -88,6 +88,17 @@ def test_settings_that_name_places_are_moved_and_not_changed(settings):
     assert [one.key for one in differences(old, without)] == ["teacher.adapter"], "none is not another place"
 
 
+def test_another_teacher_was_not_moved(write):
+    def routed(*names: str) -> Any:
+        routes = ", ".join(f"{name}: {{model: {name}}}" for name in names)
+        text = f"model: student\noutput_dir: runs/a\nteacher: {{routes: {{{routes}}}}}\n"
+        return load_recipe("train", write(text + "data: {source: jsonl, path: a.jsonl, teacher_key: who}\n")).config
+
+    old, config = to_yaml(routed("math", "code")), routed("math", "code", "law")
+    assert moved(old, config) == []
+    assert "teacher.routes.law.model" in [one.key for one in differences(old, config)]
+
+
 def _length(style: str, train_iters: int, decay_iters: int | None = None) -> list[str]:
     more = [] if decay_iters is None else [f"train.lr_decay_iters={decay_iters}"]
     return [f"train.lr_decay_style={style}", f"train.train_iters={train_iters}", *more]
