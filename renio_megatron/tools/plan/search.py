@@ -105,8 +105,6 @@ def axes_of(config: DistillationConfig, student: PlannedModel, world_size: int) 
     train, parallel, teacher = config.train, config.parallel, config.teacher
     trainers = world_size - config.num_teacher_ranks
     mine = train.global_batch_size // max(1, trainers // parallel.model_ranks)
-    granularities = ("selective", "full")
-    places, place = ("host", "recompute"), teacher.payload_device
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     packed = train.max_tokens_per_micro_batch
     own_teacher = any(one.settings.model is not None for one in config.teachers)
@@ -115,28 +113,20 @@ def axes_of(config: DistillationConfig, student: PlannedModel, world_size: int) 
         Axis("parallel.use_distributed_optimizer", (True,) * (not parallel.use_distributed_optimizer), 1.5),
         Axis("train.micro_batch_size", _halves(train.micro_batch_size) if packed is None else (), 2.0),
         Axis("train.max_tokens_per_micro_batch", _halves(packed or 0, longest), 2.0),
-        Axis("teacher.payload_device", places[places.index(place) + 1 :] if place in places else places, 2.5),
+        Axis("teacher.payload_device", _after(("host", "recompute"), teacher.payload_device), 2.5),
         Axis("parallel.sequence_parallel", (True,) * (not parallel.sequence_parallel), 2.6),
-        Axis(
-            "train.recompute_granularity",
-            granularities[granularities.index(train.recompute_granularity) + 1 :]
-            if train.recompute_granularity in granularities
-            else granularities,
-            3.0,
-        ),
+        Axis("train.recompute_granularity", _after(("selective", "full"), train.recompute_granularity), 3.0),
         Axis("teacher.offload", ("host",) * (own_teacher and teacher.offload is None), 5.0),
     ]
-    sizes = ("tensor", "pipeline", "context") + (("expert",) if student.experts is not None else ())
-    for price, name in enumerate(sizes, start=4):
-        key = "expert_model_parallel_size" if name == "expert" else f"{name}_model_parallel_size"
-        key = "context_parallel_size" if name == "context" else key
-        axes.append(Axis(f"parallel.{key}", _doubles(getattr(parallel, key), trainers), price, is_layout=True))
-    for price, name in enumerate(("tensor", "pipeline"), start=4):
-        key = f"{name}_model_parallel_size"
-        there = getattr(teacher.parallel, key)
-        if any(one.has_own_layout for one in config.teachers):
-            now = getattr(parallel, key) if there is None else there
-            axes.append(Axis(f"teacher.parallel.{key}", _doubles(now, world_size), price + 0.5, is_layout=True))
+    own = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    sizes = (*own, "context_parallel_size", *(("expert_model_parallel_size",) if student.experts is not None else ()))
+    for price, size in enumerate(sizes, start=4):
+        axes.append(Axis(f"parallel.{size}", _doubles(getattr(parallel, size), trainers), price, is_layout=True))
+    if any(one.has_own_layout for one in config.teachers):
+        for price, size in enumerate(own, start=4):
+            now = getattr(teacher.parallel, size) or getattr(parallel, size)  # null: the student's
+            doubles = _doubles(now, world_size)
+            axes.append(Axis(f"teacher.parallel.{size}", doubles, price + 0.5, is_layout=True))
     return sorted((axis for axis in axes if axis.values), key=lambda axis: axis.price)
 
 
@@ -228,6 +218,15 @@ def _that_fit(axes: Sequence[Axis], measure: _Measure, limit: float) -> Iterator
         if (peak := measure(settings)) <= limit:
             price = sum(axis.price + 0.2 * number for axis, (number, _) in zip(axes, chosen, strict=True))
             yield price, Remedy(settings, peak)
+
+
+def _after(values: tuple[str, ...], now: str | None) -> tuple[str, ...]:
+    """The values behind the one that is set; all where it is none of them.
+
+    >>> _after(("selective", "full"), "selective"), _after(("selective", "full"), None)
+    (('full',), ('selective', 'full'))
+    """
+    return values[values.index(now) + 1 :] if now in values else values
 
 
 def _halves(size: int, least: int = 1) -> tuple[int, ...]:
